@@ -1,0 +1,70 @@
+"""What can go wrong, in one tree.
+
+LossmithError
+├── LossError      (ValueError)    a loss that does not exist, is mis-specified, or lacks a tensor it needs
+├── RecipeError    (ValueError)    a run's settings
+├── PromptError    (ValueError)    the input-only data set
+├── PolicyError    (ValueError)    the model, its tokenizer, or how it is sampled
+├── ScorerError    (RuntimeError)  a scorer that does not load, raises, hangs, or answers nonsense
+└── RunError       (RuntimeError)  the run folder and the machine under it
+
+Every message says what is wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "LossError",
+    "LossmithError",
+    "PolicyError",
+    "PromptError",
+    "RecipeError",
+    "RunError",
+    "ScorerError",
+    "TrapWarning",
+    "nearest",
+]
+
+
+class LossmithError(Exception):
+    """Root of everything that Lossmith raises on purpose."""
+
+
+class LossError(LossmithError, ValueError):
+    """A loss that does not exist, is mis-specified, or lacks a tensor it needs."""
+
+
+class RecipeError(LossmithError, ValueError):
+    """A run's settings."""
+
+
+class PromptError(LossmithError, ValueError):
+    """The input-only data set."""
+
+
+class PolicyError(LossmithError, ValueError):
+    """The model, its tokenizer, or how it is sampled."""
+
+
+class ScorerError(LossmithError, RuntimeError):
+    """A scorer that does not load, raises, hangs, or answers nonsense."""
+
+
+class RunError(LossmithError, RuntimeError):
+    """The run folder and the machine under it."""
+
+
+class TrapWarning(UserWarning):
+    """A composition that is legal and known to mislead. Training refuses it unless told otherwise."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'grpo'?"` for a near miss, else the known names, as the tail of an error message."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(str(name), known, n=2, cutoff=0.6)
+    if close:
+        return " Did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return " Known: " + ", ".join(known) + "."

@@ -1,0 +1,191 @@
+"""What a loss sees: one record of tensors, checked once, with nothing at masked positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import LossError
+
+__all__ = ["Batch", "Normalizer"]
+
+# Who fills a field when a loss needs it and it is missing.
+PROVIDERS = {
+    "logp": "a forward pass of the policy",
+    "mask": "the sampler (True on response tokens, the end token included)",
+    "old_logp": "a forward pass of the policy at the start of the update",
+    "behavior_logp": "the sampler",
+    "ref_logp": "a forward pass of the reference policy",
+    "full_kl": "a forward pass of the policy and the reference over the full vocabulary",
+    "reward": "the scorer",
+    "group": "the loop (number the prompts, so that completions of one prompt share a number)",
+    "value": "a value head",
+    "returns": "you, or the advantage estimator",
+    "entropy": "a forward pass of the policy",
+    "truncated": "the sampler (finish reason 'length')",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N completions of at most T response tokens. Only `logp`, `value`, `entropy` and `full_kl` carry gradients.
+
+    logp [N, T]           log-probability (nats) of each response token under the policy being trained
+    mask [N, T] bool      True on response tokens, the end token included; prompt and padding are False
+    old_logp [N, T]       under the policy at the start of this update; None means `logp.detach()` (ratio 1)
+    behavior_logp [N, T]  under the distribution really sampled from
+    ref_logp [N, T]       under the reference policy (the KL anchor)
+    full_kl [N, T]        KL(policy || reference) over the full vocabulary at each position
+    reward [N] or [N, T]  score of each completion, or of each token
+    group [N] int         the prompt's number
+    advantage [N] or [N, T]  given: the estimator and its scale are bypassed
+    value, old_value, returns [N, T]  critic's value before each token (now, at the start of the update), its target
+    entropy [N, T]        entropy (nats) of the policy at each position
+    truncated [N] bool    the token budget ended the completion
+
+    Nested lists are accepted and read as float64. What stands at masked positions never matters. A non-finite
+    value at a valid position is a LossError that names the row and the position.
+    """
+
+    logp: Tensor | None = None
+    mask: Tensor | None = None
+    old_logp: Tensor | None = None
+    behavior_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    full_kl: Tensor | None = None
+    reward: Tensor | None = None
+    group: Tensor | None = None
+    advantage: Tensor | None = None
+    value: Tensor | None = None
+    old_value: Tensor | None = None
+    returns: Tensor | None = None
+    entropy: Tensor | None = None
+    truncated: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is None:
+            raise LossError(f"Batch.mask is missing; it comes from {PROVIDERS['mask']}.")
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if given is not None:
+                object.__setattr__(self, field.name, _as_tensor(field.name, given))
+        self._check_shapes()
+        for name in ("logp", "old_logp", "behavior_logp", "ref_logp", "full_kl", "value", "old_value", "returns"):
+            self._clean(name)
+        for name in ("entropy", "reward", "advantage"):
+            self._clean(name)
+
+    def _check_shapes(self) -> None:
+        assert self.mask is not None
+        if self.mask.ndim != 2:
+            raise LossError(f"Batch.mask must be [N, T], not of shape {list(self.mask.shape)}.")
+        n, t = self.mask.shape
+        per_row, either = {"group", "truncated"}, {"reward", "advantage"}
+        for field in dataclasses.fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is None:
+                continue
+            allowed = [(n,)] if field.name in per_row else [(n,), (n, t)] if field.name in either else [(n, t)]
+            if tuple(tensor.shape) not in allowed:
+                wanted = " or ".join(str(list(a)) for a in allowed)
+                raise LossError(
+                    f"Batch.{field.name} has shape {list(tensor.shape)}, but mask [N, T] asks for {wanted}."
+                )
+
+    def _clean(self, name: str) -> None:
+        """Select valid positions before any arithmetic: 0 x NaN is NaN, where(mask, NaN, 0) is 0, in gradients too."""
+        tensor = getattr(self, name)
+        if tensor is None:
+            return
+        assert self.mask is not None
+        mask = self.mask if tensor.ndim == 2 else self.mask.any(1)
+        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.float32, torch.float64):
+            raise LossError(
+                f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
+            )
+        clean = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+        bad = ~torch.isfinite(clean.detach())
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            at = f"row {where[0]}" + (f", token {where[1]}" if len(where) > 1 else "")
+            raise LossError(
+                f"Batch.{name} is {float(tensor.detach()[tuple(where)])} at {at}, a valid position "
+                f"({int(bad.sum())} such values). Drop that rollout or mask it; a loss over it would be meaningless."
+            )
+        object.__setattr__(self, name, clean)
+
+    def require(self, name: str, owner: str) -> Tensor:
+        """The field, or a LossError that says which loss needs it and who provides it."""
+        tensor = getattr(self, name)
+        if tensor is None:
+            raise LossError(f"{owner} needs Batch.{name}, which is missing; it comes from {PROVIDERS[name]}.")
+        return tensor
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        """The batch with these rows only, gradients kept."""
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{name: None if x is None else x[index] for name, x in kept.items()})
+
+    def replace(self, **changes: Any) -> Batch:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    # -- what pieces read -------------------------------------------------------------------------------------------
+
+    @property
+    def valid(self) -> Tensor:
+        """mask, known to be there."""
+        assert self.mask is not None
+        return self.mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] valid tokens of each completion."""
+        return self.valid.sum(1)
+
+    def old(self, owner: str) -> Tensor:
+        """old_logp detached, or logp detached: a missing old policy is the current one."""
+        return (self.old_logp if self.old_logp is not None else self.require("logp", owner)).detach()
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """How many things the loss of one update averages over, counted over the whole batch and all ranks.
+
+    Every micro-batch and rank divides by these same numbers, so their losses and gradients add up to the whole.
+    """
+
+    tokens: int
+    sequences: int
+    groups: int
+
+    @classmethod
+    def of(cls, mask: Tensor, group: Tensor | None = None) -> Normalizer:
+        """Count valid tokens, completions with a valid token, and prompts with one. mask [N, T], group [N]."""
+        rows = mask.any(1)
+        groups = int(group[rows].unique().numel()) if group is not None else int(rows.sum())
+        return cls(tokens=int(mask.sum()), sequences=int(rows.sum()), groups=groups)
+
+    def __add__(self, other: Normalizer) -> Normalizer:
+        """The normaliser of two ranks together (a prompt's completions must stay on one rank)."""
+        return Normalizer(self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups)
+
+
+def _as_tensor(name: str, given: Tensor | Sequence) -> Tensor:
+    if isinstance(given, Tensor):
+        if name in ("mask", "truncated") and given.dtype != torch.bool:
+            raise LossError(f"Batch.{name} must be bool, not {given.dtype}. Call .bool() on it first.")
+        if name == "group" and given.is_floating_point():
+            raise LossError(f"Batch.group must hold whole numbers, not {given.dtype}.")
+        return given if given.requires_grad and name in _CARRIES_GRADIENT else given.detach()
+    if name in ("mask", "truncated"):
+        return torch.tensor(given).bool()
+    return torch.tensor(given, dtype=torch.int64 if name == "group" else torch.float64)
+
+
+_CARRIES_GRADIENT = {"logp", "value", "entropy", "full_kl"}

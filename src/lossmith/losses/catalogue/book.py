@@ -1,0 +1,29 @@
+"""The book's forms as printed, to be looked at (numbering follows NLPBook ch. 10, arXiv:2501.09223)."""
+
+from lossmith.losses.advantage import Raw
+from lossmith.losses.aggregate import SeqMeanTokenSum
+from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.kl import KL
+from lossmith.losses.policy_loss import PolicyLoss
+from lossmith.losses.trust import BookClip
+
+ENTRIES = [
+    Entry(
+        name="book_clip",
+        year=2025,
+        paper="book eq. 4.49, 4.50",
+        summary="Demonstration: the clip as printed, min(ratio, 1 + ε)·A; the lower bound never binds.",
+        build=lambda: PolicyLoss(advantage=Raw(), trust=BookClip(0.2), aggregate=SeqMeanTokenSum()),
+        demonstration=True,
+    ),
+    Entry(
+        name="book_ppo_clip",
+        year=2025,
+        paper="book eq. 4.53 to 4.56",
+        summary="Demonstration: the clip and the log-ratio penalty as printed; the penalty regularises nothing.",
+        build=lambda: PolicyLoss(
+            advantage=Raw(), trust=BookClip(0.2), kl=KL(0.1, "k1", "loss"), aggregate=SeqMeanTokenSum()
+        ),
+        demonstration=True,
+    ),
+]

@@ -1,0 +1,140 @@
+"""One namespace for every axis: flat parameters <-> composition.
+
+`advantage="gae"` chooses a piece, `lam=0.95` sets a field of the chosen piece. A parameter that belongs to no chosen
+piece is an error, so that nothing a user writes is without effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lossmith.errors import LossError, nearest
+from lossmith.losses.advantage import ADVANTAGE, SCALE
+from lossmith.losses.aggregate import AGGREGATE
+from lossmith.losses.correction import MISMATCH
+from lossmith.losses.piece import Piece
+from lossmith.losses.policy_loss import PolicyLoss
+from lossmith.losses.ratio import RATIO
+from lossmith.losses.shaping import SHAPING
+from lossmith.losses.trust import TRUST
+
+__all__ = ["AXES", "all_parameters", "from_flat", "to_flat", "with_flat"]
+
+# flat axis name -> (field of PolicyLoss, options)
+AXES: dict[str, tuple[str, dict[str, type[Piece]]]] = {
+    "advantage": ("advantage", ADVANTAGE),
+    "advantage_scale": ("scale", SCALE),
+    "ratio_level": ("ratio", RATIO),
+    "trust": ("trust", TRUST),
+    "mismatch": ("mismatch", MISMATCH),
+    "aggregate": ("aggregate", AGGREGATE),
+}
+_PLAIN = ("advantage_clip", "truncated", "group_filter", "entropy_coef")
+_ALWAYS = ("kl", "value")  # pieces that are always there, switched off by a coefficient of 0
+
+
+def pieces_of(loss: PolicyLoss) -> dict[str, Piece]:
+    """{where: piece} of everything that has parameters, shaping included."""
+    fields = [field for field, _ in AXES.values()]
+    pieces: dict[str, Piece] = {name: getattr(loss, name) for name in (*fields, *_ALWAYS)}
+    return pieces | {f"shaping.{i}": piece for i, piece in enumerate(loss.shaping)}
+
+
+def to_flat(loss: PolicyLoss) -> dict[str, Any]:
+    """Every choice and parameter of the composition, JSON- and TOML-ready but for None."""
+    flat: dict[str, Any] = {"name": loss.name, "shaping": [s.option for s in loss.shaping]}
+    flat |= {axis: getattr(loss, field).option for axis, (field, _) in AXES.items()}
+    flat |= {name: getattr(loss, name) for name in _PLAIN}
+    for piece in pieces_of(loss).values():
+        flat |= piece.flat()
+    return flat
+
+
+def from_flat(flat: Mapping[str, Any]) -> PolicyLoss:
+    """A composition from flat parameters alone; what is not named has its axis default."""
+    rest = dict(flat)
+    name = rest.pop("name", "custom")
+    return with_flat(_quiet_default(), {"name": name, **rest})
+
+
+def _quiet_default() -> PolicyLoss:
+    return PolicyLoss()
+
+
+def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
+    """The composition with these flat parameters changed."""
+    changes = dict(changes)
+    fields: dict[str, Any] = {"name": changes.pop("name", loss.name)}
+    for axis, (field, known) in AXES.items():
+        fields[field] = _chosen(axis, known, changes.pop(axis, None), getattr(loss, field))
+    fields |= {name: changes.pop(name, getattr(loss, name)) for name in _PLAIN}
+    fields |= {name: getattr(loss, name) for name in _ALWAYS}
+    fields["shaping"] = _shaping(changes.pop("shaping", None), loss.shaping)
+    owners = [*fields["shaping"], *(v for v in fields.values() if isinstance(v, Piece))]
+    _refuse_unowned(loss.name, changes, owners)
+    fields["shaping"] = tuple(_set(piece, changes) for piece in fields["shaping"])
+    fields |= {name: _set(piece, changes) for name, piece in fields.items() if isinstance(piece, Piece)}
+    return dataclasses.replace(loss, **fields)
+
+
+def _chosen(axis: str, known: dict[str, type[Piece]], option: Any, current: Piece) -> Piece:
+    """The piece for this option, keeping the parameters it shares with the current one."""
+    if option is None or option == current.option:
+        return current
+    if isinstance(option, Piece):
+        return option
+    if option not in known:
+        raise LossError(f"{axis} is {option!r}.{nearest(str(option), known)}")
+    return _set(known[option](), current.flat() if axis == "ratio_level" else {})
+
+
+def _shaping(names: Any, current: tuple) -> tuple:
+    if names is None:
+        return current
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in SHAPING:
+            raise LossError(f"shaping is {name!r}.{nearest(str(name), SHAPING)}")
+    return tuple(SHAPING[name]() for name in names)
+
+
+def _set(piece: Piece, changes: Mapping[str, Any]) -> Piece:
+    mine = {field: changes[flat] for flat, field in type(piece).flat_names().items() if flat in changes}
+    return dataclasses.replace(piece, **mine) if mine else piece
+
+
+def _refuse_unowned(name: str, changes: Mapping[str, Any], owners: list[Piece]) -> None:
+    owned = {flat for piece in owners for flat in type(piece).flat_names()}
+    for flat in changes:
+        if flat in owned:
+            continue
+        homes = _homes(flat)
+        if homes:
+            raise LossError(f"{flat} has no effect on {name}: it belongs to {' or '.join(homes)}.")
+        raise LossError(f"{name} has no parameter {flat!r}.{nearest(flat, [*owned, *AXES, *_PLAIN, 'shaping'])}")
+
+
+def _homes(flat: str) -> list[str]:
+    """Where a parameter would take effect: "trust='clip'"."""
+    return [
+        f"{axis}={option!r}"
+        for axis, known in [*((a, k) for a, (_, k) in AXES.items()), ("shaping", SHAPING)]
+        for option, piece in known.items()
+        if flat in piece.flat_names()
+    ]
+
+
+def all_parameters() -> dict[str, str]:
+    """{flat name: one-line meaning} of every axis, choice and parameter there is."""
+    docs = {axis: f"one of {', '.join(known)}" for axis, (_, known) in AXES.items()}
+    docs["shaping"] = f"a list of {', '.join(SHAPING)}, applied in that order"
+    docs["advantage_clip"] = "symmetric bound on the advantage; none if not given"
+    docs["truncated"] = "what becomes of completions cut by the token budget: keep, mask or zero"
+    docs["group_filter"] = "none, or zero_variance: leave out groups whose rewards are all equal"
+    docs["entropy_coef"] = "coefficient of the entropy bonus"
+    classes = [c for _, known in AXES.values() for c in known.values()] + list(SHAPING.values())
+    for piece in (*classes, type(PolicyLoss().kl), type(PolicyLoss().value)):
+        docs |= {f.metadata["flat"]: f.metadata["doc"] for f in dataclasses.fields(piece)}
+    return docs

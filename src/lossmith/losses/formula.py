@@ -1,0 +1,111 @@
+"""A loss as people read it, generated from the composition: text or LaTeX, never a string beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lossmith.errors import LossError
+from lossmith.losses.advantage import Critic
+from lossmith.losses.correction import NoMismatch
+from lossmith.losses.piece import number
+
+if TYPE_CHECKING:
+    from lossmith.losses.policy_loss import PolicyLoss
+
+__all__ = ["render"]
+
+
+def render(loss: PolicyLoss, style: str = "text") -> str:
+    """The loss with its numbers; every symbol on a line of its own below it."""
+    if style not in ("text", "latex"):
+        raise LossError(f"formula style is {style!r}; known: text, latex.")
+    index = 0 if style == "text" else 1
+    lines = [_equation(loss, index), *_where(loss, index)]
+    if style == "text":
+        return "\n".join([lines[0], *("  " + line for line in lines[1:])])
+    return "\\begin{aligned}\n" + " \\\\\n".join("& " + line for line in lines) + "\n\\end{aligned}"
+
+
+def _equation(loss: PolicyLoss, i: int) -> str:
+    minus, theta = ("−", "L(θ)") if i == 0 else ("-", r"\mathcal L(\theta)")
+    policy = loss.trust.formula()[i]
+    if not isinstance(loss.mismatch, NoMismatch):
+        policy = ("u·" if i == 0 else r"u\,") + policy
+    terms = [minus + policy] if not _extra(loss, i) else [minus + policy, *_extra(loss, i)]
+    body = " ".join(terms)
+    inner = f"[ {body} ]" if i == 0 else rf"\left[ {body} \right]"
+    return f"{theta} = {loss.aggregate.formula()[i]} {inner}"
+
+
+def _extra(loss: PolicyLoss, i: int) -> list[str]:
+    minus = "−" if i == 0 else "-"
+    extra = []
+    if loss.kl.active and loss.kl.place == "loss":
+        extra.append("+ " + loss.kl.formula()[i])
+    if loss.entropy_coef:
+        extra.append(f"{minus} {number(loss.entropy_coef)}" + ("·H_t" if i == 0 else r"\,H_t"))
+    if loss.value.active:
+        extra.append("+ " + loss.value.formula()[i])
+    return extra
+
+
+def _where(loss: PolicyLoss, i: int) -> list[str]:
+    """The definitions below the equation."""
+    lines = []
+    if loss.trust.uses_ratio or loss.kl.ratio_weight:
+        lines.append("r = " + loss.ratio.formula()[i])
+    lines.append(_advantage(loss, i))
+    reward = _reward(loss, i)
+    if reward:
+        lines.append(reward)
+    if loss.kl.active and loss.kl.estimator != "full":
+        lines.append(_kappa(loss, i))
+    if loss.value.active:
+        lines.append(
+            "G = A + V_old (before scaling, detached)" if i == 0 else r"G = A + V_{\mathrm{old}}\ (\text{detached})"
+        )
+    if not isinstance(loss.mismatch, NoMismatch):
+        rho = ",  ρ = π_old / μ" if i == 0 else r",\quad \rho = \pi_{\mathrm{old}}/\mu"
+        lines.append("u = " + loss.mismatch.formula()[i] + rho)
+    lines += _rules(loss, i)
+    return lines
+
+
+def _advantage(loss: PolicyLoss, i: int) -> str:
+    formula = loss.scale.formula(*loss.advantage.formula())[i]
+    if loss.advantage_clip is not None:
+        bound = number(loss.advantage_clip)
+        formula = f"clip({formula}, ±{bound})" if i == 0 else rf"\operatorname{{clip}}({formula}, \pm {bound})"
+    return f"A = {formula}"
+
+
+def _reward(loss: PolicyLoss, i: int) -> str:
+    arrow = "←" if i == 0 else r"\leftarrow"
+    parts = [f"R {arrow} {s.formula()[i]}" for s in loss.shaping]
+    if loss.kl.active and loss.kl.place == "reward":
+        penalty = loss.kl.formula()[i]
+        parts.append(
+            f"r_t {arrow} r_t − sg({penalty})" if i == 0 else rf"r_t {arrow} r_t - \operatorname{{sg}}({penalty})"
+        )
+    return (";  " if i == 0 else r";\quad ").join(parts)
+
+
+def _kappa(loss: PolicyLoss, i: int) -> str:
+    old = loss.kl.place == "reward"
+    if i == 0:
+        return f"κ = log {'π_old' if old else 'π_θ'}(y_t) − log π_ref(y_t)"
+    top = r"\pi_{\mathrm{old}}" if old else r"\pi_\theta"
+    return rf"\kappa = \log {top}(y_t) - \log \pi_{{\mathrm{{ref}}}}(y_t)"
+
+
+def _rules(loss: PolicyLoss, i: int) -> list[str]:
+    rules = []
+    if loss.truncated != "keep":
+        rules.append(
+            {"mask": "truncated completions: no loss", "zero": "truncated completions: reward 0"}[loss.truncated]
+        )
+    if loss.group_filter == "zero_variance":
+        rules.append("groups with equal rewards are left out")
+    if isinstance(loss.advantage, Critic) and not loss.value.active:
+        rules.append("V is not trained by this loss")
+    return rules if i == 0 else [rf"\text{{{rule}}}" for rule in rules]

@@ -1,0 +1,155 @@
+"""KL to the reference policy: which estimator, where it acts, and how its coefficient moves.
+
+κ = log π_θ(y_t) - log π_ref(y_t). What each choice regularises (expected gradient on-policy, losses.md section 7):
+k1 in the loss nothing; k2 the reverse KL(π‖π_ref), exactly; k3 the forward KL(π_ref‖π); abs neither; k1 or k3
+weighted by the ratio, any estimator with straight-through, `full`, and k1 in the reward the reverse KL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import LossError
+from lossmith.losses.batch import Batch
+from lossmith.losses.piece import Piece, number, param
+from lossmith.losses.ratio import LOG_RATIO_BOUND
+
+__all__ = ["ESTIMATORS", "KL", "adapt_coefficient", "kl_estimate", "kl_slope"]
+
+ESTIMATORS = ("k1", "k2", "k3", "abs", "full")
+
+_FORMULAS = {
+    "k1": ("κ", r"\kappa"),
+    "k2": ("κ²/2", r"\tfrac12\kappa^2"),
+    "k3": ("(e^(−κ) − 1 + κ)", r"\left(e^{-\kappa}-1+\kappa\right)"),
+    "abs": ("|κ|", r"|\kappa|"),
+    "full": ("KL(π_θ‖π_ref)", r"\mathrm{KL}\left(\pi_\theta\,\|\,\pi_{\mathrm{ref}}\right)"),
+}
+
+
+def kl_estimate(kappa: Tensor, estimator: str) -> Tensor:
+    """The estimator's value from κ (any shape, nats). k3's exponent is clamped to ±20."""
+    if estimator == "k1":
+        return kappa
+    if estimator == "k2":
+        return 0.5 * kappa**2
+    if estimator == "abs":
+        return kappa.abs()
+    if estimator == "k3":
+        return (-kappa).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp() - 1 + kappa
+    raise LossError(f"{estimator!r} cannot be estimated from sampled tokens.")
+
+
+def kl_slope(kappa: Tensor, estimator: str) -> Tensor:
+    """d(estimate)/dlogp in closed form."""
+    if estimator == "k1":
+        return torch.ones_like(kappa)
+    if estimator == "k2":
+        return kappa
+    if estimator == "abs":
+        return kappa.sign()
+    inside = (kappa.abs() <= LOG_RATIO_BOUND).to(kappa.dtype)
+    return 1 - (-kappa).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp() * inside
+
+
+@dataclass(frozen=True)
+class KL(Piece):
+    """β times an estimate of the KL divergence, in the loss or taken off the reward."""
+
+    beta: float = param("beta", 0.0, "coefficient of the KL term; 0 means none", low=0)
+    estimator: str = param("kl_estimator", "k3", "estimator of the KL divergence", choices=ESTIMATORS)
+    place: str = param("kl_place", "loss", "a term of the loss, or taken off the reward", choices=("loss", "reward"))
+    ratio_weight: bool = param("kl_ratio_weight", False, "multiply by the ratio, with gradient")
+    straight_through: bool = param("kl_straight_through", False, "value of the estimator, gradient of k2")
+    control: str = param("kl_control", "fixed", "the coefficient over time", choices=("fixed", "adaptive"))
+    target: float = param("kl_control_target", 6.0, "adaptive: wanted KL of a completion, nats", above=0)
+    horizon: float = param("kl_horizon", 10_000.0, "adaptive: completions over which the coefficient moves", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.place == "reward" and (self.ratio_weight or self.straight_through):
+            raise LossError(
+                "kl_place='reward' carries no gradient: kl_ratio_weight and kl_straight_through mean nothing."
+            )
+        if self.estimator == "full" and (self.ratio_weight or self.straight_through):
+            raise LossError(
+                "kl_estimator='full' is exact: kl_ratio_weight and kl_straight_through mean nothing for it."
+            )
+        if self.place == "reward" and self.estimator == "full":
+            raise LossError("kl_place='reward' takes an estimate at sampled tokens: choose k1, k2 or k3, not 'full'.")
+        if self.ratio_weight and self.straight_through:
+            raise LossError("choose one of kl_ratio_weight and kl_straight_through: both correct the same gradient.")
+        if self.control == "adaptive" and self.beta == 0:
+            raise LossError(
+                "kl_control='adaptive' multiplies beta, and beta is 0: give a start value, for example 0.05."
+            )
+
+    @property
+    def active(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def required(self) -> frozenset[str]:
+        if not self.active:
+            return frozenset()
+        return frozenset({"full_kl"}) if self.estimator == "full" else frozenset({"ref_logp"})
+
+    def penalty(self, batch: Batch) -> Tensor:
+        """β·k at the old policy, [N, T], to be taken off the reward of each token."""
+        ref = batch.require("ref_logp", "a KL term (beta > 0)").detach()
+        return self.beta * kl_estimate(_masked(batch.old("a KL term") - ref, batch), self.estimator)
+
+    def term(self, batch: Batch, ratio: Tensor) -> Tensor:
+        """k [N, T] before β, with gradient, as a term of the loss."""
+        if self.estimator == "full":
+            return batch.require("full_kl", "kl_estimator='full'")
+        kappa = self.kappa(batch)
+        k = kl_estimate(kappa, self.estimator)
+        if self.straight_through:
+            k2 = kl_estimate(kappa, "k2")
+            return k2 + (k - k2).detach()
+        return k * ratio if self.ratio_weight else k
+
+    def kappa(self, batch: Batch) -> Tensor:
+        """log π_θ - log π_ref, [N, T], 0 at masked positions."""
+        ref = batch.require("ref_logp", "a KL term (beta > 0)").detach()
+        return _masked(batch.require("logp", "a KL term") - ref, batch)
+
+    def trap(self) -> str | None:
+        """Why this setting misleads, if it does."""
+        plain = not (self.ratio_weight or self.straight_through)
+        if self.active and self.estimator == "k1" and self.place == "loss" and plain:
+            return (
+                "k1 in the loss regularises nothing: its gradient does not depend on the reference, and its "
+                "expectation on-policy is 0; use kl_estimator='k2', or kl_place='reward'"
+            )
+        return None
+
+    def formula(self) -> tuple[str, str]:
+        """(text, LaTeX) of β·k."""
+        text, tex = _FORMULAS[self.estimator]
+        if self.ratio_weight:
+            text, tex = f"r·{text}", f"r{tex}"
+        if self.straight_through:
+            text, tex = f"[{text}, gradient of κ²/2]", rf"\left[{tex}\right]_{{\nabla k_2}}"
+        beta = number(self.beta)
+        return f"{beta}·{text}", f"{beta}\\,{tex}"
+
+
+def adapt_coefficient(kl: KL, observed: float, completions: int) -> KL:
+    """The adaptive controller of arXiv:1909.08593, section 2.2: proportional, with the error clipped to ±0.2.
+
+    observed: mean KL of a completion (nats) at this step. Returns the KL piece with its next coefficient.
+    """
+    if kl.control != "adaptive":
+        return kl
+    error = max(-0.2, min(0.2, observed / kl.target - 1))
+    return dataclasses.replace(kl, beta=kl.beta * (1 + error * completions / kl.horizon))
+
+
+def _masked(x: Tensor, batch: Batch) -> Tensor:
+    return torch.where(batch.valid, x, torch.zeros_like(x))

@@ -1,0 +1,80 @@
+"""A piece: one option on one axis of a loss. A frozen value whose fields are the option's parameters.
+
+A field has two names: the short one used on the piece itself (`Clip(low=0.2)`) and the flat one used where all
+axes share one namespace (`get_loss("ppo", clip_low=0.2)`, recipes, the command line).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from lossmith.errors import LossError, nearest
+
+__all__ = ["Piece", "number", "options", "param"]
+
+
+def param(
+    flat: str, default: Any, doc: str, *, low: float | None = None, above: float | None = None, choices: tuple = ()
+) -> Any:
+    """A parameter of a piece: its flat name, default, one-line meaning, and range (low <= x, above < x, or choices)."""
+    meta = {"flat": flat, "doc": doc, "low": low, "above": above, "choices": choices}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Base of every axis option: range checks, and the mapping between short and flat parameter names."""
+
+    option: ClassVar[str] = ""  # its name on its axis
+    needs: ClassVar[frozenset[str]] = frozenset()  # batch fields without which it cannot be evaluated
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(type(self).__name__, field, getattr(self, field.name))
+
+    @classmethod
+    def flat_names(cls) -> dict[str, str]:
+        """{flat name: field name}."""
+        return {f.metadata["flat"]: f.name for f in dataclasses.fields(cls)}
+
+    def flat(self) -> dict[str, Any]:
+        """{flat name: value}."""
+        return {flat: getattr(self, name) for flat, name in self.flat_names().items()}
+
+    def parameters(self) -> Iterator[tuple[str, Any, str]]:
+        """(flat name, value, one-line meaning) of each parameter."""
+        for field in dataclasses.fields(self):
+            yield field.metadata["flat"], getattr(self, field.name), field.metadata["doc"]
+
+
+def _check(owner: str, field: dataclasses.Field, value: Any) -> None:
+    meta, where = field.metadata, f"{owner}.{field.name} (flat name {field.metadata['flat']})"
+    if meta["choices"]:
+        if value not in meta["choices"]:
+            raise LossError(f"{where} is {value!r}.{nearest(str(value), map(str, meta['choices']))}")
+        return
+    if isinstance(field.default, bool):
+        if not isinstance(value, bool):
+            raise LossError(f"{where} must be true or false, not {value!r}.")
+        return
+    if value is None and field.default is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise LossError(f"{where} must be a number, not {value!r}.")
+    if meta["low"] is not None and value < meta["low"]:
+        raise LossError(f"{where} is {value}, but must be at least {meta['low']}.")
+    if meta["above"] is not None and value <= meta["above"]:
+        raise LossError(f"{where} is {value}, but must be greater than {meta['above']}.")
+
+
+def options(*pieces: type[Piece]) -> dict[str, type[Piece]]:
+    """The options of one axis by name."""
+    return {piece.option: piece for piece in pieces}
+
+
+def number(x: float) -> str:
+    """A parameter as it reads in a formula: 0.2, 1e-06, ∞."""
+    return "∞" if x == math.inf else f"{x:.6g}"

@@ -1,0 +1,170 @@
+"""Ratio: how far the policy has moved from the old policy, per token or per completion.
+
+Every ratio is exp of a log-ratio clamped to ±20, and the clamp has zero gradient outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.batch import Batch
+from lossmith.losses.piece import Piece, options, param
+
+__all__ = ["LOG_RATIO_BOUND", "RATIO", "Ratio", "SequenceRatio", "SequenceSumRatio", "SequenceTokenRatio", "TokenRatio"]
+
+LOG_RATIO_BOUND = 20.0
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of the log-ratio clamped to ±20."""
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def _inside(log_ratio: Tensor) -> Tensor:
+    return (log_ratio.abs() <= LOG_RATIO_BOUND).to(log_ratio.dtype)
+
+
+@dataclass(frozen=True)
+class Ratio(Piece):
+    """log-probabilities -> ratio [N, T]."""
+
+    per_sequence: ClassVar[bool] = False  # one number a completion, broadcast to its tokens
+
+    denominator: str = param(
+        "denominator",
+        "old",
+        "policy the ratio is taken against (self: ratio 1 with gradient)",
+        choices=("old", "behavior", "self", "ref"),
+    )
+
+    def log_ratio(self, batch: Batch) -> Tensor:
+        """Δ [N, T], with gradient; 0 at masked positions."""
+        logp = batch.require("logp", "every policy loss")
+        return torch.where(batch.valid, logp - self._below(batch), torch.zeros_like(logp))
+
+    def _below(self, batch: Batch) -> Tensor:
+        if self.denominator == "behavior":
+            return batch.require("behavior_logp", "denominator='behavior'").detach()
+        if self.denominator == "ref":
+            return batch.require("ref_logp", "denominator='ref'").detach()
+        if self.denominator == "self":
+            return batch.require("logp", "every policy loss").detach()
+        return batch.old("every policy loss")
+
+    def __call__(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def chain(self, slope: Tensor, batch: Batch) -> Tensor:
+        """Given dL/dℓ-weighted slopes w.r.t. log r at each token [N, T], the closed-form dL/dlogp [N, T]."""
+        raise NotImplementedError
+
+    def formula(self) -> tuple[str, str]:
+        """(text, LaTeX) of r."""
+        raise NotImplementedError
+
+    def _names(self) -> tuple[str, str]:
+        tex = {
+            "old": r"\pi_{\mathrm{old}}",
+            "behavior": r"\mu",
+            "self": r"\operatorname{sg}\pi_\theta",
+            "ref": r"\pi_{\mathrm{ref}}",
+        }
+        text = {"old": "π_old", "behavior": "μ", "self": "sg(π_θ)", "ref": "π_ref"}
+        return text[self.denominator], tex[self.denominator]
+
+
+@dataclass(frozen=True)
+class TokenRatio(Ratio):
+    """r_t = π_θ(y_t) / π_old(y_t)."""
+
+    option: ClassVar[str] = "token"
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return bounded_exp(self.log_ratio(batch))
+
+    def chain(self, slope: Tensor, batch: Batch) -> Tensor:
+        return slope * _inside(self.log_ratio(batch).detach())
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = self._names()
+        return f"π_θ(y_t) / {text}(y_t)", rf"\frac{{\pi_\theta(y_t)}}{{{tex}(y_t)}}"
+
+
+class _PerSequence(Ratio):
+    def _level(self, batch: Batch) -> Tensor:
+        """log of the completion's ratio, [N, 1]."""
+        raise NotImplementedError
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return bounded_exp(self._level(batch)).expand(batch.valid.shape)
+
+
+@dataclass(frozen=True)
+class SequenceRatio(_PerSequence):
+    """s_i = exp(mean_t log r_t), the geometric mean over the completion (GSPO, arXiv:2507.18071, eq. 7)."""
+
+    option: ClassVar[str] = "sequence"
+    per_sequence: ClassVar[bool] = True
+
+    def _level(self, batch: Batch) -> Tensor:
+        return self.log_ratio(batch).sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
+
+    def chain(self, slope: Tensor, batch: Batch) -> Tensor:
+        total = (slope * batch.valid).sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
+        return total * _inside(self._level(batch).detach()) * batch.valid
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = self._names()
+        return (
+            f"(π_θ(y) / {text}(y))^(1/T)",
+            rf"\left(\frac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}",
+        )
+
+
+@dataclass(frozen=True)
+class SequenceTokenRatio(Ratio):
+    """Value s_i, gradient of the token: sg(s_i)·exp(logp - sg(logp)) (GSPO-token, arXiv:2507.18071, eq. 14)."""
+
+    option: ClassVar[str] = "sequence_token"
+
+    def __call__(self, batch: Batch) -> Tensor:
+        delta = self.log_ratio(batch)
+        level = SequenceRatio(self.denominator)._level(batch).detach()
+        return bounded_exp(level) * torch.exp(delta - delta.detach())
+
+    def chain(self, slope: Tensor, batch: Batch) -> Tensor:
+        return slope * batch.valid
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = self._names()
+        return (
+            f"sg((π_θ(y) / {text}(y))^(1/T))·π_θ(y_t)/sg(π_θ(y_t))",
+            rf"\operatorname{{sg}}\!\left(\tfrac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}"
+            r"\tfrac{\pi_\theta(y_t)}{\operatorname{sg}\pi_\theta(y_t)}",
+        )
+
+
+@dataclass(frozen=True)
+class SequenceSumRatio(_PerSequence):
+    """S_i = Π_t r_t, the ratio of whole completions (the trajectory ratio of the book's eq. 4.47; RLOO in TRL)."""
+
+    option: ClassVar[str] = "sequence_sum"
+    per_sequence: ClassVar[bool] = True
+
+    def _level(self, batch: Batch) -> Tensor:
+        return self.log_ratio(batch).sum(1, keepdim=True)
+
+    def chain(self, slope: Tensor, batch: Batch) -> Tensor:
+        total = (slope * batch.valid).sum(1, keepdim=True)
+        return total * _inside(self._level(batch).detach()) * batch.valid
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = self._names()
+        return f"π_θ(y) / {text}(y)", rf"\frac{{\pi_\theta(y)}}{{{tex}(y)}}"
+
+
+RATIO = options(TokenRatio, SequenceRatio, SequenceTokenRatio, SequenceSumRatio)

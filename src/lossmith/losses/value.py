@@ -1,0 +1,50 @@
+"""The critic's loss: V fitted to returns, with gradient into the value head only through `Batch.value`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.batch import Batch
+from lossmith.losses.piece import Piece, number, param
+
+__all__ = ["ValueLoss"]
+
+
+@dataclass(frozen=True)
+class ValueLoss(Piece):
+    """coef · ½ max((V - G)², (clip(V, V_old ± c) - G)²), aggregated like the policy term (book eq. 4.32).
+
+    G is detached (a semi-gradient); without `clip` it is the plain squared error over two.
+    """
+
+    coef: float = param("value_coef", 0.0, "coefficient of the critic's loss; 0 means no critic is trained", low=0)
+    clip: float | None = param("value_clip", None, "bound on the critic's move in one update", above=0)
+
+    @property
+    def active(self) -> bool:
+        return self.coef > 0
+
+    def term(self, batch: Batch, returns: Tensor) -> Tensor:
+        """[N, T] before the coefficient, with gradient into batch.value."""
+        value = batch.require("value", "a value loss")
+        error = torch.where(batch.valid, value - returns, torch.zeros_like(value)) ** 2
+        if self.clip is None:
+            return 0.5 * error
+        old = batch.old_value.detach() if batch.old_value is not None else value.detach()
+        near = old + (value - old).clamp(-self.clip, self.clip)
+        clipped = torch.where(batch.valid, near - returns, torch.zeros_like(value)) ** 2
+        return 0.5 * torch.maximum(error, clipped)
+
+    def formula(self) -> tuple[str, str]:
+        """(text, LaTeX) of the term with its coefficient."""
+        c = number(self.coef)
+        if self.clip is None:
+            return f"{c}·½(V − G)²", rf"{c}\cdot\tfrac12(V-G)^2"
+        e = number(self.clip)
+        return (
+            f"{c}·½max((V − G)², (clip(V, V_old ± {e}) − G)²)",
+            rf"{c}\cdot\tfrac12\max\left((V-G)^2, (\operatorname{{clip}}(V, V_{{\mathrm{{old}}}}\pm {e})-G)^2\right)",
+        )
