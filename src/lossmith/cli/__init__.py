@@ -1,0 +1,39 @@
+"""The command `lossmith`: train, sample, losses."""
+
+from __future__ import annotations
+
+import sys
+
+import cyclopts
+from rich.console import Console
+from rich.text import Text
+
+from lossmith import __version__
+from lossmith.errors import LossmithError
+
+__all__ = ["app", "main"]
+
+app = cyclopts.App(
+    name="lossmith",
+    help="Policy learning for RLHF, with a loss that is what its name says.",
+    version=__version__,
+    default_parameter=cyclopts.Parameter(negative_iterable=()),
+)
+app.command("lossmith.cli.train:train", name="train")
+app.command("lossmith.cli.sample:sample", name="sample")
+losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, weights, parameters, papers.")
+losses.command("lossmith.cli.losses:list_", name="list")
+losses.command("lossmith.cli.losses:show", name="show")
+app.command(losses)
+
+
+def main() -> None:
+    """Run the command. An error that Lossmith raised on purpose is one message and exit code 2, not a traceback."""
+    try:
+        app()
+    except LossmithError as error:
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped.")
+        sys.exit(130)

@@ -36,8 +36,9 @@ from lossmith.losses.aggregate import (
 )
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.catalogue import CATALOGUE, Entry, get_loss, list_losses
+from lossmith.losses.catalogue.parse import parse_loss
 from lossmith.losses.correction import Gate, IcePop, NoMismatch, TruncatedIS
-from lossmith.losses.flat import all_parameters
+from lossmith.losses.flat import all_parameters, describe
 from lossmith.losses.kl import KL, adapt_coefficient, kl_estimate
 from lossmith.losses.policy_loss import Credit, LossOutput, PolicyLoss
 from lossmith.losses.ratio import SequenceRatio, SequenceSumRatio, SequenceTokenRatio, TokenRatio
@@ -51,8 +52,9 @@ __all__ = [
     "LossError", "LossOutput", "MonteCarlo", "NoMismatch", "NoScale", "NoTrust", "Normalizer", "Overlong", "PolicyLoss",
     "PromptMean", "Raw", "Return", "SeqMeanTokenMean", "SeqMeanTokenSum", "SeqMeanTokenSumNorm", "SequenceRatio",
     "SequenceSumRatio", "SequenceTokenRatio", "SgClip", "TokenMean", "TokenRatio", "TokenSum", "TrapWarning",
-    "Truncate", "TruncatedIS", "ValueLoss", "Whiten", "adapt_coefficient", "all_parameters", "get_loss", "kl_estimate",
-    "list_losses",
+    "Truncate", "TruncatedIS", "ValueLoss", "Whiten", "adapt_coefficient", "all_parameters", "describe",
+    "get_loss", "kl_estimate",
+    "list_losses", "parse_loss",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from lossmith.losses.ratio import RATIO
 from lossmith.losses.shaping import SHAPING
 from lossmith.losses.trust import TRUST
 
-__all__ = ["AXES", "all_parameters", "from_flat", "to_flat", "with_flat"]
+__all__ = ["AXES", "all_parameters", "describe", "from_flat", "to_flat", "with_flat"]
 
 # flat axis name -> (field of PolicyLoss, options)
 AXES: dict[str, tuple[str, dict[str, type[Piece]]]] = {
@@ -43,7 +43,7 @@ def pieces_of(loss: PolicyLoss) -> dict[str, Piece]:
 
 
 def to_flat(loss: PolicyLoss) -> dict[str, Any]:
-    """Every choice and parameter of the composition, JSON- and TOML-ready but for None."""
+    """Every choice and parameter of the composition, in JSON types. In TOML, write None as "none"."""
     flat: dict[str, Any] = {"name": loss.name, "shaping": [s.option for s in loss.shaping]}
     flat |= {axis: getattr(loss, field).option for axis, (field, _) in AXES.items()}
     flat |= {name: getattr(loss, name) for name in _PLAIN}
@@ -70,6 +70,7 @@ def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
     for axis, (field, known) in AXES.items():
         fields[field] = _chosen(axis, known, changes.pop(axis, None), getattr(loss, field))
     fields |= {name: changes.pop(name, getattr(loss, name)) for name in _PLAIN}
+    fields["advantage_clip"] = _none(fields["advantage_clip"])
     fields |= {name: getattr(loss, name) for name in _ALWAYS}
     fields["shaping"] = _shaping(changes.pop("shaping", None), loss.shaping)
     owners = [*fields["shaping"], *(v for v in fields.values() if isinstance(v, Piece))]
@@ -101,8 +102,13 @@ def _shaping(names: Any, current: tuple) -> tuple:
 
 
 def _set(piece: Piece, changes: Mapping[str, Any]) -> Piece:
-    mine = {field: changes[flat] for flat, field in type(piece).flat_names().items() if flat in changes}
+    mine = {field: _none(changes[flat]) for flat, field in type(piece).flat_names().items() if flat in changes}
     return dataclasses.replace(piece, **mine) if mine else piece
+
+
+def _none(value: Any) -> Any:
+    """TOML has no null: the word "none" stands for it, where a parameter is a number."""
+    return None if value == "none" else value
 
 
 def _refuse_unowned(name: str, changes: Mapping[str, Any], owners: list[Piece]) -> None:
@@ -124,6 +130,14 @@ def _homes(flat: str) -> list[str]:
         for option, piece in known.items()
         if flat in piece.flat_names()
     ]
+
+
+def describe(loss: PolicyLoss) -> list[tuple[str, Any, str]]:
+    """(flat name, value, one-line meaning) of every choice and parameter of this composition."""
+    meaning = all_parameters()
+    for piece in pieces_of(loss).values():
+        meaning |= {flat: doc for flat, _, doc in piece.parameters()}
+    return [(flat, value, meaning[flat]) for flat, value in to_flat(loss).items() if flat != "name"]
 
 
 def all_parameters() -> dict[str, str]:

@@ -142,20 +142,34 @@ class PolicyLoss:
         """
         signal = self._signal(batch)
         advantage, raw = self._advantage(batch, signal)
-        keep, counts = self._kept(batch, signal)
-        counted = batch if not counts["filtered"] else batch.replace(mask=batch.valid & keep[:, None])
-        norm = normalizer or Normalizer.of(counted.valid, batch.group)
-        dtype = advantage.dtype
-        weight = self.aggregate.weights(counted, norm, dtype) * self._not_masked(batch)[:, None]
-        zero = torch.zeros((), dtype=dtype, device=advantage.device)
-        metrics = _credit_metrics(batch, signal, advantage) | counts
+        counts = self._group_counts(batch, signal)
+        zero = torch.zeros((), dtype=advantage.dtype, device=advantage.device)
+        weight = self.token_weights(batch, normalizer).to(advantage.dtype)
         return Credit(
             advantage=torch.where(batch.valid, advantage, zero),
             weight=weight,
-            mismatch=self.mismatch(batch) if batch.logp is not None else torch.ones_like(weight),
+            mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
             returns=self._returns(batch, raw),
-            metrics=metrics,
+            metrics=_credit_metrics(batch, advantage) | counts,
         )
+
+    @torch.no_grad()
+    def token_weights(self, batch: Batch, normalizer: Normalizer | None = None) -> Tensor:
+        """1/Z of each token, [N, T]: the aggregation over these rows, groups and truncated rows left out as asked.
+
+        normalizer: counts over all ranks, where this batch is one rank's share; by default this batch's own.
+        """
+        counted = batch
+        if self.group_filter == "zero_variance" and batch.reward is not None:
+            constant = Signal(batch, batch.reward).groups("group_filter").constant
+            counted = batch.replace(mask=batch.valid & ~constant[:, None])
+        dtype = batch.logp.dtype if batch.logp is not None else torch.float32
+        dtype = torch.promote_types(dtype, batch.reward.dtype) if batch.reward is not None else dtype
+        norm = normalizer or Normalizer.of(counted.valid, batch.group)
+        weights = self.aggregate.weights(counted, norm, dtype)
+        if self.truncated == "mask":  # left out of the loss, still counted by the normaliser
+            weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
+        return weights
 
     def _signal(self, batch: Batch) -> Signal | None:
         """Rewards after shaping, with the KL penalty taken off; None where the advantage is given."""
@@ -190,26 +204,19 @@ class PolicyLoss:
             scaled = scaled.clamp(-self.advantage_clip, self.advantage_clip)
         return scaled, raw
 
-    def _kept(self, batch: Batch, signal: Signal | None) -> tuple[Tensor, dict[str, float]]:
-        """([N] bool: not filtered out with its group, counts for the record)."""
-        keep = torch.ones(len(batch.valid), dtype=torch.bool, device=batch.valid.device)
-        counts = {"constant_groups": 0.0, "groups": 0.0, "filtered": 0.0}
+    def _group_counts(self, batch: Batch, signal: Signal | None) -> dict[str, float]:
+        """How many groups there are, and how many carry no signal because their rewards are all equal."""
         if batch.group is None or signal is None:
-            return keep, counts
-        groups = signal.groups(self.name)
-        live = signal.live
-        counts["groups"] = float(groups.index[live].unique().numel())
-        counts["constant_groups"] = float(groups.index[live & groups.constant].unique().numel())
-        if self.group_filter == "zero_variance":
-            keep = ~groups.constant
-            counts["filtered"] = counts["constant_groups"]
-        return keep, counts
+            return {}
+        groups, live = signal.groups(self.name), signal.live
+        constant = groups.index[live & groups.constant].unique().numel()
+        return {"groups": float(groups.index[live].unique().numel()), "constant_groups": float(constant)}
 
-    def _not_masked(self, batch: Batch) -> Tensor:
-        """[N] bool: rows that the truncation rule leaves in the loss; the normaliser still counts the others."""
-        if self.truncated != "mask":
-            return torch.ones(len(batch.valid), dtype=torch.bool, device=batch.valid.device)
-        return ~batch.require("truncated", "truncated='mask'")
+    def _mismatch_of_old(self, batch: Batch, weight: Tensor) -> Tensor:
+        """u where no forward pass has been made yet: from the old log-probabilities."""
+        if isinstance(self.mismatch, NoMismatch):
+            return torch.ones_like(weight)
+        return self.mismatch(batch.replace(logp=batch.require("old_logp", "a mismatch correction")))
 
     def _returns(self, batch: Batch, raw: Tensor) -> Tensor | None:
         """The critic's target G = A + V_old, A before scaling; or Batch.returns.
@@ -302,9 +309,9 @@ class PolicyLoss:
     @property
     def _is_ratio_loss(self) -> bool:
         """ℓ depends on logp through r (rather than through logp times a constant)."""
-        probe = torch.tensor([1.0], requires_grad=True)
-        value = self.trust.value(probe, torch.ones(1), torch.zeros(1))
-        return value.requires_grad
+        with torch.enable_grad():  # asked from closed forms, which keep no graph
+            probe = torch.tensor([1.0], requires_grad=True)
+            return self.trust.value(probe, torch.ones(1), torch.zeros(1)).requires_grad
 
     # -- representations --------------------------------------------------------------------------------------------
 
@@ -340,7 +347,7 @@ def _tensor(x: Tensor | float) -> Tensor:
     return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
 
 
-def _credit_metrics(batch: Batch, signal: Signal | None, advantage: Tensor) -> dict[str, float]:
+def _credit_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
     kept = advantage[batch.valid]
     metrics = {
         "tokens": float(batch.valid.sum()),

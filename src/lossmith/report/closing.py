@@ -1,0 +1,61 @@
+"""What a run says at its end: held-out performance before and after, and what the completions look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lossmith.rollouts import Rollout
+from lossmith.training import Run
+
+__all__ = ["closing"]
+
+
+def closing(run: Run, summary: dict[str, Any], console: Console, examples: int = 3) -> None:
+    """Print the table, the verdict and the first held-out prompts' completions before and after."""
+    held_out = summary["held_out"]
+    console.print(_table(held_out))
+    console.print(_verdict(held_out["difference"]), highlight=False)
+    assert run.after is not None
+    pairs = list(zip(run.before.rollouts, run.after.rollouts, strict=True))
+    for first, second in pairs[:examples]:
+        console.print(_example(first, second))
+    console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
+
+
+def _table(held_out: dict[str, Any]) -> Table:
+    table = Table(title=f"Held-out prompts (n = {held_out['before']['n']}, same prompts and seeds)")
+    for name in ("", "score", "95% interval", "ended in time", "tokens"):
+        table.add_column(name, justify="left" if not name else "right")
+    for when in ("before", "after"):
+        row = held_out[when]
+        table.add_row(when, f"{row['mean']:.3f}", _range(row), f"{row['ended']:.0%}", f"{row['mean_length']:.1f}")
+    change = held_out["difference"]
+    table.add_row("difference", f"{change['mean']:+.3f}", _range(change, "+"), "", "")
+    return table
+
+
+def _range(row: dict[str, float], sign: str = "") -> str:
+    return f"{row['ci95_low']:{sign}.3f} to {row['ci95_high']:{sign}.3f}"
+
+
+def _verdict(change: dict[str, float]) -> str:
+    if change["ci95_low"] > 0:
+        return "Held-out score rose: the interval of the paired difference lies above 0."
+    if change["ci95_high"] < 0:
+        return "Held-out score FELL: the interval of the paired difference lies below 0."
+    return "No clear change: the interval of the paired difference holds 0. More steps or more prompts would tell."
+
+
+def _example(before: Rollout, after: Rollout) -> Panel:
+    def one(name: str, rollout: Rollout) -> Text:
+        value = rollout.score.value if rollout.score else None
+        score = "no score" if value is None else f"{value:.3f}"
+        cut = " […]" if rollout.truncated else ""
+        return Text.assemble((f"{name} ({score})  ", "bold"), rollout.completion.strip() + cut)
+
+    return Panel(Group(one("before", before), one("after ", after)), title=Text(before.prompt.text), title_align="left")

@@ -1,0 +1,238 @@
+"""The learner: one round of rollouts -> gradients of the loss -> new parameters.
+
+The credit half of the loss sees the whole round at once; the objective half runs on micro-batches whose gradients add
+up to exactly the gradient of the whole, however the round is cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossmith.errors import RunError
+from lossmith.losses import Batch, Credit, PolicyLoss, adapt_coefficient
+from lossmith.policy import Policy, SamplingSettings, TokenOutputs, token_outputs
+from lossmith.rollouts import Rollout, pad_rows
+from lossmith.training.recipe import Recipe
+
+__all__ = ["Learner", "Update"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one round's update did. `metrics` are those of the loss, plus gradient norm and learning rate."""
+
+    rollouts: list[Rollout]  # with their advantages filled in
+    metrics: dict[str, float]
+    dropped: int  # rollouts without a score, left out of everything
+    skipped: int  # optimiser steps not taken because a gradient was not finite
+
+
+class Learner:
+    """Holds the optimiser, and the loss with whatever in it moves (an adaptive KL coefficient)."""
+
+    def __init__(self, policy: Policy, loss: PolicyLoss, recipe: Recipe) -> None:
+        if loss.value.active and policy.value_head is None:
+            policy.add_value_head()
+        if "value" in loss.needs and not loss.value.active:
+            raise RunError(f"{loss.name} reads a critic that nothing trains: give it value_coef > 0, for example 0.5.")
+        self.policy, self.loss, self.recipe = policy, loss, recipe
+        self.reference = policy.frozen() if loss.needs & {"ref_logp", "full_kl"} else None
+        self.optimizer = _optimizer(policy, recipe)
+        self._bad_in_a_row = 0
+
+    def update(self, rollouts: Sequence[Rollout], step: int) -> Update:
+        """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimiser steps."""
+        scored = [r for r in rollouts if r.score is not None and r.score.ok]
+        if not scored:
+            raise RunError(
+                f"step {step}: none of {len(rollouts)} completions has a score; there is nothing to learn from."
+            )
+        batch = self.formulate(scored)
+        credit = self.loss.credit(batch)
+        metrics, taken = {}, 0
+        skipped = 0
+        for rows in self._parts(batch, step):
+            part, share = batch.rows(rows), credit.rows(rows)
+            if len(rows) < len(scored):
+                share = dataclasses.replace(share, weight=self.loss.token_weights(part))
+            found = self.accumulate([scored[i] for i in rows], part, share)
+            metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
+            moved, norm = self._optimizer_step(step)
+            metrics["grad_norm"] = metrics.get("grad_norm", 0.0) + norm
+            taken += 1
+            skipped += not moved
+        metrics = {k: v / taken for k, v in metrics.items()} | credit.metrics
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self._adapt(metrics, len(scored))
+        return Update(_with_advantages(rollouts, scored, credit), metrics, len(rollouts) - len(scored), skipped)
+
+    # -- the batch --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def formulate(self, rollouts: Sequence[Rollout]) -> Batch:
+        """Scored rollouts -> everything the loss needs about them, except the gradient-carrying forward pass."""
+        recipe, loss = self.recipe, self.loss
+        several = recipe.epochs * recipe.updates_per_step > 1
+        fields: dict[str, Tensor] = {}
+        if (
+            (several and loss.uses_old)
+            or loss.kl.place == "reward"
+            or "value" in loss.needs
+            or "behavior_logp" in loss.needs
+        ):
+            now = self._outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
+            fields["old_logp"] = now.logp
+            if now.value is not None:
+                fields["old_value"] = fields["value"] = now.value
+        if self.reference is not None and "ref_logp" in loss.needs:
+            fields["ref_logp"] = self._outputs(self.reference, rollouts, frozenset()).logp
+        behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
+        names = {key: i for i, key in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
+        device = self.policy.device
+        return Batch(
+            mask=mask.to(device),
+            behavior_logp=behavior.to(device),
+            reward=torch.tensor([r.score.value for r in rollouts if r.score], dtype=torch.float32, device=device),
+            group=torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
+            truncated=torch.tensor([r.truncated for r in rollouts], device=device),
+            **fields,
+        )
+
+    def _outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
+        """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
+        width = max([len(r.completion_ids) for r in rollouts] + [1])
+        logp = torch.zeros(len(rollouts), width, device=policy.device)
+        value = torch.zeros(len(rollouts), width, device=policy.device) if "value" in want else None
+        mask = torch.zeros(len(rollouts), width, dtype=torch.bool, device=policy.device)
+        for rows in self.micro_batches(rollouts):
+            out = token_outputs(policy, [rollouts[i] for i in rows], self.sampling, want=want)
+            t = out.logp.shape[1]
+            logp, mask = logp.to(out.logp.dtype), mask
+            logp[rows, :t], mask[rows, :t] = out.logp, out.mask
+            if value is not None and out.value is not None:
+                value = value.to(out.value.dtype)
+                value[rows, :t] = out.value
+        return TokenOutputs(logp=logp, mask=mask, measure=out.measure, value=value)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return self.recipe.sampling
+
+    # -- gradients --------------------------------------------------------------------------------------------------
+
+    def accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
+        """Add dL/dtheta of these rows to the gradients, micro-batch by micro-batch; returns the loss's metrics."""
+        want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
+        reference = self.reference if "full_kl" in want else None
+        metrics: dict[str, float] = {}
+        for rows in self.micro_batches(rollouts):
+            with torch.enable_grad():
+                out = token_outputs(
+                    self.policy, [rollouts[i] for i in rows], self.sampling, want=want, reference=reference
+                )
+                width = batch.valid.shape[1]
+                graded = {name: getattr(out, name) for name in ("logp", *want)}
+                graded = {k: torch.nn.functional.pad(v, (0, width - v.shape[1])) for k, v in graded.items()}
+                result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
+                if result.loss.requires_grad:
+                    result.loss.backward()
+            found = {"loss": float(result.loss)} | {f"loss_{k}": float(v) for k, v in result.terms.items()}
+            found |= result.metrics | _mismatch(graded["logp"], batch.rows(rows), credit.rows(rows))
+            metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
+        return metrics
+
+    def micro_batches(self, rollouts: Sequence[Rollout]) -> Iterator[Tensor]:
+        """Row numbers within the token budget, a prompt's completions side by side so that they share its encoding."""
+        order = sorted(range(len(rollouts)), key=lambda i: (rollouts[i].prompt.id, rollouts[i].sample))
+        rows: list[int] = []
+        seen: set[str] = set()
+        used = 0
+        for i in order:
+            r = rollouts[i]
+            cost = len(r.completion_ids) + (0 if r.prompt.id in seen else len(r.prompt_ids))
+            if rows and used + cost > self.recipe.micro_batch_tokens:
+                yield torch.tensor(rows)
+                rows, seen, used = [], set(), 0
+                cost = len(r.completion_ids) + len(r.prompt_ids)
+            rows.append(i)
+            seen.add(r.prompt.id)
+            used += cost
+        if rows:
+            yield torch.tensor(rows)
+
+    def _parts(self, batch: Batch, step: int) -> Iterator[Tensor]:
+        """Rows of each optimiser step: whole groups, shuffled anew in every epoch by (seed, step, epoch)."""
+        assert batch.group is not None
+        groups = batch.group.cpu()
+        ids = groups.unique()
+        for epoch in range(self.recipe.epochs):
+            rng = np.random.default_rng([self.recipe.seed, step, epoch])
+            order = ids[torch.from_numpy(rng.permutation(len(ids)))]
+            for chosen in order.tensor_split(min(self.recipe.updates_per_step, len(ids))):
+                yield torch.isin(groups, chosen).nonzero()[:, 0]
+
+    def _optimizer_step(self, step: int) -> tuple[bool, float]:
+        """(whether the parameters moved, gradient norm before clipping). A non-finite gradient moves nothing."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm))
+        finite = math.isfinite(norm)
+        self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+        if self._bad_in_a_row == 3:
+            raise RunError(f"step {step}: the gradient was not finite three times in a row; lower learning_rate.")
+        if finite:
+            factor = rate_factor(self.recipe, step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            self.optimizer.step()
+            self.policy.version += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite, norm if finite else 0.0
+
+    def _adapt(self, metrics: dict[str, float], completions: int) -> None:
+        """Move an adaptive KL coefficient by the KL of a completion that was just seen."""
+        if self.loss.kl.active and "kl_ref" in metrics:
+            metrics["kl_coefficient"] = self.loss.kl.beta
+            per_completion = metrics["kl_ref"] * metrics["tokens"] / max(metrics["completions"], 1)
+            self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
+
+
+def _optimizer(policy: Policy, recipe: Recipe) -> torch.optim.AdamW:
+    groups = [{"params": policy.parameters(), "base_lr": recipe.learning_rate}]
+    if policy.value_head is not None:
+        groups.append({"params": list(policy.value_head.parameters()), "base_lr": recipe.value_learning_rate})
+    if not groups[0]["params"]:
+        raise RunError("the policy has no trainable parameter.")
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+
+
+def rate_factor(recipe: Recipe, step: int) -> float:
+    """What the learning rate is multiplied with at this step, 0-based: warm-up, then the schedule."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / (recipe.warmup_steps + 1)
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
+
+
+@torch.no_grad()
+def _mismatch(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
+    """How far the sampler's stored log-probabilities are from the learner's: mean |difference| per token, nats.
+
+    Both are of the distribution sampled from; what is left is rounding, and how far this update has already moved.
+    """
+    assert batch.behavior_logp is not None
+    gap = torch.where(batch.valid, (logp - batch.behavior_logp).abs(), torch.zeros_like(logp))
+    return {"sampler_gap": float((credit.weight * gap).sum())}
+
+
+def _with_advantages(rollouts: Sequence[Rollout], scored: list[Rollout], credit: Credit) -> list[Rollout]:
+    """The rollouts in their order, those with a score now with the mean advantage of their tokens."""
+    means = credit.advantage.sum(1) / (credit.weight != 0).sum(1).clamp(min=1)
+    known = {id(r): float(m) for r, m in zip(scored, means, strict=True)}
+    return [dataclasses.replace(r, advantage=known.get(id(r))) for r in rollouts]

@@ -1,0 +1,228 @@
+"""The loop: sample, score, formulate the loss, update, and again.
+
+`learn` yields one Step a round. Logging, progress and early stopping belong to whoever iterates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lossmith.errors import RecipeError, RunError, TrapWarning
+from lossmith.policy import Policy, check_model, load_policy, sample
+from lossmith.prompts import PromptSet, default_prompts_path, load_prompts
+from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
+from lossmith.rollouts import Rollout
+from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from lossmith.training.evaluate import Evaluation, evaluate
+from lossmith.training.learner import Learner, Update
+from lossmith.training.recipe import Recipe
+from lossmith.training.run import RunFolder, check_disk
+
+__all__ = ["Plan", "Run", "Step", "learn", "open_run", "plan"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One round: what was sampled and scored, what the update did, and how long each part took (seconds)."""
+
+    index: int
+    rollouts: list[Rollout]
+    update: Update
+    seconds: dict[str, float]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The step's line in metrics.jsonl."""
+        scores = [r.score.value for r in self.rollouts if r.score and r.score.value is not None]
+        lengths = [len(r.completion_ids) for r in self.rollouts]
+        return {
+            "step": self.index,
+            "reward": statistics.fmean(scores),
+            "reward_std": statistics.pstdev(scores),
+            "length": statistics.fmean(lengths),
+            "ended": statistics.fmean(not r.truncated for r in self.rollouts),
+            "dropped": self.update.dropped,
+            "skipped_updates": self.update.skipped,
+            **self.update.metrics,
+            "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
+            **{f"seconds_{part}": value for part, value in self.seconds.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe and its data, before any model is loaded."""
+
+    recipe: Recipe
+    train: PromptSet
+    held_out: PromptSet
+    report: str  # what the prompt file held
+
+
+@dataclass
+class Run:
+    """Everything a run works with."""
+
+    recipe: Recipe
+    prompts: PromptSet
+    held_out: PromptSet
+    scorer: Scorer
+    policy: Policy
+    learner: Learner
+    folder: RunFolder
+    before: Evaluation
+    first_step: int = 0
+    after: Evaluation | None = None
+    summary: dict[str, Any] = field(default_factory=dict)  # what summary.json holds, once the run is finished
+    started: float = field(default_factory=time.perf_counter)
+
+    def remaining_steps(self) -> range:
+        return range(self.first_step, self.recipe.steps)
+
+    def finish(self) -> None:
+        """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
+        self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe)
+        self.folder.add_rollouts("held-out-after", after.rollouts)
+        self.policy.save(self.folder.path / "policy")
+        more = {
+            "steps": self.recipe.steps,
+            "loss": str(self.learner.loss),
+            "policy_checksum": self.policy.checksum(),
+            "seconds": time.perf_counter() - self.started,
+        }
+        self.summary = self.folder.write_summary(self.before, after, more)
+
+
+def learn(run: Run) -> Iterator[Step]:
+    """One Step per round, each recorded in the run's folder before it is yielded."""
+    recipe, clock = run.recipe, Clock()
+    for index in run.remaining_steps():
+        prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
+        with clock("sample"):  # y ~ pi_theta(.|x)
+            rollouts = sample(
+                run.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=index
+            )
+        with clock("score"):  # r(x, y)
+            rollouts = score_rollouts(
+                run.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout
+            )
+        with clock("update"):  # theta <- argmin L
+            update = run.learner.update(rollouts, index)
+        step = Step(index, update.rollouts, update, clock.read())
+        record(run, step)
+        yield step
+
+
+def record(run: Run, step: Step) -> None:
+    """Write the step down: metrics, rollouts, and a checkpoint when it is due."""
+    recipe = run.recipe
+    run.folder.add_metrics(step.record)
+    if recipe.save_rollouts:
+        run.folder.add_rollouts(f"step-{step.index:05d}", step.rollouts)
+    done = step.index + 1
+    if recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < recipe.steps:
+        save_checkpoint(run.folder.path, run.learner, done, {"before": run.before.reward.as_dict()})
+
+
+# -- before the first step --------------------------------------------------------------------------------------------
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Check all that can be checked before a model is loaded: loss, prompts, scorer, model folder, batch arithmetic."""
+    recipe.policy_loss()
+    source = (
+        default_prompts_path() if isinstance(recipe.prompts, str) and recipe.prompts == "default" else recipe.prompts
+    )
+    prompts = load_prompts(
+        source,
+        pass_columns=recipe.pass_columns,
+        column=recipe.prompt_column,
+        split=recipe.prompt_split,
+        limit=recipe.prompt_limit,
+    )
+    train, held_out = prompts.split(recipe.held_out, recipe.seed)
+    if recipe.prompts_per_step > len(train):
+        raise RecipeError(
+            f"prompts_per_step = {recipe.prompts_per_step}, but only {len(train)} prompts are left for training after "
+            f"{len(held_out)} are held out. Give more prompts, or lower prompts_per_step or held_out."
+        )
+    check_scorer(recipe.scorer, columns=_columns(prompts))
+    check_model(recipe.model)
+    return Plan(recipe, train, held_out, prompts.summary())
+
+
+def open_run(plan: Plan, resume: Path | None = None) -> Run:
+    """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped."""
+    recipe = plan.recipe
+    scorer = load_scorer(recipe.scorer, columns=_columns(plan.train))
+    policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
+    check_disk(recipe.runs, disk_needed(policy, recipe))
+    _check_lengths(policy, plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)  # policy_loss has refused traps, or the recipe allows them
+        learner = Learner(policy, recipe.policy_loss(), recipe)
+    if resume is None:
+        folder = RunFolder.create(recipe, learner.loss.name)
+        before = evaluate(policy, plan.held_out, scorer, recipe)
+        folder.add_rollouts("held-out-before", before.rollouts)
+        return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, before)
+    return _resumed(plan, scorer, learner, RunFolder(resume))
+
+
+def _resumed(plan: Plan, scorer: Scorer, learner: Learner, folder: RunFolder) -> Run:
+    """The held-out comparison needs the untrained policy: it is evaluated again before the checkpoint is loaded."""
+    checkpoint = latest_checkpoint(folder.path)
+    if checkpoint is None:
+        raise RunError(f"{folder.path} holds no complete checkpoint to resume from.")
+    before = evaluate(learner.policy, plan.held_out, scorer, plan.recipe)
+    state = load_checkpoint(checkpoint, learner)
+    folder.keep_metrics_before(state["step"])
+    run = Run(plan.recipe, plan.train, plan.held_out, scorer, learner.policy, learner, folder, before)
+    run.first_step = state["step"]
+    return run
+
+
+def _columns(prompts: PromptSet) -> set[str]:
+    return {name for prompt in prompts for name in prompt.columns}
+
+
+def _check_lengths(policy: Policy, plan: Plan) -> None:
+    """A prompt that leaves no room for its completion is found before the first step, not in the middle of the run."""
+    for prompt in (*plan.train, *plan.held_out):
+        length = len(policy.encode(prompt))
+        if length + plan.recipe.max_tokens > policy.context_length:
+            raise RecipeError(
+                f"{prompt.source}: the prompt has {length} tokens, and with max_tokens = {plan.recipe.max_tokens} "
+                f"exceeds the model's context of {policy.context_length}. Shorten or drop it, or lower max_tokens."
+            )
+
+
+def disk_needed(policy: Policy, recipe: Recipe) -> int:
+    """Bytes a run may write: the policy, and a checkpoint with its optimiser state beside the one before it."""
+    weights = sum(p.numel() * 4 for p in policy.model.parameters())
+    checkpoints = 2 * 3 * weights if 0 < recipe.checkpoint_every < recipe.steps else 0
+    return weights + checkpoints + 50_000_000
+
+
+class Clock:
+    """Wall-clock seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[part] = time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        seconds, self._seconds = self._seconds, {}
+        return seconds

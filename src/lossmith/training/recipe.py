@@ -1,0 +1,163 @@
+"""A recipe: everything that decides a run, in one flat record. A first run needs none of it."""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from lossmith.errors import RecipeError, TrapWarning, nearest
+from lossmith.losses import PolicyLoss, parse_loss
+from lossmith.policy import SamplingSettings
+
+__all__ = ["Recipe"]
+
+
+class Recipe(BaseModel):
+    """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+
+    model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
+    device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto: bfloat16 where the machine is faster with it. Weights stay float32"
+    )
+
+    prompts: Any = Field("default", description="prompts: 'default', a file, a datasets folder, a hub name, or a list")
+    prompt_column: str = Field("prompt", description="column that holds the prompt: text or chat messages")
+    prompt_split: str = Field("train", description="split of a Hugging Face data set")
+    prompt_limit: int | None = Field(None, gt=0, description="use only this many prompts")
+    pass_columns: list[str] = Field([], description="target-like columns (answer, label, ...) to pass on to the scorer")
+    held_out: int | float = Field(48, gt=0, description="prompts kept for the before/after comparison: number or share")
+
+    scorer: Any = Field(
+        "helpfulness",
+        description="built-in name, file.py:function, module:function, http(s) address, reward-model folder, or a "
+        "table {scorers=[...], weights=[...], standardise=false}",
+    )
+    scorer_errors: Literal["stop", "drop"] = Field(
+        "stop", description="a scorer that fails on a completion stops the run, or that rollout is dropped and counted"
+    )
+    scorer_timeout: float = Field(60.0, gt=0, description="seconds that one batch of scores may take")
+
+    loss: Any = Field("grpo(beta=0.0)", description="loss: grpo, 'grpo(beta=0.04)', or a table of its flat parameters")
+    allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
+
+    steps: int = Field(12, gt=0, description="rounds of sample, score, update")
+    prompts_per_step: int = Field(8, gt=0, description="prompts in a round")
+    samples_per_prompt: int = Field(8, gt=0, description="completions of each prompt")
+    max_tokens: int = Field(48, gt=0, description="token budget of a completion")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: smallest set of tokens with this probability; 1 is off")
+    top_k: int = Field(0, ge=0, description="only the k likeliest tokens; 0 is off")
+    stop: list[str] = Field([], description="strings that end a completion")
+
+    updates_per_step: int = Field(1, gt=0, description="parts into which a round is cut, one optimiser step for each")
+    epochs: int = Field(1, gt=0, description="passes over a round's completions")
+    learning_rate: float = Field(1e-4, ge=0, description="AdamW's learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the steps")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    value_learning_rate: float = Field(
+        1e-3, ge=0, description="learning rate of the value head, where the loss has one"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
+    micro_batch_tokens: int = Field(
+        4096, gt=0, description="tokens in one forward and backward pass; changes no result"
+    )
+
+    seed: int = Field(0, ge=0, description="decides prompts, samples and split")
+    runs: str = Field("runs", description="folder in which the run gets a folder of its own")
+    name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
+    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 for none")
+    save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
+
+    @classmethod
+    def read(cls, path: Path | str) -> dict[str, Any]:
+        """The fields that a TOML file sets. RecipeError names the file, and the line of a syntax error."""
+        try:
+            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"There is no recipe file {str(path)!r}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not a TOML file: {error}.") from None
+
+    @classmethod
+    def make(cls, source: str = "recipe", **fields: Any) -> Recipe:
+        """A checked recipe. RecipeError: an unknown key (and the nearest), a wrong type or range, a bad combination."""
+        for key in fields:
+            if key not in cls.model_fields:
+                raise RecipeError(f"{source}: there is no setting {key!r}.{nearest(key, cls.model_fields)}")
+        try:
+            recipe = cls(**fields)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"][:1]))
+            meaning = cls.model_fields[key].description if key in cls.model_fields else ""
+            raise RecipeError(f"{source}: {key} = {first['input']!r}: {first['msg']}. It is: {meaning}.") from None
+        recipe.sampling  # noqa: B018  (checked before anything is loaded)
+        if recipe.temperature == 0 and recipe.samples_per_prompt > 1:
+            raise RecipeError(
+                f"{source}: temperature = 0 with samples_per_prompt = {recipe.samples_per_prompt} gives that many "
+                "copies of one completion, and no learning signal. Raise the temperature, or take one sample."
+            )
+        if recipe.warmup_steps > recipe.steps:
+            raise RecipeError(f"{source}: warmup_steps = {recipe.warmup_steps} exceeds steps = {recipe.steps}.")
+        if recipe.updates_per_step > recipe.prompts_per_step:
+            raise RecipeError(
+                f"{source}: updates_per_step = {recipe.updates_per_step} exceeds prompts_per_step = "
+                f"{recipe.prompts_per_step}; a prompt's completions are not torn apart."
+            )
+        return recipe
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_tokens=self.max_tokens,
+            stop=tuple(self.stop),
+        )
+
+    def policy_loss(self) -> PolicyLoss:
+        """The loss that the recipe names, its token limit filled in. RecipeError: a trap, and traps are not allowed."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrapWarning)  # said below, as an error or not at all
+            loss = parse_loss(self.loss)
+            if "max_length" in loss.needs:
+                loss = PolicyLoss.from_dict(loss.to_dict() | {"max_length": self.max_tokens})
+        if loss.traps and not self.allow_traps:
+            raise RecipeError(
+                f"The loss {loss.name!r} is a known trap: {'; '.join(loss.traps)}. "
+                "Set allow_traps = true to train with it."
+            )
+        return loss
+
+    def as_toml(self) -> dict[str, Any]:
+        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names."""
+        plain = {key: getattr(self, key) for key in type(self).model_fields}
+        if isinstance(self.loss, PolicyLoss):
+            plain["loss"] = {k: "none" if v is None else v for k, v in self.loss.to_dict().items()}
+        for key in ("prompts", "scorer"):
+            plain[key] = _plain(plain[key])
+        return {key: value for key, value in plain.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return f"python: {len(value)} prompts in memory" if len(value) > 8 else [_plain(v) for v in value]
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"python: {getattr(value, '__module__', '')}.{name}"

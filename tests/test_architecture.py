@@ -1,0 +1,91 @@
+"""The folder list is the method: imports run one way, and the heart loads torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lossmith
+
+ROOT = Path(lossmith.__file__).parent
+
+# Each may import only what stands before it (and itself).
+ORDER = ["errors", "losses", "prompts", "rollouts", "policy", "rewards", "training", "report", "api", "cli"]
+
+
+def modules():
+    return sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.name != "__init__.py")
+
+
+def imported(path):
+    """Names of the lossmith parts a file imports, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("lossmith"))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lossmith"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(dotted):
+    pieces = dotted.split(".")
+    return pieces[1] if len(pieces) > 1 else ""
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    mine = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if mine == "data":
+        return
+    assert mine in ORDER, f"{mine} has no place in the order of imports"
+    allowed = set(ORDER[: ORDER.index(mine) + 1]) | {"__version__", ""}
+    wrong = [name for name in imported(path) if part(name) not in allowed]
+    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which stand below it"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_fit(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 500
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            docstring = len((ast.get_docstring(node) or "").splitlines())
+            assert length - docstring <= 60, f"{node.name} has {length - docstring} lines"
+
+
+def fresh(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_heart_loads_torch_and_nothing_more():
+    code = (
+        "import sys, lossmith.losses; "
+        "print([m for m in ('transformers', 'pydantic', 'datasets', 'pyarrow', 'rich', 'cyclopts') if m in sys.modules])"
+    )
+    assert fresh(code) == "[]"
+
+
+def test_public_names_all_exist():
+    missing = [name for name in lossmith.__all__ if not hasattr(lossmith, name)]
+    assert missing == []
+
+
+def test_train_is_the_function_even_after_the_package_is_loaded():
+    assert callable(lossmith.train)
+    import lossmith.training  # noqa: F401
+
+    assert callable(lossmith.train)
+
+
+def test_no_pickle_and_no_remote_code_anywhere():
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(names), path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("torch.load", "torch.save"), f"{path} uses {called}"
+                assert not any(k.arg == "trust_remote_code" for k in node.keywords), path
