@@ -115,6 +115,10 @@ class Signal:
     def groups(self, owner: str) -> Groups:
         return Groups.of(self.per_sequence, self.batch.require("group", owner), self.live)
 
+    def everyone(self) -> Groups:
+        """The whole batch as one group."""
+        return Groups.of(self.per_sequence, torch.zeros_like(self.live, dtype=torch.int64), self.live)
+
     def values(self, owner: str) -> Tensor:
         """The critic's values at the start of the update, [N, T]."""
         old = self.batch.old_value if self.batch.old_value is not None else self.batch.require("value", owner)
@@ -163,8 +167,9 @@ class BatchMean(Estimator):
     coupling: ClassVar[str] = "batch"
 
     def sequence(self, signal: Signal) -> Tensor:
-        live = signal.live.to(signal.reward.dtype)
-        return signal.per_sequence - (signal.per_sequence * live).sum() / live.sum().clamp(min=1)
+        everyone = signal.everyone()
+        centred = everyone.reward - everyone.mean
+        return torch.where(everyone.constant, torch.zeros_like(centred), centred)
 
     def formula(self) -> tuple[str, str]:
         return "R − mean_batch(R)", r"R - \bar R_{\mathrm{batch}}"
@@ -385,9 +390,7 @@ class BatchStd(_Std):
     eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
 
     def std(self, signal: Signal) -> Tensor:
-        reward = signal.per_sequence
-        one_group = torch.zeros(len(reward), dtype=torch.int64, device=reward.device)
-        return Groups.of(reward, one_group, signal.live).std()
+        return signal.everyone().std()
 
 
 @dataclass(frozen=True)
@@ -412,15 +415,15 @@ class LooStd(_Std):
 
 @dataclass(frozen=True)
 class Whiten(Scale):
-    """(A - mean) / sqrt(var + 1e-8) over all valid tokens, unbiased; fewer than two valid tokens give zeros."""
+    """(A - mean) / sqrt(var + 1e-8) over all valid tokens, unbiased; fewer than two of them, or equal ones, give 0."""
 
     option: ClassVar[str] = "whiten"
     coupling: ClassVar[str] = "batch"
 
     def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
         mask = signal.batch.valid
-        count = mask.sum()
-        if count < 2:
+        valid, count = advantage[mask], mask.sum()
+        if count < 2 or valid.max() == valid.min():
             return torch.zeros_like(advantage)
         kept = torch.where(mask, advantage, torch.zeros_like(advantage))
         mean = kept.sum() / count

@@ -73,6 +73,7 @@ def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
     fields["advantage_clip"] = _none(fields["advantage_clip"])
     fields |= {name: getattr(loss, name) for name in _ALWAYS}
     fields["shaping"] = _shaping(changes.pop("shaping", None), loss.shaping)
+    _expand_clip(loss.name, changes, fields["trust"])
     owners = [*fields["shaping"], *(v for v in fields.values() if isinstance(v, Piece))]
     _refuse_unowned(loss.name, changes, owners)
     fields["shaping"] = tuple(_set(piece, changes) for piece in fields["shaping"])
@@ -89,6 +90,18 @@ def _chosen(axis: str, known: dict[str, type[Piece]], option: Any, current: Piec
     if option not in known:
         raise LossError(f"{axis} is {option!r}.{nearest(str(option), known)}")
     return _set(known[option](), current.flat() if axis == "ratio_level" else {})
+
+
+def _expand_clip(name: str, changes: dict[str, Any], trust: Any) -> None:
+    """`clip=0.1` is short for clip_low=0.1 and clip_high=0.1; it never moves one bound only."""
+    if "clip" not in changes:
+        return
+    bounds, value = ("clip_low", "clip_high"), changes.pop("clip")
+    if not isinstance(trust, Piece) or not set(bounds) <= set(type(trust).flat_names()):
+        raise LossError(f"clip has no effect on {name}: it sets clip_low and clip_high, which belong to trust='clip'.")
+    if any(bound in changes for bound in bounds):
+        raise LossError("clip sets both clip_low and clip_high: give either clip or the two bounds.")
+    changes |= dict.fromkeys(bounds, value)
 
 
 def _shaping(names: Any, current: tuple) -> tuple:
@@ -119,7 +132,9 @@ def _refuse_unowned(name: str, changes: Mapping[str, Any], owners: list[Piece]) 
         homes = _homes(flat)
         if homes:
             raise LossError(f"{flat} has no effect on {name}: it belongs to {' or '.join(homes)}.")
-        raise LossError(f"{name} has no parameter {flat!r}.{nearest(flat, [*owned, *AXES, *_PLAIN, 'shaping'])}")
+        raise LossError(
+            f"{name} has no parameter {flat!r}.{nearest(flat, [*owned, *AXES, *_PLAIN, 'shaping', 'clip'])}"
+        )
 
 
 def _homes(flat: str) -> list[str]:
@@ -144,6 +159,7 @@ def all_parameters() -> dict[str, str]:
     """{flat name: one-line meaning} of every axis, choice and parameter there is."""
     docs = {axis: f"one of {', '.join(known)}" for axis, (_, known) in AXES.items()}
     docs["shaping"] = f"a list of {', '.join(SHAPING)}, applied in that order"
+    docs["clip"] = "short for clip_low and clip_high at once"
     docs["advantage_clip"] = "symmetric bound on the advantage; none if not given"
     docs["truncated"] = "what becomes of completions cut by the token budget: keep, mask or zero"
     docs["group_filter"] = "none, or zero_variance: leave out groups whose rewards are all equal"

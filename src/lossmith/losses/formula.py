@@ -52,7 +52,7 @@ def _extra(loss: PolicyLoss, i: int) -> list[str]:
 def _where(loss: PolicyLoss, i: int) -> list[str]:
     """The definitions below the equation."""
     lines = []
-    if loss.trust.uses_ratio or loss.kl.ratio_weight:
+    if loss.trust.uses_ratio or (loss.kl.active and loss.kl.ratio_weight):
         lines.append("r = " + loss.ratio.formula()[i])
     lines.append(_advantage(loss, i))
     reward = _reward(loss, i)

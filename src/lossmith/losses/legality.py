@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lossmith.errors import LossError, nearest
-from lossmith.losses.advantage import Critic, NoScale, Whiten
-from lossmith.losses.ratio import TokenRatio
+from lossmith.losses.advantage import Critic, Estimator, NoScale, Scale, Whiten
+from lossmith.losses.aggregate import Aggregate
+from lossmith.losses.correction import Mismatch
+from lossmith.losses.kl import KL
+from lossmith.losses.ratio import Ratio, TokenRatio
+from lossmith.losses.trust import Trust
+from lossmith.losses.value import ValueLoss
 
 if TYPE_CHECKING:
     from lossmith.losses.policy_loss import PolicyLoss
@@ -15,10 +20,23 @@ __all__ = ["check_legal"]
 
 TRUNCATED = ("keep", "mask", "zero")
 GROUP_FILTERS = ("none", "zero_variance")
+KINDS = {
+    "advantage": Estimator,
+    "scale": Scale,
+    "ratio": Ratio,
+    "trust": Trust,
+    "mismatch": Mismatch,
+    "kl": KL,
+    "value": ValueLoss,
+    "aggregate": Aggregate,
+}
 
 
 def check_legal(loss: PolicyLoss) -> None:
     """Raise LossError with the reason if the composition is meaningless."""
+    for axis, kind in KINDS.items():
+        if not isinstance(getattr(loss, axis), kind):
+            raise LossError(f"{axis} must be a {kind.__name__}, not {getattr(loss, axis)!r}.")
     _check_choice("truncated", loss.truncated, TRUNCATED)
     _check_choice("group_filter", loss.group_filter, GROUP_FILTERS)
     for name, bound in (("advantage_clip", loss.advantage_clip), ("entropy_coef", loss.entropy_coef)):
@@ -41,7 +59,8 @@ def _illegal(loss: PolicyLoss) -> list[str]:
             f"advantage='{advantage.option}' differs between tokens, but ratio_level='{ratio.option}' has one number a "
             "completion; use ratio_level='sequence_token' or 'token'"
         )
-    if not trust.uses_ratio and not loss.kl.ratio_weight and ratio != TokenRatio():
+    by_ratio = trust.uses_ratio or (loss.kl.active and loss.kl.ratio_weight)
+    if not by_ratio and ratio != TokenRatio():
         reasons.append(
             f"trust='{trust.option}' does not use a ratio, so ratio_level='{ratio.option}' with "
             f"denominator='{ratio.denominator}' would have no effect"

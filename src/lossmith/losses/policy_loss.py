@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lossmith.errors import LossError, TrapWarning
 from lossmith.losses.advantage import BatchMean, Estimator, NoScale, Scale, Signal
-from lossmith.losses.aggregate import Aggregate, TokenMean
+from lossmith.losses.aggregate import Aggregate, PromptMean, TokenMean
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.correction import Mismatch, NoMismatch
 from lossmith.losses.kl import KL, kl_estimate, kl_slope
@@ -118,7 +118,7 @@ class PolicyLoss:
     @property
     def uses_old(self) -> bool:
         """Whether old log-probabilities change anything (they do once a step makes several updates)."""
-        ratio = self.trust.uses_ratio and self.ratio.denominator == "old"
+        ratio = self._needs_ratio and self.ratio.denominator == "old"
         in_reward = self.kl.active and self.kl.place == "reward"
         return ratio or in_reward or not isinstance(self.mismatch, NoMismatch)
 
@@ -126,6 +126,8 @@ class PolicyLoss:
     def coupling(self) -> str:
         """How far credit couples rows: token, sequence, group or batch. The objective half never couples rows."""
         levels = [self.advantage.coupling, self.scale.coupling, "sequence" if self.ratio.per_sequence else "token"]
+        if self.group_filter != "none" or isinstance(self.aggregate, PromptMean):
+            levels.append("group")
         return max(levels, key=_COUPLING.index)
 
     def replace(self, **changes: Any) -> PolicyLoss:
@@ -184,6 +186,8 @@ class PolicyLoss:
         reward = batch.require("reward", self.name)
         for shaping in self.shaping:
             reward = shaping(reward, batch)
+            if reward.ndim == 2:  # a shift would put a reward on padding
+                reward = _valid(reward, batch)
         if self.truncated == "zero":
             cut = batch.require("truncated", "truncated='zero'")
             reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
@@ -255,7 +259,7 @@ class PolicyLoss:
 
     @property
     def _needs_ratio(self) -> bool:
-        return self.trust.uses_ratio or self.kl.ratio_weight
+        return self.trust.uses_ratio or (self.kl.active and self.kl.ratio_weight)
 
     def _row_advantage(self, batch: Batch, credit: Credit) -> Tensor:
         """A as the trust region sees it: one number a completion where the ratio is one."""

@@ -88,7 +88,7 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def add_value_head(self) -> None:
-        """A critic: one linear layer on the last hidden states, detached so that it does not disturb the policy."""
+        """A critic: a linear layer on the last hidden states, detached so that it does not disturb the policy."""
         hidden = self.model.get_output_embeddings().weight.shape[1]
         head = nn.Linear(hidden, 1, device=self.device, dtype=next(self.model.parameters()).dtype)
         nn.init.zeros_(head.weight)
@@ -114,7 +114,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V], float32 or wider, from last hidden states [..., H], as the model's own forward makes them."""
+        """Logits [..., V], float32 or wider, from last hidden states [..., H], as the model itself makes them."""
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         config = self.model.config.get_text_config()
@@ -145,7 +145,8 @@ def load_policy(
     except (OSError, ValueError, KeyError) as error:
         raise PolicyError(f"cannot load the model {str(model)!r}: {error}") from None
     where = torch.device(_best_device() if device == "auto" else device)
-    network = network.to(where).eval().requires_grad_(trainable)
+    network.to(device=where)
+    network = network.eval().requires_grad_(trainable)
     policy = Policy(network, tokenizer, _compute_dtype(compute_dtype, where))
     _check_head(policy)
     return policy
@@ -181,7 +182,7 @@ def _best_device() -> str:
 
 
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the machine multiplies it faster than float32: recent GPUs, and CPUs with an instruction for it."""
+    """bfloat16 where the machine multiplies it faster than float32: recent GPUs, CPUs with an instruction for it."""
     if name != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         if name not in known:

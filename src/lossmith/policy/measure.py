@@ -1,4 +1,4 @@
-"""The measure: of which distribution a log-probability is the logarithm. One function, for sampler and learner alike."""
+"""The measure: of which distribution a log-probability is the logarithm. One function for sampler and learner."""
 
 from __future__ import annotations
 

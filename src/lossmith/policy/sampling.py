@@ -82,8 +82,8 @@ def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tupl
     ids = policy.encode(prompt)
     if len(ids) + settings.max_tokens > policy.context_length:
         raise PolicyError(
-            f"{prompt.source}: the prompt's {len(ids)} tokens and max_tokens = {settings.max_tokens} exceed the model's "
-            f"context of {policy.context_length}."
+            f"{prompt.source}: the prompt's {len(ids)} tokens and max_tokens = {settings.max_tokens} exceed the "
+            f"model's context of {policy.context_length}."
         )
     return ids
 

@@ -38,9 +38,8 @@ def memory_estimate(policy: Policy, recipe: Recipe, reference: bool) -> str:
     """Weights, gradients and optimiser exactly; activations of one micro-batch by a rule of thumb."""
     weights = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.parameters())
-    config = policy.model.config
-    hidden = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
-    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", 0)
+    config = policy.model.config.get_text_config()
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     fixed = 4 * (weights * (2 if reference else 1) + 3 * trained)
     # A transformer layer keeps about 34 hidden-size numbers a token for its backward pass, in the compute type.
     per_number = 2 if recipe.dtype != "float32" and str(policy.compute_dtype).endswith("bfloat16") else 4

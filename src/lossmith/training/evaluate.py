@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lossmith.policy import Policy, sample
-from lossmith.prompts import Prompt
+from lossmith.prompts import PromptSet
 from lossmith.rewards import Scorer, score_rollouts
 from lossmith.rollouts import Rollout
 from lossmith.training.recipe import Recipe
@@ -56,9 +56,9 @@ class Evaluation:
         return statistics.fmean(not r.truncated for r in self.rollouts)
 
 
-def evaluate(policy: Policy, prompts: Sequence[Prompt], scorer: Scorer, recipe: Recipe) -> Evaluation:
+def evaluate(policy: Policy, prompts: PromptSet, scorer: Scorer, recipe: Recipe) -> Evaluation:
     """One completion of each prompt, scored. Random numbers depend on the recipe's seed and the prompt alone."""
-    rollouts = sample(policy, prompts, 1, recipe.sampling, seed=recipe.seed, step=EVALUATION_STEP)
+    rollouts = sample(policy, list(prompts), 1, recipe.sampling, seed=recipe.seed, step=EVALUATION_STEP)
     return Evaluation(score_rollouts(scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout))
 
 

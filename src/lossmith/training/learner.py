@@ -56,8 +56,8 @@ class Learner:
             )
         batch = self.formulate(scored)
         credit = self.loss.credit(batch)
-        metrics, taken = {}, 0
-        skipped = 0
+        metrics: dict[str, float] = {}
+        taken = skipped = 0
         for rows in self._parts(batch, step):
             part, share = batch.rows(rows), credit.rows(rows)
             if len(rows) < len(scored):

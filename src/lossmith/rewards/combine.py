@@ -1,0 +1,83 @@
+"""Several scorers as one: a weighted sum."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+from lossmith.errors import ScorerError
+from lossmith.rewards.scorer import Scorer, ask, close_scorer
+from lossmith.rollouts import Rollout, Score
+
+__all__ = ["WeightedSum"]
+
+
+class WeightedSum:
+    """r(x, y) = Σ_k w_k r_k(x, y).
+
+    The book's eq. 4.72 divides by the number of scorers K as well, which only rescales the reward.
+
+    `standardise=True` first centres each member and divides it by its standard deviation (n - 1) over the valid
+    scores of the batch, so that no member counts for more because its numbers are larger; a constant member counts
+    0. The sum then compares completions of one batch, and does not compare batches.
+
+    A completion on which any member errs is an error; otherwise, where any abstains, an abstention. `Score.parts`
+    holds each member's score as the member gave it. One time limit covers all members.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float] | None = None, standardise: bool = False):
+        weights = [1.0] * len(scorers) if weights is None else list(weights)
+        if not scorers:
+            raise ScorerError("a combined score needs at least one scorer.")
+        if len(weights) != len(scorers):
+            raise ScorerError(f"{len(scorers)} scorers and {len(weights)} weights; give one weight per scorer.")
+        if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
+            raise ScorerError(f"weights are finite numbers, not {weights}.")
+        self.scorers = list(scorers)
+        self.weights = [float(weight) for weight in weights]
+        self.standardise = standardise
+        self.members = _distinct([scorer.name for scorer in scorers])
+        self.name = " + ".join(f"{w:g} {name}" for w, name in zip(self.weights, self.members, strict=True))
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return self.score_within(rollouts, None)
+
+    def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
+        end = None if timeout is None else time.monotonic() + timeout
+        columns: list[list[Score]] = []
+        for scorer in self.scorers:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            columns.append(ask(scorer, rollouts, left))
+        scaled = [_standardise(column) if self.standardise else [s.value for s in column] for column in columns]
+        by_completion = zip(zip(*columns, strict=True), zip(*scaled, strict=True), strict=True)
+        return [self._combine(scores, values) for scores, values in by_completion]
+
+    def close(self) -> None:
+        """Close every member."""
+        for scorer in self.scorers:
+            close_scorer(scorer)
+
+    def _combine(self, scores: tuple[Score, ...], values: tuple[float | None, ...]) -> Score:
+        """One completion: each member's score, and the value that goes into the sum."""
+        parts = {name: s.value for name, s in zip(self.members, scores, strict=True) if s.value is not None}
+        errors = [f"{s.error} [{name}]" for name, s in zip(self.members, scores, strict=True) if s.error is not None]
+        if errors:
+            return Score(error=errors[0], parts=parts)
+        if any(score.abstained for score in scores):
+            return Score(abstained=True, parts=parts)
+        return Score(value=sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None), parts=parts)
+
+
+def _standardise(column: Sequence[Score]) -> list[float | None]:
+    """(r - mean) / std over the valid scores, None elsewhere; all 0 where they do not vary."""
+    valid = [score.value for score in column if score.value is not None]
+    mean = statistics.fmean(valid) if valid else 0.0
+    spread = statistics.stdev(valid) if len(valid) > 1 else 0.0  # exact arithmetic: 0.0 for a constant
+    return [None if s.value is None else (s.value - mean) / spread if spread else 0.0 for s in column]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with "#2", "#3" after repeats."""
+    return [name if name not in names[:i] else f"{name}#{names[: i + 1].count(name)}" for i, name in enumerate(names)]

@@ -1,0 +1,134 @@
+"""The parent's handle on a worker: start it, ask it with a wall clock, kill it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import IO, Any
+
+from lossmith.errors import ScorerError, nearest
+from lossmith.rewards.function import Batch, Signature, Verdict
+from lossmith.rewards.worker import read_frame, write_frame
+
+__all__ = ["Worker"]
+
+STARTUP_SECONDS = 180.0  # a scorer that imports torch on a busy machine is slow, not broken
+
+
+class Worker:
+    """One child process that holds one scoring function, `"file.py:name"` or `"module:name"`.
+
+    It has the parent's folder, sys.path and environment. It lives from batch to batch, is killed with everything it
+    started when a batch takes too long, starts again at the next batch, and never outlives its parent.
+    """
+
+    def __init__(self, path: str, startup: float = STARTUP_SECONDS) -> None:
+        self.path = path
+        self.startup = startup
+        self._process: subprocess.Popen[bytes] | None = None
+        self._replies: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._end: weakref.finalize[..., Any] | None = None
+
+    def start(self) -> Signature:
+        """Start the process and load the function. ScorerError where it does not load, or not in time."""
+        self.stop()
+        process = subprocess.Popen(
+            # -P: this file's folder stays off the child's path, where http.py would hide the library's http
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=os.name == "posix",  # Ctrl-C is the parent's to handle; and the group can be killed
+        )
+        self._process = process
+        self._replies = queue.SimpleQueue()
+        self._end = weakref.finalize(self, _kill, process)  # also runs when the interpreter exits
+        threading.Thread(target=_listen, args=(process.stdout, self._replies), daemon=True).start()
+        try:
+            answer = self._exchange({"path": self.path, "sys_path": list(sys.path)}, self.startup)
+        except TimeoutError:
+            raise ScorerError(
+                f"scorer {self.path!r}: importing it took longer than {self.startup:g} s. Move slow work (downloads, "
+                "servers) out of the module's top level."
+            ) from None
+        except EOFError as error:
+            raise ScorerError(f"scorer {self.path!r}: its process died while importing it: {error}.") from None
+        if "failed" in answer:
+            self.stop()
+            hint = nearest(answer["name"], answer["known"]) if answer["known"] else ""
+            raise ScorerError(f"scorer {self.path!r}: {answer['failed']}{hint}")
+        return answer["loaded"]
+
+    def ask(self, batch: Batch, timeout: float | None) -> list[Verdict]:
+        """One verdict per completion, within `timeout` seconds (not counting a restart) or a typed error for all."""
+        if self._process is None:
+            self.start()
+        try:
+            return self._exchange(batch, timeout)["verdicts"]
+        except TimeoutError:
+            error = f"timeout: no answer within {timeout:g} s; the worker was killed"
+        except EOFError as died:
+            error = f"worker died: {died}"
+        return [{"error": error}] * len(batch["completions"])
+
+    def stop(self) -> None:
+        """Kill the process and everything it started. It starts again when asked."""
+        if self._end is not None:
+            self._end()
+        self._process = None
+
+    def _exchange(self, message: Any, timeout: float | None) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None
+        try:
+            with contextlib.suppress(OSError):  # a dead worker: the end of its replies says so below
+                write_frame(process.stdin, pickle.dumps(message))
+            answer = self._replies.get(timeout=timeout)
+        except queue.Empty:
+            self.stop()
+            raise TimeoutError from None
+        except BaseException:  # Ctrl-C, or a column that cannot be pickled: its late answer must never be read
+            self.stop()
+            raise
+        if answer is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)  # it is ending by itself: let it keep its own exit code
+            self.stop()
+            raise EOFError(_ending(process.returncode))
+        return json.loads(answer)
+
+
+def _listen(stream: IO[bytes], replies: queue.SimpleQueue[bytes | None]) -> None:
+    with stream:
+        while (payload := read_frame(stream)) is not None:
+            replies.put(payload)
+    replies.put(None)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and its group, wait for it, and close our end of its input."""
+    with contextlib.suppress(OSError):
+        if os.name == "posix":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(-code).name}"
+    return f"signal {-code}"

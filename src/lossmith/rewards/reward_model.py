@@ -1,0 +1,172 @@
+"""A reward model: a transformers sequence classifier with one output, whose logit is the score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lossmith.errors import ScorerError
+from lossmith.rollouts import Rollout, Score
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RewardModel", "check_reward_model"]
+
+
+class RewardModel:
+    """Scores a completion with the logit that a sequence classifier gives to the whole conversation.
+
+    `path` is a folder or a hub name, with safetensors weights; no code of the model's is ever run. The weights are
+    float32, frozen, and in evaluation mode. Where the tokenizer has a chat template the conversation goes through it;
+    else the text is the prompt followed by the completion.
+
+    `max_length` is in tokens (default: what the model reads); anything longer is an error of kind `too long`, because
+    cutting it would score a different text. `batch_size` is in completions, and changes no score.
+
+    Raises ScorerError where the model does not load, has more than one output, or lacks the weights of its output
+    layer (transformers would fill them at random).
+    """
+
+    def __init__(
+        self, path: str | Path, *, max_length: int | None = None, batch_size: int = 16, device: str | None = None
+    ) -> None:
+        import torch
+
+        check_reward_model(path)
+        self.name = Path(str(path)).name
+        self.batch_size = batch_size
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer, model = _load(str(path))
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.max_length = max_length or _reads(self.tokenizer, model)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return self.score_within(rollouts, None)
+
+    def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
+        """As `score`; completions not reached when `timeout` seconds are over get an error of kind `timeout`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        scores: list[Score] = []
+        for start in range(0, len(rollouts), self.batch_size):
+            if end is not None and time.monotonic() > end:
+                late = Score(error=f"timeout: not reached within {timeout:g} s")
+                return scores + [late] * (len(rollouts) - len(scores))
+            scores += self._score_batch([self.encode(r) for r in rollouts[start : start + self.batch_size]])
+        return scores
+
+    def encode(self, rollout: Rollout) -> list[int]:
+        """The token ids [T] that are scored."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return self.tokenizer(rollout.prompt.text + rollout.completion)["input_ids"]
+        messages = [dict(message) for message in rollout.prompt.messages]
+        begun = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
+        messages.append({"role": "assistant", "content": begun + rollout.completion})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+
+    def _score_batch(self, rows: list[list[int]]) -> list[Score]:
+        readable = [row for row in rows if 0 < len(row) <= self.max_length]
+        logits = iter(self._logits(readable).tolist() if readable else [])
+        return [Score(value=next(logits)) if 0 < len(row) <= self.max_length else self._refuse(row) for row in rows]
+
+    def _refuse(self, row: list[int]) -> Score:
+        if not row:
+            return Score(error="none: the reward model's tokenizer made no tokens of this text")
+        return Score(
+            error=f"too long: {len(row)} tokens, and the reward model {self.name!r} reads {self.max_length}; "
+            "shorten the prompts or the completions, or raise max_length if the model allows it"
+        )
+
+    def _logits(self, rows: list[list[int]]) -> torch.Tensor:
+        """Logits [N] of ragged rows [T_i], each read at the row's own last token."""
+        import torch
+
+        width = max(len(row) for row in rows)
+        filler = self._filler(rows)
+        ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
+        self.model.config.get_text_config().pad_token_id = filler
+        self.model.config.pad_token_id = filler
+        with torch.no_grad():
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()
+
+    def _filler(self, rows: list[list[int]]) -> int:
+        """A token to pad with on the right that no row ends in.
+
+        transformers reads the logit at the rightmost token that is not the padding token, found by its id. With
+        pad == eos that is the token *before* a final eos. A filler that no row ends in makes it the true last one.
+        """
+        last = {row[-1] for row in rows}
+        own = self.tokenizer.pad_token_id
+        candidates = ([own] if own is not None else []) + list(range(len(last) + 1))
+        return next(token for token in candidates if token not in last)
+
+
+def check_reward_model(path: str | Path) -> None:
+    """What can be known of a reward model without loading its weights; ScorerError where it cannot work.
+
+    A hub name is not looked up: nothing here uses the network.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise ScorerError(f"reward model {str(path)!r}: the folder has no config.json, so it is not a saved model.")
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        cause = "its weights are pickles, which can run code when read" if pickled else "it has no weights"
+        raise ScorerError(
+            f"reward model {str(path)!r}: {cause}. Save it with save_pretrained, which writes *.safetensors."
+        )
+    _check_outputs(str(path))
+
+
+def _check_outputs(path: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        outputs = AutoConfig.from_pretrained(path, trust_remote_code=False).num_labels
+    except (OSError, ValueError) as error:
+        where = "" if Path(path).is_dir() else f" (there is no such folder in {Path.cwd()}, so the hub was asked)"
+        raise ScorerError(f"reward model {path!r} cannot be read{where}: {error}") from error
+    if outputs != 1:
+        raise ScorerError(
+            f"reward model {path!r} has {outputs} outputs and a scorer has 1. Train it with num_labels=1; a classifier "
+            "can be used through a function that says which of its outputs is the reward."
+        )
+
+
+def _load(path: str) -> tuple[Any, Any]:
+    """(tokenizer, model) of a checked path."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if not Path(path).is_dir():
+        _check_outputs(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ScorerError(f"reward model {path!r} cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ScorerError(
+            f"reward model {path!r} has no weights for {', '.join(missing[:3])}; they would be random. "
+            "It is probably not a reward model: save one that was trained with a one-output head."
+        )
+    return tokenizer, model
+
+
+def _reads(tokenizer: Any, model: Any) -> int:
+    """The most tokens the model reads, as far as it says."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    return int(min(positions, tokenizer.model_max_length))

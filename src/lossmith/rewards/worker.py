@@ -1,0 +1,111 @@
+"""The child process that holds one scoring function. It is run as a script, by `process.Worker`, and by nobody else.
+
+It imports the standard library and its neighbour `function.py`, never the package: a worker must start quickly and
+must not run the caller's own script again, which is what multiprocessing's "spawn" does to a script without a
+`__main__` guard.
+
+Over the pipe: pickles go in (the parent is trusted), JSON comes out (a scorer's process need not be).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import pickle
+import queue
+import signal
+import struct
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+__all__ = ["read_frame", "write_frame"]
+
+_LENGTH = struct.Struct(">Q")
+
+
+def write_frame(stream: IO[bytes], payload: bytes) -> None:
+    """Write one message: its length (8 bytes), then itself."""
+    stream.write(_LENGTH.pack(len(payload)) + payload)
+    stream.flush()
+
+
+def read_frame(stream: IO[bytes]) -> bytes | None:
+    """Read one message, or None at the end of the stream."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    payload = stream.read(length)
+    return payload if len(payload) == length else None
+
+
+def serve() -> None:
+    """Load the function named by the first message, then answer every further message, a batch, with verdicts."""
+    requests, replies = _take_over_pipes()
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
+
+    def reply(message: Any) -> None:
+        write_frame(replies, json.dumps(message).encode())
+
+    first = pickle.loads(inbox.get())
+    sys.path[:] = first["sys_path"]
+    function = _neighbour("function")
+    try:
+        caller = function.Caller(function.find_function(first["path"]))
+    except function.LoadFailure as failure:
+        reply({"failed": str(failure), "name": failure.name, "known": failure.known})
+        return
+    reply({"loaded": caller.signature})
+    while True:
+        reply({"verdicts": caller(pickle.loads(inbox.get()))})
+
+
+def _take_over_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Keep stdin and stdout for the protocol alone; what the function prints goes to stderr, where it can be read."""
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def _listen(requests: IO[bytes], inbox: queue.SimpleQueue[bytes]) -> None:
+    """Pass messages on. The end of the stream means that the parent has gone: then go too, even in mid-batch."""
+    while (payload := read_frame(requests)) is not None:
+        inbox.put(payload)
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # the function may have started processes of its own
+        with contextlib.suppress(OSError):
+            os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(0)
+
+
+def _neighbour(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_lossmith_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Serve, then leave at once: a normal exit would wait for the thread that is reading from the parent."""
+    try:
+        serve()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

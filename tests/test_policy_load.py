@@ -1,0 +1,107 @@
+"""Loading, saving and copying a policy."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lossmith.errors import PolicyError
+from lossmith.policy import SamplingSettings, check_model, embedded_model, load_policy, sample
+from lossmith.prompts import load_prompts
+
+
+def test_a_saved_policy_loads_with_plain_transformers(tmp_path):
+    policy = tiny.loaded()
+    policy.save(tmp_path / "policy")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(again(input_ids=ids).logits, policy.model(input_ids=ids).logits, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template == tiny.TEMPLATE
+    assert again.dtype == torch.float32
+
+
+def test_a_frozen_copy_stays_when_the_policy_moves():
+    policy = tiny.loaded()
+    reference, before = policy.frozen(), policy.checksum()
+    assert reference.checksum() == before
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    with torch.no_grad():
+        policy.parameters()[0].add_(1)
+    assert reference.checksum() == before != policy.checksum()
+
+
+def test_dropout_is_off_so_that_the_ratio_is_one():
+    policy = load_policy(tiny.folder("gpt2"), compute_dtype="float32", device="cpu")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(policy.model(input_ids=ids).logits, policy.model(input_ids=ids).logits)
+    assert policy.model.config.resid_pdrop > 0
+
+
+def test_the_chat_template_is_applied_once():
+    policy = tiny.loaded()
+    chat = load_prompts([{"prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]}, "hi"])
+    decoded = [policy.tokenizer.decode(policy.encode(p)) for p in chat]
+    assert decoded == ["system:be<|end|>user:hi<|end|>assistant:", "user:hi<|end|>assistant:"]
+
+
+def test_chat_prompts_need_a_chat_template():
+    policy = tiny.policy(chat=False)
+    (prompt,) = load_prompts([{"prompt": [{"role": "user", "content": "hi"}]}])
+    with pytest.raises(PolicyError, match="no chat template"):
+        policy.encode(prompt)
+    assert policy.decode(policy.encode(tiny.prompts("plain")[0])) == "plain"
+
+
+def broken(tmp_path, *remove, add=()):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder(), folder)
+    for name in remove:
+        (folder / name).unlink()
+    for name in add:
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("remove", "add", "message"),
+    [
+        (("config.json",), (), "no config.json"),
+        (("model.safetensors",), (), "no weights to load: no \\*.safetensors"),
+        (("model.safetensors",), ("pytorch_model.bin",), "only pickled ones"),
+        (("tokenizer.json", "tokenizer_config.json"), (), "no tokenizer"),
+    ],
+)
+def test_an_incomplete_folder_is_refused_before_weights_are_read(tmp_path, remove, add, message):
+    with pytest.raises(PolicyError, match=message):
+        check_model(broken(tmp_path, *remove, add=add))
+
+
+def test_a_missing_folder_names_its_neighbours(tmp_path):
+    (tmp_path / "smol-model").mkdir()
+    with pytest.raises(PolicyError, match="Did you mean 'smol-model'"):
+        check_model(tmp_path / "smol-mode")
+    check_model("owner/name")  # a hub name is tried when it is loaded
+
+
+def test_a_head_that_is_not_understood_is_refused(tmp_path):
+    """Logits scaled in a way the configuration does not say must not go unnoticed."""
+    folder = broken(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5}))
+    with pytest.raises(PolicyError, match="head applied to its hidden states differs"):
+        load_policy(folder, compute_dtype="float32")
+
+
+@pytest.mark.slow
+def test_the_embedded_model_chats_sensibly():
+    policy = load_policy("default")
+    assert (embedded_model() / "model.safetensors").stat().st_size > 400_000_000
+    prompts = list(load_prompts(["What is the capital of France?", "Explain the water cycle to a 10-year-old."]))
+    settings = SamplingSettings(temperature=0, max_tokens=60)
+    answers = [r.completion for r in sample(policy, prompts, 1, settings, seed=0, step=0)]
+    assert "Paris" in answers[0]
+    assert "water" in answers[1] and not answers[1].startswith(" ")
+    assert policy.decode(policy.encode(prompts[0])).count("You are a helpful AI assistant") == 1
