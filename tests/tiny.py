@@ -91,7 +91,7 @@ def prompts(*texts):
     return list(load_prompts(list(texts or ("Why?", "A longer question, with more bytes in it", "hm"))))
 
 
-def rollouts(*, prompt_count=3, samples=3, seed=0, dtype=torch.float64):
+def rollouts(*, prompt_count=3, samples=3, seed=0, dtype=torch.float64, measure=None):
     """Random completions of ragged lengths, groups of unequal prompts; log-probabilities are made up."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -101,7 +101,7 @@ def rollouts(*, prompt_count=3, samples=3, seed=0, dtype=torch.float64):
             length = int(torch.randint(1, 9, (), generator=generator))
             ids = tuple(torch.randint(0, 256, (length - 1,), generator=generator).tolist())
             ids += (256,) if k % 2 == 0 else (7,)
-            logp = LogProbs(-torch.rand(length, generator=generator, dtype=dtype) - 0.5, Measure(0))
+            logp = LogProbs(-torch.rand(length, generator=generator, dtype=dtype) - 0.5, measure or Measure(0))
             reason = "eos" if k % 2 == 0 else "length"
             made.append(Rollout(prompt, k, prompt_ids, ids, "text", logp, reason))
     return made

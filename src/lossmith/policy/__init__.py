@@ -1,12 +1,14 @@
 """The policy: loading, sampling, log-probabilities."""
 
 from lossmith.policy.embedded import embedded_model
+from lossmith.policy.forward import Layout
 from lossmith.policy.load import Policy, check_model, load_policy
 from lossmith.policy.log_probs import TokenOutputs, measure_of, token_outputs
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.policy.sampling import sample
 
 __all__ = [
+    "Layout",
     "Policy",
     "SamplingSettings",
     "TokenOutputs",

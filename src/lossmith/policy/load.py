@@ -135,7 +135,9 @@ def load_policy(
     """
     check_model(model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar for half a second of loading hides what the run itself has to say
     place = str(embedded_model() if str(model) == "default" else model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)

@@ -21,7 +21,7 @@ class RewardModel:
 
     `path` is a folder or a hub name, with safetensors weights; no code of the model's is ever run. The weights are
     float32, frozen, and in evaluation mode. Where the tokenizer has a chat template the conversation goes through it;
-    else the text is the prompt followed by the completion.
+    else the text is the prompt (its messages, a line each) followed directly by the completion.
 
     `max_length` is in tokens (default: what the model reads); anything longer is an error of kind `too long`, because
     cutting it would score a different text. `batch_size` is in completions, and changes no score.
@@ -60,7 +60,8 @@ class RewardModel:
     def encode(self, rollout: Rollout) -> list[int]:
         """The token ids [T] that are scored."""
         if not getattr(self.tokenizer, "chat_template", None):
-            return self.tokenizer(rollout.prompt.text + rollout.completion)["input_ids"]
+            said = "\n".join(message["content"] for message in rollout.prompt.messages)
+            return self.tokenizer(said + rollout.completion)["input_ids"]
         messages = [dict(message) for message in rollout.prompt.messages]
         begun = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
         messages.append({"role": "assistant", "content": begun + rollout.completion})

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lossmith.errors import RunError
 from lossmith.losses import Batch, Credit, PolicyLoss, adapt_coefficient
-from lossmith.policy import Policy, SamplingSettings, TokenOutputs, token_outputs
-from lossmith.rollouts import Rollout, pad_rows
+from lossmith.policy import Layout, Policy, TokenOutputs, measure_of, token_outputs
+from lossmith.rollouts import LogProbs, Rollout, pad_rows
 from lossmith.training.recipe import Recipe
 
 __all__ = ["Learner", "Update"]
@@ -45,6 +45,7 @@ class Learner:
         self.policy, self.loss, self.recipe = policy, loss, recipe
         self.reference = policy.frozen() if loss.needs & {"ref_logp", "full_kl"} else None
         self.optimizer = _optimizer(policy, recipe)
+        self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
         self._bad_in_a_row = 0
 
     def update(self, rollouts: Sequence[Rollout], step: int) -> Update:
@@ -93,17 +94,24 @@ class Learner:
                 fields["old_value"] = fields["value"] = now.value
         if self.reference is not None and "ref_logp" in loss.needs:
             fields["ref_logp"] = self._outputs(self.reference, rollouts, frozenset()).logp
+        self._check_measure(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
         names = {key: i for i, key in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
-        device = self.policy.device
+        device, dtype = self.policy.device, self.policy.parameters()[0].dtype
         return Batch(
             mask=mask.to(device),
             behavior_logp=behavior.to(device),
-            reward=torch.tensor([r.score.value for r in rollouts if r.score], dtype=torch.float32, device=device),
+            reward=torch.tensor([r.score.value for r in rollouts if r.score], dtype=dtype, device=device),
             group=torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             truncated=torch.tensor([r.truncated for r in rollouts], device=device),
             **fields,
         )
+
+    def _check_measure(self, rollouts: Sequence[Rollout]) -> None:
+        """The stored log-probabilities must be of the distribution that the learner measures."""
+        ours = LogProbs(torch.zeros(1), measure_of(self.policy, self.recipe.sampling))
+        for measure in {r.behavior_logp.measure for r in rollouts}:
+            ours - LogProbs(torch.zeros(1), measure)  # noqa: B018  (refused where they differ)
 
     def _outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
@@ -112,7 +120,9 @@ class Learner:
         value = torch.zeros(len(rollouts), width, device=policy.device) if "value" in want else None
         mask = torch.zeros(len(rollouts), width, dtype=torch.bool, device=policy.device)
         for rows in self.micro_batches(rollouts):
-            out = token_outputs(policy, [rollouts[i] for i in rows], self.sampling, want=want)
+            out = token_outputs(
+                policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
+            )
             t = out.logp.shape[1]
             logp, mask = logp.to(out.logp.dtype), mask
             logp[rows, :t], mask[rows, :t] = out.logp, out.mask
@@ -120,10 +130,6 @@ class Learner:
                 value = value.to(out.value.dtype)
                 value[rows, :t] = out.value
         return TokenOutputs(logp=logp, mask=mask, measure=out.measure, value=value)
-
-    @property
-    def sampling(self) -> SamplingSettings:
-        return self.recipe.sampling
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
@@ -135,7 +141,12 @@ class Learner:
         for rows in self.micro_batches(rollouts):
             with torch.enable_grad():
                 out = token_outputs(
-                    self.policy, [rollouts[i] for i in rows], self.sampling, want=want, reference=reference
+                    self.policy,
+                    [rollouts[i] for i in rows],
+                    self.recipe.sampling,
+                    layout=self.layout,
+                    want=want,
+                    reference=reference,
                 )
                 width = batch.valid.shape[1]
                 graded = {name: getattr(out, name) for name in ("logp", *want)}
@@ -143,7 +154,8 @@ class Learner:
                 result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
                 if result.loss.requires_grad:
                     result.loss.backward()
-            found = {"loss": float(result.loss)} | {f"loss_{k}": float(v) for k, v in result.terms.items()}
+            found = {"loss": float(result.loss.detach())}
+            found |= {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
             found |= result.metrics | _mismatch(graded["logp"], batch.rows(rows), credit.rows(rows))
             metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
         return metrics

@@ -1,0 +1,304 @@
+"""The learner through a real model: exact gradients in every form, identities at step 0, nothing moved that should not."""
+
+import copy
+import dataclasses
+import itertools
+import warnings
+
+import pytest
+import tiny
+import torch
+
+from lossmith.errors import PolicyError, RunError, TrapWarning
+from lossmith.losses import CATALOGUE, Batch, parse_loss
+from lossmith.policy import sample
+from lossmith.rollouts import LogProbs, Measure, Score
+from lossmith.training import Learner, Recipe
+
+NAMES = sorted(CATALOGUE)
+MEASURE = Measure(0, temperature=0.8, dtype="float64")
+VARIANTS = [
+    "grpo(kl_estimator='full')",
+    "grpo(entropy_coef=0.1)",
+    "dapo(truncated='mask', max_length=9, buffer=4)",
+    "grpo(kl_ratio_weight=True)",
+    "ppo(value_clip=0.2, dual_clip=3.0)",
+    "reinforce(mismatch='tis', advantage='loo')",
+]
+
+
+def quiet_loss(spec, **changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)
+        loss = parse_loss(spec)
+        return type(loss).from_dict(loss.to_dict() | {"max_length": 9}) if "max_length" in loss.needs else loss
+
+
+def recipe(**fields):
+    return Recipe.make(**dict(temperature=0.8, max_tokens=9, learning_rate=1e-3, allow_traps=True) | fields)
+
+
+def scored(rollouts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(len(rollouts), generator=generator).tolist()
+    return [dataclasses.replace(r, score=Score(value=v)) for r, v in zip(rollouts, values, strict=True)]
+
+
+def learner(spec, dtype=torch.float64, seed=0, **fields):
+    policy = tiny.policy(tiny.llama(seed=seed), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)
+        made = Learner(policy, quiet_loss(spec), recipe(**fields))
+    if policy.value_head is not None:
+        torch.nn.init.normal_(policy.value_head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
+    return made
+
+
+def moved(made, amount=0.02):
+    """Take the policy off the old policy, so that ratios differ from 1 and clips bite."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in made.policy.parameters():
+            p.add_(amount * torch.randn(p.shape, dtype=p.dtype, generator=generator))
+
+
+def gradients(made):
+    heads = [] if made.policy.value_head is None else list(made.policy.value_head.parameters())
+    return [p.grad.clone() for p in [*made.policy.parameters(), *heads] if p.grad is not None]
+
+
+def run(spec, layout="shared", budget=4096, order=None):
+    """(loss, gradients) of one round by the learner, off-policy."""
+    made = learner(spec, micro_batch_tokens=budget, epochs=2)
+    rollouts = scored(tiny.rollouts(measure=MEASURE))
+    rollouts = [rollouts[i] for i in order] if order else rollouts
+    made.layout = layout
+    batch = made.formulate(rollouts)
+    credit = made.loss.credit(batch)
+    moved(made)
+    metrics = made.accumulate(rollouts, batch, credit)
+    return metrics, gradients(made)
+
+
+def plain(spec):
+    """The same by hand: every rollout alone through the model, one loss over the whole batch, one backward pass."""
+    made = learner(spec, epochs=2)
+    rollouts = scored(tiny.rollouts(measure=MEASURE))
+    batch = made.formulate(rollouts)
+    credit = made.loss.credit(batch)
+    moved(made)
+    fields = {name: torch.zeros(batch.valid.shape, dtype=torch.float64) for name in ("logp", "entropy", "full_kl", "value")}
+    for row, r in enumerate(rollouts):
+        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+        at = slice(len(r.prompt_ids) - 1, -1)
+        hidden = made.policy.model.base_model(input_ids=ids).last_hidden_state[0, at]
+        logps = (made.policy.model.lm_head(hidden) / 0.8).log_softmax(-1)
+        span = (row, slice(len(r.completion_ids)))
+        fields["logp"][span] = logps.gather(1, ids[0, len(r.prompt_ids) :, None])[:, 0]
+        fields["entropy"][span] = -(logps.exp() * logps).sum(-1)
+        if made.reference is not None:
+            theirs = (made.reference.model(input_ids=ids).logits[0, at] / 0.8).log_softmax(-1).detach()
+            fields["full_kl"][span] = (logps.exp() * (logps - theirs)).sum(-1)
+        if made.policy.value_head is not None:
+            fields["value"][span] = made.policy.value_head(hidden.detach())[:, 0]
+    wanted = {"logp"} | ({"entropy", "full_kl", "value"} & made.loss.needs)
+    output = made.loss.objective(batch.replace(**{k: v for k, v in fields.items() if k in wanted}), credit)
+    output.loss.backward()
+    return output, gradients(made)
+
+
+@pytest.mark.parametrize("spec", NAMES + VARIANTS)
+def test_loss_and_gradient_are_the_same_in_every_form(spec):
+    """Shared, padded, packed and one-by-one; any split; any order; against a plain evaluation of the whole batch."""
+    expected, wanted = plain(spec)
+    assert any(g.abs().max() > 1e-6 for g in wanted)
+    forms = [("shared", 4096), ("right", 4096), ("left", 4096), ("packed", 4096), ("single", 4096)]
+    forms += [("shared", 1), ("shared", 20), ("packed", 35)]
+    runs = [run(spec, layout, budget) for layout, budget in forms]
+    runs.append(run(spec, order=[4, 8, 1, 0, 6, 3, 7, 2, 5]))
+    for metrics, found in runs:
+        assert abs(metrics["loss"] - float(expected.loss.detach())) < 1e-10
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_metrics_add_up_over_micro_batches():
+    whole, _ = run("grpo(entropy_coef=0.1)")
+    parts, _ = run("grpo(entropy_coef=0.1)", budget=1)
+    assert whole.keys() == parts.keys()
+    for key in whole:
+        assert abs(whole[key] - parts[key]) < 1e-6, key
+
+
+# -- identities on a real round ---------------------------------------------------------------------------------------
+
+
+def sampled(made, n=4):
+    rollouts = sample(made.policy, tiny.prompts(), n, made.recipe.sampling, seed=0, step=0)
+    return scored(rollouts)
+
+
+def test_step_0_identities():
+    """Ratio 1, KL to the reference 0, group advantages that sum to 0, no token clipped; sampler and learner agree."""
+    made = learner("grpo", torch.float32, epochs=2)  # two epochs, so that old log-probabilities are measured
+    rollouts = sampled(made)
+    batch = made.formulate(rollouts)
+    credit = made.loss.credit(batch)
+    metrics = made.accumulate(rollouts, batch, credit)
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["kl_ref"] == pytest.approx(0, abs=1e-9)
+    assert metrics["kl_old"] == pytest.approx(0, abs=1e-9)
+    assert metrics["sampler_gap"] < 1e-5
+    for prompt in {r.prompt.id for r in rollouts}:
+        rows = [i for i, r in enumerate(rollouts) if r.prompt.id == prompt]
+        assert abs(float(credit.advantage[rows, 0].sum())) < 1e-5
+
+
+@pytest.mark.parametrize("spec", [n for n in NAMES if not CATALOGUE[n].demonstration])
+def test_after_one_step_the_trained_moved_and_the_frozen_did_not(spec):
+    made = learner(spec, torch.float32)
+    reference = None if made.reference is None else made.reference.checksum()
+    before = copy.deepcopy(dict(made.policy.model.named_parameters()))
+    head = None if made.policy.value_head is None else made.policy.value_head.weight.clone()
+    update = made.update(sampled(made), 0)
+    after = dict(made.policy.model.named_parameters())
+    changed = [float((after[n] != before[n]).float().mean()) for n in after if n != "model.embed_tokens.weight"]
+    assert min(changed) > 0.5
+    assert made.policy.version == 1 and update.skipped == 0
+    if made.reference is not None:
+        assert made.reference.checksum() == reference
+    if head is not None:
+        assert not torch.equal(head, made.policy.value_head.weight)
+    assert all(r.advantage is not None for r in update.rollouts)
+
+
+def test_rewards_that_are_all_equal_teach_nothing():
+    made = learner("dr_grpo", torch.float32)
+    rollouts = [dataclasses.replace(r, score=Score(value=0.7)) for r in sampled(made)]
+    batch = made.formulate(rollouts)
+    metrics = made.accumulate(rollouts, batch, made.loss.credit(batch))
+    assert metrics["loss"] == 0
+    assert all((g == 0).all() for g in gradients(made))
+    assert made.loss.credit(batch).metrics["constant_groups"] == 3
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_sign_of_the_whole_path(flip):
+    """Reward = share of even token ids. Ten rounds raise it; with the advantages negated they lower it."""
+    made = learner("reinforce(advantage='loo')", torch.float32, learning_rate=3e-3)
+    if flip:
+        negated = lambda batch, credit: dataclasses.replace(credit, advantage=-credit.advantage)  # noqa: E731
+        honest = type(made.loss).credit
+        flipped = lambda batch, normalizer=None: negated(batch, honest(made.loss, batch, normalizer))  # noqa: E731
+        object.__setattr__(made.loss, "credit", flipped)
+
+    def reward(rollouts):
+        return [sum(i % 2 == 0 for i in r.completion_ids) / len(r.completion_ids) for r in rollouts]
+
+    means = []
+    for step in range(10):
+        rollouts = sample(made.policy, tiny.prompts(), 16, made.recipe.sampling, seed=0, step=step)
+        values = reward(rollouts)
+        means.append(sum(values) / len(values))
+        made.update([dataclasses.replace(r, score=Score(value=v)) for r, v in zip(rollouts, values, strict=True)], step)
+    assert (means[-1] < means[0] - 0.1) if flip else (means[-1] > means[0] + 0.1)
+
+
+# -- several updates, dropped rollouts, bad gradients -----------------------------------------------------------------
+
+
+def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch():
+    made = learner("dapo(group_filter='none')", torch.float32, updates_per_step=3, epochs=2)
+    rollouts = sampled(made)
+    batch = made.formulate(rollouts)
+    parts = list(made._parts(batch, 0))
+    assert len(parts) == 6
+    assert sorted(torch.cat(parts[:3]).tolist()) == sorted(torch.cat(parts[3:]).tolist()) == list(range(12))
+    for rows in parts:
+        assert len(set(batch.group[rows].tolist())) == 1  # whole groups
+        weights = made.loss.token_weights(batch.rows(rows))
+        assert float(weights.sum()) == pytest.approx(1, abs=1e-6)
+    update = made.update(rollouts, 0)
+    assert made.policy.version == 6
+    assert update.metrics["ratio"] != 1
+
+
+def test_a_rollout_without_a_score_leaves_no_trace():
+    """Its group's statistics, the gradient and the normaliser are those of a round that never had it."""
+    spec = "grpo"
+    with_hole, without = learner(spec), learner(spec)
+    rollouts = scored(tiny.rollouts(measure=MEASURE))
+    hole = list(rollouts)
+    hole[4] = dataclasses.replace(hole[4], score=Score(error="raised: boom"))
+    first = with_hole.update(hole, 0)
+    second = without.update(rollouts[:4] + rollouts[5:], 0)
+    assert first.dropped == 1 and second.dropped == 0
+    assert first.rollouts[4].advantage is None
+    assert with_hole.policy.checksum() == without.policy.checksum()
+    with pytest.raises(RunError, match="none of 1 completions has a score"):
+        with_hole.update([hole[4]], 1)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_three_stop_the_run():
+    made = learner("reinforce", torch.float32)
+    rollouts = sampled(made)
+    before = made.policy.checksum()
+    hook = made.policy.parameters()[0].register_hook(lambda g: g * float("nan"))
+    for _ in range(2):
+        assert made.update(rollouts, 0).skipped == 1
+    assert made.policy.checksum() == before and made.policy.version == 0
+    with pytest.raises(RunError, match="not finite three times"):
+        made.update(rollouts, 0)
+    hook.remove()
+
+
+def test_a_critic_that_nothing_trains_is_refused():
+    with pytest.raises(RunError, match="value_coef"):
+        learner("ppo(value_coef=0.0)")
+
+
+def test_the_adaptive_coefficient_moves_towards_its_target():
+    made = learner("grpo(beta=0.1, kl_control='adaptive', kl_control_target=0.01, kl_horizon=100.0)", torch.float32)
+    rollouts = sampled(made)
+    moved(made, 0.05)
+    made.update(rollouts, 0)
+    assert made.loss.kl.beta == pytest.approx(0.1 * (1 + 0.2 * 12 / 100))
+
+
+def test_micro_batches_keep_to_the_budget_and_hold_every_row_once():
+    made = learner("grpo", micro_batch_tokens=30)
+    rollouts = tiny.rollouts(measure=MEASURE)
+    batches = list(made.micro_batches(rollouts))
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(rollouts)))
+    for rows in batches:
+        prompts = {rollouts[i].prompt.id: len(rollouts[i].prompt_ids) for i in rows}
+        used = sum(prompts.values()) + sum(len(rollouts[i].completion_ids) for i in rows)
+        assert used <= 30 or len(rows) == 1
+
+
+def test_junk_in_masked_slots_of_a_real_batch_changes_no_gradient():
+    """What pads the stored log-probabilities is invisible all the way to the model's parameters."""
+    for junk, field in itertools.product((float("nan"), float("inf"), 1e30, -200.0), ("old_logp", "ref_logp")):
+        results = []
+        for poison in (False, True):
+            made = learner("grpo", epochs=2)
+            rollouts = scored(tiny.rollouts(measure=MEASURE))
+            batch = made.formulate(rollouts)
+            if poison:
+                value = torch.where(batch.valid, getattr(batch, field), junk)
+                batch = Batch(**{**vars(batch), field: value})
+            made.accumulate(rollouts, batch, made.loss.credit(batch))
+            results.append(gradients(made))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_measure_of_stored_log_probs_is_checked():
+    """Rollouts sampled at another temperature than the learner measures at are refused."""
+    made = learner("grpo", torch.float32)
+    rollouts = sampled(made)
+    other = dataclasses.replace(rollouts[0].behavior_logp.measure, temperature=0.3)
+    wrong = dataclasses.replace(rollouts[0], behavior_logp=LogProbs(rollouts[0].behavior_logp.values, other))
+    with pytest.raises(PolicyError, match="measured under different distributions"):
+        made.update([wrong, *rollouts[1:]], 0)
