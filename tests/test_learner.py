@@ -1,4 +1,4 @@
-"""The learner through a real model: exact gradients in every form, identities at step 0, nothing moved that should not."""
+"""The learner through a real model: exact gradients in every form, identities at step 0, the frozen left alone."""
 
 import copy
 import dataclasses
@@ -6,9 +6,9 @@ import itertools
 import warnings
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from lossmith.errors import PolicyError, RunError, TrapWarning
 from lossmith.losses import CATALOGUE, Batch, parse_loss
 from lossmith.policy import sample
@@ -87,7 +87,9 @@ def plain(spec):
     batch = made.formulate(rollouts)
     credit = made.loss.credit(batch)
     moved(made)
-    fields = {name: torch.zeros(batch.valid.shape, dtype=torch.float64) for name in ("logp", "entropy", "full_kl", "value")}
+    fields = {
+        name: torch.zeros(batch.valid.shape, dtype=torch.float64) for name in ("logp", "entropy", "full_kl", "value")
+    }
     for row, r in enumerate(rollouts):
         ids = torch.tensor([r.prompt_ids + r.completion_ids])
         at = slice(len(r.prompt_ids) - 1, -1)

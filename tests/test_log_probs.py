@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-import tiny
 
+import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, measured_log_softmax, token_outputs
 from lossmith.policy.forward import sharing_is_exact

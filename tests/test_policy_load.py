@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, check_model, embedded_model, load_policy, sample
 from lossmith.prompts import load_prompts

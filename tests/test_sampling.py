@@ -1,9 +1,9 @@
 """Sampling: the right distribution, a true record of it, and the same tokens whatever surrounds them."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, sample, token_outputs
 from lossmith.prompts import load_prompts
@@ -65,9 +65,7 @@ def test_stored_log_probs_are_the_learners_to_float32(policy):
         out = token_outputs(policy, drawn, settings)
     for row, r in enumerate(drawn):
         assert r.behavior_logp.measure == out.measure
-        torch.testing.assert_close(
-            out.logp[row, : len(r.completion_ids)], r.behavior_logp.values, rtol=1e-5, atol=2e-5
-        )
+        torch.testing.assert_close(out.logp[row, : len(r.completion_ids)], r.behavior_logp.values, rtol=1e-5, atol=2e-5)
     ratio = (out.logp[out.mask] - torch.cat([r.behavior_logp.values for r in drawn])).exp()
     assert abs(float(ratio.mean()) - 1) < 1e-5
 
@@ -179,6 +177,13 @@ def test_what_cannot_be_sampled_is_refused(policy):
         draw(policy, n=2, settings=SamplingSettings(temperature=0))
     with pytest.raises(PolicyError, match=r"memory:1: the prompt's \d+ tokens and max_tokens = 12"):
         draw(policy, list(load_prompts(["x" * 300])))
-    for bad in (dict(temperature=-1), dict(top_p=0), dict(top_p=1.5), dict(top_k=-1), dict(max_tokens=0), dict(stop=("",))):
+    for bad in (
+        dict(temperature=-1),
+        dict(top_p=0),
+        dict(top_p=1.5),
+        dict(top_k=-1),
+        dict(max_tokens=0),
+        dict(stop=("",)),
+    ):
         with pytest.raises(PolicyError, match=next(iter(bad))):
             SamplingSettings(**bad)

@@ -11,6 +11,7 @@ from lossmith.errors import RecipeError
 from lossmith.report.closing import closing
 from lossmith.report.live import LiveView
 from lossmith.report.opening import opening
+from lossmith.rewards import close_scorer
 from lossmith.training import Recipe, Run, learn, open_run, plan
 
 __all__ = ["resume", "run_recipe", "train"]
@@ -46,10 +47,13 @@ def run_recipe(recipe: Recipe, *, folder: Path | None = None, console: Console |
     console = console or Console()
     checked = plan(recipe)
     run = open_run(checked, resume=folder)
-    console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
-    with LiveView(run, console) as view:
-        for step in learn(run):
-            view.show(step)
-    run.finish()
+    try:
+        console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
+        with LiveView(run, console) as view:
+            for step in learn(run):
+                view.show(step)
+        run.finish()
+    finally:
+        close_scorer(run.scorer)
     closing(run, run.summary, console)
     return run

@@ -43,11 +43,14 @@ class Credit:
     mismatch: Tensor  # [N, T], u, of the policy term only
     returns: Tensor | None  # [N, T], the critic's target
     metrics: dict[str, float]  # of the whole batch
+    tokens: int  # valid tokens of the whole batch: what metrics are averaged over
 
     def rows(self, index: Tensor | slice) -> Credit:
         """The credit of these rows."""
         returns = None if self.returns is None else self.returns[index]
-        return Credit(self.advantage[index], self.weight[index], self.mismatch[index], returns, self.metrics)
+        return Credit(
+            self.advantage[index], self.weight[index], self.mismatch[index], returns, self.metrics, self.tokens
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +156,7 @@ class PolicyLoss:
             mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
             returns=self._returns(batch, raw),
             metrics=_credit_metrics(batch, advantage) | counts,
+            tokens=normalizer.tokens if normalizer is not None else int(batch.valid.sum()),
         )
 
     @torch.no_grad()
@@ -271,7 +275,7 @@ class PolicyLoss:
 
     @torch.no_grad()
     def _metrics(self, batch: Batch, credit: Credit, ratio: Tensor, advantage: Tensor) -> dict[str, float]:
-        weight = credit.weight
+        weight = batch.valid / max(credit.tokens, 1)  # means over all valid tokens, whatever the aggregation
         metrics: dict[str, float] = {}
         if self._needs_ratio:
             metrics["ratio"] = float((weight * ratio).sum())

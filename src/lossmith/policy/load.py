@@ -141,14 +141,13 @@ def load_policy(
     place = str(embedded_model() if str(model) == "default" else model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-        network = AutoModelForCausalLM.from_pretrained(
+        network: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise PolicyError(f"cannot load the model {str(model)!r}: {error}") from None
     where = torch.device(_best_device() if device == "auto" else device)
-    network.to(device=where)
-    network = network.eval().requires_grad_(trainable)
+    network = network.to(where).eval().requires_grad_(trainable)
     policy = Policy(network, tokenizer, _compute_dtype(compute_dtype, where))
     _check_head(policy)
     return policy

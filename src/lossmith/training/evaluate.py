@@ -77,7 +77,7 @@ def paired(before: Evaluation, after: Evaluation) -> Interval:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5% quantile of Student's t (Cornish-Fisher expansion: within 0.1% from 5 degrees of freedom on)."""
+    """The 97.5% quantile of Student's t (Cornish-Fisher expansion: within 0.2% from 5 degrees of freedom on)."""
     z = 1.959963984540054
     n = float(freedom)
     return (

@@ -62,7 +62,8 @@ class Learner:
         for rows in self._parts(batch, step):
             part, share = batch.rows(rows), credit.rows(rows)
             if len(rows) < len(scored):
-                share = dataclasses.replace(share, weight=self.loss.token_weights(part))
+                tokens = int(part.valid.sum())
+                share = dataclasses.replace(share, weight=self.loss.token_weights(part), tokens=tokens)
             found = self.accumulate([scored[i] for i in rows], part, share)
             metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
             moved, norm = self._optimizer_step(step)
@@ -111,7 +112,7 @@ class Learner:
         """The stored log-probabilities must be of the distribution that the learner measures."""
         ours = LogProbs(torch.zeros(1), measure_of(self.policy, self.recipe.sampling))
         for measure in {r.behavior_logp.measure for r in rollouts}:
-            ours - LogProbs(torch.zeros(1), measure)  # noqa: B018  (refused where they differ)
+            ours - LogProbs(torch.zeros(1), measure)
 
     def _outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
@@ -212,6 +213,8 @@ class Learner:
         if self.loss.kl.active and "kl_ref" in metrics:
             metrics["kl_coefficient"] = self.loss.kl.beta
             per_completion = metrics["kl_ref"] * metrics["tokens"] / max(metrics["completions"], 1)
+            if self.loss.kl.control == "fixed":
+                return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
 
 
@@ -240,11 +243,11 @@ def _mismatch(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
     """
     assert batch.behavior_logp is not None
     gap = torch.where(batch.valid, (logp - batch.behavior_logp).abs(), torch.zeros_like(logp))
-    return {"sampler_gap": float((credit.weight * gap).sum())}
+    return {"sampler_gap": float(gap.sum()) / max(credit.tokens, 1)}
 
 
 def _with_advantages(rollouts: Sequence[Rollout], scored: list[Rollout], credit: Credit) -> list[Rollout]:
     """The rollouts in their order, those with a score now with the mean advantage of their tokens."""
-    means = credit.advantage.sum(1) / (credit.weight != 0).sum(1).clamp(min=1)
-    known = {id(r): float(m) for r, m in zip(scored, means, strict=True)}
+    means = [float(a.sum()) / len(r.completion_ids) for r, a in zip(scored, credit.advantage, strict=True)]
+    known = {id(r): m for r, m in zip(scored, means, strict=True)}
     return [dataclasses.replace(r, advantage=known.get(id(r))) for r in rollouts]

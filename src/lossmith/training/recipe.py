@@ -46,21 +46,21 @@ class Recipe(BaseModel):
     )
     scorer_timeout: float = Field(60.0, gt=0, description="seconds that one batch of scores may take")
 
-    loss: Any = Field("grpo(beta=0.0)", description="loss: grpo, 'grpo(beta=0.04)', or a table of its flat parameters")
+    loss: Any = Field("grpo", description="loss: a name, 'grpo(beta=0.04)', or a table of its parameters")
     allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
 
     steps: int = Field(12, gt=0, description="rounds of sample, score, update")
     prompts_per_step: int = Field(8, gt=0, description="prompts in a round")
     samples_per_prompt: int = Field(8, gt=0, description="completions of each prompt")
     max_tokens: int = Field(48, gt=0, description="token budget of a completion")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature")
+    temperature: float = Field(0.7, ge=0, description="sampling temperature; the policy is trained at it too")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus: smallest set of tokens with this probability; 1 is off")
     top_k: int = Field(0, ge=0, description="only the k likeliest tokens; 0 is off")
     stop: list[str] = Field([], description="strings that end a completion")
 
     updates_per_step: int = Field(1, gt=0, description="parts into which a round is cut, one optimiser step for each")
     epochs: int = Field(1, gt=0, description="passes over a round's completions")
-    learning_rate: float = Field(1e-4, ge=0, description="AdamW's learning rate")
+    learning_rate: float = Field(4e-5, ge=0, description="AdamW's learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the steps")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
@@ -102,10 +102,10 @@ class Recipe(BaseModel):
             meaning = cls.model_fields[key].description if key in cls.model_fields else ""
             raise RecipeError(f"{source}: {key} = {first['input']!r}: {first['msg']}. It is: {meaning}.") from None
         recipe.sampling  # noqa: B018  (checked before anything is loaded)
-        if recipe.temperature == 0 and recipe.samples_per_prompt > 1:
+        if recipe.temperature == 0:
             raise RecipeError(
-                f"{source}: temperature = 0 with samples_per_prompt = {recipe.samples_per_prompt} gives that many "
-                "copies of one completion, and no learning signal. Raise the temperature, or take one sample."
+                f"{source}: temperature = 0 with samples_per_prompt = {recipe.samples_per_prompt} is greedy: every "
+                "sample of a prompt is the same completion, and there is nothing to learn from. Raise the temperature."
             )
         if recipe.warmup_steps > recipe.steps:
             raise RecipeError(f"{source}: warmup_steps = {recipe.warmup_steps} exceeds steps = {recipe.steps}.")
