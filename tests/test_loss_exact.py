@@ -1,5 +1,7 @@
 """On a policy that can be enumerated: the gradient is the true one, and one step makes the policy better."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -255,7 +257,7 @@ class Flipped(L.PolicyLoss):
 class NegatedAdvantage(L.PolicyLoss):
     def credit(self, batch, normalizer=None):
         c = super().credit(batch, normalizer)
-        return L.Credit(-c.advantage, c.weight, c.mismatch, c.returns, c.metrics)
+        return dataclasses.replace(c, advantage=-c.advantage)
 
 
 @pytest.mark.parametrize("planted", [Flipped, NegatedAdvantage])

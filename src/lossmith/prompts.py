@@ -241,7 +241,7 @@ def _checked(rows: Iterable[tuple[str, Any]]) -> Rows:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(where, line) of each line that is not blank."""
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # splitlines would also cut at U+2028, inside a row
         if line.strip():
             yield f"{path.name}:{number}", line
 

@@ -275,7 +275,8 @@ class PolicyLoss:
 
     @torch.no_grad()
     def _metrics(self, batch: Batch, credit: Credit, ratio: Tensor, advantage: Tensor) -> dict[str, float]:
-        weight = batch.valid / max(credit.tokens, 1)  # means over all valid tokens, whatever the aggregation
+        # means over all valid tokens, whatever the aggregation
+        weight = batch.valid.to(credit.weight.dtype) / max(credit.tokens, 1)
         metrics: dict[str, float] = {}
         if self._needs_ratio:
             metrics["ratio"] = float((weight * ratio).sum())

@@ -1,0 +1,126 @@
+"""The command line, as a user runs it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import tiny
+from lossmith.losses import CATALOGUE
+from lossmith.training import Recipe
+
+
+def lossmith(*arguments, code=0, cwd=None, columns=200):
+    environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1", "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-c", "import lossmith.cli; lossmith.cli.main()", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def small(tmp_path, *more):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Prompt {i}?"}) + "\n" for i in range(9)))
+    return (
+        "--model", tiny.folder(), "--dtype", "float32", "--prompts", prompts, "--held-out", 3, "--steps", 2,
+        "--prompts-per-step", 2, "--samples-per-prompt", 3, "--max-tokens", 8, "--runs", tmp_path / "runs", *more,
+    )  # fmt: skip
+
+
+def test_help_shows_every_setting_with_its_default():
+    text = lossmith("train", "--help").stdout
+    flat = " ".join(text.replace("│", " ").split())
+    for name, field in Recipe.model_fields.items():
+        assert "--" + name.replace("_", "-") in text, name
+        assert field.description.split(":")[0].split(",")[0].split()[0] in flat
+    assert all(f"[default: {value}]" in flat for value in ("0.7", "helpfulness", "grpo", "48", "False"))
+
+
+def test_losses_list_and_show():
+    text = lossmith("losses", "list").stdout
+    assert all(name in text for name in CATALOGUE)
+    rows = json.loads(lossmith("losses", "list", "--json").stdout)
+    assert [row["name"] for row in rows] == list(CATALOGUE)
+    shown = lossmith("losses", "show", "grpo(beta=0.02, clip_high=0.31)").stdout
+    for piece in ("clip(r, 0.8, 1.31)", "0.02·(e^(−κ) − 1 + κ)", "arXiv:2402.03300", "std_g(R)", "A < 0", "clip_high"):
+        assert piece in shown
+    data = json.loads(lossmith("losses", "show", "ppo", "--json").stdout)
+    assert data["weights"]["A < 0"] == pytest.approx([0, 0, 0.9, 1, 1.15, 1.5, 2.5, 10])
+    assert r"\min(rA" in lossmith("losses", "show", "ppo", "--latex").stdout
+    assert "regularises nothing" in lossmith("losses", "show", "book_ppo_clip").stdout
+
+
+def test_train_from_a_recipe_with_options_that_win(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('steps = 7\nlearning_rate = 0.001\nloss = { name = "rloo", beta = 0.2 }\n')
+    result = lossmith("train", recipe, *small(tmp_path, "--name", "mine"))
+    assert "2 prompts x 3 samples = 6 completions of at most 8 tokens a step" in result.stdout
+    assert "1 update a step x 2 steps = 2 updates" in result.stdout
+    assert "0.2·κ" in result.stdout and "π_θ(y) / π_old(y)" in result.stdout
+    assert "step   2/2" in result.stdout and "Held-out prompts (n = 3" in result.stdout
+    assert "left 0:00" in result.stdout
+    summary = json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())
+    assert {"before", "after", "difference"} == set(summary["held_out"])
+    again = lossmith("train", *small(tmp_path, "--name", "mine"), code=2)
+    assert "never overwrites" in again.stderr
+
+
+def test_json_on_standard_output_and_all_else_beside_it(tmp_path):
+    result = lossmith("train", *small(tmp_path, "--json"))
+    summary = json.loads(result.stdout)
+    assert summary["held_out"]["before"]["n"] == 3
+    assert "step   2/2" in result.stderr
+
+
+def test_resume_goes_on(tmp_path):
+    lossmith("train", *small(tmp_path, "--name", "a", "--checkpoint-every", 1))
+    folder = tmp_path / "runs" / "a"
+    assert "--resume goes on with the recipe" in lossmith("train", "--resume", folder, "--steps", 3, code=2).stderr
+    result = lossmith("train", "--resume", folder)
+    assert "step   2/2" in result.stdout and "step   1/2" not in result.stdout
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_sample_writes_lines(tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("one\ntwo\n")
+    out = tmp_path / "out.jsonl"
+    lossmith("sample", prompts, "--n", 3, "-o", out, "--model", tiny.folder(), "--max-tokens", 6)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["prompt"], r["sample"]) for r in rows] == [(p, k) for p in ("one", "two") for k in range(3)]
+    assert all(len(r["tokens"]) == len(r["behavior_logp"]) for r in rows)
+    assert "not overwritten" in lossmith("sample", prompts, "-o", out, "--model", tiny.folder(), code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--stepz", "3"), "Did you mean --steps"),
+        (("train", "missing.toml"), "There is no recipe file 'missing.toml'"),
+        (("train", "--loss", "grop"), "Did you mean 'grpo'"),
+        (("losses", "show", "grpo(bta=1)"), "Did you mean 'beta'"),
+        (("train", "--prompts", "none.jsonl"), "there is no prompt file"),
+        (("sample", "x.txt", "--n", "2", "--temperature", "0"), "there is no prompt file"),
+        (("train", "--temperature", "0"), "greedy"),
+        (("train", "--resume", "nowhere"), "not a run folder"),
+    ],
+)
+def test_mistakes_are_one_message_and_no_traceback(tmp_path, arguments, message):
+    result = subprocess.run(
+        [sys.executable, "-c", "import lossmith.cli; lossmith.cli.main()", *arguments],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"COLUMNS": "300"},
+    )  # fmt: skip
+    assert result.returncode in (1, 2)
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_recipe_file_with_a_mistyped_key_names_the_nearest(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("learning_rat = 1\n")
+    assert "Did you mean 'learning_rate'" in lossmith("train", recipe, code=2).stderr
+    recipe.write_text("steps = = 3\n")
+    assert "line 1" in lossmith("train", recipe, code=2).stderr

@@ -1,0 +1,235 @@
+"""The input-only data set: every format gives the same prompts, and everything wrong is named with its place."""
+
+import json
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lossmith.errors import PromptError
+from lossmith.prompts import PromptSet, default_prompts_path, load_prompts
+
+ROWS = [
+    {"prompt": "What is 2 + 2?", "topic": "numbers"},
+    {"prompt": "Name a colour, with an é.", "topic": "words"},
+    {"prompt": 'Say "hi", please', "topic": "words"},
+]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+
+
+def written(tmp_path, name, text, encoding="utf-8"):
+    path = tmp_path / name
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def jsonl(tmp_path, rows, name="p.jsonl"):
+    return written(tmp_path, name, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def every_format(tmp_path):
+    csv = 'prompt,topic\n"What is 2 + 2?",numbers\n"Name a colour, with an é.",words\n"Say ""hi"", please",words\n'
+    yield jsonl(tmp_path, ROWS)
+    yield jsonl(tmp_path, ROWS, "p.ndjson")
+    yield written(tmp_path, "p.json", json.dumps(ROWS))
+    yield written(tmp_path, "q.json", json.dumps({"version": 1, "rows": ROWS}))
+    yield written(tmp_path, "p.csv", csv)
+    yield written(tmp_path, "p.tsv", "prompt\ttopic\n" + "".join(f"{r['prompt']}\t{r['topic']}\n" for r in ROWS[:2]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "p.parquet")
+    yield tmp_path / "p.parquet"
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    yield tmp_path / "set"
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "sets")
+    yield tmp_path / "sets"
+    yield ROWS
+
+
+def test_every_format_gives_the_same_prompts(tmp_path):
+    for source in every_format(tmp_path):
+        found = load_prompts(source)
+        expected = ROWS[:2] if str(source).endswith(".tsv") else ROWS
+        assert [(p.content, dict(p.columns)) for p in found] == [(r["prompt"], {"topic": r["topic"]}) for r in expected]
+    lines = load_prompts(written(tmp_path, "p.txt", "What is 2 + 2?\n\n  Name a colour, with an é.  \n"))
+    assert [p.content for p in lines] == [r["prompt"] for r in ROWS[:2]]
+    assert [p.source for p in lines] == ["p.txt:1", "p.txt:3"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    assert load_prompts(written(tmp_path, "p.txt", "hello\n", "utf-8-sig"))[0].content == "hello"
+    assert load_prompts(written(tmp_path, "p.csv", "prompt\nhello\n", "utf-8-sig"))[0].content == "hello"
+
+
+def test_chat_messages_and_text():
+    chat, text = load_prompts([{"prompt": CHAT}, "Why?"])
+    assert chat.text == text.text == "Why?"
+    assert list(chat.messages) == CHAT
+    assert list(text.messages) == [{"role": "user", "content": "Why?"}]
+    assert chat.id != text.id and len(chat.id) == 16
+
+
+def test_a_unicode_line_separator_inside_a_row_splits_nothing(tmp_path):
+    path = written(tmp_path, "p.jsonl", json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert [p.content for p in load_prompts(path)] == ["a\u2028b"]
+
+
+def test_another_column_and_a_limit(tmp_path):
+    path = jsonl(tmp_path, [{"question": f"q{i}", "n": i} for i in range(9)])
+    found = load_prompts(path, column="question", limit=4)
+    assert [p.content for p in found] == ["q0", "q1", "q2", "q3"] and found[2].columns == {"n": 2}
+
+
+def test_exact_duplicates_are_left_out_and_reported(tmp_path):
+    found = load_prompts(jsonl(tmp_path, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}, {"prompt": "a "}]))
+    assert [p.content for p in found] == ["a", "b", "a "]
+    assert found.duplicates == ("p.jsonl:3",)
+    assert "1 exact duplicates left out (p.jsonl:3)" in found.summary()
+
+
+# -- split and batches ------------------------------------------------------------------------------------------------
+
+texts = st.lists(st.text(min_size=1).filter(str.strip), min_size=4, max_size=30, unique=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts, st.integers(0, 3), st.data())
+def test_a_split_depends_on_seed_and_content_alone(prompts, seed, data):
+    count = data.draw(st.integers(1, len(prompts) - 1))
+    train, held_out = load_prompts(prompts).split(count, seed)
+    assert len(held_out) == count and len(train) + len(held_out) == len(prompts)
+    assert not {p.id for p in train} & {p.id for p in held_out}
+    shuffled = data.draw(st.permutations(prompts))
+    assert {p.id for p in load_prompts(shuffled).split(count, seed)[1]} == {p.id for p in held_out}
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts, st.integers(1, 6), st.integers(0, 3), st.data())
+def test_batches_are_epochs_without_repetition(prompts, size, seed, data):
+    found = load_prompts(prompts)
+    if size > len(found):
+        with pytest.raises(PromptError, match="asks for"):
+            found.batch(0, size, seed)
+        return
+    per_epoch = len(found) // size
+    for epoch in range(2):
+        ids = [p.id for s in range(per_epoch) for p in found.batch(epoch * per_epoch + s, size, seed)]
+        assert len(set(ids)) == len(ids) == per_epoch * size
+    shuffled = load_prompts(data.draw(st.permutations(prompts)))
+    assert [p.id for p in shuffled.batch(1, size, seed)] == [p.id for p in found.batch(1, size, seed)]
+
+
+def test_a_share_is_held_out_and_an_empty_side_is_refused():
+    found = load_prompts([f"p{i}" for i in range(10)])
+    assert [len(part) for part in found.split(0.3, 0)] == [7, 3]
+    for bad in (10, 11, 0.01, 0.999):
+        with pytest.raises(PromptError, match="cannot hold out"):
+            found.split(bad, 0)
+
+
+# -- input-only -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["answer", "completion", "Label", "chosen", "ground_truth", "response", "target"])
+def test_a_target_is_refused_unless_it_is_passed_on(tmp_path, column):
+    path = jsonl(tmp_path, [{"prompt": "a", column: None}, {"prompt": "b", column: "4"}])
+    with pytest.raises(
+        PromptError, match=rf"p.jsonl:2: the column '{column}' looks like a target.*--pass-columns {column}"
+    ):
+        load_prompts(path)
+    assert load_prompts(path, pass_columns=[column])[1].columns == {column: "4"}
+
+
+def test_a_passed_column_must_be_there(tmp_path):
+    with pytest.raises(PromptError, match=r"'answr', which no row has. Did you mean 'answer'"):
+        load_prompts(jsonl(tmp_path, [{"prompt": "a", "answer": "4"}]), pass_columns=["answer", "answr"])
+
+
+def test_a_scorers_argument_is_no_column_name(tmp_path):
+    for name in ("prompts", "completions"):
+        with pytest.raises(PromptError, match=f"p.jsonl:1: the column {name!r} has the name of a scorer's argument"):
+            load_prompts(jsonl(tmp_path, [{"prompt": "a", name: "x"}]), pass_columns=[name])
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+GOOD = '{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.jsonl", "", "p.jsonl is empty"),
+        ("p.jsonl", GOOD + '{"prompt": "b"\n', r"p.jsonl:2: not JSON"),
+        ("p.jsonl", GOOD + "[1, 2]\n", "p.jsonl:2: a row must be an object"),
+        ("p.jsonl", GOOD + '\n{"promt": "b"}\n', "p.jsonl:3: no column 'prompt'. Did you mean 'promt'"),
+        ("p.jsonl", GOOD + '{"prompt": "  "}\n', "p.jsonl:2: the column 'prompt' is blank"),
+        ("p.jsonl", '{"prompt": 7}\n', "p.jsonl:1: the column 'prompt' holds int"),
+        ("p.jsonl", '{"prompt": []}\n', "p.jsonl:1: .*empty list"),
+        ("p.jsonl", '{"prompt": [{"role": "usr", "content": "x"}]}\n', "p.jsonl:1: message 1 of 'prompt'"),
+        ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "p.jsonl:1: message 1 of 'prompt'"),
+        (
+            "p.jsonl",
+            json.dumps({"prompt": [*CHAT, {"role": "assistant", "content": "4"}]}),
+            "p.jsonl:1: .*a completion",
+        ),
+        ("p.json", '[\n{"prompt": "a"},\n{"prompt" "b"}]', "p.json:3: not JSON"),
+        ("p.json", '{"a": [], "b": []}', "p.json: an object with 2 lists"),
+        ("p.json", '[{"prompt": "a"}, 3]', "p.json: row 2: a row must be an object"),
+        ("p.csv", "prompt,topic\na,b\nc\n", "p.csv:3: the row has not as many fields"),
+        ("p.csv", "prompt\n", "p.csv holds no prompt"),
+        ("p.txt", "\n\n", "p.txt is empty"),
+        ("p.docx", "x", "prompts are read from .jsonl"),
+        ("p.parquet", "not parquet", "p.parquet is not a parquet file"),
+    ],
+)
+def test_bad_input_is_named_with_its_place(tmp_path, name, text, message):
+    with pytest.raises(PromptError, match=message):
+        load_prompts(written(tmp_path, name, text))
+
+
+def test_bytes_that_are_no_utf8_are_named_with_their_line(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"fine\nnot \xff fine\n")
+    with pytest.raises(PromptError, match=r"p.txt:2: not UTF-8"):
+        load_prompts(tmp_path / "p.txt")
+
+
+def test_missing_files_and_foreign_folders(tmp_path, monkeypatch):
+    written(tmp_path, "questions.jsonl", GOOD)
+    with pytest.raises(PromptError, match=r"there is no prompt file .*Did you mean 'questions.jsonl'"):
+        load_prompts(tmp_path / "question.jsonl")
+    with pytest.raises(PromptError, match="not one that datasets' save_to_disk wrote"):
+        load_prompts(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PromptError, match=r"pip install 'lossmith\[datasets\]'"):
+        load_prompts(tmp_path)
+
+
+def test_a_hub_name_that_gives_nothing_says_how_it_was_understood(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(PromptError, match=r"taken as a hub name.*no route"):
+        load_prompts("someone/prompts")
+    rows = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows if (name, split) == ("a/b", "dev") else None)
+    assert len(load_prompts("a/b", split="dev")) == 3
+
+
+# -- what is shipped --------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_prompts():
+    found = load_prompts(default_prompts_path())
+    assert len(found) >= 200 and not found.duplicates
+    assert {name for p in found for name in p.columns} == {"topic"}
+    assert len({p.columns["topic"] for p in found}) >= 10
+    assert isinstance(found, PromptSet)
+    words = [len(p.text.split()) for p in found]
+    assert min(words) >= 3 and max(words) <= 80
