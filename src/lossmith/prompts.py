@@ -207,8 +207,8 @@ Rows = Iterable[tuple[str, Mapping[str, Any]]]
 def _rows(source: Any, split: str, column: str) -> tuple[str, Rows]:
     """(name, (where, row) pairs)."""
     if not isinstance(source, (str, Path)):
-        items = [{column: item} if isinstance(item, (str, list, tuple)) else item for item in source]
-        return "memory", _checked((f"memory:{i}", item) for i, item in enumerate(items, 1))
+        items = [{column: item} if isinstance(item, (list, tuple)) else item for item in source]
+        return "memory", _checked(((f"memory:{i}", item) for i, item in enumerate(items, 1)), column)
     path = Path(source).expanduser()
     if path.is_dir():
         return path.name, _from_folder(path, split)
@@ -227,13 +227,13 @@ def _rows(source: Any, split: str, column: str) -> tuple[str, Rows]:
         raise PromptError(
             f"{path}: prompts are read from {', '.join(readers)} files, not {path.suffix or 'no suffix'!r}."
         )
-    if path.suffix.lower() == ".txt":
-        return path.name, ((where, {column: text}) for where, text in _from_text(path))
-    return path.name, _checked(readers[path.suffix.lower()](path))
+    return path.name, _checked(readers[path.suffix.lower()](path), column)
 
 
-def _checked(rows: Iterable[tuple[str, Any]]) -> Rows:
+def _checked(rows: Iterable[tuple[str, Any]], column: str) -> Rows:
     for where, row in rows:
+        if isinstance(row, str):
+            row = {column: row}
         if not isinstance(row, Mapping):
             raise PromptError(f"{where}: a row must be an object with a prompt, not {type(row).__name__}.")
         yield where, row
@@ -281,7 +281,7 @@ def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(data, list):
         raise PromptError(f"{path.name}: holds {type(data).__name__}, not a list of rows.")
     for number, row in enumerate(data, 1):
-        yield f"{path.name}: row {number}", {"prompt": row} if isinstance(row, str) else row
+        yield f"{path.name}: row {number}", row
 
 
 def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lossmith.errors import LossError, nearest
 from lossmith.losses.advantage import ADVANTAGE, SCALE
 from lossmith.losses.aggregate import AGGREGATE
 from lossmith.losses.correction import MISMATCH
+from lossmith.losses.kl import KL
 from lossmith.losses.piece import Piece
-from lossmith.losses.policy_loss import PolicyLoss
 from lossmith.losses.ratio import RATIO
 from lossmith.losses.shaping import SHAPING
 from lossmith.losses.trust import TRUST
+from lossmith.losses.value import ValueLoss
 
-__all__ = ["AXES", "all_parameters", "describe", "from_flat", "to_flat", "with_flat"]
+if TYPE_CHECKING:
+    from lossmith.losses.policy_loss import PolicyLoss
+
+__all__ = ["AXES", "all_parameters", "describe", "to_flat", "with_flat"]
 
 # flat axis name -> (field of PolicyLoss, options)
 AXES: dict[str, tuple[str, dict[str, type[Piece]]]] = {
@@ -50,17 +54,6 @@ def to_flat(loss: PolicyLoss) -> dict[str, Any]:
     for piece in pieces_of(loss).values():
         flat |= piece.flat()
     return flat
-
-
-def from_flat(flat: Mapping[str, Any]) -> PolicyLoss:
-    """A composition from flat parameters alone; what is not named has its axis default."""
-    rest = dict(flat)
-    name = rest.pop("name", "custom")
-    return with_flat(_quiet_default(), {"name": name, **rest})
-
-
-def _quiet_default() -> PolicyLoss:
-    return PolicyLoss()
 
 
 def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
@@ -165,6 +158,6 @@ def all_parameters() -> dict[str, str]:
     docs["group_filter"] = "none, or zero_variance: leave out groups whose rewards are all equal"
     docs["entropy_coef"] = "coefficient of the entropy bonus"
     classes = [c for _, known in AXES.values() for c in known.values()] + list(SHAPING.values())
-    for piece in (*classes, type(PolicyLoss().kl), type(PolicyLoss().value)):
+    for piece in (*classes, KL, ValueLoss):
         docs |= {f.metadata["flat"]: f.metadata["doc"] for f in dataclasses.fields(piece)}
     return docs

@@ -23,7 +23,10 @@ from lossmith.losses.advantage import BatchMean, Estimator, NoScale, Scale, Sign
 from lossmith.losses.aggregate import Aggregate, PromptMean, TokenMean
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.correction import Mismatch, NoMismatch
+from lossmith.losses.flat import to_flat, with_flat
+from lossmith.losses.formula import render
 from lossmith.losses.kl import KL, kl_estimate, kl_slope
+from lossmith.losses.legality import check_legal
 from lossmith.losses.ratio import Ratio, TokenRatio
 from lossmith.losses.shaping import Shaping
 from lossmith.losses.trust import LogP, Trust
@@ -83,8 +86,6 @@ class PolicyLoss:
     aggregate: Aggregate = dataclasses.field(default_factory=TokenMean)
 
     def __post_init__(self) -> None:
-        from lossmith.losses.legality import check_legal
-
         check_legal(self)
         for trap in self.traps:
             warnings.warn(f"{self.name}: {trap}.", TrapWarning, stacklevel=3)
@@ -326,8 +327,6 @@ class PolicyLoss:
 
     def formula(self, style: str = "text") -> str:
         """The loss as text or "latex", generated from the composition."""
-        from lossmith.losses.formula import render
-
         return render(self, style)
 
     def __str__(self) -> str:
@@ -335,16 +334,12 @@ class PolicyLoss:
 
     def to_dict(self) -> dict[str, Any]:
         """The composition as flat parameters, complete; `from_dict` reads it back, and get_loss accepts every key."""
-        from lossmith.losses.flat import to_flat
-
         return to_flat(self)
 
     @staticmethod
     def from_dict(flat: dict[str, Any]) -> PolicyLoss:
         """The composition that `to_dict` wrote."""
-        from lossmith.losses.flat import from_flat
-
-        return from_flat(flat)
+        return with_flat(PolicyLoss(), {"name": "custom", **flat})
 
 
 def _valid(x: Tensor, batch: Batch) -> Tensor:
