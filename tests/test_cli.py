@@ -103,7 +103,7 @@ def test_sample_writes_lines(tmp_path):
         (("train", "--loss", "grop"), "Did you mean 'grpo'"),
         (("losses", "show", "grpo(bta=1)"), "Did you mean 'beta'"),
         (("train", "--prompts", "none.jsonl"), "there is no prompt file"),
-        (("sample", "x.txt", "--n", "2", "--temperature", "0"), "there is no prompt file"),
+        (("sample", "x.txt", "--n", "2", "--temperature", "0"), "copies of one completion"),
         (("train", "--temperature", "0"), "greedy"),
         (("train", "--resume", "nowhere"), "not a run folder"),
     ],

@@ -1,6 +1,8 @@
 """The input-only data set: every format gives the same prompts, and everything wrong is named with its place."""
 
+import csv
 import json
+import math
 import sys
 
 import datasets
@@ -59,6 +61,49 @@ def test_every_format_gives_the_same_prompts(tmp_path):
     lines = load_prompts(written(tmp_path, "p.txt", "What is 2 + 2?\n\n  Name a colour, with an é.  \n"))
     assert [p.content for p in lines] == [r["prompt"] for r in ROWS[:2]]
     assert [p.source for p in lines] == ["p.txt:1", "p.txt:3"]
+
+
+rows_of_text = st.lists(st.tuples(st.text(min_size=1).filter(str.strip), st.text()), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows_of_text)
+def test_whatever_was_written_comes_back_from_every_format(tmp_path_factory, pairs):
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [{"prompt": prompt, "note": note} for prompt, note in pairs]
+    (folder / "p.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    (folder / "p.json").write_text(json.dumps(rows), "utf-8")
+    for name, dialect in (("p.csv", "excel"), ("p.tsv", "excel-tab")):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["prompt", "note"], dialect=dialect, quoting=csv.QUOTE_ALL)
+            writer.writeheader()
+            writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "p.parquet")
+    distinct = dict(reversed(pairs))  # the first of each stays
+    for name in ("p.jsonl", "p.json", "p.csv", "p.tsv", "p.parquet"):
+        found = load_prompts(folder / name)
+        assert {p.content: p.columns["note"] for p in found} == distinct
+        assert len(found) + len(found.duplicates) == len(pairs)
+        assert [p.id for p in found] == [p.id for p in load_prompts(rows)]
+
+
+def test_a_live_data_set_is_a_list_of_rows():
+    assert [p.content for p in load_prompts(datasets.Dataset.from_list(ROWS))] == [r["prompt"] for r in ROWS]
+
+
+def test_a_json_list_may_hold_bare_texts(tmp_path):
+    assert load_prompts(written(tmp_path, "p.json", '["Why?"]'), column="question")[0].content == "Why?"
+
+
+def test_chat_is_read_from_parquet_and_saved_data_sets(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": CHAT}]), tmp_path / "p.parquet")
+    datasets.Dataset.from_list([{"prompt": CHAT}]).save_to_disk(tmp_path / "set")
+    for source in (tmp_path / "p.parquet", tmp_path / "set"):
+        assert list(load_prompts(source)[0].content) == CHAT
+
+
+def test_a_nameless_column_as_pandas_writes_it_is_harmless(tmp_path):
+    assert load_prompts(written(tmp_path, "p.csv", ",prompt\n0,hello\n"))[0].content == "hello"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
@@ -127,15 +172,44 @@ def test_batches_are_epochs_without_repetition(prompts, size, seed, data):
 def test_a_share_is_held_out_and_an_empty_side_is_refused():
     found = load_prompts([f"p{i}" for i in range(10)])
     assert [len(part) for part in found.split(0.3, 0)] == [7, 3]
-    for bad in (10, 11, 0.01, 0.999):
+    for bad in (0, -1, 10, 11, 0.01, 0.999, 1.5, math.nan, math.inf):
         with pytest.raises(PromptError, match="cannot hold out"):
             found.split(bad, 0)
+
+
+@pytest.mark.parametrize(("step", "size"), [(0, 0), (0, -2), (-1, 3)])
+def test_a_batch_that_means_nothing_is_refused(step, size):
+    with pytest.raises(PromptError, match=f"a batch of {size} prompts at step {step}"):
+        load_prompts(["a", "b", "c"]).batch(step, size, 0)
+
+
+def test_ids_are_those_of_the_content_whatever_the_process():
+    assert load_prompts(["What is 2 + 2?"])[0].id == "fb3eb78712d637f5"
+    assert load_prompts([CHAT])[0].id == "aee6626bcfd620e7"
 
 
 # -- input-only -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["answer", "completion", "Label", "chosen", "ground_truth", "response", "target"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        "answer",
+        "completion",
+        "Label",
+        "chosen",
+        "ground_truth",
+        "response",
+        "target",
+        "Ground Truth",
+        "ground-truth",
+        "groundTruth",
+        "correct_answer",
+        "expected_output",
+        "canonical_solution",
+        "answer_2",
+    ],
+)
 def test_a_target_is_refused_unless_it_is_passed_on(tmp_path, column):
     path = jsonl(tmp_path, [{"prompt": "a", column: None}, {"prompt": "b", column: "4"}])
     with pytest.raises(
@@ -143,6 +217,15 @@ def test_a_target_is_refused_unless_it_is_passed_on(tmp_path, column):
     ):
         load_prompts(path)
     assert load_prompts(path, pass_columns=[column])[1].columns == {column: "4"}
+
+
+@pytest.mark.parametrize("nothing", [None, "", "  ", [], math.nan])
+def test_an_empty_target_is_no_target(nothing):
+    assert len(load_prompts([{"prompt": "a", "answer": nothing}])) == 1
+
+
+def test_one_passed_column_may_be_a_plain_text():
+    assert load_prompts([{"prompt": "a", "answer": "4"}], pass_columns="answer")[0].columns == {"answer": "4"}
 
 
 def test_a_passed_column_must_be_there(tmp_path):
@@ -154,6 +237,8 @@ def test_a_scorers_argument_is_no_column_name(tmp_path):
     for name in ("prompts", "completions"):
         with pytest.raises(PromptError, match=f"p.jsonl:1: the column {name!r} has the name of a scorer's argument"):
             load_prompts(jsonl(tmp_path, [{"prompt": "a", name: "x"}]), pass_columns=[name])
+        with pytest.raises(PromptError, match="rename it"):  # not: pass it on, which would be refused next
+            load_prompts(jsonl(tmp_path, [{"prompt": "a", name: "x"}]))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -183,6 +268,15 @@ GOOD = '{"prompt": "a"}\n'
         ("p.json", '[{"prompt": "a"}, 3]', "p.json: row 2: a row must be an object"),
         ("p.csv", "prompt,topic\na,b\nc\n", "p.csv:3: the row has not as many fields"),
         ("p.csv", "prompt\n", "p.csv holds no prompt"),
+        ("p.csv", 'prompt\na\n"b\nc\nd\n', "p.csv:3: the row that begins here is no CSV.*Close every quote"),
+        ("p.csv", "prompt\n" + "x" * 140_000, "p.csv:2: the row that begins here is no CSV: field larger"),
+        ("p.csv", "prompt,t,t\na,b,c\n", "p.csv:1: two columns are named 't'; rename one"),
+        ("p.csv", 'prompt,t\n"a\nb",x\n"  ",x\n', "p.csv:4: the column 'prompt' is blank"),
+        ("p.csv", "What is it?\nWho?\n", "p.csv:2: no column 'prompt'. Known: What is it"),
+        ("p.jsonl", GOOD + '{"prompt": "half \\ud800"}\n', "p.jsonl:2: .*half of a surrogate pair at character 6"),
+        ("p.jsonl", '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "p.jsonl:1: not JSON that can be read"),
+        ("p.jsonl", GOOD + '{"prompt": "b", "n": ' + "9" * 5000 + "}", "p.jsonl:2: not JSON that can be read"),
+        ("p.jsonl", '{"prompt": [{"role": "user", "content": " "}]}\n', "p.jsonl:1: the last message .* is blank"),
         ("p.txt", "\n\n", "p.txt is empty"),
         ("p.docx", "x", "prompts are read from .jsonl"),
         ("p.parquet", "not parquet", "p.parquet is not a parquet file"),
@@ -197,6 +291,32 @@ def test_bytes_that_are_no_utf8_are_named_with_their_line(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"fine\nnot \xff fine\n")
     with pytest.raises(PromptError, match=r"p.txt:2: not UTF-8"):
         load_prompts(tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbffine\n\xff\n")
+    with pytest.raises(PromptError, match=r"p.txt:2: not UTF-8"):
+        load_prompts(tmp_path / "p.txt")
+
+
+class Frame:
+    """What a pandas frame does here: iterating over it gives column names."""
+
+    def iterrows(self):
+        return iter(())
+
+    def __iter__(self):
+        return iter(["prompt", "topic"])
+
+
+@pytest.mark.parametrize("source", [{"prompt": ["a"]}, Frame(), 7])
+def test_what_is_no_list_of_rows_is_not_read_as_one(source):
+    with pytest.raises(PromptError, match=f"not {type(source).__name__}"):
+        load_prompts(source)
+
+
+def test_other_mistakes_in_memory():
+    with pytest.raises(PromptError, match=r"is no path: .*Texts are given as a list"):
+        load_prompts("What is the difference between weather and climate? " * 20)
+    with pytest.raises(PromptError, match="memory:1: the column name 3 is int"):
+        load_prompts([{"prompt": "a", 3: "x"}])
 
 
 def test_missing_files_and_foreign_folders(tmp_path, monkeypatch):
@@ -217,6 +337,13 @@ def test_a_hub_name_that_gives_nothing_says_how_it_was_understood(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(PromptError, match=r"taken as a hub name.*no route"):
         load_prompts("someone/prompts")
+
+    def silent(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", silent)
+    with pytest.raises(PromptError, match=r"'org/name-v1.1', so it was taken as a hub name.*: ConnectionError"):
+        load_prompts("org/name-v1.1")
     rows = datasets.Dataset.from_list(ROWS)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows if (name, split) == ("a/b", "dev") else None)
     assert len(load_prompts("a/b", split="dev")) == 3
@@ -227,7 +354,7 @@ def test_a_hub_name_that_gives_nothing_says_how_it_was_understood(monkeypatch):
 
 def test_the_shipped_prompts():
     found = load_prompts(default_prompts_path())
-    assert len(found) >= 200 and not found.duplicates
+    assert len(found) >= 240 and not found.duplicates
     assert {name for p in found for name in p.columns} == {"topic"}
     assert len({p.columns["topic"] for p in found}) >= 10
     assert isinstance(found, PromptSet)

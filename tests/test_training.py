@@ -72,6 +72,8 @@ def test_every_logged_figure_follows_from_the_stored_rollouts(finished):
         assert len(rows) == 8
         assert record["reward"] == pytest.approx(sum(r["score"] for r in rows) / 8)
         assert record["length"] == pytest.approx(sum(len(r["tokens"]) for r in rows) / 8)
+        logps = [x for r in rows for x in r["behavior_logp"]]
+        assert record["sampled_entropy"] == pytest.approx(-sum(logps) / len(logps), rel=1e-5)
         assert record["ended"] == pytest.approx(sum(not r["truncated"] for r in rows) / 8)
         assert record["performance_loss"] == pytest.approx(-record["reward"], abs=1e-6)
         for prompt in {r["prompt_id"] for r in rows}:

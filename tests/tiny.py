@@ -18,7 +18,7 @@ from lossmith.policy import Policy, load_policy
 from lossmith.prompts import load_prompts
 from lossmith.rollouts import LogProbs, Measure, Rollout
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors gain nothing from a second thread
 
 END = "<|end|>"
 TEMPLATE = (

@@ -18,10 +18,14 @@ from lossmith.errors import PromptError, nearest
 __all__ = ["Prompt", "PromptSet", "default_prompts_path", "load_prompts"]
 
 # Columns that hold what a policy must not be given: the loss reads the policy's own outputs, never a target.
+# Only letters are compared, in lower case: "Ground Truth", "ground-truth", "groundTruth" and "answer_2" are all meant.
 TARGETS = frozenset(
-    ("answer", "answers", "chosen", "completion", "completions", "gold", "gold_answer", "ground_truth", "groundtruth",
-     "label", "labels", "output", "outputs", "reference", "reference_answer", "rejected", "response", "responses",
-     "solution", "solutions", "target", "targets")
+    ("answer", "answerkey", "answers", "bestanswer", "canonicalsolution", "chosen", "chosenresponse", "completion",
+     "completions", "correctanswer", "correctanswers", "expected", "expectedanswer", "expectedoutput",
+     "expectedresponse", "finalanswer", "gold", "goldanswer", "goldanswers", "goldlabel", "goldresponse",
+     "groundtruth", "groundtruths", "gt", "label", "labels", "output", "outputs", "reference", "referenceanswer",
+     "referenceanswers", "referenceoutput", "referenceresponse", "references", "referencesolution", "rejected",
+     "rejectedresponse", "response", "responses", "solution", "solutions", "target", "targets")
 )  # fmt: skip
 SCORER_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 ROLES = ("system", "user", "assistant", "tool")
@@ -78,12 +82,14 @@ class PromptSet:
 
     def split(self, held_out: int | float, seed: int) -> tuple[PromptSet, PromptSet]:
         """(train, held out). held_out: a number of prompts, or a share below 1. Depends on seed and content alone."""
-        count = round(held_out * len(self)) if held_out < 1 else int(held_out)
-        if not 0 < count < len(self):
+        share = 0 < held_out < 1
+        count = round(held_out * len(self)) if share else held_out
+        if not 0 < count < len(self) or count != int(count):  # the first also refuses NaN
             raise PromptError(
                 f"{self.name}: cannot hold out {held_out} of {len(self)} prompts and train on the rest. "
                 "Give more prompts, or change held_out."
             )
+        count = int(count)
         ranked = sorted(self.prompts, key=lambda p: _keyed("split", seed, p.id))
         chosen = {p.id for p in ranked[:count]}
         train = tuple(p for p in self.prompts if p.id not in chosen)
@@ -94,6 +100,10 @@ class PromptSet:
 
         A remainder of an epoch that fills no batch is left for the next epoch's shuffle.
         """
+        if size < 1 or step < 0:
+            raise PromptError(
+                f"{self.name}: a batch of {size} prompts at step {step}; size is 1 or more, step 0 or more."
+            )
         if size > len(self):
             raise PromptError(f"{self.name}: a step asks for {size} prompts, but only {len(self)} are there.")
         per_epoch = len(self) // size
@@ -131,6 +141,7 @@ def load_prompts(
     pass_columns: target-like columns (answer, label, ...) that the scorer may see; without it they are refused.
     PromptError names the file, the line or row, and the column.
     """
+    pass_columns = (pass_columns,) if isinstance(pass_columns, str) else pass_columns
     name, rows = _rows(source, split, column)
     prompts: dict[str, Prompt] = {}
     duplicates: list[str] = []
@@ -155,24 +166,34 @@ def load_prompts(
 
 def _prompt(row: Mapping[str, Any], where: str, column: str, passed: Sequence[str]) -> Prompt:
     if column not in row:
-        raise PromptError(f"{where}: no column {column!r}.{nearest(column, row)} Name another with prompt_column.")
+        raise PromptError(
+            f"{where}: no column {column!r}.{nearest(column, row)} Name another with prompt_column "
+            "(column in load_prompts)."
+        )
     columns = {key: value for key, value in row.items() if key != column}
     for key, value in columns.items():
-        if key.lower() in TARGETS and key not in passed and value not in (None, "", [], {}):
+        if key in SCORER_ARGUMENTS:
+            raise PromptError(f"{where}: the column {key!r} has the name of a scorer's argument; rename it.")
+        if re.sub("[^a-z]", "", key.lower()) in TARGETS and key not in passed and not _is_empty(value):
             raise PromptError(
                 f"{where}: the column {key!r} looks like a target, and policy learning takes inputs only. If the "
                 f'scorer may see it: --pass-columns {key}, or pass_columns = ["{key}"]. Else remove the column.'
             )
-        if key in SCORER_ARGUMENTS:
-            raise PromptError(f"{where}: the column {key!r} has the name of a scorer's argument; rename it.")
     return Prompt(_content(row[column], where, column), columns, where)
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    missing = value is None or (isinstance(value, float) and value != value)  # pandas writes a missing text as NaN
+    return missing or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def _content(value: Any, where: str, column: str) -> Content:
     if isinstance(value, str):
         if not value.strip():
             raise PromptError(f"{where}: the column {column!r} is blank.")
-        return value
+        return _encodable(value, where, column)
     if not isinstance(value, (list, tuple)):
         raise PromptError(
             f"{where}: the column {column!r} holds {type(value).__name__}, but a prompt is text or a "
@@ -187,12 +208,27 @@ def _content(value: Any, where: str, column: str) -> Content:
                 f"{where}: message {number} of {column!r} must be {{'role': one of {', '.join(ROLES)}, "
                 f"'content': text}}, not {str(message)[:80]}."
             )
+        _encodable(message["content"], where, column)
     if value[-1]["role"] == "assistant":
         raise PromptError(
             f"{where}: the messages of {column!r} end with the assistant's; that is a completion, and the policy "
             "writes its own. Remove the last message."
         )
+    if not value[-1]["content"].strip():
+        raise PromptError(f"{where}: the last message of {column!r} is blank.")
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+def _encodable(text: str, where: str, column: str) -> str:
+    """The text itself; half of a surrogate pair is refused here, because every tokenizer would fail on it later."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where}: the column {column!r} holds half of a surrogate pair at character {error.start + 1}, which is "
+            "no text. Write the file again as UTF-8."
+        ) from None
+    return text
 
 
 def _keyed(*key: Any) -> bytes:
@@ -207,35 +243,41 @@ Rows = Iterable[tuple[str, Mapping[str, Any]]]
 def _rows(source: Any, split: str, column: str) -> tuple[str, Rows]:
     """(name, (where, row) pairs)."""
     if not isinstance(source, (str, Path)):
+        # Iterating over a mapping or a pandas frame gives the names of its columns, which would pass for prompts.
+        if isinstance(source, Mapping) or hasattr(source, "iterrows") or not isinstance(source, Iterable):
+            raise PromptError(
+                f"prompts are read from a path, a hub name, or a list of texts or rows, not {type(source).__name__}. "
+                'Of a data frame, give .to_dict("records").'
+            )
         items = [{column: item} if isinstance(item, (list, tuple)) else item for item in source]
         return "memory", _checked(((f"memory:{i}", item) for i, item in enumerate(items, 1)), column)
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a text given for a path is too long for one
+        raise PromptError(f"{str(source)[:60]!r} is no path: {error.strerror}. Texts are given as a list.") from None
+    if is_folder:
         return path.name, _from_folder(path, split)
-    if not path.exists():
+    if not exists:
         return str(source), _from_hub(str(source), path, split)
-    readers = {
-        ".jsonl": _from_jsonl,
-        ".ndjson": _from_jsonl,
-        ".json": _from_json,
-        ".csv": _from_csv,
-        ".tsv": _from_csv,
-        ".txt": _from_text,
-        ".parquet": _from_parquet,
-    }
-    if path.suffix.lower() not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
         raise PromptError(
-            f"{path}: prompts are read from {', '.join(readers)} files, not {path.suffix or 'no suffix'!r}."
+            f"{path}: prompts are read from {', '.join(READERS)} files, not {path.suffix or 'no suffix'!r}."
         )
-    return path.name, _checked(readers[path.suffix.lower()](path), column)
+    return path.name, _checked(READERS[suffix](path), column)
 
 
 def _checked(rows: Iterable[tuple[str, Any]], column: str) -> Rows:
+    """Rows whose keys are texts; a bare text is a row of `column` alone."""
     for where, row in rows:
         if isinstance(row, str):
             row = {column: row}
         if not isinstance(row, Mapping):
             raise PromptError(f"{where}: a row must be an object with a prompt, not {type(row).__name__}.")
+        for key in row:
+            if not isinstance(key, str):
+                raise PromptError(f"{where}: the column name {key!r} is {type(key).__name__}, not text; rename it.")
         yield where, row
 
 
@@ -247,11 +289,14 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}.") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = error.object.count(b"\n", 0, error.start) + 1  # of its own bytes: a byte order mark is not among them
         raise PromptError(f"{path.name}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
     if not text.strip():
         raise PromptError(f"{path.name} is empty.")
@@ -261,9 +306,12 @@ def _read(path: Path) -> str:
 def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for where, line in _lines(path):
         try:
-            yield where, json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise PromptError(f"{where}: not JSON: {error.msg} at column {error.colno}. One object a line.") from None
+        except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
+            raise PromptError(f"{where}: not JSON that can be read: {error}.") from None
+        yield where, row
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -271,6 +319,8 @@ def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
         data = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise PromptError(f"{path.name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.") from None
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path.name}: not JSON that can be read: {error}.") from None
     if isinstance(data, Mapping):
         lists = [value for value in data.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -285,17 +335,35 @@ def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_read(path)), dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel")
-    for row in reader:
-        where = f"{path.name}:{reader.line_num}"
-        if None in row or None in row.values():
-            raise PromptError(
-                f"{where}: the row has not as many fields as the header ({', '.join(reader.fieldnames or [])})."
-            )
-        yield where, row
+    """The rows below the header. A row that spans lines is named by its first."""
+    dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
+    # Strict, or a quote that is never closed would make one prompt of the rest of the file.
+    reader = csv.reader(io.StringIO(_read(path)), dialect=dialect, strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for fields in reader:
+            where, line = f"{path.name}:{line}", reader.line_num + 1
+            if not header:
+                header = fields
+                for name in header:
+                    if header.count(name) > 1:
+                        raise PromptError(f"{where}: two columns are named {name!r}; rename one in the header.")
+            elif fields:
+                if len(fields) != len(header):
+                    raise PromptError(
+                        f"{where}: the row has not as many fields as the header: {len(fields)}, not {len(header)} "
+                        f"({', '.join(header)}). Quote a field that holds a separator or a line break."
+                    )
+                yield where, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise PromptError(
+            f"{path.name}:{line}: the row that begins here is no CSV: {error}. Close every quote, and write a quote "
+            "inside a quoted field twice."
+        ) from None
 
 
-def _from_text(path: Path) -> Iterator[tuple[str, str]]:
+def _from_text(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((where, line.strip()) for where, line in _lines(path))
 
 
@@ -309,6 +377,17 @@ def _from_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise PromptError(f"{path.name} is not a parquet file: {error}") from None
     for number, row in enumerate(table.to_pylist(), 1):
         yield f"{path.name}: row {number}", row
+
+
+READERS = {
+    ".jsonl": _from_jsonl,
+    ".ndjson": _from_jsonl,
+    ".json": _from_json,
+    ".csv": _from_csv,
+    ".tsv": _from_csv,
+    ".txt": _from_text,
+    ".parquet": _from_parquet,
+}
 
 
 def _datasets() -> Any:
@@ -331,17 +410,17 @@ def _from_folder(path: Path, split: str) -> Rows:
 
 
 def _from_hub(name: str, path: Path, split: str) -> Rows:
-    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = nearest(path.name, near) if near else ""
-    if not _HUB_NAME.fullmatch(name) or path.suffix:
-        raise PromptError(f"there is no prompt file {name!r}.{hint if 'mean' in hint else ''}")
+    near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+    hint = near if "Did you mean" in near else ""
+    if not _HUB_NAME.fullmatch(name) or path.suffix.lower() in READERS:
+        raise PromptError(f"there is no prompt file {name!r}.{hint}")
     datasets = _datasets()
     try:
         return _from_dataset(datasets.load_dataset(name, split=split), name, split)
     except Exception as error:  # the hub's client raises many kinds
         raise PromptError(
             f"there is no file or folder {name!r}, so it was taken as a hub name, and the hub gave no such data set: "
-            f"{str(error).splitlines()[0][:200]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0][:200]}.{hint}"
         ) from None
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lossmith import policy as policies
 from lossmith.errors import RunError
-from lossmith.policy import SamplingSettings, check_model, load_policy
+from lossmith.policy import SamplingSettings, check_model, check_samples, load_policy
 from lossmith.prompts import default_prompts_path, load_prompts
 from lossmith.rollouts import Rollout
 
@@ -74,6 +74,7 @@ def sample(
         Compute type: auto, float32 or bfloat16.
     """
     settings = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, stop=stop)
+    check_samples(n, settings)
     if output is not None and output.exists():
         raise RunError(f"{output} exists, and is not overwritten. Choose another file with -o.")
     source = default_prompts_path() if prompts == "default" else prompts

@@ -5,7 +5,7 @@ from lossmith.policy.forward import Layout
 from lossmith.policy.load import Policy, check_model, load_policy
 from lossmith.policy.log_probs import TokenOutputs, measure_of, token_outputs
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
-from lossmith.policy.sampling import sample
+from lossmith.policy.sampling import check_samples, sample
 
 __all__ = [
     "Layout",
@@ -13,6 +13,7 @@ __all__ = [
     "SamplingSettings",
     "TokenOutputs",
     "check_model",
+    "check_samples",
     "embedded_model",
     "load_policy",
     "measure_of",

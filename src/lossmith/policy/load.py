@@ -140,9 +140,10 @@ def load_policy(
     logging.disable_progress_bar()  # a bar for half a second of loading hides what the run itself has to say
     place = str(embedded_model() if str(model) == "default" else model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        # False, not absent: transformers would ask on the terminal whether to run a model's own code
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         network: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            place, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise PolicyError(f"cannot load the model {str(model)!r}: {error}") from None

@@ -24,7 +24,7 @@ from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason, LogProbs, Measure, Rollout
 
-__all__ = ["sample", "uniforms"]
+__all__ = ["check_samples", "sample", "uniforms"]
 
 
 def sample(
@@ -43,10 +43,7 @@ def sample(
     batch_rows: completions that are decoded side by side. on_progress(done, of) is called after each batch.
     PolicyError: n copies of a greedy completion, or a prompt too long for the model's context.
     """
-    if n < 1:
-        raise PolicyError(f"n = {n}, but at least one completion a prompt is needed.")
-    if settings.temperature == 0 and n > 1:
-        raise PolicyError(f"temperature = 0 with n = {n} would give {n} copies of one completion.")
+    check_samples(n, settings)
     encoded = [_encoded(policy, prompt, settings) for prompt in prompts]
     done: dict[tuple[int, int], Rollout] = {}
     for batch in _batches(encoded, n, batch_rows, sharing_is_exact(policy.model)):
@@ -57,6 +54,14 @@ def sample(
         if on_progress is not None:
             on_progress(len(done), len(prompts) * n)
     return [done[p, k] for p in range(len(prompts)) for k in range(n)]
+
+
+def check_samples(n: int, settings: SamplingSettings) -> None:
+    """PolicyError where n completions of a prompt cannot be had, or would be copies of one."""
+    if n < 1:
+        raise PolicyError(f"n = {n}, but at least one completion a prompt is needed.")
+    if settings.temperature == 0 and n > 1:
+        raise PolicyError(f"temperature = 0 with n = {n} would give {n} copies of one completion.")
 
 
 def uniforms(seed: int, step: int, prompt_id: str, sample: int, settings: SamplingSettings) -> np.ndarray:

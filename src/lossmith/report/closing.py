@@ -20,7 +20,7 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     held_out = summary["held_out"]
     console.print(_table(held_out))
     console.print(_verdict(held_out["difference"]), highlight=False)
-    assert run.after is not None
+    assert run.before is not None and run.after is not None
     pairs = list(zip(run.before.rollouts, run.after.rollouts, strict=True))
     for first, second in pairs[:examples]:
         console.print(_example(first, second))

@@ -15,6 +15,7 @@ __all__ = ["LiveView"]
 _COLUMNS = (
     ("reward", "reward", "{:.3f}"),
     ("kl_ref", "KL", "{:.4f}"),
+    ("sampled_entropy", "entropy", "{:.2f}"),
     ("length", "length", "{:.1f}"),
     ("ended", "ended", "{:.0%}"),
     ("loss", "loss", "{:+.4f}"),

@@ -23,7 +23,7 @@ from lossmith.training.learner import Learner
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(folder: Path, learner: Learner, step: int, extra: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, learner: Learner, step: int) -> Path:
     """Write checkpoints/step-NNNNN: the state after `step` finished steps. The one before it is deleted afterwards."""
     target = folder / "checkpoints" / f"step-{step:05d}"
     partial = target.with_name(target.name + ".partial")
@@ -38,7 +38,6 @@ def save_checkpoint(folder: Path, learner: Learner, step: int, extra: dict[str, 
         "policy_version": policy.version,
         "loss": learner.loss.to_dict(),
         "optimizer": numbers,
-        **extra,
     }
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     _write_manifest(partial)
@@ -126,6 +125,8 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle of a folder to flush
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -47,6 +47,8 @@ class Step:
             "reward": statistics.fmean(scores),
             "reward_std": statistics.pstdev(scores),
             "length": statistics.fmean(lengths),
+            # -log p of what was sampled is an unbiased estimate of the entropy, and costs nothing
+            "sampled_entropy": -sum(float(r.behavior_logp.values.sum()) for r in self.rollouts) / sum(lengths),
             "ended": statistics.fmean(not r.truncated for r in self.rollouts),
             "dropped": self.update.dropped,
             "skipped_updates": self.update.skipped,
@@ -77,17 +79,29 @@ class Run:
     policy: Policy
     learner: Learner
     folder: RunFolder
-    before: Evaluation
+    checkpoint: Path | None = None  # to go on from
+    before: Evaluation | None = None
     first_step: int = 0
     after: Evaluation | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # what summary.json holds, once the run is finished
     started: float = field(default_factory=time.perf_counter)
+
+    def start(self) -> None:
+        """Measure the untrained policy on the held-out prompts; then, in a resumed run, load the checkpoint."""
+        if self.before is not None:
+            return
+        self.before = evaluate(self.policy, self.held_out, self.scorer, self.recipe)
+        self.folder.add_rollouts("held-out-before", self.before.rollouts)
+        if self.checkpoint is not None:
+            self.first_step = int(load_checkpoint(self.checkpoint, self.learner)["step"])
+            self.folder.keep_metrics_before(self.first_step)
 
     def remaining_steps(self) -> range:
         return range(self.first_step, self.recipe.steps)
 
     def finish(self) -> None:
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
+        assert self.before is not None, "a run that was never started has nothing to compare with"
         self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe)
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self.policy.save(self.folder.path / "policy")
@@ -102,6 +116,7 @@ class Run:
 
 def learn(run: Run) -> Iterator[Step]:
     """One Step per round, each recorded in the run's folder before it is yielded."""
+    run.start()
     recipe, clock = run.recipe, Clock()
     for index in run.remaining_steps():
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
@@ -128,7 +143,7 @@ def record(run: Run, step: Step) -> None:
         run.folder.add_rollouts(f"step-{step.index:05d}", step.rollouts)
     done = step.index + 1
     if recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < recipe.steps:
-        save_checkpoint(run.folder.path, run.learner, done, {"before": run.before.reward.as_dict()})
+        save_checkpoint(run.folder.path, run.learner, done)
 
 
 # -- before the first step --------------------------------------------------------------------------------------------
@@ -168,25 +183,11 @@ def open_run(plan: Plan, resume: Path | None = None) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, recipe.policy_loss(), recipe)
-    if resume is None:
-        folder = RunFolder.create(recipe, learner.loss.name)
-        before = evaluate(policy, plan.held_out, scorer, recipe)
-        folder.add_rollouts("held-out-before", before.rollouts)
-        return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, before)
-    return _resumed(plan, scorer, learner, RunFolder(resume))
-
-
-def _resumed(plan: Plan, scorer: Scorer, learner: Learner, folder: RunFolder) -> Run:
-    """The held-out comparison needs the untrained policy: it is evaluated again before the checkpoint is loaded."""
-    checkpoint = latest_checkpoint(folder.path)
-    if checkpoint is None:
-        raise RunError(f"{folder.path} holds no complete checkpoint to resume from.")
-    before = evaluate(learner.policy, plan.held_out, scorer, plan.recipe)
-    state = load_checkpoint(checkpoint, learner)
-    folder.keep_metrics_before(state["step"])
-    run = Run(plan.recipe, plan.train, plan.held_out, scorer, learner.policy, learner, folder, before)
-    run.first_step = state["step"]
-    return run
+    checkpoint = None if resume is None else latest_checkpoint(resume)
+    if resume is not None and checkpoint is None:
+        raise RunError(f"{resume} holds no complete checkpoint to resume from.")
+    folder = RunFolder.create(recipe, learner.loss.name) if resume is None else RunFolder(resume)
+    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, checkpoint)
 
 
 def _columns(prompts: PromptSet) -> set[str]:
