@@ -69,7 +69,7 @@ class Recipe(BaseModel):
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
     micro_batch_tokens: int = Field(
-        4096, gt=0, description="tokens in one forward and backward pass; changes no result"
+        2048, gt=0, description="tokens in one forward and backward pass; changes no result"
     )
 
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
