@@ -35,7 +35,7 @@ TRAPS_BY_DEFAULT = {"book_clip", "book_ppo_clip"}
         ("ppo", {"advantage": "gea"}, r"advantage is 'gea'.*'gae'"),
         ("ppo", {"aggregate": "token_means"}, r"aggregate is 'token_means'.*'token_mean'"),
         ("ppo", {"shaping": ["overlnog"]}, r"shaping is 'overlnog'.*'overlong'"),
-        ("grpo", {"kl_estimator": "k4"}, r"kl_estimator.*'k4'.*'k[123]'"),
+        ("grpo", {"kl_estimator": "k4"}, r"kl_estimator.*'k4'.*k1, k2, k3"),
         ("grpo", {"truncated": "maks"}, r"truncated is 'maks'.*'mask'"),
         ("grpo", {"group_filter": "zero"}, r"group_filter is 'zero'.*zero_variance"),
         # of another option of the axis: it would have no effect, and the message says where it would
@@ -143,6 +143,7 @@ def test_errors_are_value_errors_of_the_package():
         ("ppo", {"trust": "book_clip"}, "demonstration"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::lossmith.errors.TrapWarning")  # where there are two, the other one
 def test_traps_warn_when_built(name, changes, message):
     with pytest.warns(L.TrapWarning, match=message):
         loss = L.get_loss(name, **changes)
@@ -519,11 +520,10 @@ def test_every_parameter_in_force_changes_the_formula(label, style):
                 values = [
                     3.7 if value is None or value == float("inf") else value + 1 if flat == "max_length" else 3.25
                 ]
+                values = [0.35] if flat == "clip_low" else values  # from 1 on there is no lower bound at all
                 values = [7] if flat == "buffer" else [0.77] if value == float("-inf") else values
             for other in values:
                 try:
-                    changed = quiet_loss(loss.name, **{**loss.to_dict(), "name": loss.name, flat: other})
-                except TypeError:
                     changed = from_flat({**loss.to_dict(), flat: other})
                 except L.LossError:
                     continue  # means nothing together with the rest

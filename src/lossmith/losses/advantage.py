@@ -190,6 +190,8 @@ class Group(Estimator):
         return torch.where(groups.singleton, groups.reward, centred) if self.singleton == "raw" else centred
 
     def formula(self) -> tuple[str, str]:
+        if self.singleton == "raw":
+            return "(R − mean_g(R); R in a group of one)", r"(R - \mu_g;\ R \text{ in a group of one})"
         return "R − mean_g(R)", r"R - \mu_g"
 
 

@@ -135,11 +135,16 @@ class Gate(Mismatch):
         return _at_level(torch.where(batch.valid, per_token, torch.zeros_like(per_token)), batch, self.level)
 
     def formula(self) -> tuple[str, str]:
-        lo, hi, x = number(self.low), number(self.high), "ρ_t·" if self.weighted else ""
-        tex = r"\rho_t\," if self.weighted else ""
-        return f"{x}[{lo} ≤ {self.stat} ≤ {hi}]", rf"{tex}\mathbb 1[{lo}\le \mathrm{{{self.stat}}}\le {hi}]".replace(
-            "_", r"\_"
-        )
+        lo, hi = number(self.low), number(self.high)
+        names = {"ratio": _level_name(self.level), "tv": ("|μ−π_old|", r"|\mu-\pi_{\mathrm{old}}|")}
+        text, tex = names.get(self.stat, ("KL(μ‖π_old)", r"\mathrm{KL}(\mu\|\pi_{\mathrm{old}})"))
+        if self.stat != "ratio" and self.level != "token":
+            over = {"sequence": ("Σ_t", r"\textstyle\sum_t"), "geometric": ("mean_t", r"\operatorname{mean}_t")}[
+                self.level
+            ]
+            text, tex = f"{over[0]} {text}", rf"{over[1]} {tex}"
+        x = ("ρ_t·", r"\rho_t\,") if self.weighted else ("", "")
+        return f"{x[0]}[{lo} ≤ {text} ≤ {hi}]", rf"{x[1]}\mathbb 1[{lo}\le {tex}\le {hi}]"
 
 
 MISMATCH = options(NoMismatch, TruncatedIS, IcePop, Gate)
