@@ -226,6 +226,7 @@ def refuse(tmp_path, error, message, **changes):
         (RecipeError, "known trap", dict(loss="book_clip")),
         (PromptError, "there is no prompt file", dict(prompts="missing.jsonl")),
         (PromptError, "cannot hold out 12 of 12", dict(held_out=12)),
+        (RecipeError, "an interval needs at least two", dict(held_out=1)),
         (PromptError, "looks like a target", dict(prompts=[{"prompt": f"p{i}", "answer": "4"} for i in range(9)])),
         (ScorerError, "no_such_module", dict(scorer="no_such_module:score")),
         (ScorerError, "Did you mean 'helpfulness'", dict(scorer="helpfulnes")),
@@ -270,6 +271,16 @@ def test_a_scorer_that_fails_stops_the_run_or_costs_that_rollout(tmp_path):
         ls.train(**settings(tmp_path, scorer=sometimes))
     run = ls.train(**settings(tmp_path, scorer=sometimes, scorer_errors="drop"))
     assert [r["dropped"] for r in metrics(run)] == [1, 1, 1]
+
+
+def test_too_few_scores_to_compare_are_said_and_written_as_json_can(tmp_path, capsys):
+    def only_in_training(completions, **_):
+        return [None] * len(completions) if len(completions) == 4 else [len(c) / 10 for c in completions]
+
+    run = ls.train(**settings(tmp_path, scorer=only_in_training, scorer_errors="drop", quiet=False))
+    assert "Too few held-out prompts with a score (0)" in " ".join(capsys.readouterr().out.split())
+    summary = json.loads((run.folder.path / "summary.json").read_text(), parse_constant=lambda _: pytest.fail("NaN"))
+    assert summary["held_out"]["difference"] == {"mean": None, "ci95_low": None, "ci95_high": None, "n": 0}
 
 
 def test_traps_train_when_the_recipe_says_so(tmp_path):

@@ -33,17 +33,23 @@ def _table(held_out: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for when in ("before", "after"):
         row = held_out[when]
-        table.add_row(when, f"{row['mean']:.3f}", _range(row), f"{row['ended']:.0%}", f"{row['mean_length']:.1f}")
+        table.add_row(when, _figure(row["mean"]), _range(row), f"{row['ended']:.0%}", f"{row['mean_length']:.1f}")
     change = held_out["difference"]
-    table.add_row("difference", f"{change['mean']:+.3f}", _range(change, "+"), "", "")
+    table.add_row("difference", _figure(change["mean"], "+"), _range(change, "+"), "", "")
     return table
 
 
-def _range(row: dict[str, float], sign: str = "") -> str:
-    return f"{row['ci95_low']:{sign}.3f} to {row['ci95_high']:{sign}.3f}"
+def _range(row: dict[str, Any], sign: str = "") -> str:
+    return f"{_figure(row['ci95_low'], sign)} to {_figure(row['ci95_high'], sign)}"
 
 
-def _verdict(change: dict[str, float]) -> str:
+def _figure(x: float | None, sign: str = "") -> str:
+    return "?" if x is None else f"{x:{sign}.3f}"
+
+
+def _verdict(change: dict[str, Any]) -> str:
+    if change["ci95_low"] is None:
+        return f"Too few held-out prompts with a score ({change['n']}) to compare before and after."
     if change["ci95_low"] > 0:
         return "Held-out score rose: the interval of the paired difference lies above 0."
     if change["ci95_high"] < 0:

@@ -27,8 +27,10 @@ class Interval:
     high: float
     n: int
 
-    def as_dict(self) -> dict[str, float]:
-        return {"mean": self.mean, "ci95_low": self.low, "ci95_high": self.high, "n": self.n}
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no NaN: None where there are too few prompts to say."""
+        figures = {"mean": self.mean, "ci95_low": self.low, "ci95_high": self.high, "n": self.n}
+        return {name: None if math.isnan(x) else x for name, x in figures.items()}
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,8 @@ def plan(recipe: Recipe) -> Plan:
         limit=recipe.prompt_limit,
     )
     train, held_out = prompts.split(recipe.held_out, recipe.seed)
+    if len(held_out) < 2:
+        raise RecipeError(f"held_out = {recipe.held_out} keeps one prompt, and an interval needs at least two.")
     if recipe.prompts_per_step > len(train):
         raise RecipeError(
             f"prompts_per_step = {recipe.prompts_per_step}, but only {len(train)} prompts are left for training after "
