@@ -298,7 +298,9 @@ def test_a_loss_is_carried_whole_by_the_recipe(tmp_path):
     assert ls.PolicyLoss.from_dict(written) == loss
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(10, 2.2281), (24, 2.0639), (47, 2.0117), (120, 1.9799)])
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (3, 3.1824), (10, 2.2281), (24, 2.0639), (47, 2.0117), (120, 1.9799)]
+)
 def test_intervals_use_students_t(freedom, quantile):
     assert student_t(freedom) == pytest.approx(quantile, abs=1e-3)
     values = [float(i % 3) for i in range(freedom + 1)]

@@ -26,6 +26,7 @@ __all__ = [
     "ScorerError",
     "TrapWarning",
     "nearest",
+    "printable",
 ]
 
 
@@ -59,6 +60,11 @@ class RunError(LossmithError, RuntimeError):
 
 class TrapWarning(UserWarning):
     """A composition that is legal and known to mislead. Training refuses it unless told otherwise."""
+
+
+def printable(text: str) -> str:
+    """Text whose control characters (but line breaks and tabs) are shown, not obeyed: a completion is untrusted."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lossmith import __version__
-from lossmith.errors import LossmithError
+from lossmith.errors import LossmithError, printable
 
 __all__ = ["app", "main"]
 
@@ -32,7 +32,7 @@ def main() -> None:
     try:
         app()
     except LossmithError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped.")

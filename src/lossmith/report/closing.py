@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lossmith.errors import printable
 from lossmith.rollouts import Rollout
 from lossmith.training import Run
 
@@ -62,6 +63,10 @@ def _example(before: Rollout, after: Rollout) -> Panel:
         value = rollout.score.value if rollout.score else None
         score = "no score" if value is None else f"{value:.3f}"
         cut = " […]" if rollout.truncated else ""
-        return Text.assemble((f"{name} ({score})  ", "bold"), rollout.completion.strip() + cut)
+        return Text.assemble((f"{name} ({score})  ", "bold"), printable(rollout.completion.strip()) + cut)
 
-    return Panel(Group(one("before", before), one("after ", after)), title=Text(before.prompt.text), title_align="left")
+    return Panel(
+        Group(one("before", before), one("after ", after)),
+        title=Text(printable(before.prompt.text)),
+        title_align="left",
+    )

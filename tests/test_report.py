@@ -1,0 +1,66 @@
+"""What people look at: the opening, a step's line, the closing."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+import lossmith as ls
+import tiny
+from lossmith.errors import printable
+from lossmith.report.closing import closing
+from lossmith.report.opening import batch_arithmetic, opening
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return ls.train(
+        model=str(tiny.folder()), device="cpu", dtype="float32", prompts=[f"Prompt {i}?" for i in range(9)], held_out=3,
+        scorer=lambda completions, **_: [float(len(set(c))) for c in completions], steps=2, prompts_per_step=2,
+        samples_per_prompt=3, max_tokens=8, runs=str(tmp_path_factory.mktemp("r")), quiet=True, loss="grpo(beta=0.02)",
+    )  # fmt: skip
+
+
+def printed(run, **changes):
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100)
+    changed = dataclasses.replace(run, **changes)
+    closing(changed, changed.summary, console)
+    return console.file.getvalue()
+
+
+def test_the_closing_shows_the_figures_of_the_summary(run):
+    text = printed(run)
+    held_out = run.summary["held_out"]
+    for when in ("before", "after"):
+        assert f"{held_out[when]['mean']:.3f}" in text
+    assert f"{held_out['difference']['mean']:+.3f}" in text
+    assert text.count("before (") == text.count("after  (") == 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 0.2, "rose"), (-0.2, -0.1, "FELL"), (-0.1, 0.1, "No clear")]
+)
+def test_the_verdict_follows_the_interval(run, low, high, verdict):
+    difference = run.summary["held_out"]["difference"] | {"ci95_low": low, "ci95_high": high}
+    summary = run.summary | {"held_out": run.summary["held_out"] | {"difference": difference}}
+    assert verdict in printed(run, summary=summary)
+
+
+def test_a_hostile_completion_is_shown_and_never_obeyed(run):
+    """Escape sequences that would clear the screen or set its title, and markup that would colour it."""
+    hostile = "\x1b[2J\x1b]0;owned\x07[bold red]fine[/]\r"
+    evil = [dataclasses.replace(r, completion=hostile) for r in run.after.rollouts]
+    text = printed(run, after=ls.training.Evaluation(evil))
+    assert "\x1b[2J" not in text and "\x07" not in text and "\x1b]0" not in text
+    assert "[bold red]fine[/]" in text
+    assert printable(hostile) == "\ufffd[2J\ufffd]0;owned\ufffd[bold red]fine[/]\ufffd"
+
+
+def test_the_opening_says_batch_arithmetic_formula_and_memory(run):
+    plan = ls.plan(run.recipe)
+    text = opening(plan, run)
+    for piece in ("9 prompts", "6 to train on, 3 held out", "2 prompts x 3 samples = 6 completions", "0.02·", "about"):
+        assert piece in text
+    lines = batch_arithmetic(ls.Recipe.make(prompts_per_step=4, updates_per_step=2, epochs=3, steps=5), 10)
+    assert "6 updates a step x 5 steps = 30 updates; the prompts are seen 2.00 times" in lines[1]
