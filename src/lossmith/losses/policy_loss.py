@@ -102,22 +102,17 @@ class PolicyLoss:
         """What must be provided besides logp and mask; `max_length` is a parameter, the rest are batch fields."""
         pieces = (*self.shaping, self.advantage, self.scale, self.aggregate)
         needed = frozenset().union(*(p.needs for p in pieces)) | self.kl.required
-        if isinstance(self.mismatch, NoMismatch) is False or self.ratio.denominator == "behavior":
-            needed |= {"behavior_logp"}
-        if self.ratio.denominator == "ref":
-            needed |= {"ref_logp"}
-        if self.entropy_coef:
-            needed |= {"entropy"}
-        if self.value.active:
-            needed |= {"value"}
-        if self.truncated != "keep":
-            needed |= {"truncated"}
-        if self.group_filter != "none":
-            needed |= {"group", "reward"}
-        if getattr(self.aggregate, "max_length", None) or all(getattr(s, "max_length", 1) for s in self.shaping):
-            unfilled = any(getattr(p, "max_length", 1) is None for p in (*self.shaping, self.aggregate))
-            needed = needed if unfilled else needed - {"max_length"}
-        return needed
+        if all(getattr(p, "max_length", 1) is not None for p in pieces):
+            needed -= {"max_length"}
+        conditions = {
+            "behavior_logp": not isinstance(self.mismatch, NoMismatch) or self.ratio.denominator == "behavior",
+            "ref_logp": self.ratio.denominator == "ref",
+            "entropy": self.entropy_coef > 0,
+            "value": self.value.active,
+            "truncated": self.truncated != "keep",
+            "group": self.group_filter != "none",
+        }
+        return needed | {name for name, holds in conditions.items() if holds}
 
     @property
     def uses_old(self) -> bool:

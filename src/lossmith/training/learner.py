@@ -83,12 +83,8 @@ class Learner:
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
-        if (
-            (several and loss.uses_old)
-            or loss.kl.place == "reward"
-            or "value" in loss.needs
-            or "behavior_logp" in loss.needs
-        ):
+        in_reward = loss.kl.active and loss.kl.place == "reward"
+        if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp"}:
             now = self._outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
