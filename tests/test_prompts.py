@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossmith.errors import PromptError
-from lossmith.prompts import PromptSet, default_prompts_path, load_prompts
+from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 
 ROWS = [
     {"prompt": "What is 2 + 2?", "topic": "numbers"},
@@ -267,12 +267,16 @@ GOOD = '{"prompt": "a"}\n'
         ("p.json", '{"a": [], "b": []}', "p.json: an object with 2 lists"),
         ("p.json", '[{"prompt": "a"}, 3]', "p.json: row 2: a row must be an object"),
         ("p.csv", "prompt,topic\na,b\nc\n", "p.csv:3: the row has not as many fields"),
-        ("p.csv", "prompt\n", "p.csv holds no prompt"),
+        ("p.csv", "prompt\n", r"p.csv holds no prompt: its one line \(prompt\) is taken for the header.*rows below"),
         ("p.csv", 'prompt\na\n"b\nc\nd\n', "p.csv:3: the row that begins here is no CSV.*Close every quote"),
         ("p.csv", "prompt\n" + "x" * 140_000, "p.csv:2: the row that begins here is no CSV: field larger"),
         ("p.csv", "prompt,t,t\na,b,c\n", "p.csv:1: two columns are named 't'; rename one"),
         ("p.csv", 'prompt,t\n"a\nb",x\n"  ",x\n', "p.csv:4: the column 'prompt' is blank"),
-        ("p.csv", "What is it?\nWho?\n", "p.csv:2: no column 'prompt'. Known: What is it"),
+        ("p.csv", "What is it?\nWho?\n", "p.csv:2: no column 'prompt'. Known: What is it.*first line .* must name"),
+        ("p.jsonl", GOOD + "{}\n", "p.jsonl:2: no column 'prompt'. The row is empty"),
+        ("p.json", "[]", "p.json holds no prompt"),
+        ("p.json", "3", "p.json: holds int, not a list of rows"),
+        ("p.jsonl", '\n{"prompt": null}\n', "p.jsonl:2: the column 'prompt' holds NoneType"),
         ("p.jsonl", GOOD + '{"prompt": "half \\ud800"}\n', "p.jsonl:2: .*half of a surrogate pair at character 6"),
         ("p.jsonl", '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "p.jsonl:1: not JSON that can be read"),
         ("p.jsonl", GOOD + '{"prompt": "b", "n": ' + "9" * 5000 + "}", "p.jsonl:2: not JSON that can be read"),
@@ -296,6 +300,33 @@ def test_bytes_that_are_no_utf8_are_named_with_their_line(tmp_path):
         load_prompts(tmp_path / "p.txt")
 
 
+def test_a_parquet_text_that_is_no_utf8_is_named_with_its_row(tmp_path):
+    cells = pyarrow.array([b"fine", b"\xff"], pyarrow.binary()).buffers()
+    texts = pyarrow.StringArray.from_buffers(2, cells[1], cells[2])
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "p.parquet")
+    with pytest.raises(PromptError, match=r"p.parquet: row 2, column 'prompt', is not UTF-8. Write the file again"):
+        load_prompts(tmp_path / "p.parquet")
+
+
+def test_a_row_of_parquet_or_of_a_saved_data_set_is_named(tmp_path):
+    rows = [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": "4"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
+    for name in ("p.parquet", "set"):
+        with pytest.raises(PromptError, match=f"{name}: row 2: the column 'answer' .*--pass-columns answer"):
+            load_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("damage", [("state.json", "{}"), ("dataset_info.json", "[]")])
+def test_a_damaged_data_set_is_refused_and_a_missing_split_named(tmp_path, damage):
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "sets")
+    with pytest.raises(PromptError, match=r"sets has no split 'tran'. Did you mean 'train'"):
+        load_prompts(tmp_path / "sets", split="tran")
+    (tmp_path / "sets" / "train" / damage[0]).write_text(damage[1])
+    with pytest.raises(PromptError, match=r"or it is damaged .*save the data set again"):
+        load_prompts(tmp_path / "sets")
+
+
 class Frame:
     """What a pandas frame does here: iterating over it gives column names."""
 
@@ -317,6 +348,17 @@ def test_other_mistakes_in_memory():
         load_prompts("What is the difference between weather and climate? " * 20)
     with pytest.raises(PromptError, match="memory:1: the column name 3 is int"):
         load_prompts([{"prompt": "a", 3: "x"}])
+
+
+def test_a_home_folder_that_nobody_has():
+    with pytest.raises(PromptError, match=r"'~nobody-has-this-name/p.jsonl': no home folder .* Write the path out"):
+        load_prompts("~nobody-has-this-name/p.jsonl")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_keeps_nothing_is_refused(limit):
+    with pytest.raises(PromptError, match=f"limit = {limit} keeps no prompt. Give 1 or more"):
+        load_prompts(["a"], limit=limit)
 
 
 def test_missing_files_and_foreign_folders(tmp_path, monkeypatch):
@@ -347,6 +389,15 @@ def test_a_hub_name_that_gives_nothing_says_how_it_was_understood(monkeypatch):
     rows = datasets.Dataset.from_list(ROWS)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows if (name, split) == ("a/b", "dev") else None)
     assert len(load_prompts("a/b", split="dev")) == 3
+
+
+# -- what a prompt is ------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_same_when_their_content_is():
+    one, two = load_prompts(["a", {"prompt": CHAT}]), load_prompts([{"prompt": "a", "topic": "x"}, CHAT])
+    assert list(one) == list(two) and len({*one, *two}) == 2
+    assert Prompt(tuple(reversed(CHAT))) != Prompt(tuple(CHAT)) == Prompt(CHAT)
 
 
 # -- what is shipped --------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ TARGETS = frozenset(
 SCORER_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 ROLES = ("system", "user", "assistant", "tool")
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+_TABLE_LINE = re.compile(r"\.[ct]sv:\d+$", re.IGNORECASE)
 
 Content = str | tuple[Mapping[str, str], ...]
 
@@ -38,7 +39,7 @@ Content = str | tuple[Mapping[str, str], ...]
 class Prompt:
     """One input. `content` is text or chat messages; `columns` travel to the scorer; `source` says where it stood."""
 
-    content: Content
+    content: Content = field(compare=False)  # two prompts are the same when their ids are
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     source: str = field(default="memory", compare=False)
     id: str = field(init=False)  # 16 hex digits of the sha256 of the content, whatever the file and its order
@@ -141,6 +142,8 @@ def load_prompts(
     pass_columns: target-like columns (answer, label, ...) that the scorer may see; without it they are refused.
     PromptError names the file, the line or row, and the column.
     """
+    if limit is not None and limit < 1:
+        raise PromptError(f"limit = {limit} keeps no prompt. Give 1 or more, or leave it out to keep them all.")
     pass_columns = (pass_columns,) if isinstance(pass_columns, str) else pass_columns
     name, rows = _rows(source, split, column)
     prompts: dict[str, Prompt] = {}
@@ -166,9 +169,11 @@ def load_prompts(
 
 def _prompt(row: Mapping[str, Any], where: str, column: str, passed: Sequence[str]) -> Prompt:
     if column not in row:
+        known = nearest(column, row) if row else " The row is empty."
+        # A table without a header shows its first prompt as a column's name; that is not the name to give.
+        header = " The first line of the file must name the columns." if _TABLE_LINE.search(where) else ""
         raise PromptError(
-            f"{where}: no column {column!r}.{nearest(column, row)} Name another with prompt_column "
-            "(column in load_prompts)."
+            f"{where}: no column {column!r}.{known}{header} Name another with prompt_column (column in load_prompts)."
         )
     columns = {key: value for key, value in row.items() if key != column}
     for key, value in columns.items():
@@ -251,7 +256,10 @@ def _rows(source: Any, split: str, column: str) -> tuple[str, Rows]:
             )
         items = [{column: item} if isinstance(item, (list, tuple)) else item for item in source]
         return "memory", _checked(((f"memory:{i}", item) for i, item in enumerate(items, 1)), column)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # there is no such user
+        raise PromptError(f"{str(source)!r}: no home folder is known for its '~'. Write the path out.") from None
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:  # a text given for a path is too long for one
@@ -340,7 +348,7 @@ def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
     # Strict, or a quote that is never closed would make one prompt of the rest of the file.
     reader = csv.reader(io.StringIO(_read(path)), dialect=dialect, strict=True)
     header: list[str] = []
-    line = 1
+    line, has_rows = 1, False
     try:
         for fields in reader:
             where, line = f"{path.name}:{line}", reader.line_num + 1
@@ -355,12 +363,18 @@ def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
                         f"{where}: the row has not as many fields as the header: {len(fields)}, not {len(header)} "
                         f"({', '.join(header)}). Quote a field that holds a separator or a line break."
                     )
+                has_rows = True
                 yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise PromptError(
             f"{path.name}:{line}: the row that begins here is no CSV: {error}. Close every quote, and write a quote "
             "inside a quoted field twice."
         ) from None
+    if not has_rows:
+        raise PromptError(
+            f"{path.name} holds no prompt: its one line ({', '.join(header)}) is taken for the header, which names "
+            "the columns. Put the rows below it."
+        )
 
 
 def _from_text(path: Path) -> Iterator[tuple[str, Any]]:
@@ -375,8 +389,23 @@ def _from_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise PromptError(f"{path.name} is not a parquet file: {error}") from None
-    for number, row in enumerate(table.to_pylist(), 1):
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError:
+        raise PromptError(f"{path.name}: {_undecodable(table)} is not UTF-8. Write the file again as UTF-8.") from None
+    for number, row in enumerate(rows, 1):
         yield f"{path.name}: row {number}", row
+
+
+def _undecodable(table: Any) -> str:
+    """Which cell of a parquet table cannot be decoded; pyarrow itself does not say."""
+    for name, cells in zip(table.column_names, table.columns, strict=True):
+        for number, cell in enumerate(cells, 1):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError:
+                return f"row {number}, column {name!r},"
+    return "the name of a nested field"
 
 
 READERS = {
@@ -402,9 +431,10 @@ def _from_folder(path: Path, split: str) -> Rows:
     datasets = _datasets()
     try:
         data = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, OSError):
+    except Exception as error:  # a foreign folder raises FileNotFoundError, a damaged one nearly anything
         raise PromptError(
-            f"{path} is a folder, but not one that datasets' save_to_disk wrote. Name a file in it."
+            f"{path} is a folder, but not one that datasets' save_to_disk wrote, or it is damaged "
+            f"({type(error).__name__}). Name a file in it, or save the data set again."
         ) from None
     return _from_dataset(data, path.name, split)
 
