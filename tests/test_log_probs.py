@@ -194,3 +194,46 @@ def test_layout_pairs_agree_on_a_step_of_training():
     outs = {layout: token_outputs(policy, tiny.rollouts(), PLAIN, layout=layout).logp for layout in LAYOUTS}
     for a, b in itertools.combinations(LAYOUTS, 2):
         torch.testing.assert_close(outs[a], outs[b], rtol=0, atol=1e-10)
+
+
+def test_packed_rows_stay_apart_in_models_that_do_not_look_at_positions_for_it():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=264, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, init_std=0.3,
+        max_position_embeddings=256, word_embed_proj_dim=16, eos_token_id=256, bos_token_id=256, pad_token_id=256,
+    )  # fmt: skip
+    policy, rollouts = tiny.policy(OPTForCausalLM(config), torch.float64), tiny.rollouts()
+    outs = [token_outputs(policy, rollouts, PLAIN, layout=layout).logp for layout in LAYOUTS]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-10)
+
+
+def test_dropout_stays_off_even_if_the_model_was_put_in_training_mode():
+    policy = tiny.policy(tiny.gpt2())
+    policy.model.train()
+    a, b = (token_outputs(policy, tiny.rollouts(), PLAIN).logp for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])  # nucleus of most of the vocabulary, and of a handful
+@pytest.mark.parametrize("settings", [SamplingSettings(top_p=0.9), SamplingSettings(0.8, 0.95, 1500)])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(settings, spread):
+    logits = torch.randn(6, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * spread
+    logits[0] *= 5  # rows that need the whole vocabulary beside rows that do not
+    values, order = (logits / settings.temperature).sort(descending=True)
+    if settings.top_k:
+        values[:, settings.top_k :] = -torch.inf
+    p = values.softmax(-1)
+    kept = (p.cumsum(-1) - p < settings.top_p) & (p > 0)
+    expected = torch.zeros_like(kept).scatter(1, order, kept)
+    assert torch.equal(measured_log_softmax(logits, settings) > -torch.inf, expected)
+
+
+def test_equally_likely_tokens_stay_or_go_together():
+    """The support is a function of the values, not of the order in which a sort happens to leave them."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
+    for settings in (SamplingSettings(top_k=2), SamplingSettings(top_p=0.6)):
+        support = measured_log_softmax(logits, settings) > -torch.inf
+        assert support.tolist() == [[False, True, True, True, True, False]]

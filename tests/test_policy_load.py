@@ -1,11 +1,16 @@
 """Loading, saving and copying a policy."""
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MambaConfig, MambaForCausalLM
 
 import tiny
 from lossmith.errors import PolicyError
@@ -93,6 +98,88 @@ def test_a_head_that_is_not_understood_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5}))
     with pytest.raises(PolicyError, match="head applied to its hidden states differs"):
         load_policy(folder, compute_dtype="float32")
+
+
+@pytest.mark.parametrize("gone", ["model.layers.1.mlp", "lm_head"])
+def test_missing_weights_are_not_made_up(tmp_path, gone):
+    """transformers fills them with random numbers and a line in its log: another policy at every start."""
+    folder = tmp_path / "model"
+    tiny.llama(tie_word_embeddings=False).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith(gone)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match=f"lacks {len(weights) - len(kept)} weights .*{gone}"):
+        load_policy(folder, compute_dtype="float32")
+
+
+def test_a_damaged_weight_file_is_named(tmp_path):
+    folder = broken(tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(PolicyError, match="cannot load the model"):
+        load_policy(folder)
+
+
+def test_a_recurrent_model_is_refused(tmp_path):
+    config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=256)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match="cannot be continued from the cached keys and values"):
+        load_policy(tmp_path)
+
+
+def test_a_folder_under_the_home_directory(tmp_path, monkeypatch):
+    broken(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_policy("~/model", compute_dtype="float32").version == 0
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(PolicyError, match="cannot compute on device 'cdua'"):
+        load_policy(tiny.folder(), device="cdua")
+
+
+def test_a_generation_configuration_that_transformers_refuses_does_not_lose_the_policy(tmp_path):
+    """Published models hold such; save_pretrained refuses them, which here would be at the end of a run."""
+    policy = tiny.loaded()
+    policy.model.generation_config = GenerationConfig(do_sample=False, eos_token_id=[256, 3])
+    policy.model.generation_config.temperature = 0.6
+    policy.save(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [256, 3]
+
+
+def test_the_mark_that_ends_a_turn_ends_a_completion():
+    """A base model's configuration may list its end of text alone, while its template closes turns otherwise."""
+    policy = tiny.policy()
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert policy.eos_ids == {256}  # a mark that the template does not write is an ordinary token
+    policy.tokenizer.chat_template = "{{ messages[0]['content'] }}<|im_end|>"
+    assert policy.eos_ids == {256, policy.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_prompts_that_cannot_be_encoded_are_named():
+    policy = tiny.policy()
+    for template, message in (("{{ raise_exception('no system role') }}", "no system role"), ("", "no token")):
+        policy.tokenizer.chat_template = template or "{# nothing #}"
+        with pytest.raises(PolicyError, match=f"memory:1: .*{message}"):
+            policy.encode(tiny.prompts("hi")[0])
+    other = tiny.policy(tiny.llama(vocab=100, eos_token_id=99, pad_token_id=99))
+    with pytest.raises(PolicyError, match=r"memory:1: .*belongs to another model"):
+        other.encode(tiny.prompts("hi")[0])
+
+
+def test_a_download_that_fails_is_explained_even_where_standard_error_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOSSMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, stderr="no route to the index")
+    )
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.raises(PolicyError, match=r"no route to the index\n.*--model FOLDER"),
+    ):
+        embedded_model()
+    assert list(Path(tmp_path).iterdir()) == []
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def test_what_cannot_be_sampled_is_refused(policy):
         draw(policy, list(load_prompts(["x" * 300])))
     for bad in (
         dict(temperature=-1),
+        dict(temperature=float("inf")),
         dict(top_p=0),
         dict(top_p=1.5),
         dict(top_k=-1),
@@ -187,3 +188,12 @@ def test_what_cannot_be_sampled_is_refused(policy):
     ):
         with pytest.raises(PolicyError, match=next(iter(bad))):
             SamplingSettings(**bad)
+
+
+def test_a_model_that_has_diverged_is_not_sampled():
+    policy = tiny.policy()
+    with torch.no_grad():
+        policy.model.model.norm.weight.fill_(torch.nan)
+    for settings in (SHORT, SamplingSettings(temperature=0, max_tokens=2)):
+        with pytest.raises(PolicyError, match="not finite"):
+            draw(policy, n=1, settings=settings)

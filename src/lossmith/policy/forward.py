@@ -25,7 +25,8 @@ Layout = Literal["shared", "right", "left", "packed", "single"]
 
 def hidden_states(policy: Policy, rollouts: Sequence[Rollout], layout: Layout) -> Tensor:
     """[M, H], M the number of response tokens of all rollouts together, rollout by rollout."""
-    if layout == "shared" and not sharing_is_exact(policy.model):
+    policy.model.eval()  # whatever was done to it in between: dropout would make the ratio differ from 1
+    if layout in ("shared", "packed") and not sharing_is_exact(policy.model):
         _say_no_sharing(type(policy.model).__name__)
         layout = "right"
     if layout == "shared":
@@ -43,7 +44,8 @@ def sharing_is_exact(model: Any) -> bool:
     """Whether a cached prompt gives what the whole sequence would: full attention in every layer, nothing recurrent."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    if kinds and any(kind != "full_attention" for kind in kinds):
+    kinds = kinds or getattr(config, "attention_layers", None)  # GPT-Neo's name for them
+    if kinds and any(kind not in ("full_attention", "global") for kind in kinds):
         return False
     sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return not sliding and not getattr(model, "_is_stateful", False)
@@ -63,6 +65,7 @@ def encode_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], grad: boo
     """
     from transformers import DynamicCache
 
+    policy.model.eval()
     ids, mask = _stack(prompts, policy.device)
     positions = _positions(mask)
     with torch.set_grad_enabled(grad):
@@ -123,11 +126,16 @@ def _padded(policy: Policy, rollouts: Sequence[Rollout], side: str) -> Tensor:
 
 
 def _packed(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
-    """All rows end to end in one; positions start again at each, which keeps attention within a row."""
+    """All rows end to end in one; positions start again at each, and the mask keeps attention within a row."""
     rows = [r.prompt_ids + r.completion_ids[:-1] for r in rollouts]
     ids = torch.tensor([i for row in rows for i in row], device=policy.device)[None]
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(policy.device)
-    out = policy.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    owner = torch.repeat_interleave(torch.tensor([len(row) for row in rows], device=policy.device))
+    sees = (owner[:, None] == owner[None]).tril()[None, None]
+    if policy.model.config._attn_implementation != "sdpa":  # the others add their mask to the scores
+        floor = torch.finfo(policy.model.dtype).min
+        sees = torch.zeros(sees.shape, dtype=policy.model.dtype, device=policy.device).masked_fill(~sees, floor)
+    out = policy.model.base_model(input_ids=ids, attention_mask=sees, position_ids=positions, use_cache=False)
     response = [
         i >= len(row) - len(r.completion_ids) for row, r in zip(rows, rollouts, strict=True) for i in range(len(row))
     ]

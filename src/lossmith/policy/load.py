@@ -20,6 +20,8 @@ from lossmith.prompts import Prompt
 
 __all__ = ["Policy", "check_model", "load_policy"]
 
+# Chat templates close a turn with one of these, which a base model's configuration does not always list.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>")
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
@@ -43,11 +45,15 @@ class Policy:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Every id that ends a completion: the generation configuration's, the model's and the tokenizer's."""
+        """Every id that ends a completion: the generation configuration's, the model's, tokenizer's, template's."""
         found: set[int] = set()
         for owner in (self.model.generation_config, self.model.config, self.tokenizer):
             ids = getattr(owner, "eos_token_id", None)
             found |= set() if ids is None else set(ids) if isinstance(ids, (list, tuple)) else {int(ids)}
+        template = self.tokenizer.chat_template
+        if isinstance(template, str):
+            added = self.tokenizer.get_added_vocab()
+            found |= {added[mark] for mark in _TURN_ENDS if mark in added and mark in template}
         return frozenset(found)
 
     @property
@@ -60,18 +66,34 @@ class Policy:
         return 1 << 30
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt: the chat template applied once, special tokens never doubled."""
+        """Token ids of a prompt: the chat template applied once, special tokens never doubled.
+
+        PolicyError: the template refuses the prompt, or its ids are none, or not the model's.
+        """
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in prompt.messages], add_generation_prompt=True, tokenize=False
-            )
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not isinstance(prompt.content, str):
+            ids = self.tokenizer(self._chat_text(prompt), add_special_tokens=False)["input_ids"]
+        elif isinstance(prompt.content, str):
+            ids = self.tokenizer(prompt.content)["input_ids"]
+        else:
             raise PolicyError(f"{prompt.source}: the prompt holds chat messages, but the model has no chat template.")
-        ids = tuple(self.tokenizer(prompt.content)["input_ids"])
         if not ids:
             raise PolicyError(f"{prompt.source}: the tokenizer makes no token of the prompt {prompt.content!r}.")
-        return ids
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= known:
+            raise PolicyError(
+                f"{prompt.source}: the tokenizer makes the id {max(ids)}, but the model knows ids below {known}: "
+                "the tokenizer in the model's folder belongs to another model."
+            )
+        return tuple(ids)
+
+    def _chat_text(self, prompt: Prompt) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            messages = [dict(m) for m in prompt.messages]
+            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            raise PolicyError(f"{prompt.source}: the model's chat template refuses the prompt: {error}") from None
 
     def decode(self, ids: tuple[int, ...] | list[int]) -> str:
         """Text of token ids without special tokens: a view for people and scorers, never encoded again for training."""
@@ -110,6 +132,14 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """A Hugging Face folder: float32 safetensors, configuration, tokenizer with its chat template."""
+        from transformers import GenerationConfig
+
+        generation = self.model.generation_config
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # as published, and save_pretrained would refuse it: keep what says where text ends
+            ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            self.model.generation_config = GenerationConfig(**ids)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -131,27 +161,44 @@ def load_policy(
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
 
-    PolicyError: what check_model finds, or a model whose logits are not its head applied to its last hidden states.
+    PolicyError: what check_model finds, weights that are missing or damaged, or a model that computes in a way that
+    is not known here (its logits are not its head applied to its last hidden states, or it keeps a recurrent state).
     """
     check_model(model)
+    where = _device(device)
+    tokenizer, network = _read(str(model))
+    network = network.to(where).eval().requires_grad_(trainable)
+    policy = Policy(network, tokenizer, _compute_dtype(compute_dtype, where))
+    _check_head(policy)
+    _check_cache(policy)
+    return policy
+
+
+def _read(model: str) -> tuple[Any, Any]:
+    """(tokenizer, model in float32) as transformers reads them, refused where a weight would be made up."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for half a second of loading hides what the run itself has to say
-    place = str(embedded_model() if str(model) == "default" else model)
+    folder = Path(model).expanduser()
+    place = str(embedded_model() if model == "default" else folder if folder.exists() else model)
     try:
         # False, not absent: transformers would ask on the terminal whether to run a model's own code
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise PolicyError(f"cannot load the model {str(model)!r}: {error}") from None
-    where = torch.device(_best_device() if device == "auto" else device)
-    network = network.to(where).eval().requires_grad_(trainable)
-    policy = Policy(network, tokenizer, _compute_dtype(compute_dtype, where))
-    _check_head(policy)
-    return policy
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise PolicyError(f"cannot load the model {model!r}: {error}") from None
+    network, report = found
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise PolicyError(
+            f"{model!r} lacks {len(names)} weights of {type(network).__name__} ({', '.join(names[:3])}, ...), which "
+            "would be filled with random numbers. Give a complete model with a language-model head."
+        )
+    return tokenizer, network
 
 
 def check_model(model: str | Path) -> None:
@@ -177,10 +224,13 @@ def check_model(model: str | Path) -> None:
         raise PolicyError(f"{str(model)!r} holds no tokenizer: save it there with tokenizer.save_pretrained.")
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise PolicyError(f"cannot compute on device {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -208,4 +258,32 @@ def _check_head(policy: Policy) -> None:
         raise PolicyError(
             f"{type(policy.model).__name__} makes its logits in a way that is not known here: its head applied to its "
             f"hidden states differs by up to {float((ours - own).abs().max()):.3g}."
+        )
+
+
+@torch.no_grad()
+def _check_cache(policy: Policy) -> None:
+    """Completions continue from the cached keys and values of padded prompts: make sure that this is exact.
+
+    Probed as it is used: a prompt 1 2 3 with two padded slots after it, continued by 4 5.
+    """
+    from transformers import DynamicCache
+
+    ids, mask, positions = torch.tensor(
+        [[1, 2, 3, 0, 0, 4, 5], [1, 1, 1, 0, 0, 1, 1], [0, 1, 2, 2, 2, 3, 4]], device=policy.device
+    )[:, None].unbind()
+    run = policy.model.base_model
+    first = {"input_ids": ids[:, :5], "attention_mask": mask[:, :5], "position_ids": positions[:, :5]}
+    then = {"input_ids": ids[:, 5:], "attention_mask": mask, "position_ids": positions[:, 5:]}
+    try:
+        whole = run(input_ids=ids[mask.bool()][None], use_cache=False).last_hidden_state[:, 3:]
+        cache = run(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        rest = run(**then, past_key_values=cache, use_cache=True).last_hidden_state
+        exact = torch.allclose(rest, whole, rtol=1e-3, atol=1e-3)
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+        exact = False
+    if not exact:
+        raise PolicyError(
+            f"{type(policy.model).__name__} cannot be continued from the cached keys and values of a padded "
+            "prompt (it keeps a recurrent state, say). Models with attention in every layer are supported."
         )

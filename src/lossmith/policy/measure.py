@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from lossmith.errors import PolicyError
 
 __all__ = ["SamplingSettings", "measured_log_softmax"]
+
+_HEAD = 1024  # how many of the likeliest tokens are sorted before the whole vocabulary is
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise PolicyError(
-                f"temperature = {self.temperature}, but must be at least 0 (0 takes the likeliest token)."
+                f"temperature = {self.temperature}, but must be finite and at least 0 (0 takes the likeliest token)."
             )
         if not 0 < self.top_p <= 1:
             raise PolicyError(f"top_p = {self.top_p}, but must be above 0 and at most 1 (1 is off).")
@@ -60,13 +63,31 @@ def measured_log_softmax(logits: Tensor, settings: SamplingSettings, keep: Tenso
 
 
 def _support(scaled: Tensor, settings: SamplingSettings) -> Tensor:
-    """[M, V] bool: what top-k and then top-p leave. The likeliest token always stays."""
-    values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    kept = torch.ones_like(values, dtype=torch.bool)
+    """[M, V] bool: what top-k and then top-p leave. The likeliest token always stays.
+
+    Tokens as likely as the last one that stays do too, so that the support depends on nothing but the values: logits
+    out of a bfloat16 product are often equal.
+    """
+    edge = torch.full_like(scaled[:, :1], -torch.inf)
     if settings.top_k:
-        kept[:, settings.top_k :] = False
+        edge = scaled.topk(min(settings.top_k, scaled.shape[1]), sorted=True).values[:, -1:]
     if settings.top_p < 1:
-        probabilities = torch.softmax(values.masked_fill(~kept, -torch.inf), dim=-1)
-        before = probabilities.cumsum(-1) - probabilities
-        kept &= before < settings.top_p
-    return torch.zeros_like(kept).scatter(1, order, kept)
+        total = scaled.masked_fill(scaled < edge, -torch.inf).logsumexp(-1, keepdim=True)
+        edge = torch.maximum(edge, _nucleus_edge(scaled, total, settings.top_p, _HEAD))
+    return scaled >= edge
+
+
+def _nucleus_edge(scaled: Tensor, total: Tensor, top_p: float, head: int) -> Tensor:
+    """[M, 1]: the least value in the smallest set of tokens with probability top_p, of probabilities exp(x - total).
+
+    It is looked for among the `head` largest values, and among all only in rows where those do not reach top_p:
+    sorting a whole vocabulary takes longer than everything else in a decoding step.
+    """
+    values = scaled.topk(min(head, scaled.shape[1]), sorted=True).values
+    probabilities = (values - total).exp()
+    inside = probabilities.cumsum(-1) - probabilities < top_p  # the mass before a token is still short of top_p
+    edge = values.gather(1, inside.sum(-1, keepdim=True) - 1)
+    wider = inside[:, -1]
+    if head < scaled.shape[1] and wider.any():
+        edge[wider] = _nucleus_edge(scaled[wider], total[wider], top_p, scaled.shape[1])
+    return edge

@@ -118,10 +118,10 @@ def _decode(policy: Policy, rows: list[_Row], settings: SamplingSettings) -> Non
         owner = torch.tensor([number[row.prompt_ids] for row in rows], device=policy.device)
         cache, mask, hidden = select_rows(cache, owner), prompt_mask[owner], last[owner]
         position = mask.sum(1)
-        active = list(rows)
+        active, ends = list(rows), policy.eos_ids
         for t in range(settings.max_tokens):
             chosen = _choose(policy.logits(hidden), active, t, settings)
-            _finish(policy, active, t, settings)
+            _finish(policy, active, ends, settings)
             going = [i for i, row in enumerate(active) if row.finish is None]
             if not going:
                 return
@@ -146,6 +146,8 @@ def _step(policy: Policy, chosen: Tensor, mask: Tensor, position: Tensor, cache:
 
 def _choose(logits: Tensor, rows: list[_Row], t: int, settings: SamplingSettings) -> Tensor:
     """Append one token to each row, and return their ids [rows]: the inverse of the cumulative distribution at u."""
+    if not torch.isfinite(logits.amax(-1)).all():  # the largest of a row with a NaN is NaN
+        raise PolicyError("the model's logits are not finite: its weights are damaged, or training has diverged.")
     if settings.temperature == 0:
         ids = logits.argmax(-1)
         logp = torch.zeros(len(ids))  # the greedy choice has probability 1
@@ -162,15 +164,14 @@ def _choose(logits: Tensor, rows: list[_Row], t: int, settings: SamplingSettings
     return ids
 
 
-def _finish(policy: Policy, rows: list[_Row], t: int, settings: SamplingSettings) -> None:
+def _finish(policy: Policy, rows: list[_Row], ends: frozenset[int], settings: SamplingSettings) -> None:
     """Set the finish reason of rows that have just ended: an end token, a stop string, or the budget."""
-    ends = policy.eos_ids
     for row in rows:
         if row.ids[-1] in ends:
             row.finish = "eos"
         elif settings.stop and any(text in policy.decode(row.ids) for text in settings.stop):
             row.finish = "stop"
-        elif t + 1 == settings.max_tokens:
+        elif len(row.ids) == settings.max_tokens:
             row.finish = "length"
 
 
