@@ -60,7 +60,7 @@ class Recipe(BaseModel):
 
     updates_per_step: int = Field(1, gt=0, description="parts into which a round is cut, one optimiser step for each")
     epochs: int = Field(1, gt=0, description="passes over a round's completions")
-    learning_rate: float = Field(6e-5, ge=0, description="AdamW's learning rate")
+    learning_rate: float = Field(4e-5, ge=0, description="AdamW's learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the steps")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
