@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.losses import CATALOGUE, Batch, LossOutput, PolicyLoss, TrapWarning, get_loss
+from lossmith.losses import CATALOGUE, Batch, Loss, LossOutput, PolicyLoss, TrapWarning, example_loss, get_loss
 
 torch.set_num_threads(1)  # the tensors are tiny
 
-NAMES = list(CATALOGUE)
+EVERY = list(CATALOGUE)  # presets and losses of whole completions included
+COMPLETION = [name for name in EVERY if "@" not in name and not isinstance(example_loss(name), PolicyLoss)]
+TERMS = ["kl_only", "value_clipped"]  # terms that stand alone: no policy term, no reward
+NAMES = [name for name in EVERY if "@" not in name and name not in (*COMPLETION, *TERMS)]
 LEAVES = ("logp", "value", "entropy", "full_kl")  # what carries gradient
 LENGTHS = (7, 1, 3, 7, 0, 4, 2, 6, 5)  # a full row, a single token, and a row without a token
 GROUPS = (5, 2, 5, 9, 2, 5, 2, 9, 7)  # interleaved and uneven; 9 is a pair, 7 is alone; row 4 is empty
@@ -29,11 +32,26 @@ def no_trap_warnings() -> Iterator[None]:
         yield
 
 
-def quiet_loss(name: str, **changes: Any) -> PolicyLoss:
-    """get_loss without trap warnings; a token limit is filled in where the loss needs one."""
+# Values for parameters that have no agreed default.
+OPEN = {
+    "max_length": 8,
+    "m2_threshold": 0.04,
+    "low_step": 0.05,
+    "high_step": 0.1,
+    "tau": 0.5,
+    "opsm_delta": 0.1,
+    "max_lag": 1,
+    "threshold": 0.0,
+    "keep": 2,
+    "eta": 0.5,
+}
+
+
+def quiet_loss(name: str, **changes: Any) -> Loss:
+    """get_loss without trap warnings, with values for parameters that have no default (the token limit among them)."""
     with no_trap_warnings():
         loss = get_loss(name, **changes)
-        return get_loss(name, **changes, max_length=8) if "max_length" in loss.needs else loss
+        return loss.set({key: OPEN[key] for key in loss.needs if key in OPEN})
 
 
 def random_fields(seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -66,6 +84,14 @@ def random_fields(seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.
         "old_value": normal(n, t),
         "entropy": normal(n, t).abs(),
         "truncated": torch.tensor([i % 4 == 3 for i in range(n)]),
+        "baseline": normal(n),
+        "reward_greedy": normal(n),
+        "reward_parts": normal(n, 2),
+        "reference_reward": normal(n, 5),
+        "sum_prob_sq": torch.rand(n, t, generator=draw, dtype=torch.float64),
+        "potential": normal(n, t),
+        "off_policy": torch.tensor([i % 3 == 1 for i in range(n)]),
+        "lag": torch.arange(n) % 3,
     }
     missing = {f.name for f in dataclasses.fields(Batch)} - set(fields) - {"advantage", "returns"}
     assert not missing, f"Batch has new fields; give random values for {missing} here, so that every test sees them"

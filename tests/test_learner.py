@@ -10,12 +10,20 @@ import torch
 
 import tiny
 from lossmith.errors import PolicyError, RunError, TrapWarning
-from lossmith.losses import CATALOGUE, Batch, parse_loss
+from lossmith.losses import CATALOGUE, Batch, example_loss, parse_loss
 from lossmith.policy import sample
 from lossmith.rollouts import LogProbs, Measure, Score
 from lossmith.training import Learner, Recipe
+from lossmith.training.recipe import PROVIDED
 
-NAMES = sorted(CATALOGUE)
+# Everything that training can provide for, with values where there is no agreed default.
+SPECS = {
+    name: f"{name}({', '.join(f'{k}={v!r}' for k, v in entry.example.items())})" if entry.example else name
+    for name, entry in CATALOGUE.items()
+    if "@" not in name and example_loss(name).needs <= PROVIDED
+}
+NAMES = sorted(SPECS.values())
+AT_REST = {"opd", "kl_only"}
 MEASURE = Measure(0, temperature=0.8, dtype="float64")
 VARIANTS = [
     "grpo(kl_estimator='full')",
@@ -31,7 +39,7 @@ def quiet_loss(spec, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)
         loss = parse_loss(spec)
-        return type(loss).from_dict(loss.to_dict() | {"max_length": 9}) if "max_length" in loss.needs else loss
+        return loss.set({"max_length": 9}) if "max_length" in loss.needs else loss
 
 
 def recipe(**fields):
@@ -113,7 +121,9 @@ def plain(spec):
 def test_loss_and_gradient_are_the_same_in_every_form(spec):
     """Shared, padded, packed and one-by-one; any split; any order; against a plain evaluation of the whole batch."""
     expected, wanted = plain(spec)
-    assert any(g.abs().max() > 1e-6 for g in wanted)
+    # the made-up sampler of these rollouts lies outside every band, and the old policy is the reference
+    silent = spec.split("(")[0] in ("m2po", "opd", "rollout_is")
+    assert silent or any(g.abs().max() > 1e-6 for g in wanted)
     forms = [("shared", 4096), ("right", 4096), ("left", 4096), ("packed", 4096), ("single", 4096)]
     forms += [("shared", 1), ("shared", 20), ("packed", 35)]
     runs = [run(spec, layout, budget) for layout, budget in forms]
@@ -157,7 +167,8 @@ def test_step_0_identities():
         assert abs(float(credit.advantage[rows, 0].sum())) < 1e-5
 
 
-@pytest.mark.parametrize("spec", [n for n in NAMES if not CATALOGUE[n].demonstration])
+# opd and kl_only pull to the reference, which is where the first step starts
+@pytest.mark.parametrize("spec", [SPECS[n] for n in sorted(SPECS) if not CATALOGUE[n].demonstration | (n in AT_REST)])
 def test_after_one_step_the_trained_moved_and_the_frozen_did_not(spec):
     made = learner(spec, torch.float32)
     reference = None if made.reference is None else made.reference.checksum()

@@ -11,12 +11,15 @@ import lossmith.losses as L
 from batches import LEAVES, NAMES, evaluate, gradients, make, no_trap_warnings, normal, quiet_loss, random_fields
 from lossmith.losses.advantage import ADVANTAGE, SCALE
 from lossmith.losses.aggregate import AGGREGATE
+from lossmith.losses.extra import EXTRA
+from lossmith.losses.masks import GROUP_FILTER, SEQUENCE_MASK
+from lossmith.losses.trust import TRUST
 
 # Settings that together touch every piece; the catalogue is added to them.
 COMPOSITIONS = {
     **{name: (name, {}) for name in NAMES},
     **{f"aggregate {a}": ("grpo", {"aggregate": a, "entropy_coef": 0.1}) for a in AGGREGATE},
-    **{f"advantage {a}": ("reinforce", {"advantage": a}) for a in ADVANTAGE},
+    **{f"advantage {a}": ("reinforce", {"advantage": a}) for a in ADVANTAGE if a not in ("zero", "given")},
     **{f"scale {s}": ("grpo", {"advantage_scale": s}) for s in SCALE},
     **{f"kl {e}": ("grpo", {"beta": 0.2, "kl_estimator": e}) for e in ("k1", "k2", "k3", "abs", "full")},
     **{f"kl {e} in reward": ("rloo", {"beta": 0.2, "kl_estimator": e}) for e in ("k2", "k3", "abs")},
@@ -41,7 +44,25 @@ COMPOSITIONS = {
     "shaping": ("grpo", {"shaping": ["clip", "scale", "overlong"], "reward_low": -1, "a": 2, "b": 0.7}),
     "shaping per token": ("reinforce_pp", {"shaping": ["clip", "scale"], "reward_low": 0.1, "a": 2, "b": 0.7}),
 }
+COMPOSITIONS |= {
+    **{f"trust {t}": ("dr_grpo", {"trust": t}) for t in TRUST},
+    **{f"extra {x}": ("dr_grpo", {"extra": x}) for x in EXTRA},
+    **{f"filter {f}": ("grpo", {"group_filter": f}) for f in GROUP_FILTER},
+    **{f"sequence mask {m}": ("grpo", {"sequence_mask": m}) for m in SEQUENCE_MASK},
+    "normalised weights": ("grpo", {"mismatch": "tis", "mismatch_batch_normalize": True}),
+    "kl to the sampler": ("grpo", {"kl_target": "behavior", "kl_estimator": "square"}),
+    "kl capped": ("grpo", {"kl_straight_through": True, "kl_is_cap": 1.1}),
+    "kl masked": ("grpo", {"mask_kl": True, "mismatch": "icepop", "sequence_mask": "opsm"}),
+    "kl aggregated otherwise": ("gspo", {"beta": 0.1, "kl_aggregate": "token_mean"}),
+    "entropy aggregated otherwise": ("gspo", {"entropy_coef": 0.1, "entropy_aggregate": "seq_mean_token_sum"}),
+    "advantage factor": ("grpo", {"advantage_mul": -0.5}),
+    "several scores": ("grpo", {"shaping": ["weighted_sum"], "score_weights": [0.3, 2.0]}),
+    "potential": ("reinforce_pp", {"shaping": ["potential"]}),
+}
 every_composition = pytest.mark.parametrize("label", COMPOSITIONS)
+in_pieces = pytest.mark.parametrize(
+    "label", [n for n in COMPOSITIONS if quiet_loss(COMPOSITIONS[n][0], **COMPOSITIONS[n][1]).separable]
+)
 
 
 def build(label: str) -> L.PolicyLoss:
@@ -51,7 +72,7 @@ def build(label: str) -> L.PolicyLoss:
 
 def token_reward(loss: L.PolicyLoss) -> bool:
     """Whether to try it with a reward for each token as well: everything but a filter on completions' scores."""
-    return loss.group_filter == "none"
+    return isinstance(loss.group_filter, L.KeepAll)
 
 
 def variants(loss: L.PolicyLoss, seed: int = 0) -> list[dict]:
@@ -98,7 +119,7 @@ def chunked(loss: L.PolicyLoss, fields: dict, chunks: list[list[int]]) -> tuple[
     return (total.detach(), gradients(total, leaves)), terms, metrics
 
 
-@every_composition
+@in_pieces
 def test_micro_batches_add_up_to_the_whole(label):
     loss = build(label)
     for fields, chunks in itertools.product(
@@ -120,7 +141,7 @@ def test_micro_batches_add_up_to_the_whole(label):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_partition_of_any_batch_adds_up(data):
-    label = data.draw(st.sampled_from(sorted(COMPOSITIONS)))
+    label = data.draw(st.sampled_from(sorted(n for n in COMPOSITIONS if build(n).separable)))
     loss, fields = build(label), random_fields(data.draw(st.integers(0, 50)), data.draw(st.sampled_from([0.01, 0.5])))
     order = data.draw(st.permutations(range(9)))
     cuts = sorted(data.draw(st.sets(st.integers(1, 8))))
@@ -131,9 +152,8 @@ def test_any_partition_of_any_batch_adds_up(data):
 def live_normalizer(loss: L.PolicyLoss, fields: dict) -> L.Normalizer:
     """Counts of a rank's share; groups that the filter leaves out are not counted."""
     mask, group = fields["mask"], fields["group"]
-    if loss.group_filter == "zero_variance":
-        spread = [float(fields["reward"][(group == g) & mask.any(1)].std(correction=0).nan_to_num()) for g in group]
-        mask = mask & (torch.tensor(spread) > 0)[:, None]
+    taking_part = loss.group_filter.keep(L.Batch(**fields))
+    mask = mask if taking_part is None else mask & taking_part[:, None]
     return L.Normalizer.of(mask, group)
 
 
@@ -143,7 +163,8 @@ def test_ranks_with_a_shared_normalizer_add_up(label):
     loss = build(label)
     fields = random_fields(1)
     if loss.coupling == "batch":
-        if loss.kl.active and loss.kl.place == "reward":
+        whole_batch = not loss.separable or loss.mismatch.whole_batch or loss.local_normalizer
+        if whole_batch or (loss.kl.active and loss.kl.place == "reward"):
             pytest.skip("statistics of the whole batch, which one rank cannot see")
         fields["advantage"] = normal(0, 9, 8)
     group = fields["group"]
@@ -183,13 +204,27 @@ def repacked(fields: dict, width: int, seed: int) -> dict:
         if key == "mask":
             continue
         moved[key] = x
-        if x.ndim == 2:
+        if x.shape == mask.shape:
             moved[key] = torch.full((n, width), -777.0, dtype=x.dtype)
             moved[key][wide] = x[mask]
     return moved
 
 
-@every_composition
+# A step of the discount is a position, so that gaps between tokens matter (padding at the ends does not).
+BY_POSITION = [n for n in COMPOSITIONS if isinstance(build(n).trust, L.Influence)]
+
+
+@pytest.mark.parametrize("label", BY_POSITION)
+def test_padding_at_the_ends_does_not_matter_where_positions_count(label):
+    loss, fields = build(label), random_fields(0)
+    value, grads = whole(loss, fields)
+    for left, right in ((3, 0), (0, 3), (2, 5)):
+        wide = {k: torch.nn.functional.pad(x, (left, right)) if x.shape == (9, 8) else x for k, x in fields.items()}
+        wide_value, wide_grads = whole(loss, wide)
+        check_same((value, grads), (wide_value, {k: g[:, left : left + 8] for k, g in wide_grads.items()}))
+
+
+@pytest.mark.parametrize("label", [n for n in COMPOSITIONS if n not in BY_POSITION])
 def test_padding_does_not_matter(label):
     """Left, right, in between, wider: the k-th token of a row has the same gradient wherever it stands."""
     loss = build(label)
@@ -252,7 +287,8 @@ def poisoned(fields: dict, value: float) -> dict:
         if key == "mask" or not x.is_floating_point():
             sick[key] = x
         else:
-            sick[key] = torch.where(mask if x.ndim == 2 else mask.any(1), x, torch.full_like(x, value))
+            counts = mask if x.shape == mask.shape else mask.any(1, keepdim=x.ndim == 2)
+            sick[key] = torch.where(counts, x, torch.full_like(x, value))
     return sick
 
 
@@ -274,7 +310,7 @@ def test_what_stands_at_masked_positions_never_matters(label):
                 assert not sick_grads[leaf][~fields["mask"]].any(), (leaf, value)
 
 
-@every_composition
+@pytest.mark.parametrize("label", [n for n in COMPOSITIONS if n != "kl full"])
 def test_poison_does_not_reach_the_closed_form(label):
     loss = build(label)
     fields = random_fields(0)
@@ -299,14 +335,17 @@ def test_all_masked_is_zero_and_says_so(label):
 
 
 def policy_term_only(label: str) -> L.PolicyLoss:
-    """Without KL, entropy bonus and critic, whose gradients do not vanish with the advantage."""
+    """Without KL, entropy bonus, critic and extra terms, whose gradients do not vanish with the advantage."""
     name, changes = COMPOSITIONS[label]
     kept = {k: v for k, v in changes.items() if not (k.startswith("kl_") or k in ("beta", "value_clip"))}
     with no_trap_warnings():
-        return quiet_loss(name, **kept).replace(kl=L.KL(), value=L.ValueLoss(), entropy_coef=0.0)
+        return quiet_loss(name, **kept).replace(kl=L.KL(), value=L.ValueLoss(), extra=L.NoExtra(), entropy_coef=0.0)
 
 
-@every_composition
+PULLED = [n for n in COMPOSITIONS if isinstance(build(n).trust, L.Quadratic | L.CovKL)]  # to the old policy, whatever A
+
+
+@pytest.mark.parametrize("label", [n for n in COMPOSITIONS if n not in PULLED])
 def test_zero_advantage_gives_exactly_zero_gradient(label):
     """The sampled completion is a trial to be scored, not a label."""
     loss = policy_term_only(label)
@@ -316,7 +355,8 @@ def test_zero_advantage_gives_exactly_zero_gradient(label):
 
 
 GROUP_BASELINES = [n for n in COMPOSITIONS if quiet_loss(COMPOSITIONS[n][0], **COMPOSITIONS[n][1]).coupling == "group"]
-GROUP_BASELINES = [n for n in GROUP_BASELINES if isinstance(build(n).advantage, (L.Group, L.LeaveOneOut))]
+GROUP_BASELINES = [n for n in GROUP_BASELINES if isinstance(build(n).advantage, (L.Group, L.LeaveOneOut, L.MaxRL))]
+GROUP_BASELINES = [n for n in GROUP_BASELINES if n not in (*PULLED, "several scores")]
 
 
 @pytest.mark.parametrize("label", GROUP_BASELINES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lossmith.losses as L
-from batches import NAMES, double, evaluate, normal, quiet_loss, random_fields, single_tokens
+from batches import NAMES, double, evaluate, no_trap_warnings, normal, quiet_loss, random_fields, single_tokens
 from lossmith.losses.ratio import RATIO
 
 GRID = [0.05, 0.5, 0.79, 0.81, 0.95, 1.0, 1.1, 1.19, 1.21, 1.5, 2.9, 3.1, 10.0]
@@ -202,17 +202,22 @@ def test_book_clip_is_ppo_for_improving_actions_only():
 
 def test_decoupled_ppo_is_ppo_where_the_sampler_is_the_old_policy():
     fields = random_fields(0)
-    decoupled = quiet_loss("ppo", mismatch="tis", mismatch_high=math.inf)
+    decoupled = quiet_loss("decoupled_ppo")
     on = fields | {"behavior_logp": fields["old_logp"]}
     same(evaluate(decoupled, on), evaluate(quiet_loss("ppo"), fields))
     weights = decoupled.credit(L.Batch(**fields)).mismatch[fields["mask"]]
     torch.testing.assert_close(weights, (fields["old_logp"] - fields["behavior_logp"]).exp()[fields["mask"]])
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Losses with a part that does not follow the advantage, or that is chosen by its size.
+NOT_LINEAR = {"dro", "kimi_opmd", "clip_cov", "kl_cov"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_LINEAR])
 def test_scaling_a_positive_advantage_scales_the_loss(name):
     """Branches depend on the sign of A only."""
-    loss = quiet_loss(name, beta=0)
+    with no_trap_warnings():
+        loss = quiet_loss(name, beta=0).replace(extra=L.NoExtra())
     fields = random_fields(0) | {"advantage": normal(1, 9)}
     one, three = evaluate(loss, fields), evaluate(loss, fields | {"advantage": 3 * fields["advantage"]})
     torch.testing.assert_close(3 * one[0].terms["policy"], three[0].terms["policy"], rtol=1e-12, atol=1e-14)
@@ -221,7 +226,7 @@ def test_scaling_a_positive_advantage_scales_the_loss(name):
 
 def test_luspo_is_gspo_with_each_completion_weighted_by_its_length():
     fields = random_fields(0, 0.001)
-    gspo, luspo = (quiet_loss("gspo", aggregate=f"seq_mean_token_{x}") for x in ("mean", "sum"))
+    gspo, luspo = quiet_loss("gspo"), quiet_loss("luspo")
     lengths = fields["mask"].sum(1, keepdim=True)
     torch.testing.assert_close(
         evaluate(gspo, fields)[1]["logp"] * lengths, evaluate(luspo, fields)[1]["logp"], rtol=1e-12, atol=1e-14

@@ -46,8 +46,9 @@ _HOMES = {
     "TrapWarning": "lossmith.errors",
 }
 _LOSS_NAMES = (
-    "Batch", "BookClip", "Clip", "Credit", "GAE", "KL", "LogP", "LossOutput", "NoTrust", "Normalizer", "PolicyLoss",
-    "SgClip", "TD", "ValueLoss", "all_parameters", "get_loss", "list_losses", "losses",
+    "Batch", "BookClip", "Clip", "CompletionLoss", "Credit", "GAE", "KL", "LogP", "Loss", "LossOutput", "NoTrust",
+    "Normalizer", "PolicyLoss", "SgClip", "TD", "ValueLoss", "all_parameters", "get_loss", "list_losses", "losses",
+    "register_loss",
 )  # fmt: skip
 
 __all__ = sorted([*_HOMES, *_LOSS_NAMES])

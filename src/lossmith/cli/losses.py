@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lossmith.errors import TrapWarning
-from lossmith.losses import CATALOGUE, PolicyLoss, describe, list_losses, parse_loss
+from lossmith.losses import CATALOGUE, Loss, describe, list_losses, parse_loss
 
 __all__ = ["list_", "show"]
 
@@ -64,14 +64,14 @@ def show(name: str, /, *, latex: Annotated[bool, Parameter(negative="")] = False
     _show(loss, weights)
 
 
-def _quietly(name: str) -> PolicyLoss:
+def _quietly(name: str) -> Loss:
     """The loss; its traps are shown as part of the page, not as warnings beside it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)
         return parse_loss(name)
 
 
-def _summary(name: str, loss: PolicyLoss | None = None) -> dict:
+def _summary(name: str, loss: Loss | None = None) -> dict:
     entry = CATALOGUE[name]
     loss = loss or _quietly(name)
     return {
@@ -87,7 +87,7 @@ def _summary(name: str, loss: PolicyLoss | None = None) -> dict:
     }
 
 
-def _show(loss: PolicyLoss, weights: dict[str, list[float]]) -> None:
+def _show(loss: Loss, weights: dict[str, list[float]]) -> None:
     console, entry = Console(), CATALOGUE[loss.name]
     console.print(f"[bold]{loss.name}[/]  {escape(entry.summary)}\n[dim]{escape(entry.paper)}, {entry.year}[/]\n")
     console.print(str(loss), markup=False, highlight=False)
@@ -105,7 +105,7 @@ def _show(loss: PolicyLoss, weights: dict[str, list[float]]) -> None:
     console.print(_parameters(loss))
 
 
-def _parameters(loss: PolicyLoss) -> Table:
+def _parameters(loss: Loss) -> Table:
     table = Table(title="choices and parameters (any can be set by name)", title_justify="left")
     for column in ("name", "value", "meaning"):
         table.add_column(column)

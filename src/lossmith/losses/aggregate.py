@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError
 from lossmith.losses.advantage import Groups
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.piece import Piece, options, param
@@ -40,6 +39,10 @@ class Aggregate(Piece):
         """[N, T], 0 at masked positions."""
         return self.row_weights(batch, norm, dtype)[:, None] * batch.valid
 
+    def code(self, term: str) -> str:
+        """An expression of plain torch that aggregates `term` [N, T] over the tokens `m` [N, T] that take part."""
+        raise NotImplementedError
+
     def formula(self) -> tuple[str, str]:
         """(text, LaTeX) of the sum over completions i and tokens t that stands before a token's term."""
         raise NotImplementedError
@@ -61,6 +64,9 @@ class TokenMean(Aggregate):
     def formula(self) -> tuple[str, str]:
         return "1/(Σ_i T_i) Σ_i Σ_t", r"\frac{1}{\sum_i T_i}\sum_i\sum_t"
 
+    def code(self, term: str) -> str:
+        return f"({term} * m).sum() / m.sum()"
+
 
 @dataclass(frozen=True)
 class SeqMeanTokenMean(Aggregate):
@@ -73,6 +79,9 @@ class SeqMeanTokenMean(Aggregate):
 
     def formula(self) -> tuple[str, str]:
         return "1/N Σ_i 1/T_i Σ_t", r"\frac1N\sum_i\frac1{T_i}\sum_t"
+
+    def code(self, term: str) -> str:
+        return f"(({term} * m).sum(1) / T.clamp(min=1)).sum() / m.any(1).sum()"
 
 
 @dataclass(frozen=True)
@@ -87,23 +96,28 @@ class SeqMeanTokenSum(Aggregate):
     def formula(self) -> tuple[str, str]:
         return "1/N Σ_i Σ_t", r"\frac1N\sum_i\sum_t"
 
+    def code(self, term: str) -> str:
+        return f"({term} * m).sum() / m.any(1).sum()"
+
 
 @dataclass(frozen=True)
 class SeqMeanTokenSumNorm(Aggregate):
     """Tokens summed and divided by a constant length, completions averaged (Dr. GRPO, arXiv:2503.20783)."""
 
     option: ClassVar[str] = "seq_mean_token_sum_norm"
-    needs: ClassVar[frozenset[str]] = frozenset({"max_length"})
-    max_length: int | None = param("max_length", None, "token limit L of a completion (training fills it in)", above=0)
+    max_length: int | None = param(
+        "max_length", None, "token limit L of a completion (training fills it in)", above=0, required=True
+    )
 
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
-        if self.max_length is None:
-            raise LossError("aggregate='seq_mean_token_sum_norm' needs max_length, a constant: pass max_length=...")
-        return _full(batch, 1 / (max(norm.sequences, 1) * self.max_length), dtype)
+        return _full(batch, 1 / (max(norm.sequences, 1) * self.given("max_length")), dtype)
 
     def formula(self) -> tuple[str, str]:
         limit = "L" if self.max_length is None else str(self.max_length)
         return f"1/(N·{limit}) Σ_i Σ_t", rf"\frac{{1}}{{N\cdot {limit}}}\sum_i\sum_t"
+
+    def code(self, term: str) -> str:
+        return f"({term} * m).sum() / (m.any(1).sum() * {self.max_length})"
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,9 @@ class TokenSum(Aggregate):
 
     def formula(self) -> tuple[str, str]:
         return "Σ_i Σ_t", r"\sum_i\sum_t"
+
+    def code(self, term: str) -> str:
+        return f"({term} * m).sum()"
 
 
 @dataclass(frozen=True)
@@ -135,5 +152,10 @@ class PromptMean(Aggregate):
     def formula(self) -> tuple[str, str]:
         return "1/#g Σ_g 1/n_g Σ_{i∈g} Σ_t", r"\frac1{\#g}\sum_g\frac1{n_g}\sum_{i\in g}\sum_t"
 
+    def code(self, term: str) -> str:
+        return f"(({term} * m).sum(1) / sum_g(m.sum(1) * 1.0).clamp(min=1)).sum() / group[m.any(1)].unique().numel()"
 
-AGGREGATE = options(TokenMean, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenSum, PromptMean)
+
+AGGREGATE: dict[str, type[Aggregate]] = options(
+    TokenMean, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenSum, PromptMean
+)

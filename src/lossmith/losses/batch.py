@@ -28,7 +28,21 @@ PROVIDERS = {
     "returns": "you, or the advantage estimator",
     "entropy": "a forward pass of the policy",
     "truncated": "the sampler (finish reason 'length')",
+    "advantage": "you (advantage='given' computes none)",
+    "baseline": "you (a running average of rewards, say)",
+    "reward_greedy": "the scorer, on a greedy completion of each row's prompt",
+    "reward_parts": "the scorers, one column each",
+    "reference_reward": "the scorer, on completions that the reference policy wrote for each row's prompt",
+    "sum_prob_sq": "a forward pass of the policy over the full vocabulary",
+    "potential": "you (a potential function of the tokens so far)",
+    "off_policy": "whoever mixed completions of another policy into the batch",
+    "lag": "the sampler (policy versions between sampling and this update)",
 }
+_PER_ROW = {"group", "truncated", "baseline", "reward_greedy", "off_policy", "lag"}  # [N]
+_EITHER = {"reward", "advantage"}  # [N] or [N, T]
+_PER_PART = {"reward_parts", "reference_reward"}  # [N, K]
+_BOOL = {"mask", "truncated", "off_policy"}
+_WHOLE = {"group", "lag"}  # integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +61,12 @@ class Batch:
     value, old_value, returns [N, T]  critic's value before each token (now, at the start of the update), its target
     entropy [N, T]        entropy (nats) of the policy at each position
     truncated [N] bool    the token budget ended the completion
+    baseline, reward_greedy [N]  what is taken off the reward: any number; the reward of the greedy completion
+    reward_parts [N, K], reference_reward [N, K]  K scores of one completion; scores of K completions of the reference
+    sum_prob_sq, potential [N, T]  Σ_v p(v)² at each position; potential before each token (for shaping)
+    off_policy [N] bool, lag [N] int  written by another policy; policy versions since it was sampled
+
+    Where reward is missing and reward_parts is given, the reward is their sum.
 
     Nested lists are accepted and read as float64. What stands at masked positions never matters. A non-finite
     value at a valid position is a LossError that names the row and the position.
@@ -66,6 +86,14 @@ class Batch:
     returns: Tensor | None = None
     entropy: Tensor | None = None
     truncated: Tensor | None = None
+    baseline: Tensor | None = None
+    reward_greedy: Tensor | None = None
+    reward_parts: Tensor | None = None
+    reference_reward: Tensor | None = None
+    sum_prob_sq: Tensor | None = None
+    potential: Tensor | None = None
+    off_policy: Tensor | None = None
+    lag: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask is None:
@@ -75,22 +103,24 @@ class Batch:
             if given is not None:
                 object.__setattr__(self, field.name, _as_tensor(field.name, given))
         self._check_shapes()
-        for name in ("logp", "old_logp", "behavior_logp", "ref_logp", "full_kl", "value", "old_value", "returns"):
-            self._clean(name)
-        for name in ("entropy", "reward", "advantage"):
-            self._clean(name)
+        for field in dataclasses.fields(self):
+            if field.name not in _BOOL | _WHOLE and getattr(self, field.name) is not None:
+                self._clean(field.name)
+        if self.reward is None and self.reward_parts is not None:
+            object.__setattr__(self, "reward", self.reward_parts.sum(1))
 
     def _check_shapes(self) -> None:
         assert self.mask is not None
         if self.mask.ndim != 2:
             raise LossError(f"Batch.mask must be [N, T], not of shape {list(self.mask.shape)}.")
         n, t = self.mask.shape
-        per_row, either = {"group", "truncated"}, {"reward", "advantage"}
         for field in dataclasses.fields(self):
             tensor = getattr(self, field.name)
             if tensor is None:
                 continue
-            allowed = [(n,)] if field.name in per_row else [(n,), (n, t)] if field.name in either else [(n, t)]
+            allowed = [(n,)] if field.name in _PER_ROW else [(n,), (n, t)] if field.name in _EITHER else [(n, t)]
+            if field.name in _PER_PART:
+                allowed = [(n, tensor.shape[-1])]
             if tuple(tensor.shape) not in allowed:
                 wanted = " or ".join(str(list(a)) for a in allowed)
                 raise LossError(
@@ -100,15 +130,16 @@ class Batch:
     def _clean(self, name: str) -> None:
         """Select valid positions before any arithmetic: 0 x NaN is NaN, where(mask, NaN, 0) is 0, in gradients too."""
         tensor = getattr(self, name)
-        if tensor is None:
-            return
         assert self.mask is not None
-        mask = self.mask if tensor.ndim == 2 else self.mask.any(1)
-        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.float32, torch.float64):
+        mask = self.mask.any(1, keepdim=tensor.ndim == 2) if name in _PER_PART or tensor.ndim == 1 else self.mask
+        if tensor.dtype not in (torch.float32, torch.float64):
             raise LossError(
                 f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
             )
         clean = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+        if bool(torch.isfinite(clean.detach().sum())):  # one pass; only a non-finite sum needs a closer look
+            object.__setattr__(self, name, clean)
+            return
         bad = ~torch.isfinite(clean.detach())
         if bool(bad.any()):
             where = bad.nonzero()[0].tolist()
@@ -148,6 +179,13 @@ class Batch:
         """[N] valid tokens of each completion."""
         return self.valid.sum(1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest floating type among the fields."""
+        kinds = [x.dtype for f in dataclasses.fields(self) if (x := getattr(self, f.name)) is not None]
+        wide = any(kind == torch.float64 for kind in kinds)
+        return torch.float64 if wide else torch.float32
+
     def old(self, owner: str) -> Tensor:
         """old_logp detached, or logp detached: a missing old policy is the current one."""
         return (self.old_logp if self.old_logp is not None else self.require("logp", owner)).detach()
@@ -163,6 +201,7 @@ class Normalizer:
     tokens: int
     sequences: int
     groups: int
+    units: int | None = None  # pairs, groups or rows that a completion loss averages over; None: counted in the batch
 
     @classmethod
     def of(cls, mask: Tensor, group: Tensor | None = None) -> Normalizer:
@@ -173,19 +212,22 @@ class Normalizer:
 
     def __add__(self, other: Normalizer) -> Normalizer:
         """The normaliser of two ranks together (a prompt's completions must stay on one rank)."""
-        return Normalizer(self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups)
+        units = None if self.units is None or other.units is None else self.units + other.units
+        return Normalizer(
+            self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups, units
+        )
 
 
 def _as_tensor(name: str, given: Tensor | Sequence) -> Tensor:
     if isinstance(given, Tensor):
-        if name in ("mask", "truncated") and given.dtype != torch.bool:
+        if name in _BOOL and given.dtype != torch.bool:
             raise LossError(f"Batch.{name} must be bool, not {given.dtype}. Call .bool() on it first.")
-        if name == "group" and given.is_floating_point():
-            raise LossError(f"Batch.group must hold whole numbers, not {given.dtype}.")
+        if name in _WHOLE and given.is_floating_point():
+            raise LossError(f"Batch.{name} must hold whole numbers, not {given.dtype}.")
         return given if given.requires_grad and name in _CARRIES_GRADIENT else given.detach()
-    if name in ("mask", "truncated"):
+    if name in _BOOL:
         return torch.tensor(given).bool()
-    return torch.tensor(given, dtype=torch.int64 if name == "group" else torch.float64)
+    return torch.tensor(given, dtype=torch.int64 if name in _WHOLE else torch.float64)
 
 
 _CARRIES_GRADIENT = {"logp", "value", "entropy", "full_kl"}

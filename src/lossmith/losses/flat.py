@@ -14,7 +14,9 @@ from lossmith.errors import LossError, nearest
 from lossmith.losses.advantage import ADVANTAGE, SCALE
 from lossmith.losses.aggregate import AGGREGATE
 from lossmith.losses.correction import MISMATCH
+from lossmith.losses.extra import EXTRA
 from lossmith.losses.kl import KL
+from lossmith.losses.masks import GROUP_FILTER, SEQUENCE_MASK, TOKEN_MASK
 from lossmith.losses.piece import Piece
 from lossmith.losses.ratio import RATIO
 from lossmith.losses.shaping import SHAPING
@@ -27,15 +29,28 @@ if TYPE_CHECKING:
 __all__ = ["AXES", "all_parameters", "describe", "to_flat", "with_flat"]
 
 # flat axis name -> (field of PolicyLoss, options)
-AXES: dict[str, tuple[str, dict[str, type[Piece]]]] = {
+AXES: dict[str, tuple[str, Mapping[str, type[Piece]]]] = {
     "advantage": ("advantage", ADVANTAGE),
     "advantage_scale": ("scale", SCALE),
     "ratio_level": ("ratio", RATIO),
     "trust": ("trust", TRUST),
+    "token_mask": ("token_mask", TOKEN_MASK),
+    "sequence_mask": ("sequence_mask", SEQUENCE_MASK),
+    "group_filter": ("group_filter", GROUP_FILTER),
+    "extra": ("extra", EXTRA),
     "mismatch": ("mismatch", MISMATCH),
     "aggregate": ("aggregate", AGGREGATE),
 }
-_PLAIN = ("advantage_clip", "truncated", "group_filter", "entropy_coef")
+# choices and numbers of the composition itself, with their meaning
+PLAIN = {
+    "truncated": "what becomes of completions cut by the token budget: keep, mask or zero",
+    "advantage_mul": "factor of the advantage, after its scale",
+    "advantage_clip": "symmetric bound on the advantage; none if not given",
+    "entropy_coef": "coefficient of the entropy bonus",
+    "kl_aggregate": "how the KL term is aggregated: same, or one of the aggregations",
+    "entropy_aggregate": "how the entropy is aggregated: same, or one of the aggregations",
+    "local_normalizer": "count over the rows at hand only; micro-batches then do not add up (a trap)",
+}
 _ALWAYS = ("kl", "value")  # pieces that are always there, switched off by a coefficient of 0
 
 
@@ -50,9 +65,9 @@ def to_flat(loss: PolicyLoss) -> dict[str, Any]:
     """Every choice and parameter of the composition, in JSON types. In TOML, write None as "none"."""
     flat: dict[str, Any] = {"name": loss.name, "shaping": [s.option for s in loss.shaping]}
     flat |= {axis: getattr(loss, field).option for axis, (field, _) in AXES.items()}
-    flat |= {name: getattr(loss, name) for name in _PLAIN}
+    flat |= {name: getattr(loss, name) for name in PLAIN}
     for piece in pieces_of(loss).values():
-        flat |= piece.flat()
+        flat |= {key: list(x) if isinstance(x, tuple) else x for key, x in piece.flat().items()}
     return flat
 
 
@@ -62,7 +77,7 @@ def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
     fields: dict[str, Any] = {"name": changes.pop("name", loss.name)}
     for axis, (field, known) in AXES.items():
         fields[field] = _chosen(axis, known, changes.pop(axis, None), getattr(loss, field))
-    fields |= {name: changes.pop(name, getattr(loss, name)) for name in _PLAIN}
+    fields |= {name: changes.pop(name, getattr(loss, name)) for name in PLAIN}
     fields["advantage_clip"] = _none(fields["advantage_clip"])
     fields |= {name: getattr(loss, name) for name in _ALWAYS}
     fields["shaping"] = _shaping(changes.pop("shaping", None), loss.shaping)
@@ -74,7 +89,7 @@ def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
     return dataclasses.replace(loss, **fields)
 
 
-def _chosen(axis: str, known: dict[str, type[Piece]], option: Any, current: Piece) -> Piece:
+def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, current: Piece) -> Piece:
     """The piece for this option, keeping the parameters it shares with the current one."""
     if option is None or option == current.option:
         return current
@@ -109,6 +124,7 @@ def _shaping(names: Any, current: tuple) -> tuple:
 
 def _set(piece: Piece, changes: Mapping[str, Any]) -> Piece:
     mine = {field: _none(changes[flat]) for flat, field in type(piece).flat_names().items() if flat in changes}
+    mine = {field: tuple(x) if isinstance(x, list) else x for field, x in mine.items()}
     return dataclasses.replace(piece, **mine) if mine else piece
 
 
@@ -125,9 +141,7 @@ def _refuse_unowned(name: str, changes: Mapping[str, Any], owners: list[Piece]) 
         homes = _homes(flat)
         if homes:
             raise LossError(f"{flat} has no effect on {name}: it belongs to {' or '.join(homes)}.")
-        raise LossError(
-            f"{name} has no parameter {flat!r}.{nearest(flat, [*owned, *AXES, *_PLAIN, 'shaping', 'clip'])}"
-        )
+        raise LossError(f"{name} has no parameter {flat!r}.{nearest(flat, [*owned, *AXES, *PLAIN, 'shaping', 'clip'])}")
 
 
 def _homes(flat: str) -> list[str]:
@@ -153,10 +167,7 @@ def all_parameters() -> dict[str, str]:
     docs = {axis: f"one of {', '.join(known)}" for axis, (_, known) in AXES.items()}
     docs["shaping"] = f"a list of {', '.join(SHAPING)}, applied in that order"
     docs["clip"] = "short for clip_low and clip_high at once"
-    docs["advantage_clip"] = "symmetric bound on the advantage; none if not given"
-    docs["truncated"] = "what becomes of completions cut by the token budget: keep, mask or zero"
-    docs["group_filter"] = "none, or zero_variance: leave out groups whose rewards are all equal"
-    docs["entropy_coef"] = "coefficient of the entropy bonus"
+    docs |= PLAIN
     classes = [c for _, known in AXES.values() for c in known.values()] + list(SHAPING.values())
     for piece in (*classes, KL, ValueLoss):
         docs |= {f.metadata["flat"]: f.metadata["doc"] for f in dataclasses.fields(piece)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lossmith.errors import LossError
-from lossmith.losses.advantage import Critic
+from lossmith.losses.advantage import Critic, LengthAdaptiveGAE, Zero
 from lossmith.losses.correction import NoMismatch
 from lossmith.losses.piece import number
 
@@ -31,8 +31,10 @@ def _equation(loss: PolicyLoss, i: int) -> str:
     policy = loss.trust.formula()[i]
     if not isinstance(loss.mismatch, NoMismatch):
         policy = ("u·" if i == 0 else r"u\,") + policy
-    terms = [minus + policy] if not _extra(loss, i) else [minus + policy, *_extra(loss, i)]
-    body = " ".join(terms)
+    if any(mask.formula() for mask in (loss.token_mask, loss.sequence_mask)):
+        policy = ("m·" if i == 0 else r"m\,") + policy
+    terms = [*([] if isinstance(loss.advantage, Zero) else [minus + policy]), *_extra(loss, i)]
+    body = (" ".join(terms) or "0").removeprefix("+ ")
     inner = f"[ {body} ]" if i == 0 else rf"\left[ {body} \right]"
     return f"{theta} = {loss.aggregate.formula()[i]} {inner}"
 
@@ -41,29 +43,41 @@ def _extra(loss: PolicyLoss, i: int) -> list[str]:
     minus = "−" if i == 0 else "-"
     extra = []
     if loss.kl.active and loss.kl.place == "loss":
-        extra.append("+ " + loss.kl.formula()[i])
+        how = "" if loss.kl_aggregate == "same" else f" ({loss.kl_aggregate})"
+        extra.append("+ " + loss.kl.formula()[i] + (how if i == 0 else _text(how)))
     if loss.entropy_coef:
-        extra.append(f"{minus} {number(loss.entropy_coef)}" + ("·H_t" if i == 0 else r"\,H_t"))
+        how = "" if loss.entropy_aggregate == "same" else f" ({loss.entropy_aggregate})"
+        bonus = "·H_t" + how if i == 0 else r"\,H_t" + _text(how)
+        extra.append(f"{minus} {number(loss.entropy_coef)}" + bonus)
+    more = loss.extra.formula()
+    if more is not None:
+        term = more[i]
+        extra.append(f"{minus} {term[1:]}" if term[0] in "−-" else f"+ {term}")
     if loss.value.active:
         extra.append("+ " + loss.value.formula()[i])
     return extra
 
 
+def _text(words: str) -> str:
+    """Words inside LaTeX."""
+    return rf"\ \text{{{words.strip().replace('_', chr(92) + '_')}}}" if words else ""
+
+
 def _where(loss: PolicyLoss, i: int) -> list[str]:
     """The definitions below the equation."""
     lines = []
-    if loss.trust.uses_ratio or (loss.kl.active and loss.kl.ratio_weight):
+    by_kl = loss.kl.active and (loss.kl.ratio_weight or loss.kl.is_cap is not None)
+    if (loss.trust.uses_ratio and not isinstance(loss.advantage, Zero)) or by_kl:
         lines.append("r = " + loss.ratio.formula()[i])
-    lines.append(_advantage(loss, i))
+    if not isinstance(loss.advantage, Zero):
+        lines.append(_advantage(loss, i))
     reward = _reward(loss, i)
     if reward:
         lines.append(reward)
     if loss.kl.active and loss.kl.estimator != "full":
         lines.append(_kappa(loss, i))
     if loss.value.active:
-        lines.append(
-            "G = A + V_old (before scaling, detached)" if i == 0 else r"G = A + V_{\mathrm{old}}\ (\text{detached})"
-        )
+        lines.append(_target(loss, i))
     if not isinstance(loss.mismatch, NoMismatch):
         rho = ",  ρ = π_old / μ" if i == 0 else r",\quad \rho = \pi_{\mathrm{old}}/\mu"
         lines.append("u = " + loss.mismatch.formula()[i] + rho)
@@ -73,6 +87,8 @@ def _where(loss: PolicyLoss, i: int) -> list[str]:
 
 def _advantage(loss: PolicyLoss, i: int) -> str:
     formula = loss.scale.formula(*loss.advantage.formula())[i]
+    if loss.advantage_mul != 1:
+        formula = f"{number(loss.advantage_mul)}·({formula})" if i == 0 else f"{number(loss.advantage_mul)}({formula})"
     if loss.advantage_clip is not None:
         bound = number(loss.advantage_clip)
         formula = f"clip({formula}, ±{bound})" if i == 0 else rf"\operatorname{{clip}}({formula}, \pm {bound})"
@@ -93,9 +109,19 @@ def _reward(loss: PolicyLoss, i: int) -> str:
 def _kappa(loss: PolicyLoss, i: int) -> str:
     old = loss.kl.place == "reward"
     if i == 0:
-        return f"κ = log {'π_old' if old else 'π_θ'}(y_t) − log π_ref(y_t)"
+        anchor = "π_ref" if loss.kl.against == "ref" else "μ"
+        return f"κ = log {'π_old' if old else 'π_θ'}(y_t) − log {anchor}(y_t)"
     top = r"\pi_{\mathrm{old}}" if old else r"\pi_\theta"
-    return rf"\kappa = \log {top}(y_t) - \log \pi_{{\mathrm{{ref}}}}(y_t)"
+    anchor = r"\pi_{\mathrm{ref}}" if loss.kl.against == "ref" else r"\mu"
+    return rf"\kappa = \log {top}(y_t) - \log {anchor}(y_t)"
+
+
+def _target(loss: PolicyLoss, i: int) -> str:
+    if not isinstance(loss.advantage, Critic):
+        return "G = returns, as given" if i == 0 else r"G = \text{returns, as given}"
+    if isinstance(loss.advantage, LengthAdaptiveGAE):
+        return "G = Σ_{k≥t} r_k" if i == 0 else r"G = \sum_{k\ge t} r_k"
+    return "G = A + V_old (before scaling, detached)" if i == 0 else r"G = A + V_{\mathrm{old}}\ (\text{detached})"
 
 
 def _rules(loss: PolicyLoss, i: int) -> list[str]:
@@ -104,8 +130,12 @@ def _rules(loss: PolicyLoss, i: int) -> list[str]:
         rules.append(
             {"mask": "truncated completions: no loss", "zero": "truncated completions: reward 0"}[loss.truncated]
         )
-    if loss.group_filter == "zero_variance":
-        rules.append("groups with equal rewards are left out")
     if isinstance(loss.advantage, Critic) and not loss.value.active:
         rules.append("V is not trained by this loss")
-    return rules if i == 0 else [rf"\text{{{rule}}}" for rule in rules]
+    if loss.local_normalizer:
+        rules.append("counts are those of the micro-batch at hand")
+    rules = rules if i == 0 else [rf"\text{{{rule}}}" for rule in rules]
+    masks = [f[i] for f in (loss.token_mask.formula(), loss.sequence_mask.formula()) if f is not None]
+    kept = "m = 1 for " + "; ".join(masks) if i == 0 else r"m = \mathbb 1\bigl[" + r";\ ".join(masks) + r"\bigr]"
+    taking_part = loss.group_filter.formula()
+    return [*([kept] if masks else []), *([taking_part[i]] if taking_part else []), *rules]

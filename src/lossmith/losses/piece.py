@@ -9,18 +9,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lossmith.errors import LossError, nearest
 
-__all__ = ["Piece", "number", "options", "param"]
+__all__ = ["Piece", "number", "options", "param", "symbol"]
 
 
 def param(
-    flat: str, default: Any, doc: str, *, low: float | None = None, above: float | None = None, choices: tuple = ()
+    flat: str,
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    choices: tuple = (),
+    required: bool = False,
+    optional: bool = False,
 ) -> Any:
-    """A parameter of a piece: its flat name, default, one-line meaning, and range (low <= x, above < x, or choices)."""
-    meta = {"flat": flat, "doc": doc, "low": low, "above": above, "choices": choices}
+    """A parameter of a piece: its flat name, default, one-line meaning, and range (low <= x, above < x, or choices).
+
+    required: the default None only means "not given yet": the loss can be looked at, but not evaluated.
+    optional: None is a value too, and means that there is none.
+    """
+    meta = {"flat": flat, "doc": doc, "low": low, "above": above, "choices": choices, "required": required}
+    meta["optional"] = optional
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -44,6 +57,20 @@ class Piece:
         """{flat name: value}."""
         return {flat: getattr(self, name) for flat, name in self.flat_names().items()}
 
+    @property
+    def missing(self) -> frozenset[str]:
+        """Flat names of required parameters that are not given yet."""
+        fields = dataclasses.fields(self)
+        return frozenset(f.metadata["flat"] for f in fields if f.metadata["required"] and getattr(self, f.name) is None)
+
+    def given(self, name: str) -> Any:
+        """The value of a required field, or a LossError that says how to give it."""
+        value = getattr(self, name)
+        if value is None:
+            flat = {field: key for key, field in self.flat_names().items()}[name]
+            raise LossError(f"'{self.option}' needs {flat}, which has no agreed default: pass {flat}=...")
+        return value
+
     def parameters(self) -> Iterator[tuple[str, Any, str]]:
         """(flat name, value, one-line meaning) of each parameter."""
         for field in dataclasses.fields(self):
@@ -56,13 +83,17 @@ def _check(owner: str, field: dataclasses.Field, value: Any) -> None:
         if value not in meta["choices"]:
             raise LossError(f"{where} is {value!r}.{nearest(str(value), map(str, meta['choices']))}")
         return
+    if isinstance(field.default, tuple):
+        if not isinstance(value, (tuple, list)) or not all(_is_number(x) for x in value):
+            raise LossError(f"{where} must be a list of numbers, not {value!r}.")
+        return
     if isinstance(field.default, bool):
         if not isinstance(value, bool):
             raise LossError(f"{where} must be true or false, not {value!r}.")
         return
-    if value is None and field.default is None:
+    if value is None and (field.default is None or meta["optional"]):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if not _is_number(value):
         raise LossError(f"{where} must be a number, not {value!r}.")
     if meta["low"] is not None and value < meta["low"]:
         raise LossError(f"{where} is {value}, but must be at least {meta['low']}.")
@@ -70,7 +101,14 @@ def _check(owner: str, field: dataclasses.Field, value: Any) -> None:
         raise LossError(f"{where} is {value}, but must be greater than {meta['above']}.")
 
 
-def options(*pieces: type[Piece]) -> dict[str, type[Piece]]:
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and not math.isnan(x)
+
+
+Kind = TypeVar("Kind", bound=Piece)
+
+
+def options(*pieces: type[Kind]) -> dict[str, type[Kind]]:
     """The options of one axis by name."""
     return {piece.option: piece for piece in pieces}
 
@@ -78,3 +116,8 @@ def options(*pieces: type[Piece]) -> dict[str, type[Piece]]:
 def number(x: float) -> str:
     """A parameter as it reads in a formula: 0.2, 1e-06, ∞."""
     return "∞" if x == math.inf else f"{x:.6g}"
+
+
+def symbol(x: float | None, text: str, latex: str) -> tuple[str, str]:
+    """A required parameter as it reads in a formula, (text, LaTeX): its value, or its letter as long as it has none."""
+    return (text, latex) if x is None else (number(x), number(x))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,71 +20,64 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError, TrapWarning
-from lossmith.losses.advantage import BatchMean, Estimator, NoScale, Scale, Signal
-from lossmith.losses.aggregate import Aggregate, PromptMean, TokenMean
+from lossmith.losses.advantage import (
+    BatchMean,
+    Critic,
+    Estimator,
+    NoScale,
+    OptimalToken,
+    ReferenceGap,
+    Scale,
+    Signal,
+    Zero,
+)
+from lossmith.losses.aggregate import AGGREGATE, Aggregate, PromptMean, TokenMean
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.correction import Mismatch, NoMismatch
+from lossmith.losses.extra import Extra, NoExtra
 from lossmith.losses.flat import to_flat, with_flat
 from lossmith.losses.formula import render
-from lossmith.losses.kl import KL, kl_estimate, kl_slope
+from lossmith.losses.kl import KL, kl_estimate
 from lossmith.losses.legality import check_legal
-from lossmith.losses.ratio import Ratio, TokenRatio
+from lossmith.losses.listing import listing
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit
+from lossmith.losses.masks import GroupFilter, KeepAll, Mask, NoSequenceMask, NoTokenMask
+from lossmith.losses.piece import Piece
+from lossmith.losses.ratio import Ratio, SequenceTokenRatio, TokenRatio
 from lossmith.losses.shaping import Shaping
-from lossmith.losses.trust import LogP, Trust
+from lossmith.losses.trust import LogP, M2Mask, Tokens, Trust
 from lossmith.losses.value import ValueLoss
 
-__all__ = ["Credit", "LossOutput", "PolicyLoss"]
+__all__ = ["PolicyLoss"]
 
 _COUPLING = ("token", "sequence", "group", "batch")
 
 
-@dataclass(frozen=True, eq=False)
-class Credit:
-    """What the credit half hands to the objective half. Row i belongs to row i of the batch; no gradient."""
-
-    advantage: Tensor  # [N, T], 0 at masked positions
-    weight: Tensor  # [N, T], 1/Z of each token; rows that are left out have 0
-    mismatch: Tensor  # [N, T], u, of the policy term only
-    returns: Tensor | None  # [N, T], the critic's target
-    metrics: dict[str, float]  # of the whole batch
-    tokens: int  # valid tokens of the whole batch: what metrics are averaged over
-
-    def rows(self, index: Tensor | slice) -> Credit:
-        """The credit of these rows."""
-        returns = None if self.returns is None else self.returns[index]
-        return Credit(
-            self.advantage[index], self.weight[index], self.mismatch[index], returns, self.metrics, self.tokens
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class LossOutput:
-    """loss: scalar, minimised. advantage: [N, T]. terms: its parts. metrics: they add up over micro-batches."""
-
-    loss: Tensor
-    advantage: Tensor
-    terms: dict[str, Tensor]
-    metrics: dict[str, float]
-
-
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(Loss):
     """L(θ) as a product of axes. Read the fields in the order of evaluation."""
 
     name: str = "custom"
     shaping: tuple[Shaping, ...] = ()
+    truncated: str = "keep"  # keep | mask | zero: what becomes of completions that the token budget cut
+    group_filter: GroupFilter = dataclasses.field(default_factory=KeepAll)
     advantage: Estimator = dataclasses.field(default_factory=BatchMean)
     scale: Scale = dataclasses.field(default_factory=NoScale)
+    advantage_mul: float = 1.0
     advantage_clip: float | None = None
     ratio: Ratio = dataclasses.field(default_factory=TokenRatio)
     trust: Trust = dataclasses.field(default_factory=LogP)
+    token_mask: Mask = dataclasses.field(default_factory=NoTokenMask)
+    sequence_mask: Mask = dataclasses.field(default_factory=NoSequenceMask)
     mismatch: Mismatch = dataclasses.field(default_factory=NoMismatch)
-    truncated: str = "keep"  # keep | mask | zero: what becomes of completions that the token budget cut
-    group_filter: str = "none"  # none | zero_variance: leave out groups whose rewards are all equal
     kl: KL = dataclasses.field(default_factory=KL)
     entropy_coef: float = 0.0
+    extra: Extra = dataclasses.field(default_factory=NoExtra)
     value: ValueLoss = dataclasses.field(default_factory=ValueLoss)
     aggregate: Aggregate = dataclasses.field(default_factory=TokenMean)
+    kl_aggregate: str = "same"  # the aggregation of the KL term, where it differs
+    entropy_aggregate: str = "same"
+    local_normalizer: bool = False  # counts are taken over the rows at hand: micro-batches do not add up
 
     def __post_init__(self) -> None:
         check_legal(self)
@@ -94,40 +88,60 @@ class PolicyLoss:
 
     @property
     def traps(self) -> tuple[str, ...]:
-        """Reasons why this composition, though legal, misleads. Training refuses them unless allow_traps is set."""
-        return tuple(t for t in (self.trust.trap(), self.kl.trap()) if t)
+        local = "a local normaliser: the loss depends on how the batch is cut into micro-batches and ranks"
+        return tuple(t for t in (self.trust.trap(), self.kl.trap(), local if self.local_normalizer else None) if t)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Everything that is chosen on an axis, shaping included."""
+        axes = (self.group_filter, self.advantage, self.scale, self.ratio, self.trust, self.token_mask)
+        rest = (self.sequence_mask, self.mismatch, self.kl, self.extra, self.value, self.aggregate)
+        return (*self.shaping, *axes, *rest)
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be provided besides logp and mask; `max_length` is a parameter, the rest are batch fields."""
-        pieces = (*self.shaping, self.advantage, self.scale, self.aggregate)
-        needed = frozenset().union(*(p.needs for p in pieces)) | self.kl.required
-        if all(getattr(p, "max_length", 1) is not None for p in pieces):
-            needed -= {"max_length"}
+        needed = frozenset().union(*(p.needs | p.missing for p in self.pieces)) | self.kl.required
         conditions = {
             "behavior_logp": not isinstance(self.mismatch, NoMismatch) or self.ratio.denominator == "behavior",
             "ref_logp": self.ratio.denominator == "ref",
             "entropy": self.entropy_coef > 0,
-            "value": self.value.active,
             "truncated": self.truncated != "keep",
-            "group": self.group_filter != "none",
+            "value": self.value.active,
+            "returns": self.value.active and isinstance(self.advantage, Zero),
         }
         return needed | {name for name, holds in conditions.items() if holds}
 
     @property
     def uses_old(self) -> bool:
-        """Whether old log-probabilities change anything (they do once a step makes several updates)."""
         ratio = self._needs_ratio and self.ratio.denominator == "old"
         in_reward = self.kl.active and self.kl.place == "reward"
-        return ratio or in_reward or not isinstance(self.mismatch, NoMismatch)
+        reads = isinstance(self.advantage, (ReferenceGap, OptimalToken)) or isinstance(self.trust, M2Mask)
+        return ratio or in_reward or reads or not isinstance(self.mismatch, NoMismatch)
 
     @property
     def coupling(self) -> str:
-        """How far credit couples rows: token, sequence, group or batch. The objective half never couples rows."""
         levels = [self.advantage.coupling, self.scale.coupling, "sequence" if self.ratio.per_sequence else "token"]
-        if self.group_filter != "none" or isinstance(self.aggregate, PromptMean):
+        if not isinstance(self.group_filter, KeepAll) or isinstance(self.aggregate, PromptMean):
             levels.append("group")
+        if not self.separable or self.mismatch.whole_batch or self.local_normalizer:
+            levels.append("batch")
         return max(levels, key=_COUPLING.index)
+
+    @property
+    def separable(self) -> bool:
+        return not (self.trust.whole_batch or self.token_mask.whole_batch)
+
+    @property
+    def stops_gradient(self) -> bool:
+        by_ratio = self.trust.uses_ratio and (
+            isinstance(self.ratio, SequenceTokenRatio) or self.ratio.denominator == "self"
+        )
+        kl = self.kl.active and self.kl.place == "loss" and self.kl.straight_through
+        return self.trust.stops_gradient or by_ratio or kl
+
+    def set(self, changes: Mapping[str, Any]) -> PolicyLoss:
+        """A copy with these flat parameters changed: `loss.set({"clip_high": 0.28, "beta": 0.04})`."""
+        return with_flat(self, changes)
 
     def replace(self, **changes: Any) -> PolicyLoss:
         """A copy with some axes changed: `loss.replace(trust=Clip(low=0.2, high=0.28))`."""
@@ -143,16 +157,21 @@ class PolicyLoss:
         """
         signal = self._signal(batch)
         advantage, raw = self._advantage(batch, signal)
-        counts = self._group_counts(batch, signal)
-        zero = torch.zeros((), dtype=advantage.dtype, device=advantage.device)
-        weight = self.token_weights(batch, normalizer).to(advantage.dtype)
+        advantage = _valid(advantage.to(batch.dtype), batch)
+        weight = self.token_weights(batch, normalizer)
+        kl, entropy = (
+            None if how == "same" else self._weights_by(AGGREGATE[how](), batch, normalizer)
+            for how in (self.kl_aggregate, self.entropy_aggregate)
+        )
         return Credit(
-            advantage=torch.where(batch.valid, advantage, zero),
+            advantage=advantage,
             weight=weight,
             mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
-            returns=self._returns(batch, raw),
-            metrics=_credit_metrics(batch, advantage) | counts,
+            returns=self._returns(batch, signal, raw),
             tokens=normalizer.tokens if normalizer is not None else int(batch.valid.sum()),
+            measure=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
+            kl_weight=kl,
+            entropy_weight=entropy,
         )
 
     @torch.no_grad()
@@ -161,14 +180,14 @@ class PolicyLoss:
 
         normalizer: counts over all ranks, where this batch is one rank's share; by default this batch's own.
         """
-        counted = batch
-        if self.group_filter == "zero_variance" and batch.reward is not None:
-            constant = Signal(batch, batch.reward).groups("group_filter").constant
-            counted = batch.replace(mask=batch.valid & ~constant[:, None])
-        dtype = batch.logp.dtype if batch.logp is not None else torch.float32
-        dtype = torch.promote_types(dtype, batch.reward.dtype) if batch.reward is not None else dtype
-        norm = normalizer or Normalizer.of(counted.valid, batch.group)
-        weights = self.aggregate.weights(counted, norm, dtype)
+        return self._weights_by(self.aggregate, batch, normalizer)
+
+    def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
+        taking_part = self.group_filter.keep(batch)
+        counted = batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
+        local = self.local_normalizer or normalizer is None
+        norm = Normalizer.of(counted.valid, batch.group) if local or normalizer is None else normalizer
+        weights = aggregate.weights(counted, norm, batch.dtype)
         if self.truncated == "mask":  # left out of the loss, still counted by the normaliser
             weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
         return weights
@@ -183,7 +202,7 @@ class PolicyLoss:
                 )
             if batch.reward is None:
                 return None
-        reward = batch.require("reward", self.name)
+        reward = self._reward(batch)
         for shaping in self.shaping:
             reward = shaping(reward, batch)
             if reward.ndim == 2:  # a shift would put a reward on padding
@@ -195,6 +214,12 @@ class PolicyLoss:
             reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
         return Signal(batch, reward)
 
+    def _reward(self, batch: Batch) -> Tensor:
+        """Batch.reward; zeros where nothing of this loss reads a reward."""
+        if batch.reward is None and not self.needs & {"reward", "reward_parts"}:
+            return torch.zeros(len(batch.valid), dtype=batch.dtype, device=batch.valid.device)
+        return batch.require("reward", self.name)
+
     def _advantage(self, batch: Batch, signal: Signal | None) -> tuple[Tensor, Tensor]:
         """(final advantage, advantage before scaling), both [N, T]."""
         if batch.advantage is not None:
@@ -203,7 +228,7 @@ class PolicyLoss:
             return given, given
         assert signal is not None
         raw = self.advantage(signal)
-        scaled = self.scale(raw, signal)
+        scaled = self.scale(raw, signal) * self.advantage_mul
         if self.advantage_clip is not None:
             scaled = scaled.clamp(-self.advantage_clip, self.advantage_clip)
         return scaled, raw
@@ -222,101 +247,139 @@ class PolicyLoss:
             return torch.ones_like(weight)
         return self.mismatch(batch.replace(logp=batch.require("old_logp", "a mismatch correction")))
 
-    def _returns(self, batch: Batch, raw: Tensor) -> Tensor | None:
-        """The critic's target G = A + V_old, A before scaling; or Batch.returns.
+    def _returns(self, batch: Batch, signal: Signal | None, raw: Tensor) -> Tensor | None:
+        """The critic's target: what its estimator says (A before scaling plus V_old, as a rule), or Batch.returns.
 
         None with a given advantage and no returns: the estimator is bypassed, and its critic with it.
         """
         if not self.value.active or batch.returns is not None or batch.advantage is not None:
             return batch.returns if self.value.active else None
-        old = batch.old_value if batch.old_value is not None else batch.require("value", self.name)
-        return raw + old.detach()
+        if not isinstance(self.advantage, Critic) or signal is None:
+            return batch.require("returns", self.name)
+        return self.advantage.target(signal, raw)
 
     # -- objective --------------------------------------------------------------------------------------------------
 
     def objective(self, batch: Batch, credit: Credit) -> LossOutput:
         """The loss of these rows under that credit: scalar with gradient. Rows of a whole batch add up to its loss."""
-        logp = batch.require("logp", self.name)
-        ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(logp)
-        advantage = self._row_advantage(batch, credit)
-        policy = credit.mismatch * self.trust.value(ratio, advantage, logp)
-        terms = {"policy": (credit.weight * _valid(policy, batch)).sum()}
-        if self.kl.active and self.kl.place == "loss":
-            terms["kl"] = self.kl.beta * (credit.weight * _valid(self.kl.term(batch, ratio), batch)).sum()
+        terms: dict[str, Tensor] = {}
+        at = self._tokens(batch, credit)
+        if at is not None and not isinstance(self.advantage, Zero):
+            policy = self._factor(batch, credit) * _valid(self.trust.value(at), batch)
+            terms["policy"] = (credit.weight * policy).sum()
+        if at is not None and self.kl.active and self.kl.place == "loss":
+            weight = credit.weight if credit.kl_weight is None else credit.kl_weight
+            term = _valid(self.kl.term(batch, at.ratio), batch)
+            term = term * self._factor(batch, credit) if self.kl.masked else term
+            terms["kl"] = self.kl.beta * (weight * term).sum()
         if self.entropy_coef:
+            weight = credit.weight if credit.entropy_weight is None else credit.entropy_weight
             entropy = batch.require("entropy", "entropy_coef")
-            terms["entropy"] = -self.entropy_coef * (credit.weight * _valid(entropy, batch)).sum()
+            terms["entropy"] = -self.entropy_coef * (weight * _valid(entropy, batch)).sum()
+        if not isinstance(self.extra, NoExtra):
+            extra = _valid(self.extra.value(batch, credit.advantage), batch)
+            terms[self.extra.option] = (credit.weight * extra).sum()
         if credit.returns is not None:
             terms["value"] = self.value.coef * (credit.weight * self.value.term(batch, credit.returns)).sum()
-        loss = torch.stack([t.to(logp.dtype) for t in terms.values()]).sum()
-        return LossOutput(loss, credit.advantage, terms, self._metrics(batch, credit, ratio, advantage))
+        loss = torch.stack([t.to(credit.weight.dtype) for t in terms.values()]).sum()
+        return LossOutput(loss, credit.advantage, terms, lambda: self._metrics(batch, credit, at))
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
-        """Both halves on one batch."""
+        """Both halves on one batch; advantages alone where it has no log-probabilities."""
         credit = self.credit(batch, normalizer)
-        output = self.objective(batch, credit)
-        return dataclasses.replace(output, metrics=credit.metrics | output.metrics)
+        try:
+            output = self.objective(batch, credit)
+        except LossError as error:
+            if batch.logp is not None:
+                raise
+            return OnlyCredit(credit.advantage, credit.measure, error)
+        return dataclasses.replace(output, measure=lambda: credit.metrics | output.metrics)
 
     @property
     def _needs_ratio(self) -> bool:
-        return self.trust.uses_ratio or (self.kl.active and self.kl.ratio_weight)
+        return self.trust.uses_ratio or (self.kl.active and (self.kl.ratio_weight or self.kl.is_cap is not None))
+
+    def _tokens(self, batch: Batch, credit: Credit) -> Tokens | None:
+        """What the trust region sees; None where there is neither a policy nor a KL term to see anything."""
+        if batch.logp is None and isinstance(self.advantage, Zero) and not self.kl.active:
+            return None
+        logp = batch.require("logp", self.name)
+        ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(logp)
+        below = self.ratio.below(batch) if self._needs_ratio else logp.detach()
+        return Tokens(ratio, self._row_advantage(batch, credit), logp, below, batch.valid, batch)
 
     def _row_advantage(self, batch: Batch, credit: Credit) -> Tensor:
-        """A as the trust region sees it: one number a completion where the ratio is one."""
+        """A as the trust region sees it: one number a completion where the ratio is one and carries the gradient."""
         advantage = credit.advantage
-        if not self.ratio.per_sequence:
+        if not self.ratio.per_sequence or self.trust.through != "ratio":
             return advantage
         mean = advantage.sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
         return mean.expand_as(advantage)
 
     @torch.no_grad()
-    def _metrics(self, batch: Batch, credit: Credit, ratio: Tensor, advantage: Tensor) -> dict[str, float]:
+    def _factor(self, batch: Batch, credit: Credit) -> Tensor:
+        """What the policy term of each token is multiplied with: mismatch weight and masks, [N, T] without gradient."""
+        factor = credit.mismatch
+        for mask in (self.token_mask, self.sequence_mask):
+            keep = mask.keep(batch, credit.advantage)
+            if keep is not None:
+                factor = factor * keep
+        return factor
+
+    @torch.no_grad()
+    def _metrics(self, batch: Batch, credit: Credit, at: Tokens | None) -> dict[str, float]:
         # means over all valid tokens, whatever the aggregation
         weight = batch.valid.to(credit.weight.dtype) / max(credit.tokens, 1)
         metrics: dict[str, float] = {}
-        if self._needs_ratio:
-            metrics["ratio"] = float((weight * ratio).sum())
-            stopped = self.trust.weight(ratio, advantage) == 0
+        if at is not None and self._needs_ratio:
+            metrics["ratio"] = float((weight * at.ratio).sum())
+            stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
             metrics["clip_fraction"] = float((weight * stopped).sum())
         if batch.old_logp is not None and batch.logp is not None:
             moved = _valid(batch.logp - batch.old_logp, batch)
             metrics["kl_old"] = float((weight * kl_estimate(moved, "k3")).sum())
-        if batch.ref_logp is not None:
-            metrics["kl_ref"] = float((weight * kl_estimate(self.kl.kappa(batch), "k3")).sum())
+        if batch.ref_logp is not None and batch.logp is not None:
+            metrics["kl_ref"] = float((weight * kl_estimate(_valid(batch.logp - batch.ref_logp, batch), "k3")).sum())
         if batch.entropy is not None:
             metrics["entropy"] = float((weight * batch.entropy).sum())
         return metrics
 
     # -- closed forms -----------------------------------------------------------------------------------------------
 
-    def weight(self, ratio: Tensor | float, advantage: Tensor | float) -> Tensor:
-        """w(r, A) = -(dℓ/dlogp)/A in closed form, before masks and aggregation; at A = 0 the limit A -> 0+."""
-        return self.trust.weight(_tensor(ratio), _tensor(advantage))
+    def weight(self, ratio: Tensor | float, advantage: Tensor | float, old_prob: float = 0.3) -> Tensor:
+        """w(r, A) = -(dℓ/dlogp)/A of a single token in closed form, before masks and aggregation.
+
+        At A = 0 the limit A -> 0+. old_prob: the token's old probability, for losses that look at it.
+        """
+        r, a = torch.broadcast_tensors(_tensor(ratio), _tensor(advantage))
+        if self.ratio.denominator == "self":  # the ratio is 1 wherever the old policy is
+            r = torch.ones_like(r)
+        return self.trust.weight(Tokens.single(r, a, old_prob)).reshape(r.shape)
 
     @torch.no_grad()
     def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
-        """dL/dlogp [N, T] by the formulas, not by autograd: -w·A·u/Z plus the KL term's slope (not for `full`)."""
+        """dL/dlogp [N, T] by the formulas, not by autograd: -w·A·u/Z plus the slopes of the other terms."""
+        if self.kl.active and self.kl.estimator == "full" and self.kl.place == "loss":
+            raise NotImplementedError("kl_estimator='full' does not act through the sampled token's logp.")
         credit = credit or self.credit(batch)
-        ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(credit.weight)
-        advantage = self._row_advantage(batch, credit)
-        slope = -credit.weight * credit.mismatch * self.trust.weight(ratio, advantage) * advantage
-        gradient = self.ratio.chain(slope, batch) if self._is_ratio_loss else slope
-        if self.kl.active and self.kl.place == "loss" and self.kl.estimator != "full":
-            kappa = self.kl.kappa(batch)
-            k = kl_slope(kappa, "k2" if self.kl.straight_through else self.kl.estimator)
-            if self.kl.ratio_weight:
-                per_ratio = credit.weight * kl_estimate(kappa, self.kl.estimator) * ratio
-                gradient = gradient + self.kl.beta * (self.ratio.chain(per_ratio, batch) + credit.weight * ratio * k)
-            else:
-                gradient = gradient + self.kl.beta * credit.weight * k
+        at = self._tokens(batch, credit)
+        gradient = torch.zeros_like(credit.weight)
+        if at is None:
+            return gradient
+        factor = self._factor(batch, credit)
+        if not isinstance(self.advantage, Zero):
+            slope = self.trust.spread(_valid(credit.weight * factor * self.trust.slope(at), batch), at)
+            gradient = self.ratio.chain(slope, batch) if self.trust.through == "ratio" else slope
+        if self.kl.active and self.kl.place == "loss":
+            weight = credit.weight if credit.kl_weight is None else credit.kl_weight
+            weight = self.kl.beta * (weight * factor if self.kl.masked else weight)
+            by_logp, by_ratio = self.kl.slopes(batch, at.ratio)
+            gradient = gradient + weight * by_logp
+            if by_ratio is not None:
+                gradient = gradient + self.ratio.chain(_valid(weight * by_ratio, batch), batch)
+        if not isinstance(self.extra, NoExtra):
+            gradient = gradient + credit.weight * self.extra.slope(batch, credit.advantage)
         return _valid(gradient, batch)
-
-    @property
-    def _is_ratio_loss(self) -> bool:
-        """ℓ depends on logp through r (rather than through logp times a constant)."""
-        with torch.enable_grad():  # asked from closed forms, which keep no graph
-            probe = torch.tensor([1.0], requires_grad=True)
-            return self.trust.value(probe, torch.ones(1), torch.zeros(1)).requires_grad
 
     # -- representations --------------------------------------------------------------------------------------------
 
@@ -324,8 +387,9 @@ class PolicyLoss:
         """The loss as text or "latex", generated from the composition."""
         return render(self, style)
 
-    def __str__(self) -> str:
-        return self.formula()
+    def code(self) -> str:
+        """The loss as a function of plain torch, generated from the composition; tests run it against the loss."""
+        return listing(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The composition as flat parameters, complete; `from_dict` reads it back, and get_loss accepts every key."""

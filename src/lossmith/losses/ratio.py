@@ -44,9 +44,10 @@ class Ratio(Piece):
     def log_ratio(self, batch: Batch) -> Tensor:
         """Δ [N, T], with gradient; 0 at masked positions."""
         logp = batch.require("logp", "every policy loss")
-        return torch.where(batch.valid, logp - self._below(batch), torch.zeros_like(logp))
+        return torch.where(batch.valid, logp - self.below(batch), torch.zeros_like(logp))
 
-    def _below(self, batch: Batch) -> Tensor:
+    def below(self, batch: Batch) -> Tensor:
+        """Log-probability under the denominator's policy, [N, T], detached."""
         if self.denominator == "behavior":
             return batch.require("behavior_logp", "denominator='behavior'").detach()
         if self.denominator == "ref":
@@ -64,6 +65,10 @@ class Ratio(Piece):
 
     def formula(self) -> tuple[str, str]:
         """(text, LaTeX) of r."""
+        raise NotImplementedError
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that compute r [N, T] from logp and below."""
         raise NotImplementedError
 
     def _names(self) -> tuple[str, str]:
@@ -92,6 +97,9 @@ class TokenRatio(Ratio):
     def formula(self) -> tuple[str, str]:
         text, tex = self._names()
         return f"π_θ(y_t) / {text}(y_t)", rf"\frac{{\pi_\theta(y_t)}}{{{tex}(y_t)}}"
+
+    def code(self) -> list[str]:
+        return ["r = torch.exp(logp - below)"]
 
 
 class _PerSequence(Ratio):
@@ -124,6 +132,9 @@ class SequenceRatio(_PerSequence):
             rf"\left(\frac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}",
         )
 
+    def code(self) -> list[str]:
+        return ["r = torch.exp(((logp - below) * mask).sum(1, keepdim=True) / T[:, None]).expand(mask.shape)"]
+
 
 @dataclass(frozen=True)
 class SequenceTokenRatio(Ratio):
@@ -147,6 +158,12 @@ class SequenceTokenRatio(Ratio):
             r"\tfrac{\pi_\theta(y_t)}{\operatorname{sg}\pi_\theta(y_t)}",
         )
 
+    def code(self) -> list[str]:
+        return [
+            "s = torch.exp(((logp - below) * mask).sum(1, keepdim=True) / T[:, None])",
+            "r = s.detach() * torch.exp(logp - logp.detach())",
+        ]
+
 
 @dataclass(frozen=True)
 class SequenceSumRatio(_PerSequence):
@@ -166,5 +183,8 @@ class SequenceSumRatio(_PerSequence):
         text, tex = self._names()
         return f"π_θ(y) / {text}(y)", rf"\frac{{\pi_\theta(y)}}{{{tex}(y)}}"
 
+    def code(self) -> list[str]:
+        return ["r = torch.exp(((logp - below) * mask).sum(1, keepdim=True)).expand(mask.shape)"]
 
-RATIO = options(TokenRatio, SequenceRatio, SequenceTokenRatio, SequenceSumRatio)
+
+RATIO: dict[str, type[Ratio]] = options(TokenRatio, SequenceRatio, SequenceTokenRatio, SequenceSumRatio)

@@ -13,7 +13,7 @@ from lossmith.errors import LossError
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, number, options, param
 
-__all__ = ["SHAPING", "Affine", "ClipReward", "Overlong", "Shaping"]
+__all__ = ["SHAPING", "Affine", "ClipReward", "Overlong", "Potential", "Shaping", "WeightedSum"]
 
 
 class Shaping(Piece):
@@ -24,6 +24,10 @@ class Shaping(Piece):
 
     def formula(self) -> tuple[str, str]:
         """(text, LaTeX) of the shaped reward in terms of R."""
+        raise NotImplementedError
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that change R [N]."""
         raise NotImplementedError
 
 
@@ -42,6 +46,9 @@ class ClipReward(Shaping):
         lo, hi = number(self.low), number(self.high)
         return f"clip(R, {lo}, {hi})", rf"\operatorname{{clip}}(R, {lo}, {hi})"
 
+    def code(self) -> list[str]:
+        return [f"R = R.clamp({_python(self.low)}, {_python(self.high)})"]
+
 
 @dataclass(frozen=True)
 class Affine(Shaping):
@@ -57,6 +64,9 @@ class Affine(Shaping):
     def formula(self) -> tuple[str, str]:
         return (f"{number(self.a)}·(R + {number(self.b)})",) * 2
 
+    def code(self) -> list[str]:
+        return [f"R = {self.a} * (R + {self.b})"]
+
 
 @dataclass(frozen=True)
 class Overlong(Shaping):
@@ -66,22 +76,20 @@ class Overlong(Shaping):
     """
 
     option: ClassVar[str] = "overlong"
-    needs: ClassVar[frozenset[str]] = frozenset({"max_length"})
-    max_length: int | None = param("max_length", None, "token limit L of a completion (training fills it in)", above=0)
+    max_length: int | None = param(
+        "max_length", None, "token limit L of a completion (training fills it in)", above=0, required=True
+    )
     buffer: int | None = param("buffer", None, "length C of the soft zone; a fifth of max_length if not given", above=0)
     penalty: float = param("penalty", 1.0, "size of the full punishment", low=0)
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
-        if self.max_length is None:
-            raise LossError("overlong shaping needs max_length, the token limit of a completion: pass max_length=...")
-        buffer = self._buffer()
+        limit, buffer = self.given("max_length"), self._buffer()
         length = batch.lengths.to(reward.dtype)
-        punished = ((self.max_length - buffer - length) / buffer).clamp(-1.0, 0.0) * self.penalty
+        punished = ((limit - buffer - length) / buffer).clamp(-1.0, 0.0) * self.penalty
         return reward + (punished if reward.ndim == 1 else on_last_token(punished, batch.valid))
 
     def _buffer(self) -> int:
-        assert self.max_length is not None
-        return self.buffer or max(1, self.max_length // 5)
+        return self.buffer or max(1, self.given("max_length") // 5)
 
     def formula(self) -> tuple[str, str]:
         limit = "L" if self.max_length is None else str(self.max_length)
@@ -93,6 +101,70 @@ class Overlong(Shaping):
             rf"R + {k.replace('·', '')}\operatorname{{clip}}\left(\frac{{{limit}-{soft}-T}}{{{soft}}},-1,0\right)",
         )
 
+    def code(self) -> list[str]:
+        limit, soft = self.max_length, self._buffer()
+        return [f"R = R + {self.penalty} * (({limit} - {soft} - T) / {soft}).clamp(-1, 0)"]
+
+
+@dataclass(frozen=True)
+class WeightedSum(Shaping):
+    """R ← Σ_k w_k R_k over the scores of Batch.reward_parts."""
+
+    option: ClassVar[str] = "weighted_sum"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward_parts"})
+    weights: tuple[float, ...] = param("score_weights", (), "weight of each score; all 1 if not given")
+
+    def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
+        parts = batch.require("reward_parts", "shaping='weighted_sum'")
+        if self.weights and len(self.weights) != parts.shape[1]:
+            raise LossError(
+                f"score_weights has {len(self.weights)} numbers, Batch.reward_parts {parts.shape[1]} scores."
+            )
+        return parts @ torch.tensor(
+            list(self.weights) or [1.0] * parts.shape[1], dtype=parts.dtype, device=parts.device
+        )
+
+    def formula(self) -> tuple[str, str]:
+        if not self.weights:
+            return "Σ_k R_k", r"\sum_k R_k"
+        terms = " + ".join(f"{number(w)}·R_{k + 1}" for k, w in enumerate(self.weights))
+        return terms, terms.replace("·", r"\,")
+
+    def code(self) -> list[str]:
+        if not self.weights:
+            return ["R = reward_parts.sum(1)"]
+        return [f"R = reward_parts @ torch.tensor({list(self.weights)}, dtype=reward_parts.dtype)"]
+
+
+@dataclass(frozen=True)
+class Potential(Shaping):
+    """r_t ← r_t + gamma·Φ_{t+1} - Φ_t, Φ after the last token 0 (book eq. 4.65): the best policy stays the best."""
+
+    option: ClassVar[str] = "potential"
+    needs: ClassVar[frozenset[str]] = frozenset({"potential"})
+    gamma: float = param("gamma", 1.0, "discount per token", low=0)
+
+    def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
+        potential, valid = batch.require("potential", "shaping='potential'"), batch.valid
+        per_token = reward if reward.ndim == 2 else on_last_token(reward, valid)
+        after, change = torch.zeros_like(potential[:, 0]), torch.zeros_like(potential)
+        for t in reversed(range(valid.shape[1])):  # masked tokens are stepped over
+            change[:, t] = torch.where(valid[:, t], self.gamma * after - potential[:, t], 0.0)
+            after = torch.where(valid[:, t], potential[:, t], after)
+        return per_token + change
+
+    def formula(self) -> tuple[str, str]:
+        g, tex = ("", "") if self.gamma == 1 else (f"{number(self.gamma)}·", number(self.gamma))
+        return f"r_t + {g}Φ_{{t+1}} − Φ_t", rf"r_t + {tex}\Phi_{{t+1}} - \Phi_t"
+
+    def code(self) -> list[str]:
+        return [
+            "r_t, after = on_last(R), torch.zeros_like(potential[:, 0])",
+            "for t in reversed(range(mask.shape[1])):",
+            f"    r_t[:, t] += torch.where(mask[:, t], {self.gamma} * after - potential[:, t], 0.0)",
+            "    after = torch.where(mask[:, t], potential[:, t], after)",
+        ]
+
 
 def on_last_token(per_row: Tensor, mask: Tensor) -> Tensor:
     """[N] -> [N, T] with the number on each row's last valid token, zero elsewhere."""
@@ -101,4 +173,8 @@ def on_last_token(per_row: Tensor, mask: Tensor) -> Tensor:
     return torch.where((position == last) & mask, per_row[:, None], torch.zeros((), dtype=per_row.dtype))
 
 
-SHAPING = options(ClipReward, Affine, Overlong)
+def _python(x: float) -> str:
+    return f"{'-' if x < 0 else ''}torch.inf" if math.isinf(x) else str(x)
+
+
+SHAPING: dict[str, type[Shaping]] = options(ClipReward, Affine, Overlong, WeightedSum, Potential)

@@ -48,3 +48,12 @@ class ValueLoss(Piece):
             f"{c}·½max((V − G)², (clip(V, V_old ± {e}) − G)²)",
             rf"{c}\cdot\tfrac12\max\left((V-G)^2, (\operatorname{{clip}}(V, V_{{\mathrm{{old}}}}\pm {e})-G)^2\right)",
         )
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that compute the term `critic` [N, T] with its coefficient, towards G."""
+        if self.clip is None:
+            return [f"critic = {self.coef} * 0.5 * (value - G) ** 2"]
+        return [
+            f"near = old_value + (value - old_value).clamp(-{self.clip}, {self.clip})",
+            f"critic = {self.coef} * 0.5 * torch.maximum((value - G) ** 2, (near - G) ** 2)",
+        ]

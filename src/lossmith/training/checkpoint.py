@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lossmith.errors import RunError
-from lossmith.losses import PolicyLoss
+from lossmith.losses import loss_from_dict
 from lossmith.training.learner import Learner
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -67,7 +67,7 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
         for name, tensor in current.items():
             tensor.copy_(saved[name])
     learner.policy.version = state["policy_version"]
-    learner.loss = PolicyLoss.from_dict(state["loss"])
+    learner.loss = loss_from_dict(state["loss"])
     _restore_optimizer(learner, load_file(path / "optimizer.safetensors"), state["optimizer"])
     return state
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import RunError
-from lossmith.losses import Batch, Credit, PolicyLoss, adapt_coefficient
+from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
 from lossmith.policy import Layout, Policy, TokenOutputs, measure_of, token_outputs
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
 from lossmith.training.recipe import Recipe
@@ -37,7 +37,7 @@ class Update:
 class Learner:
     """Holds the optimiser, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
-    def __init__(self, policy: Policy, loss: PolicyLoss, recipe: Recipe) -> None:
+    def __init__(self, policy: Policy, loss: Loss, recipe: Recipe) -> None:
         if loss.value.active and policy.value_head is None:
             policy.add_value_head()
         if "value" in loss.needs and not loss.value.active:
@@ -84,7 +84,7 @@ class Learner:
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
         in_reward = loss.kl.active and loss.kl.place == "reward"
-        if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp"}:
+        if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp", "old_logp"}:
             now = self._outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
@@ -101,6 +101,7 @@ class Learner:
             reward=torch.tensor([r.score.value for r in rollouts if r.score], dtype=dtype, device=device),
             group=torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             truncated=torch.tensor([r.truncated for r in rollouts], device=device),
+            lag=torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
             **fields,
         )
 
@@ -131,31 +132,56 @@ class Learner:
     # -- gradients --------------------------------------------------------------------------------------------------
 
     def accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
-        """Add dL/dtheta of these rows to the gradients, micro-batch by micro-batch; returns the loss's metrics."""
-        want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
-        reference = self.reference if "full_kl" in want else None
-        metrics: dict[str, float] = {}
+        """Add dL/dtheta of these rows to the gradients, micro-batch by micro-batch; returns the loss's metrics.
+
+        A loss that is not separable is evaluated once on all rows, over outputs without a graph; each micro-batch's
+        forward pass is then given its share of dL/d(outputs). That costs one more forward pass.
+        """
+        pull = None if self.loss.separable else self._whole(rollouts, batch, credit)
+        metrics = {} if pull is None else pull.metrics
         for rows in self.micro_batches(rollouts):
             with torch.enable_grad():
-                out = token_outputs(
-                    self.policy,
-                    [rollouts[i] for i in rows],
-                    self.recipe.sampling,
-                    layout=self.layout,
-                    want=want,
-                    reference=reference,
-                )
-                width = batch.valid.shape[1]
-                graded = {name: getattr(out, name) for name in ("logp", *want)}
-                graded = {k: torch.nn.functional.pad(v, (0, width - v.shape[1])) for k, v in graded.items()}
-                result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
-                if result.loss.requires_grad:
-                    result.loss.backward()
-            found = {"loss": float(result.loss.detach())}
-            found |= {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
-            found |= result.metrics | _mismatch(graded["logp"], batch.rows(rows), credit.rows(rows))
-            metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
+                graded = self._graded([rollouts[i] for i in rows], batch)
+                if pull is None:
+                    result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
+                    found, total = _found(result), result.loss
+                else:
+                    found, total = {}, pull.along(graded, rows)
+                if total.requires_grad:
+                    total.backward()
+            found |= _mismatch(graded["logp"], batch.rows(rows), credit.rows(rows))
+            metrics = {k: metrics.get(k, 0.0) + found.get(k, 0.0) for k in {**metrics, **found}}
         return metrics
+
+    def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
+        """The outputs that the loss needs from a forward pass, padded to the batch's width."""
+        want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
+        out = token_outputs(
+            self.policy,
+            rollouts,
+            self.recipe.sampling,
+            layout=self.layout,
+            want=want,
+            reference=self.reference if "full_kl" in want else None,
+        )
+        width = batch.valid.shape[1]
+        graded = {name: getattr(out, name) for name in ("logp", *want)}
+        return {k: torch.nn.functional.pad(v, (0, width - v.shape[1])) for k, v in graded.items()}
+
+    def _whole(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> _Pull:
+        """dL/d(outputs) of all rows at once."""
+        parts: list[tuple[Tensor, dict[str, Tensor]]] = []
+        with torch.no_grad():
+            for rows in self.micro_batches(rollouts):
+                parts.append((rows, self._graded([rollouts[i] for i in rows], batch)))
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        leaves = {
+            name: torch.cat([graded[name] for _, graded in parts])[order].requires_grad_() for name in parts[0][1]
+        }
+        with torch.enable_grad():
+            result = self.loss.objective(batch.replace(**leaves), credit)
+            grads = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
+        return _Pull({k: g for k, g in zip(leaves, grads, strict=True) if g is not None}, _found(result))
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> Iterator[Tensor]:
         """Row numbers within the token budget, a prompt's completions side by side so that they share its encoding."""
@@ -206,12 +232,31 @@ class Learner:
 
     def _adapt(self, metrics: dict[str, float], completions: int) -> None:
         """Move an adaptive KL coefficient by the KL of a completion that was just seen."""
-        if self.loss.kl.active and "kl_ref" in metrics:
+        if isinstance(self.loss, PolicyLoss) and self.loss.kl.active and "kl_ref" in metrics:
             metrics["kl_coefficient"] = self.loss.kl.beta
             per_completion = metrics["kl_ref"] * metrics["tokens"] / max(metrics["completions"], 1)
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
+
+
+@dataclass(frozen=True, eq=False)
+class _Pull:
+    """dL/d(outputs) of a whole batch, and what was measured with it."""
+
+    gradient: dict[str, Tensor]  # {logp, entropy, ...: [N, T]}
+    metrics: dict[str, float]
+
+    def along(self, graded: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """A scalar whose gradient in the parameters is that of the loss through these rows."""
+        terms = [(self.gradient[k][rows].to(v.dtype) * v).sum() for k, v in graded.items() if k in self.gradient]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def _found(result: LossOutput) -> dict[str, float]:
+    """What a loss says about itself, as numbers."""
+    terms = {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
+    return {"loss": float(result.loss.detach())} | terms | result.metrics
 
 
 def _optimizer(policy: Policy, recipe: Recipe) -> torch.optim.AdamW:

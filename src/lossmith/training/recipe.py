@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -12,10 +13,10 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from lossmith.errors import RecipeError, TrapWarning, nearest
-from lossmith.losses import PolicyLoss, parse_loss
+from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
 
-__all__ = ["Recipe"]
+__all__ = ["PROVIDED", "Recipe"]
 
 
 class Recipe(BaseModel):
@@ -126,28 +127,50 @@ class Recipe(BaseModel):
             stop=tuple(self.stop),
         )
 
-    def policy_loss(self) -> PolicyLoss:
-        """The loss that the recipe names, its token limit filled in. RecipeError: a trap, and traps are not allowed."""
+    def policy_loss(self) -> Loss:
+        """The loss that the recipe names, its token limit filled in.
+
+        RecipeError: a trap, and traps are not allowed; something it needs that training does not provide.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrapWarning)  # said below, as an error or not at all
             loss = parse_loss(self.loss)
             if "max_length" in loss.needs:
-                loss = PolicyLoss.from_dict(loss.to_dict() | {"max_length": self.max_tokens})
+                loss = loss.set({"max_length": self.max_tokens})
         if loss.traps and not self.allow_traps:
             raise RecipeError(
                 f"The loss {loss.name!r} is a known trap: {'; '.join(loss.traps)}. "
                 "Set allow_traps = true to train with it."
             )
+        _check_needs(loss)
         return loss
 
     def as_toml(self) -> dict[str, Any]:
         """Every field in TOML types, defaults included; None is left out. Live Python objects become their names."""
         plain = {key: getattr(self, key) for key in type(self).model_fields}
-        if isinstance(self.loss, PolicyLoss):
+        if isinstance(self.loss, Loss):
             plain["loss"] = {k: "none" if v is None else v for k, v in self.loss.to_dict().items()}
         for key in ("prompts", "scorer"):
             plain[key] = _plain(plain[key])
         return {key: value for key, value in plain.items() if value is not None}
+
+
+# What the loop can fill in for a loss.
+PROVIDED = {
+    "reward", "group", "truncated", "lag", "old_logp", "behavior_logp", "ref_logp", "full_kl", "entropy", "value",
+    "old_value",
+}  # fmt: skip
+
+
+def _check_needs(loss: Loss) -> None:
+    fields = {f.name for f in dataclasses.fields(Batch)}
+    for name in sorted(loss.needs - PROVIDED):
+        if name in fields:
+            raise RecipeError(
+                f"The loss {loss.name!r} needs Batch.{name}, which training does not provide. "
+                "Use it in a loop of your own, or choose a loss that does without (`lossmith losses list`)."
+            )
+        raise RecipeError(f"The loss {loss.name!r} needs the parameter {name}: write {loss.name}({name}=...).")
 
 
 def _plain(value: Any) -> Any:

@@ -1,47 +1,84 @@
 """Named losses, by family. A loss is one entry: its composition, its paper, one line of what it is.
 
-Being in the catalogue is enough for `lossmith losses show NAME`, its formula and weight table, and every proof.
+Being in the catalogue is enough for `lossmith losses show NAME`, its formula, listing, weight table, and every proof.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
 from lossmith.errors import LossError, TrapWarning, nearest
-from lossmith.losses.catalogue import book, clipped, policy_gradient, sequence, soft
+from lossmith.losses.catalogue import (
+    book,
+    clipped,
+    imitation,
+    paired,
+    policy_gradient,
+    presets,
+    sequence,
+    soft,
+    terms,
+    user,
+)
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.flat import to_flat, with_flat
-from lossmith.losses.policy_loss import PolicyLoss
+from lossmith.losses.loss import Loss
 
-__all__ = ["CATALOGUE", "Entry", "get_loss", "list_losses"]
+__all__ = ["CATALOGUE", "Entry", "example_loss", "find_entry", "get_loss", "list_losses"]
 
-CATALOGUE: dict[str, Entry] = {
-    entry.name: entry for family in (policy_gradient, clipped, sequence, soft, book) for entry in family.ENTRIES
-}
+_FAMILIES = (policy_gradient, clipped, sequence, soft, imitation, paired, terms, book)
+CATALOGUE: dict[str, Entry] = {entry.name: entry for family in _FAMILIES for entry in family.ENTRIES}
+CATALOGUE |= {entry.name: entry for entry in presets.entries(CATALOGUE)}
+_ALIASES = {alias: entry.name for entry in CATALOGUE.values() for alias in entry.aliases}
 
 
-def get_loss(name: str, **changes: Any) -> PolicyLoss:
+def find_entry(name: str) -> Entry:
+    """The entry of a name, an alias, a user's loss, an entry point, or "module:function" ("file.py:function").
+
+    LossError: there is none; the message names the nearest ones.
+    """
+    if ":" in name:
+        return user.from_path(name)
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    for candidate in (name, plain, _ALIASES.get(name, ""), _ALIASES.get(plain, ""), plain.replace("++", "_pp")):
+        if candidate in CATALOGUE:
+            return CATALOGUE[candidate]
+    known = user.entries()
+    if name in known:
+        return known[name]
+    close = nearest(name, [*CATALOGUE, *_ALIASES, *known])
+    raise LossError(f"There is no loss {name!r}.{close} `lossmith losses list` shows them all.")
+
+
+def get_loss(name: str, **changes: Any) -> Loss:
     """A loss of the catalogue, with any axis choice or parameter changed by its flat name.
 
-    get_loss("grpo", beta=0.04);  get_loss("reinforce", advantage="gae", advantage_scale="whiten", lam=0.95)
+    get_loss("grpo", beta=0.04);  get_loss("grpo@trl");  get_loss("reinforce", advantage="gae", lam=0.95);
+    get_loss("my_package.losses:mine", beta=0.2)
 
     LossError: unknown name or parameter (with the nearest ones), a parameter that would have no effect, a value out
     of range, a composition that means nothing. TrapWarning: legal, and known to mislead.
     """
-    if name not in CATALOGUE:
-        raise LossError(f"There is no loss {name!r}.{nearest(name, CATALOGUE)} `lossmith losses list` shows them all.")
-    entry = CATALOGUE[name]
+    entry = find_entry(name)
+    own = {key: changes.pop(key) for key in _own_parameters(entry) if key in changes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)  # the default's traps; what is returned is checked below
-        default = entry.build().replace(name=name)
+        default = entry.build(**own).set({"name": entry.name})
         _refuse_fixed(entry, default, changes)
-    return with_flat(default, {"name": name, **changes})
+    return default.set({"name": entry.name, **changes})
 
 
-def _refuse_fixed(entry: Entry, default: PolicyLoss, changes: dict[str, Any]) -> None:
+def _own_parameters(entry: Entry) -> list[str]:
+    """Parameters of the function that builds the loss: a user's composition may have some."""
+    if not entry.origin:
+        return []
+    return [p.name for p in inspect.signature(entry.build).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+
+def _refuse_fixed(entry: Entry, default: Loss, changes: dict[str, Any]) -> None:
     """A fixed choice is refused loudly when another is asked for, never ignored."""
-    flat = to_flat(default)
+    flat = default.to_dict()
     for key in entry.fixed:
         if key in changes and changes[key] != flat[key]:
             raise LossError(
@@ -49,6 +86,18 @@ def _refuse_fixed(entry: Entry, default: PolicyLoss, changes: dict[str, Any]) ->
             )
 
 
+def example_loss(name: str, max_length: int = 8, **changes: Any) -> Loss:
+    """get_loss with values for the parameters that have no agreed default: to look at, and to prove things about.
+
+    Trap warnings are not raised: what is looked at shows them.
+    """
+    entry = find_entry(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)
+        loss = get_loss(name, **{**entry.example, **changes})
+        return loss.set({"max_length": max_length}) if "max_length" in loss.needs else loss
+
+
 def list_losses() -> list[Entry]:
-    """Every entry, in the order of its family and year."""
-    return list(CATALOGUE.values())
+    """Every entry: the families in their order, then libraries' presets, then the user's own."""
+    return [*CATALOGUE.values(), *user.entries().values()]

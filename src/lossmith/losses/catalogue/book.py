@@ -5,9 +5,16 @@ from lossmith.losses.aggregate import SeqMeanTokenSum
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.losses.kl import KL
 from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.trust import BookClip
+from lossmith.losses.trust import BookClip, LogP
 
 ENTRIES = [
+    Entry(
+        name="book_reinforce",
+        year=2025,
+        paper="book eq. 4.44",
+        summary="The book's policy gradient: log-probability times the utility as it is.",
+        build=lambda: PolicyLoss(advantage=Raw(), trust=LogP(), aggregate=SeqMeanTokenSum()),
+    ),
     Entry(
         name="book_clip",
         year=2025,

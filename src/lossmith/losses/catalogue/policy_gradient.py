@@ -1,12 +1,25 @@
 """REINFORCE and its baselines: the log-probability times an advantage."""
 
-from lossmith.losses.advantage import TD, BatchMean, LeaveOneOut, Return, Whiten
+from lossmith.losses.advantage import (
+    TD,
+    BatchMean,
+    Group,
+    LeaveOneOut,
+    MaxRL,
+    OptimalReward,
+    Raw,
+    ReferenceGap,
+    ReMax,
+    Return,
+    ScaledGroup,
+    Whiten,
+)
 from lossmith.losses.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, TokenMean
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.losses.kl import KL
 from lossmith.losses.policy_loss import PolicyLoss
 from lossmith.losses.ratio import SequenceSumRatio
-from lossmith.losses.trust import Clip, LogP
+from lossmith.losses.trust import Clip, LogP, NoTrust, Taper, Truncate
 from lossmith.losses.value import ValueLoss
 
 ENTRIES = [
@@ -16,6 +29,7 @@ ENTRIES = [
         paper="Williams 1992; book eq. 4.44",
         summary="The policy gradient itself: log-probability times reward minus the batch mean.",
         build=lambda: PolicyLoss(advantage=BatchMean(), trust=LogP(), aggregate=TokenMean()),
+        aliases=("policy_gradient", "pg", "vanilla_policy_gradient", "vpg"),
     ),
     Entry(
         name="a2c",
@@ -25,6 +39,14 @@ ENTRIES = [
         build=lambda: PolicyLoss(
             advantage=TD(gamma=1.0), trust=LogP(), value=ValueLoss(coef=0.5), aggregate=SeqMeanTokenSum()
         ),
+        aliases=("actor_critic", "a3c"),
+    ),
+    Entry(
+        name="remax",
+        year=2023,
+        paper="arXiv:2310.10505",
+        summary="Log-probability times reward-to-go minus the reward of the greedy completion.",
+        build=lambda: PolicyLoss(advantage=ReMax(), trust=LogP(), aggregate=SeqMeanTokenSum()),
     ),
     Entry(
         name="rloo",
@@ -41,6 +63,13 @@ ENTRIES = [
         fixed=("aggregate",),  # one number a completion, averaged over completions
     ),
     Entry(
+        name="rloo_token",
+        year=2024,
+        paper="arXiv:2402.14740, with PPO's clip per token",
+        summary="Leave-one-out baseline with the clipped ratio of each token.",
+        build=lambda: PolicyLoss(advantage=LeaveOneOut(), trust=Clip(0.2, 0.2), aggregate=TokenMean()),
+    ),
+    Entry(
         name="reinforce_pp",
         year=2025,
         paper="arXiv:2501.03262",
@@ -52,5 +81,75 @@ ENTRIES = [
             kl=KL(0.01, "k1", "reward"),
             aggregate=TokenMean(),
         ),
+        aliases=("reinforce++", "reinforce_plus_plus"),
+    ),
+    Entry(
+        name="reinforce_pp_baseline",
+        year=2025,
+        paper="arXiv:2501.03262 (its default KL coefficient is not settled: 0 here)",
+        summary="REINFORCE++ with the group's mean as baseline, whitened over the batch.",
+        build=lambda: PolicyLoss(
+            advantage=Group(), scale=Whiten(), trust=Clip(0.2, 0.2), kl=KL(0.0, "k2", "loss"), aggregate=TokenMean()
+        ),
+        aliases=("reinforce++_baseline", "reinforce_plus_plus_baseline"),
+    ),
+    Entry(
+        name="importance_sampling",
+        year=2025,
+        paper="book eq. 4.45",
+        summary="The ratio times the advantage, with no bound.",
+        build=lambda: PolicyLoss(advantage=Group(), trust=NoTrust(), aggregate=TokenMean()),
+        aliases=("is", "is_pg"),
+    ),
+    Entry(
+        name="tis_pg",
+        year=2025,
+        paper="ROLL; truncated importance sampling, Ionides 2008",
+        summary="Log-probability times advantage, weighted by the ratio truncated at 1.",
+        build=lambda: PolicyLoss(advantage=Group(), trust=Truncate(cap=1.0), aggregate=TokenMean()),
+        aliases=("truncated_importance_sampling",),
+    ),
+    Entry(
+        name="topr",
+        year=2025,
+        paper="arXiv:2503.14286",
+        summary="Rewarded completions in full, the others weighted by the ratio truncated at 1.",
+        build=lambda: PolicyLoss(advantage=Group(), trust=Taper(cap=1.0), aggregate=TokenMean()),
+    ),
+    Entry(
+        name="gpg",
+        year=2025,
+        paper="arXiv:2504.02546",
+        summary="Reward minus the group's mean, scaled up by the share of completions without reward.",
+        build=lambda: PolicyLoss(advantage=ScaledGroup(), trust=LogP(), aggregate=TokenMean()),
+    ),
+    Entry(
+        name="opo",
+        year=2025,
+        paper="arXiv:2505.23585",
+        summary="The group's mean weighted by length as baseline, which lowers variance.",
+        build=lambda: PolicyLoss(advantage=OptimalReward(), trust=LogP(), aggregate=TokenMean()),
+    ),
+    Entry(
+        name="maxrl",
+        year=2026,
+        paper="arXiv:2602.02710",
+        summary="Reward minus the group's mean, divided by the mean: rare successes count more.",
+        build=lambda: PolicyLoss(advantage=MaxRL(), trust=LogP(), aggregate=TokenMean()),
+    ),
+    Entry(
+        name="reward_only",
+        year=2025,
+        paper="book, utility U = r",
+        summary="Log-probability times the bare reward, no baseline.",
+        build=lambda: PolicyLoss(advantage=Raw(), trust=LogP(), aggregate=SeqMeanTokenSum()),
+    ),
+    Entry(
+        name="opd",
+        year=2025,
+        paper="on-policy distillation; losses of this kind in PRIME-RL and Tinker",
+        summary="Distils the reference: its log-probability minus the policy's as advantage of each token.",
+        build=lambda: PolicyLoss(advantage=ReferenceGap(), trust=NoTrust(), aggregate=TokenMean()),
+        aliases=("on_policy_distillation", "reverse_kl_distillation"),
     ),
 ]

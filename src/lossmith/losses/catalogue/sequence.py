@@ -1,11 +1,19 @@
 """Losses whose ratio belongs to the whole completion."""
 
 from lossmith.losses.advantage import Group, GroupStd
-from lossmith.losses.aggregate import SeqMeanTokenMean
+from lossmith.losses.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, TokenMean
 from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.completion_loss import CompletionLoss
+from lossmith.losses.completion_terms import GroupClassification
 from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.ratio import SequenceRatio
-from lossmith.losses.trust import Clip
+from lossmith.losses.ratio import SequenceRatio, SequenceSumRatio, SequenceTokenRatio
+from lossmith.losses.trust import Clip, Gamma, LogClip
+
+
+def _gspo(**more: object) -> PolicyLoss:
+    fields = {"ratio": SequenceRatio(), "trust": Clip(3e-4, 4e-4), "aggregate": SeqMeanTokenMean()}
+    return PolicyLoss(advantage=Group(), scale=GroupStd(), **{**fields, **more})  # type: ignore[arg-type]
+
 
 ENTRIES = [
     Entry(
@@ -13,12 +21,46 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2507.18071",
         summary="GRPO's advantages with one clipped ratio a completion: the geometric mean over its tokens.",
+        build=_gspo,
+    ),
+    Entry(
+        name="gspo_token",
+        year=2025,
+        paper="arXiv:2507.18071, eq. 13 to 15",
+        summary="GSPO's ratio with a gradient for each token, so that advantages may differ within a completion.",
+        build=lambda: _gspo(ratio=SequenceTokenRatio()),
+    ),
+    Entry(
+        name="luspo",
+        year=2026,
+        paper="arXiv:2602.05261",
+        summary="GSPO with each completion weighted by its length.",
+        build=lambda: _gspo(aggregate=SeqMeanTokenSum()),
+    ),
+    Entry(
+        name="gmpo",
+        year=2025,
+        paper="arXiv:2507.20673",
+        summary="The geometric mean of token ratios that are clipped one by one in log space.",
         build=lambda: PolicyLoss(
-            advantage=Group(),
-            scale=GroupStd(),
-            ratio=SequenceRatio(),
-            trust=Clip(3e-4, 4e-4),
-            aggregate=SeqMeanTokenMean(),
+            advantage=Group(), scale=GroupStd(), trust=LogClip(0.4, 0.4), aggregate=SeqMeanTokenMean()
         ),
+        fixed=("aggregate",),  # one number a completion, averaged over completions
+    ),
+    Entry(
+        name="vespo",
+        year=2026,
+        paper="arXiv:2602.10693",
+        summary="Log-probability weighted by a gamma-shaped function of the completion's ratio.",
+        build=lambda: PolicyLoss(
+            advantage=Group(), scale=GroupStd(), ratio=SequenceSumRatio(), trust=Gamma(), aggregate=TokenMean()
+        ),
+    ),
+    Entry(
+        name="real",
+        year=2026,
+        paper="arXiv:2602.05630",
+        summary="Tells the good completions of a group from the bad ones by their mean log-ratio.",
+        build=lambda: CompletionLoss("real", GroupClassification()),
     ),
 ]

@@ -1,10 +1,37 @@
-"""Losses that keep a gradient where a clip would stop it."""
+"""Stop-gradient weights, soft gates, and trust regions in probability space."""
 
 from lossmith.losses.advantage import Group, GroupStd
-from lossmith.losses.aggregate import TokenMean
+from lossmith.losses.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
 from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.extra import SquareLogRatio
 from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.trust import SgClip
+from lossmith.losses.ratio import TokenRatio
+from lossmith.losses.trust import (
+    Band,
+    KLMask,
+    Luffy,
+    Quadratic,
+    ScaledLogP,
+    SgClip,
+    Sigmoid,
+    Trust,
+    TVMask,
+    TVMaskSymmetric,
+)
+
+
+def _scaled(trust: Trust, **more: object) -> PolicyLoss:
+    """GRPO's advantages under another trust region, every token counting the same."""
+    fields: dict[str, object] = {"scale": GroupStd(), "aggregate": TokenMean()}
+    return PolicyLoss(advantage=Group(), trust=trust, **{**fields, **more})  # type: ignore[arg-type]
+
+
+def _centred(trust: Trust, **more: object) -> PolicyLoss:
+    """Reward minus the group's mean, every token counting the same."""
+    return PolicyLoss(advantage=Group(), trust=trust, aggregate=TokenMean(), **more)  # type: ignore[arg-type]
+
+
+SAMPLER = TokenRatio(denominator="behavior")
 
 ENTRIES = [
     Entry(
@@ -12,8 +39,82 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2506.13585; cap from arXiv:2510.13786",
         summary="REINFORCE weighted by the ratio, capped and without gradient: no token loses its gradient.",
-        build=lambda: PolicyLoss(
-            advantage=Group(), scale=GroupStd(), trust=SgClip(low=1.0, cap=5.0), aggregate=TokenMean()
+        build=lambda: _scaled(SgClip(low=1.0, cap=5.0)),
+        aliases=("minimax_m1", "scalerl"),
+    ),
+    Entry(
+        name="sapo",
+        year=2025,
+        paper="arXiv:2511.20347",
+        summary="A sigmoid gate around ratio 1 instead of a clip; steeper for bad actions.",
+        build=lambda: _scaled(Sigmoid(1.0, 1.05), aggregate=SeqMeanTokenMean()),
+    ),
+    Entry(
+        name="dppo_tv",
+        year=2026,
+        paper="arXiv:2602.04879",
+        summary="Drops tokens whose probability moved too far where their advantage pushes.",
+        build=lambda: _centred(TVMask(0.2, 0.2, cap=20.0)),
+        aliases=("dppo",),
+    ),
+    Entry(
+        name="dppo_kl",
+        year=2026,
+        paper="arXiv:2602.04879 (no agreed threshold: 0.05 here)",
+        summary="DPPO that measures the move by the KL divergence of the sampled token.",
+        build=lambda: _centred(KLMask(0.05, 0.05, cap=20.0)),
+    ),
+    Entry(
+        name="dppo_square",
+        year=2026,
+        paper="arXiv:2602.04879, 2602.02276; PRIME-RL's default",
+        summary="DPPO on the ratio to the sampler, with a squared pull towards the sampler.",
+        build=lambda: _centred(
+            TVMask(0.2, 0.2, cap=None, surrogate="ratio"), ratio=SAMPLER, extra=SquareLogRatio(1e-3)
         ),
+    ),
+    Entry(
+        name="ipo_mask",
+        year=2026,
+        paper="PRIME-RL, loss 'ipo'",
+        summary="Drops every token whose probability moved, with a squared pull towards the sampler.",
+        build=lambda: _centred(TVMaskSymmetric(0.1), ratio=SAMPLER, extra=SquareLogRatio(1e-3)),
+    ),
+    Entry(
+        name="rollout_is",
+        year=2025,
+        paper="SkyRL; the band of arXiv:2510.18855",
+        summary="Log-probability weighted by the ratio to the sampler, inside a band and nowhere else.",
+        build=lambda: _centred(Band(0.2, 0.2), ratio=SAMPLER),
+    ),
+    Entry(
+        name="dro",
+        year=2024,
+        paper="arXiv:2405.19107",
+        summary="Log-probability times advantage, with a squared pull towards the old policy.",
+        build=lambda: _centred(Quadratic(tau=0.05)),
+    ),
+    Entry(
+        name="kimi_opmd",
+        year=2025,
+        paper="arXiv:2501.12599, in token form",
+        summary="Kimi k1.5's mirror descent: reward minus the group's mean, squared pull to the old policy.",
+        build=lambda: _centred(Quadratic(tau=0.1)),
+        aliases=("kimi", "kimi_k1.5", "kimi_k15"),
+    ),
+    Entry(
+        name="opmd",
+        year=2025,
+        paper="arXiv:2501.12599, as in Trinity-RFT",
+        summary="Log-probability times advantage over 1 + τ.",
+        build=lambda: _centred(ScaledLogP()),
+        example={"tau": 0.5},
+    ),
+    Entry(
+        name="luffy",
+        year=2025,
+        paper="arXiv:2504.14945, after the authors' code",
+        summary="Learns from its own completions and from another policy's, whose rare tokens count more.",
+        build=lambda: PolicyLoss(advantage=Group(), trust=Luffy(0.1), aggregate=SeqMeanTokenSumNorm()),
     ),
 ]

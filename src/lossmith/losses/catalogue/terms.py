@@ -1,0 +1,27 @@
+"""Terms that are used with others, as losses of their own: the KL penalty, the critic's loss."""
+
+from lossmith.losses.advantage import Zero
+from lossmith.losses.aggregate import TokenMean
+from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.kl import KL
+from lossmith.losses.policy_loss import PolicyLoss
+from lossmith.losses.value import ValueLoss
+
+ENTRIES = [
+    Entry(
+        name="kl_only",
+        year=2020,
+        paper="Schulman 2020, Approximating KL divergence",
+        summary="The KL penalty alone, without a policy term.",
+        build=lambda: PolicyLoss(advantage=Zero(), kl=KL(1.0, "k3", "loss"), aggregate=TokenMean()),
+        fixed=("advantage",),
+    ),
+    Entry(
+        name="value_clipped",
+        year=2017,
+        paper="arXiv:1707.06347, as in OpenAI baselines; book eq. 4.32",
+        summary="The critic's loss alone, its move bounded.",
+        build=lambda: PolicyLoss(advantage=Zero(), value=ValueLoss(1.0, 0.2), aggregate=TokenMean()),
+        fixed=("advantage",),
+    ),
+]

@@ -1,0 +1,148 @@
+"""Losses from outside the package: a decorator, "module:function", or an entry point of the group `lossmith.losses`.
+
+A function whose first parameter is `batch` is a loss of the whole batch; one without it builds a composition.
+
+    @register_loss("mine", paper="arXiv:...")
+    def mine(batch, *, beta=0.1): ...          # -> a scalar with gradient into batch.logp
+
+    @register_loss("softer")
+    def softer(): return get_loss("grpo", trust="sigmoid")
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Collection
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from lossmith.errors import LossError, nearest
+from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.function_loss import FunctionLoss, parameters_of, read_fields
+from lossmith.losses.loss import Loss
+
+__all__ = ["entries", "from_path", "register_loss"]
+
+GROUP = "lossmith.losses"
+_REGISTERED: dict[str, Entry] = {}
+_SAID = "lossmith_loss"  # attribute of a decorated function: what the decorator was told
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+def register_loss(
+    name: str | None = None,
+    *,
+    needs: Collection[str] | None = None,
+    paper: str = "",
+    year: int = 0,
+    summary: str = "",
+) -> Callable[[Made], Made]:
+    """Put a function under a name in the catalogue, for as long as this process lives. See the top of this file.
+
+    needs: fields of Batch it reads besides logp and mask; by default those that its code mentions.
+    """
+
+    def put(function: Made) -> Made:
+        said = {"name": name or function.__name__, "needs": needs, "paper": paper, "year": year, "summary": summary}
+        setattr(function, _SAID, said)
+        entry = _of_function(function, f"{function.__module__}:{function.__qualname__}")
+        _REGISTERED[entry.name] = entry
+        return function
+
+    return put
+
+
+def entries() -> dict[str, Entry]:
+    """Losses registered in this process, and those of installed packages."""
+    return {**_installed(), **_REGISTERED}
+
+
+@cache
+def _installed() -> dict[str, Entry]:
+    return {
+        point.name: _of_object(point.load(), point.value, point.name)
+        for point in importlib.metadata.entry_points(group=GROUP)
+    }
+
+
+def from_path(path: str) -> Entry:
+    """The entry of "package.module:function" or "path/file.py:function"."""
+    where, _, name = path.rpartition(":")
+    module = _module(where, path)
+    if not hasattr(module, name):
+        known = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
+        raise LossError(f"{where} has no {name!r}.{nearest(name, known)}")
+    return _of_object(getattr(module, name), path, name)
+
+
+def _of_object(found: Any, where: str, name: str) -> Entry:
+    if isinstance(found, Loss):
+        return Entry(name, 0, "", "a loss of your own", build=lambda: found, origin=where)
+    if not callable(found):
+        raise LossError(f"{where} is {type(found).__name__}, not a loss or a function.")
+    return _of_function(found, where)
+
+
+def _of_function(function: Callable[..., Any], where: str) -> Entry:
+    """The entry of a function, decorated or not. where: how to find it again."""
+    said: dict[str, Any] = getattr(function, _SAID, {})
+    name = str(said.get("name", function.__name__))
+    doc = (inspect.getdoc(function) or "a loss of your own").split("\n")[0]
+    parameters = list(inspect.signature(function).parameters)
+    build: Callable[..., Any] = function
+    if parameters and parameters[0] == "batch":
+        needs = said.get("needs")
+        reads = read_fields(function) if needs is None else frozenset(needs)
+        opaque = FunctionLoss(name, function, parameters_of(function, skip=1), reads, where)
+
+        def build_opaque() -> Loss:
+            return opaque
+
+        build = build_opaque
+    summary = said.get("summary") or doc
+    return Entry(name, said.get("year", 0), said.get("paper", ""), summary, build=_checked(build, where), origin=where)
+
+
+def _checked(build: Callable[..., Any], where: str) -> Callable[..., Loss]:
+    """The same function, whose result is known to be a loss. Its signature stays visible."""
+
+    def checked(**own: Any) -> Loss:
+        made = build(**own)
+        if not isinstance(made, Loss):
+            raise LossError(
+                f"{where} returned {type(made).__name__}, not a loss. A function that builds one returns a PolicyLoss; "
+                "a function that computes one has `batch` as its first parameter."
+            )
+        return made
+
+    checked.__signature__ = inspect.signature(build)  # type: ignore[attr-defined]
+    return checked
+
+
+def _module(where: str, path: str) -> ModuleType:
+    try:
+        if where.endswith(".py"):
+            return _file(str(Path(where).resolve()))
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(where)
+    except FileNotFoundError:
+        raise LossError(f"cannot load the loss {path!r}: there is no file {where}.") from None
+    except Exception as error:
+        raise LossError(f"cannot load the loss {path!r}: {type(error).__name__}: {error}") from error
+
+
+@cache
+def _file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,180 @@
+"""Losses of whole completions: functions of one log-ratio a completion, Λ_i = Σ_t (logp - anchor), and its rewards.
+
+Paired losses (DPO and its kin on the policy's own completions) and regressions of Λ on the reward. They couple the
+completions of a group, so the loss sees the whole batch at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import LossError, nearest
+from lossmith.losses.advantage import Groups, Signal
+from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.loss import Loss, LossOutput
+from lossmith.losses.piece import Piece
+
+__all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """What a term sees. Rows without a valid token are not among them."""
+
+    log_ratio: Tensor  # Λ [N], with gradient
+    reward: Tensor  # R [N]
+    lengths: Tensor  # T [N], as numbers
+    live: Tensor  # [N] bool
+    batch: Batch
+
+    def groups(self, x: Tensor | None = None) -> Groups:
+        """Statistics of the reward, or of another [N], within each prompt's group."""
+        of = self.reward if x is None else x
+        return Groups.of(of, self.batch.require("group", "a paired loss"), self.live)
+
+    def mean(self, x: Tensor, units: int) -> Tensor:
+        """Σ over live rows, divided by the units counted."""
+        return torch.where(self.live, x, torch.zeros_like(x)).sum() / max(units, 1)
+
+
+class CompletionTerm(Piece):
+    """A loss as a function of Λ [N]; `slope` is its derivative, derived by hand."""
+
+    anchor: ClassVar[str] = "ref"  # Λ is taken against the reference or the old policy
+    coupling: ClassVar[str] = "group"
+    stops_gradient: ClassVar[bool] = False
+
+    def units(self, at: Completions) -> int:
+        """What the mean is over: completions, unless it says otherwise."""
+        return int(at.live.sum())
+
+    def value(self, at: Completions, units: int) -> Tensor:
+        """The loss, a scalar with gradient into Λ."""
+        raise NotImplementedError
+
+    def slope(self, at: Completions, units: int) -> Tensor:
+        """dL/dΛ [N] in closed form."""
+        raise NotImplementedError
+
+    def formula(self) -> tuple[str, str]:
+        """(text, LaTeX) of L in terms of Λ and R."""
+        raise NotImplementedError
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that end in `return`, from Lam [N], R [N], group and T [N]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CompletionLoss(Loss):
+    """One term of whole completions, under a name."""
+
+    name: str
+    term: CompletionTerm
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.term, CompletionTerm):
+            raise LossError(f"term must be a CompletionTerm, not {self.term!r}.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        anchor = {"ref_logp"} if self.term.anchor == "ref" else set()
+        return self.term.needs | self.term.missing | anchor
+
+    @property
+    def coupling(self) -> str:
+        return self.term.coupling
+
+    @property
+    def stops_gradient(self) -> bool:
+        return self.term.stops_gradient
+
+    @property
+    def uses_old(self) -> bool:
+        return self.term.anchor == "old"
+
+    def _completions(self, batch: Batch) -> Completions:
+        logp, owner = batch.require("logp", self.name), self.name
+        anchor = batch.require("ref_logp", owner).detach() if self.term.anchor == "ref" else batch.old(owner)
+        per_token = torch.where(batch.valid, logp - anchor, torch.zeros_like(logp))
+        reward = Signal(batch, batch.require("reward", self.name)).per_sequence
+        lengths = batch.lengths.clamp(min=1).to(logp.dtype)
+        return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.valid.any(1), batch)
+
+    def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
+        at = self._completions(batch)
+        loss = self.term.value(at, self._units(at, normalizer))
+        advantage = torch.zeros_like(batch.require("logp", self.name)).detach()
+        return LossOutput(loss, advantage, {self.term.option: loss}, lambda: self._metrics(at))
+
+    def _units(self, at: Completions, normalizer: Normalizer | None) -> int:
+        counted = normalizer.units if normalizer is not None else None
+        return self.term.units(at) if counted is None else counted
+
+    def normalizer(self, batch: Batch) -> Normalizer:
+        """The counts of this batch, the term's units included: add those of all ranks, and give the sum to each."""
+        counts = Normalizer.of(batch.valid, batch.group)
+        return dataclasses.replace(counts, units=self.term.units(self._completions(batch)))
+
+    @torch.no_grad()
+    def closed_form_gradient(self, batch: Batch, credit: object = None) -> Tensor:
+        at = self._completions(batch)
+        slope = torch.where(at.live, self.term.slope(at, self.term.units(at)), torch.zeros_like(at.log_ratio))
+        return torch.where(batch.valid, slope[:, None], torch.zeros((), dtype=slope.dtype))
+
+    @torch.no_grad()
+    def _metrics(self, at: Completions) -> dict[str, float]:
+        live = at.live
+        metrics = {"tokens": float(at.batch.valid.sum()), "completions": float(live.sum())}
+        if bool(live.any()):
+            metrics["performance_loss"] = -float(at.reward[live].mean())
+            metrics["log_ratio"] = float(at.log_ratio[live].mean())
+            metrics["units"] = float(self.term.units(at))
+        return metrics
+
+    # -- representations --------------------------------------------------------------------------------------------
+
+    def formula(self, style: str = "text") -> str:
+        if style not in ("text", "latex"):
+            raise LossError(f"formula style is {style!r}; known: text, latex.")
+        anchor = ("π_ref", r"\pi_{\mathrm{ref}}") if self.term.anchor == "ref" else ("π_old", r"\pi_{\mathrm{old}}")
+        text, tex = self.term.formula()
+        if style == "text":
+            return f"L(θ) = {text}\n  Λ_i = Σ_t log π_θ(y_t) − log {anchor[0]}(y_t)"
+        where = rf"\Lambda_i = \textstyle\sum_t \log\pi_\theta(y_t) - \log {anchor[1]}(y_t)"
+        return rf"\begin{{aligned}}{chr(10)}& \mathcal L(\theta) = {tex} \\{chr(10)}& {where}{chr(10)}\end{{aligned}}"
+
+    def code(self) -> str:
+        anchor = "ref_logp" if self.term.anchor == "ref" else "old_logp"
+        fields = [anchor, "reward", *(["group"] if "group" in self.term.needs else [])]
+        fields += sorted(self.term.needs - {"reward", "group"})
+        lines = ["T, R = mask.sum(1), reward", f"Lam = ((logp - {anchor}) * mask).sum(1)", *self.term.code()]
+        return "\n".join(
+            [
+                f"def {re.sub(chr(92) + 'W', '_', self.name)}(logp, mask, *, {', '.join(fields)}):",
+                *("    " + x for x in lines),
+            ]
+        )
+
+    def set(self, changes: Mapping[str, Any]) -> CompletionLoss:
+        changes = dict(changes)
+        name = changes.pop("name", self.name)
+        changes.pop("completion", None)
+        known = type(self.term).flat_names()
+        for flat in changes:
+            if flat not in known:
+                raise LossError(f"{self.name} has no parameter {flat!r}.{nearest(flat, known)}")
+        return CompletionLoss(name, dataclasses.replace(self.term, **{known[k]: v for k, v in changes.items()}))
+
+    def replace(self, **changes: Any) -> CompletionLoss:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "completion": self.term.option} | self.term.flat()

@@ -1,0 +1,113 @@
+"""Extra terms: what some losses add to every token besides policy, KL and entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.batch import Batch
+from lossmith.losses.piece import Piece, number, options, param
+
+__all__ = ["EXTRA", "Extra", "Imitate", "ImitatePositive", "NoExtra", "SquareLogRatio"]
+
+
+class Extra(Piece):
+    """A term [N, T] of the loss; masks and mismatch weights do not touch it."""
+
+    def value(self, batch: Batch, advantage: Tensor) -> Tensor:
+        """With gradient into logp."""
+        raise NotImplementedError
+
+    def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
+        """d value/dlogp in closed form."""
+        raise NotImplementedError
+
+    def formula(self) -> tuple[str, str] | None:
+        """(text, LaTeX) of the term with its coefficient; None: no term."""
+        return None
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that add the term to `loss`."""
+        return []
+
+
+@dataclass(frozen=True)
+class NoExtra(Extra):
+    """No extra term."""
+
+    option: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class SquareLogRatio(Extra):
+    """coef·(logp - log μ)² on every valid token: a pull towards the sampler (arXiv:2602.02276; PRIME-RL)."""
+
+    option: ClassVar[str] = "square_log_ratio"
+    needs: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
+    coef: float = param("coef", 1e-3, "coefficient of the squared log-ratio to the sampler", low=0)
+
+    def _gap(self, batch: Batch) -> Tensor:
+        mu = batch.require("behavior_logp", "extra='square_log_ratio'").detach()
+        return torch.where(batch.valid, batch.require("logp", "every policy loss") - mu, 0.0)
+
+    def value(self, batch: Batch, advantage: Tensor) -> Tensor:
+        return self.coef * self._gap(batch) ** 2
+
+    def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
+        return 2 * self.coef * self._gap(batch).detach()
+
+    def formula(self) -> tuple[str, str] | None:
+        c = number(self.coef)
+        return f"{c}·(log π_θ − log μ)²", rf"{c}\,(\log\pi_\theta-\log\mu)^2"
+
+    def code(self) -> list[str]:
+        return [f"loss = loss + {self.coef} * (logp - behavior_logp) ** 2"]
+
+
+@dataclass(frozen=True)
+class ImitatePositive(Extra):
+    """-nll_coef·logp where A > 0: imitation of what went well (VAPO, arXiv:2504.05118)."""
+
+    option: ClassVar[str] = "nll_positive"
+    coef: float = param("nll_coef", 0.1, "coefficient of the log-likelihood of tokens with A > 0", low=0)
+
+    def value(self, batch: Batch, advantage: Tensor) -> Tensor:
+        logp = batch.require("logp", "every policy loss")
+        return -self.coef * (advantage > 0).to(logp.dtype) * logp
+
+    def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
+        return -self.coef * (advantage > 0).to(advantage.dtype)
+
+    def formula(self) -> tuple[str, str] | None:
+        c = number(self.coef)
+        return f"−{c}·[A>0]·log π_θ(y_t)", rf"-{c}\,\mathbb 1[A>0]\log\pi_\theta(y_t)"
+
+    def code(self) -> list[str]:
+        return [f"loss = loss - {self.coef} * (A > 0) * logp"]
+
+
+@dataclass(frozen=True)
+class Imitate(Extra):
+    """-sft_coef·logp on every valid token: imitation of all completions."""
+
+    option: ClassVar[str] = "sft"
+    coef: float = param("sft_coef", 0.1, "coefficient of the log-likelihood", low=0)
+
+    def value(self, batch: Batch, advantage: Tensor) -> Tensor:
+        return -self.coef * batch.require("logp", "every policy loss")
+
+    def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
+        return torch.full_like(advantage, -self.coef)
+
+    def formula(self) -> tuple[str, str] | None:
+        c = number(self.coef)
+        return f"−{c}·log π_θ(y_t)", rf"-{c}\log\pi_\theta(y_t)"
+
+    def code(self) -> list[str]:
+        return [f"loss = loss - {self.coef} * logp"]
+
+
+EXTRA: dict[str, type[Extra]] = options(NoExtra, SquareLogRatio, ImitatePositive, Imitate)

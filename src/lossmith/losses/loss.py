@@ -1,0 +1,191 @@
+"""What every loss is, whatever it is made of: the record it gives back, and what can be asked of it.
+
+A loss whose rows are separable works in two halves, so that it can run on micro-batches:
+
+credit     whole rollout batch, no gradient: advantages, masks, and every normaliser
+objective  with gradient, on any rows of it; the objectives of all rows add up to the loss
+
+A loss that is not separable is evaluated on the whole batch at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import LossError
+from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.kl import KL
+from lossmith.losses.value import ValueLoss
+
+__all__ = ["Credit", "Loss", "LossOutput"]
+
+Metrics = Callable[[], dict[str, float]]
+
+
+def no_metrics() -> dict[str, float]:
+    """Nothing was measured."""
+    return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Credit:
+    """What the credit half hands to the objective half. Row i belongs to row i of the batch; no gradient."""
+
+    advantage: Tensor  # [N, T], 0 at masked positions
+    weight: Tensor  # [N, T], 1/Z of each token; rows that are left out have 0
+    mismatch: Tensor  # [N, T], u, of the policy term only
+    returns: Tensor | None  # [N, T], the critic's target
+    tokens: int  # valid tokens of the whole batch: what metrics are averaged over
+    measure: Metrics = no_metrics
+    kl_weight: Tensor | None = None  # [N, T], where the KL term is aggregated in another way
+    entropy_weight: Tensor | None = None  # [N, T], likewise
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Of the whole batch; measured when first asked for."""
+        return self.measure()
+
+    def rows(self, index: Tensor | slice) -> Credit:
+        """The credit of these rows."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index]
+
+        return Credit(
+            self.advantage[index],
+            self.weight[index],
+            self.mismatch[index],
+            of(self.returns),
+            self.tokens,
+            self.measure,
+            of(self.kl_weight),
+            of(self.entropy_weight),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """loss: scalar, minimised. advantage: [N, T]. terms: its parts. metrics: they add up over micro-batches."""
+
+    loss: Tensor
+    advantage: Tensor
+    terms: dict[str, Tensor]
+    measure: Metrics = field(default=no_metrics, repr=False)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Measured when first asked for: a loss that is only differentiated does not pay for them."""
+        return self.measure()
+
+
+class OnlyCredit(LossOutput):
+    """Advantages of a batch that has no log-probabilities: whoever asks it for the loss is told what is missing."""
+
+    def __init__(self, advantage: Tensor, measure: Metrics, reason: LossError) -> None:
+        super().__init__(advantage, advantage, {}, measure)
+        object.__setattr__(self, "reason", reason)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("loss", "terms"):
+            raise object.__getattribute__(self, "reason")
+        return super().__getattribute__(name)
+
+
+class Loss(ABC):
+    """L(θ): a scalar from a Batch. `lossmith.losses.PolicyLoss` is the composition of axes that most losses are."""
+
+    name: str
+    kl: KL = KL()
+    value: ValueLoss = ValueLoss()
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """What must be provided besides logp and mask: fields of Batch, and parameters that are not given yet."""
+
+    @property
+    def traps(self) -> tuple[str, ...]:
+        """Reasons why this loss, though legal, misleads. Training refuses them unless allow_traps is set."""
+        return ()
+
+    @property
+    def coupling(self) -> str:
+        """How far the rows of a batch depend on each other: token, sequence, group or batch."""
+        return "batch"
+
+    @property
+    def separable(self) -> bool:
+        """Whether credit and objective may be split into rows; if not, the loss sees the whole batch at once."""
+        return False
+
+    @property
+    def stops_gradient(self) -> bool:
+        """Whether part of the loss depends on logp without gradient, so that it has no primitive function."""
+        return False
+
+    @property
+    def uses_old(self) -> bool:
+        """Whether old log-probabilities change anything (they do once a step makes several updates)."""
+        return "old_logp" in self.needs
+
+    # -- what it gives ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
+        """The loss of the batch. normalizer: counts over all ranks, where the batch is one rank's share."""
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, normalizer: Normalizer | None = None) -> Credit:
+        """The credit half. For losses that are not separable there is nothing to prepare."""
+        zero = torch.zeros(batch.valid.shape, dtype=batch.dtype, device=batch.valid.device)
+        return Credit(zero, zero, torch.ones_like(zero), None, int(batch.valid.sum()))
+
+    def objective(self, batch: Batch, credit: Credit) -> LossOutput:
+        """The objective half. For losses that are not separable: the loss, and the batch must be whole."""
+        return self(batch)
+
+    def token_weights(self, batch: Batch, normalizer: Normalizer | None = None) -> Tensor:
+        """1/Z of each token, [N, T]."""
+        return self.credit(batch, normalizer).weight
+
+    def weight(self, ratio: Tensor | float, advantage: Tensor | float, old_prob: float = 0.3) -> Tensor:
+        """w(r, A) = -(dℓ/dlogp)/A of a single token, before masks and aggregation."""
+        raise NotImplementedError(f"{self.name} has no weight per token: it is a function of whole completions.")
+
+    def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
+        """dL/dlogp [N, T] by formulas, not by autograd."""
+        raise NotImplementedError(f"{self.name} states no closed form of its gradient.")
+
+    # -- representations --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def formula(self, style: str = "text") -> str:
+        """The loss as text or "latex"."""
+
+    def code(self) -> str:
+        """The loss as plain torch."""
+        raise NotImplementedError(f"{self.name} has no listing.")
+
+    def __str__(self) -> str:
+        return self.formula()
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The loss as flat parameters in JSON types; `parse_loss` reads them back."""
+
+    @abstractmethod
+    def set(self, changes: Mapping[str, Any]) -> Loss:
+        """A copy with these flat parameters changed."""
+
+    @abstractmethod
+    def replace(self, **changes: Any) -> Loss:
+        """A copy with some parts changed."""

@@ -1,0 +1,90 @@
+"""What a trust region sees, and what it has to say: the per-token policy term ℓ and its weight w in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.batch import Batch
+from lossmith.losses.piece import Piece
+
+__all__ = ["Tokens", "Trust"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Response tokens as a trust region sees them, all [N, T]; ratio and logp carry the gradient."""
+
+    ratio: Tensor  # r at the loss's ratio level
+    advantage: Tensor  # A, detached
+    logp: Tensor  # log π_θ
+    below: Tensor  # log-probability under the ratio's denominator (π_old, as a rule), detached
+    mask: Tensor  # bool
+    batch: Batch | None = None  # the rows they come from; None for single hypothetical tokens
+
+    @classmethod
+    def single(cls, ratio: Tensor, advantage: Tensor, old_prob: float) -> Tokens:
+        """Completions of one token each, whose probability was old_prob and is now old_prob times ratio."""
+        ratio, advantage = (x.reshape(-1, 1) for x in torch.broadcast_tensors(ratio, advantage))
+        below = torch.full_like(ratio, old_prob).log()
+        return cls(ratio, advantage, below + ratio.log(), below, torch.ones_like(ratio, dtype=torch.bool))
+
+    def detach(self) -> Tokens:
+        """The same numbers without gradient."""
+        return Tokens(self.ratio.detach(), self.advantage, self.logp.detach(), self.below, self.mask, self.batch)
+
+    @property
+    def delta(self) -> Tensor:
+        """Log-ratio of each token, 0 at masked positions."""
+        return torch.where(self.mask, self.logp - self.below, torch.zeros_like(self.logp))
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N, 1] valid tokens of each completion, at least 1."""
+        return self.mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class Trust(Piece):
+    """ℓ [N, T] from ratio, advantage and log-probability.
+
+    `value` is written as the paper prints it; `weight` is derived by hand: w = -(dℓ/d log r)/A where the gradient runs
+    through the ratio, -(dℓ/d logp)/A where it runs through the log-probability. Proofs hold one against autograd of the
+    other. At A = 0 the weight is its limit from above (A -> 0+); at a bound it is that of the unclipped branch.
+    """
+
+    through: ClassVar[str] = "ratio"  # what carries the gradient of ℓ: "ratio" or "logp"
+    uses_ratio: ClassVar[bool] = True  # whether the denominator of the ratio changes anything
+    token_only: ClassVar[bool] = False  # defined for ratios of single tokens
+    whole_batch: ClassVar[bool] = False  # looks at all tokens of the update at once
+    stops_gradient: ClassVar[bool] = False  # ℓ holds a factor that depends on logp without gradient
+
+    def value(self, at: Tokens) -> Tensor:
+        """ℓ [N, T], with gradient."""
+        raise NotImplementedError
+
+    def weight(self, at: Tokens) -> Tensor:
+        """w [N, T] in closed form."""
+        raise NotImplementedError
+
+    def slope(self, at: Tokens) -> Tensor:
+        """dℓ/d log r, or dℓ/d logp, [N, T] in closed form: -w·A where ℓ is proportional to A."""
+        return -self.weight(at) * at.advantage
+
+    def spread(self, slope: Tensor, at: Tokens) -> Tensor:
+        """Weighted slopes of ℓ [N, T] -> gradient for each token [N, T], where a token's ℓ depends on other tokens."""
+        return slope
+
+    def trap(self) -> str | None:
+        """Why this setting misleads, if it does."""
+        return None
+
+    def formula(self) -> tuple[str, str]:
+        """(text, LaTeX) of -ℓ, the utility of a token."""
+        raise NotImplementedError
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that compute `loss` [N, T] from logp, r, A (and below, the denominator's logp)."""
+        raise NotImplementedError
