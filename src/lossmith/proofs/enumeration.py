@@ -134,6 +134,7 @@ class World:
     behavior: Tensor  # [P], sampled the completions; the old policy is the same
     ref: Tensor  # [P]
     reward: Tensor  # [S]
+    exact_critic: bool = False  # values are E[r | prefix] under the behaviour policy, not somewhere near the mean
 
     @cached_property
     def probability(self) -> Tensor:
@@ -200,7 +201,7 @@ def _prefix_table(world: World, seed: int) -> Tensor:
 
 def _greedy(world: World) -> Tensor:
     """The reward of the most likely token at every step, for each row. [S]"""
-    best, prefix = world.tree.states(world.theta).argmax(1), ()
+    best, prefix = world.tree.states(world.theta).argmax(1), tuple[int, ...]()
     number = {p: k for k, p in enumerate(world.tree.prefixes)}
     while prefix in number:
         prefix = (*prefix, int(best[number[prefix]]))
@@ -213,6 +214,13 @@ def _reference_rewards(world: World) -> Tensor:
     middle = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     index = torch.searchsorted(probability[order].cumsum(0), middle).clamp(max=len(order) - 1)
     return world.reward[order][index].expand(len(world.reward), -1)
+
+
+def _true_values(world: World) -> Tensor:
+    """E[r | prefix] before each token. [S, L]"""
+    starts = [[y[: len(p)] == p for y in world.tree.sequences] for p in world.tree.prefixes]
+    inside = torch.tensor(starts, dtype=torch.float64) * world.probability  # [K, S]
+    return world.tree.at(inside @ world.reward / inside.sum(1))
 
 
 def _mean_reward(world: World) -> Tensor:
@@ -231,7 +239,7 @@ WORLD_FIELDS: dict[str, Callable[[World], Tensor]] = {
     "reward": lambda w: w.reward,
     "group": lambda w: torch.zeros(len(w.reward), dtype=torch.int64),
     "advantage": lambda w: w.reward - _mean_reward(w),
-    "value": lambda w: w.tree.at(_mean_reward(w)[: len(w.tree.prefixes)]) + _prefix_table(w, 5),
+    "value": lambda w: _true_values(w) if w.exact_critic else w.reward @ w.probability + _prefix_table(w, 5),
     "old_value": lambda w: w.field("value"),
     "returns": lambda w: torch.where(w.tree.mask, w.reward[:, None], 0.0),
     "truncated": lambda w: w.tree.truncated,
@@ -254,6 +262,16 @@ class GroupGradients:
     terms: dict[str, Tensor]  # {"loss", and each term of the loss: [M, P]}
     exact: bool  # all groups, not a sample
 
+    @property
+    def main(self) -> str:
+        """The term that follows the reward: the policy term where the loss has one."""
+        return "policy" if "policy" in self.terms else "loss"
+
+    def plus(self, *terms: str) -> GroupGradients:
+        """These terms added up, as the loss."""
+        total = torch.stack([self.terms[term] for term in terms]).sum(0)
+        return GroupGradients(self.weight, {"loss": total}, self.exact)
+
     def mean(self, term: str = "loss") -> Tensor:
         """The expected gradient, [P]."""
         return self.weight @ self.terms[term]
@@ -264,26 +282,31 @@ class GroupGradients:
         return float(self.weight @ (centred**2).sum(1))
 
 
-def group_gradients(loss: Any, world: World, size: int = 4, samples: int = LIMIT, seed: int = 0) -> GroupGradients:
-    """The gradients of the loss, and of each of its terms, over groups of `size` completions of the behaviour policy."""
+def group_gradients(
+    loss: Any, world: World, size: int = 4, samples: int = LIMIT, seed: int = 0, main: bool = False
+) -> GroupGradients:
+    """The gradients of the loss, and of each of its terms, over groups of `size` completions of the behaviour policy.
+
+    main: only what follows the reward, the policy term where there is one (faster).
+    """
     names = batch_fields(loss)
     columns = {name: world.field(name).detach() for name in names}
     groups, weight, exact = _groups(world.probability, size, samples, seed)
-    found = [_one(loss, {k: v[rows] for k, v in columns.items()}, world, rows) for rows in groups]
+    found = [_one(loss, {k: v[rows] for k, v in columns.items()}, world, rows, main) for rows in groups]
     nothing = torch.zeros(world.tree.size, dtype=torch.float64)
     terms = {term for one in found for term in one}  # a term may be absent where it has nothing to say
     stacked = {term: torch.stack([one.get(term, nothing) for one in found]) for term in sorted(terms)}
     return GroupGradients(weight, stacked, exact)
 
 
-def _one(loss: Any, fields: dict[str, Tensor], world: World, rows: Tensor) -> dict[str, Tensor]:
+def _one(loss: Any, fields: dict[str, Tensor], world: World, rows: Tensor, main: bool) -> dict[str, Tensor]:
     """{term: gradient [P]} of one group: the loss's gradient at its leaves, carried on to theta by the Jacobians."""
     leaves = {k: fields[k].clone().requires_grad_() for k in LEAVES if k in fields}
     output = loss(Batch(**{**fields, **leaves}))
     wanted = {"loss": output.loss}
     if len(output.terms) > 1:
-        wanted |= output.terms
-    found = {}
+        wanted = {"policy": output.terms["policy"]} if main and "policy" in output.terms else wanted | output.terms
+    found: dict[str, Tensor] = {}
     for term, value in wanted.items():
         gradient = torch.zeros(world.tree.size, dtype=torch.float64)
         if value.requires_grad:

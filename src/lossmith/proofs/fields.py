@@ -7,18 +7,30 @@ anywhere in a row of eight: the shapes on which a mask, a normaliser or a group 
 from __future__ import annotations
 
 import inspect
+import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossmith.errors import ProofError
+from lossmith.errors import ProofError, TrapWarning
 from lossmith.losses import Batch
 
-__all__ = ["FIELDS", "LEAVES", "Evaluation", "batch_fields", "evaluate", "make", "random_fields", "takes_normalizer"]
+__all__ = [
+    "FIELDS",
+    "LEAVES",
+    "Evaluation",
+    "batch_fields",
+    "evaluate",
+    "make",
+    "quietly",
+    "random_fields",
+    "takes_normalizer",
+]
 
 LEAVES = ("logp", "value", "entropy", "full_kl")  # the fields of a batch that carry gradient
 LENGTHS = (7, 1, 3, 7, 0, 4, 2, 6, 5)
@@ -87,6 +99,14 @@ FIELDS: dict[str, Callable[[Draw], Tensor]] = {
 }
 # One number of a prompt, not of a completion: the same for the whole group.
 PER_PROMPT = {"reward_greedy", "reference_reward", "baseline"}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """A variant of a loss is built to be looked at: its traps were said when the loss itself was built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)
+        yield
 
 
 def batch_fields(loss: Any) -> frozenset[str]:

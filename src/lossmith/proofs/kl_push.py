@@ -7,7 +7,6 @@ the reverse KL of whole completions.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,9 @@ from lossmith.losses import (
     SeqMeanTokenSum,
     SequenceSumRatio,
     TokenRatio,
-    TrapWarning,
 )
 from lossmith.proofs.enumeration import World, default_world, group_gradients
+from lossmith.proofs.fields import quietly
 from lossmith.proofs.settings import moved_world
 
 __all__ = ["KLRow", "Push", "kl_push", "kl_table"]
@@ -48,7 +47,9 @@ class KLRow:
 def _choices() -> dict[str, PolicyLoss]:
     """Every KL term, with β = 1 and no reward beside it."""
     plain = {"advantage": Raw(), "aggregate": SeqMeanTokenSum()}
-    kinds: dict[str, dict[str, Any]] = {f"{k} in the loss": {"kl": KL(1.0, k)} for k in ("k1", "k2", "k3", "abs", "full")}
+    kinds: dict[str, dict[str, Any]] = {
+        f"{k} in the loss": {"kl": KL(1.0, k)} for k in ("k1", "k2", "k3", "abs", "full")
+    }
     for k in ("k1", "k3"):
         weighted = KL(1.0, k, ratio_weight=True)
         kinds[f"{k} by the token ratio"] = {"kl": weighted, "trust": NoTrust(), "ratio": TokenRatio()}
@@ -58,8 +59,7 @@ def _choices() -> dict[str, PolicyLoss]:
     for k in ("k1", "k3", "abs"):
         kinds[f"{k} straight through"] = {"kl": KL(1.0, k, straight_through=True)}
     kinds["k1 in the reward"] = {"kl": KL(1.0, "k1", "reward")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)  # built to be looked at
+    with quietly():
         return {label: PolicyLoss(**{"name": label, "trust": LogP(), **plain, **kind}) for label, kind in kinds.items()}
 
 

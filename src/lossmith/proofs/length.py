@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.losses import KL, PolicyLoss
 from lossmith.proofs.fields import batch_fields, gradients, make
+from lossmith.proofs.settings import without_kl
 
 __all__ = ["LengthWeights", "length_weights", "neutral_fields"]
 
@@ -48,11 +48,12 @@ class LengthWeights:
 
 def length_weights(loss: Any) -> LengthWeights | None:
     """None where the loss takes no advantage from outside, or gives those completions no weight."""
-    if isinstance(loss, PolicyLoss) and loss.kl.active and loss.kl.place == "reward":
-        loss = loss.replace(kl=KL())  # an advantage that is given leaves no reward to take a penalty from
+    loss = without_kl(loss)  # an advantage that is given leaves no reward to take a penalty from
     lengths = torch.arange(1, LONGEST + 1)
     mask = torch.arange(LONGEST) < lengths[:, None]
     fields = neutral_fields(loss, mask) | {"advantage": torch.ones(LONGEST, dtype=torch.float64)}
+    if "reward" in fields:  # not all equal: a filter would leave such a prompt out
+        fields["reward"] = torch.arange(LONGEST, dtype=torch.float64)
     leaves, batch = make(fields)
     try:
         output = loss(batch)
@@ -68,9 +69,7 @@ def length_weights(loss: Any) -> LengthWeights | None:
     x, y = lengths.double().log(), per_token.log()
     exponent = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
     misfit = float((y - y.mean() - exponent * (x - x.mean())).abs().max())
-    return LengthWeights(
-        tuple(lengths.tolist()), tuple(per_token.tolist()), tuple(total.tolist()), exponent, misfit
-    )
+    return LengthWeights(tuple(lengths.tolist()), tuple(per_token.tolist()), tuple(total.tolist()), exponent, misfit)
 
 
 def neutral_fields(loss: Any, mask: Tensor) -> dict[str, Tensor]:

@@ -5,16 +5,17 @@ estimators that its noise is compared with.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lossmith.losses import LeaveOneOut, LogP, NoScale, PolicyLoss, Raw, SeqMeanTokenSum
-from lossmith.proofs.enumeration import Bias, GroupGradients, Tree, World, bias, default_world, group_gradients
+from lossmith.losses import KL, LeaveOneOut, LogP, NoScale, PolicyLoss, Raw, SeqMeanTokenSum
+from lossmith.proofs.enumeration import Bias, Tree, World, bias, default_world, group_gradients
+from lossmith.proofs.fields import quietly
 
 __all__ = [
     "DISTANCES",
@@ -24,20 +25,24 @@ __all__ = [
     "baseline_variances",
     "difficulty",
     "graded_world",
-    "main_term",
     "moved_world",
     "off_policy",
     "unscaled",
+    "without_kl",
 ]
 
 DISTANCES = (0.01, 0.1, 0.5)  # nats, KL(behaviour ‖ policy) of completions
+DIRECTIONS = 4  # random directions in which the behaviour policy stands away
 SUCCESS = (0.9, 0.5, 0.1)  # probability that the policy solves the prompt: easy, even, hard
 GROUP = 4  # completions of a prompt
 
 
-def main_term(gradients: GroupGradients) -> str:
-    """The term that follows the reward: the policy term where the loss has one."""
-    return "policy" if "policy" in gradients.terms else "loss"
+def without_kl(loss: Any) -> Any:
+    """The loss without a KL penalty taken off its reward, whose expected gradient should then be that of E[r]."""
+    if isinstance(loss, PolicyLoss) and loss.kl.active and loss.kl.place == "reward":
+        with quietly():
+            return loss.replace(kl=KL())
+    return loss
 
 
 # -- off-policy -----------------------------------------------------------------------------------------------------
@@ -45,31 +50,42 @@ def main_term(gradients: GroupGradients) -> str:
 
 @dataclass(frozen=True)
 class Distance:
-    """nats: KL(behaviour ‖ policy) of completions. bias: of the policy term against ∇E[r] at the policy."""
+    """nats: KL(behaviour ‖ policy) of completions. The cosine of the expected step of the policy term and ∇E[r] at the
+    policy, over several directions: its mean and the worst of them; residual: the mean, see Bias.
+    """
 
     nats: float
-    bias: Bias
+    cosine: float
+    worst: float
+    residual: float
 
 
-def moved_world(nats: float, seed: int = 0) -> World:
-    """The default world, sampled by a policy that is this far away in a random direction."""
-    world = default_world(seed)
-    draw = torch.Generator().manual_seed(seed + 77)
-    direction = torch.randn(world.tree.size, generator=draw, dtype=torch.float64)
+def moved_world(nats: float, direction: int = 0) -> World:
+    """The default world, sampled by a policy that is this far away in one of several random directions."""
+    world = default_world()
+    draw = torch.Generator().manual_seed(77 + direction)
+    step = torch.randn(world.tree.size, generator=draw, dtype=torch.float64)
 
-    def distance(step: float) -> float:
-        return float(world.tree.sequence_kl(world.theta + step * direction, world.theta))
+    def distance(size: float) -> float:
+        return float(world.tree.sequence_kl(world.theta + size * step, world.theta))
 
-    return world.sampled_by(world.theta + _solve(distance, nats) * direction)
+    return world.sampled_by(world.theta + _solve(distance, nats) * step)
 
 
-def off_policy(loss: Any, distances: tuple[float, ...] = DISTANCES, size: int = 3, beta: float = 0.0) -> list[Distance]:
-    """The loss on groups sampled by policies at these distances. beta: of the KL that acts through the reward."""
-    found = []
+def off_policy(
+    loss: Any, distances: tuple[float, ...] = DISTANCES, size: int = 3, directions: int = DIRECTIONS
+) -> list[Distance]:
+    """The loss, without a KL penalty in the reward, on groups sampled by policies at these distances."""
+    loss, found = without_kl(loss), []
     for nats in distances:
-        world = moved_world(nats)
-        gradients = group_gradients(loss, world, size)
-        found.append(Distance(nats, bias(gradients, world.true_gradient(beta), main_term(gradients))))
+        some: list[Bias] = []
+        for direction in range(directions):
+            world = moved_world(nats, direction)
+            gradients = group_gradients(loss, world, size, main=True)
+            some.append(bias(gradients, world.true_gradient(), gradients.main))
+        cosines = [one.cosine for one in some]
+        residual = sum(one.residual for one in some) / directions
+        found.append(Distance(nats, sum(cosines) / directions, min(cosines), residual))
     return found
 
 
@@ -93,40 +109,24 @@ class Difficulty:
 
     success: float
     scale: float
-    residual: float
 
 
-def graded_world(success: float, seed: int = 0) -> World:
-    """A prompt with rewards 0 and 1 that the policy solves with this probability."""
-    world = default_world(seed)
-    tree, solved = world.tree, 3
-    toward = _toward(tree, solved)
-
-    def solves(step: float) -> float:
-        return float(tree.logp(world.theta + (step - 20) * toward)[solved].exp())
-
-    theta = world.theta + (_solve(solves, success) - 20) * toward
-    reward = torch.zeros(len(tree.sequences), dtype=torch.float64)
-    reward[solved] = 1.0
-    return World(tree, theta, theta, world.ref, reward)
+def graded_world(success: float) -> World:
+    """A prompt with two answers of one token, right (reward 1) and wrong (0); the policy is right this often."""
+    theta = torch.tensor([math.log(success), math.log(1 - success)], dtype=torch.float64)
+    return World(Tree(2, 1), theta, theta, torch.zeros_like(theta), torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
-def _toward(tree: Tree, row: int) -> Tensor:
-    """The direction that raises the logit of each token of one completion. [P]"""
-    direction = torch.zeros(tree.size, dtype=torch.float64)
-    for t in range(int(tree.mask[row].sum())):
-        direction[tree.state[row, t] * tree.vocabulary + tree.token[row, t]] = 1.0
-    return direction
+def difficulty(loss: Any, size: int = 16, success: tuple[float, ...] = SUCCESS) -> list[Difficulty]:
+    """How much of ∇E[r] the loss follows on prompts that are solved more or less often (rewards 0 and 1).
 
-
-def difficulty(loss: Any, size: int = GROUP, success: tuple[float, ...] = SUCCESS) -> list[Difficulty]:
-    """How much of ∇E[r] the loss follows on prompts that are solved more or less often (rewards 0 and 1)."""
-    found = []
+    Answers of one token: no length is in play. All groups are enumerated (size + 1 of them).
+    """
+    loss, found = without_kl(loss), []
     for p in success:
         world = graded_world(p)
-        gradients = group_gradients(loss, world, size)
-        one = bias(gradients, world.true_gradient(), main_term(gradients))
-        found.append(Difficulty(p, one.scale, one.residual))
+        gradients = group_gradients(loss, world, size, main=True)
+        found.append(Difficulty(p, bias(gradients, world.true_gradient(), gradients.main).scale))
     return found
 
 
@@ -134,7 +134,8 @@ def unscaled(loss: Any) -> PolicyLoss | None:
     """The loss without what it divides its advantages by; None where there is nothing to take away."""
     if not isinstance(loss, PolicyLoss) or isinstance(loss.scale, NoScale):
         return None
-    return dataclasses.replace(loss, scale=NoScale())
+    with quietly():
+        return dataclasses.replace(loss, scale=NoScale())
 
 
 # -- what noise is compared with -------------------------------------------------------------------------------------
