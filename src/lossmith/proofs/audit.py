@@ -122,8 +122,10 @@ def _unknown_fields(loss: Any) -> str:
 
 
 def _kl(loss: Any) -> tuple[float, str | None]:
+    """(coefficient, place) of the KL to the reference policy; (0, None) without one."""
     kl = getattr(loss, "kl", None)
-    return (float(kl.beta), str(kl.place)) if kl is not None and kl.active else (0.0, None)
+    to_reference = bool({"ref_logp", "full_kl"} & set(loss.needs))
+    return (float(kl.beta), str(kl.place)) if to_reference and getattr(kl, "active", False) else (0.0, None)
 
 
 _NOTHING: dict[str, Any] = {

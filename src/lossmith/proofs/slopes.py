@@ -57,6 +57,8 @@ def _per_sequence(loss: Any) -> bool:
 
 
 def _closed_gap(loss: Any, fields: Fields) -> float:
+    if not hasattr(loss, "closed_form_gradient"):
+        raise NotImplementedError
     closed = loss.closed_form_gradient(Batch(**fields))
     return gap(evaluate(loss, fields).gradients["logp"], closed)
 
@@ -152,7 +154,7 @@ def zero_advantage(loss: Any, seed: int) -> Finding:
         return not_applicable(check, "the loss has no policy term that an advantage multiplies")
     try:
         vanishes = bool((loss.weight(torch.tensor([0.5, 1.0, 1.5]).double(), 1e-9) * 1e-9).abs().max() < 1e-6)
-    except (NotImplementedError, TypeError):
+    except (AttributeError, NotImplementedError, TypeError):
         vanishes = False
     number = float(gradients(term, leaves)["logp"].abs().max())
     if number and not vanishes:
