@@ -76,6 +76,21 @@ def test_the_books_ppo_pushes_away_from_the_reference():
     assert found.noise_to_reinforce == pytest.approx(1)
 
 
+def test_what_biases_a_token_mean():
+    said = lines("reinforce")
+    assert float(said[OPTIMISES, "completions of 1 to 6 tokens"][0]) > 0.1
+    number, text = said[OPTIMISES, "the same, divided by a constant"]
+    assert number == "0" and "exactly" in text
+    assert (OPTIMISES, "the same, divided by a constant") not in lines("grpo")
+
+
+def test_scores_that_the_loss_changes_are_said_to_be_changed():
+    with no_trap_warnings():
+        found = page(L.get_loss("dr_grpo", truncated="zero"))
+    assert any("before this loss shapes" in note for note in found.notes) and found.on_policy.residual > 0.1
+    assert not [f for f in found.findings if f.status == "failed"]
+
+
 def test_a_critic_is_shown_with_and_without_error():
     found = page("a2c")
     assert found.exact_critic.residual < 1e-12 < 0.1 < found.on_policy.residual

@@ -12,7 +12,15 @@ from lossmith.errors import ProofError
 from lossmith.proofs import Tree, World, bias, default_world, group_gradients, kl_push, kl_table, length_weights
 from lossmith.proofs.enumeration import WORLD_FIELDS, long_world
 from lossmith.proofs.fields import FIELDS
-from lossmith.proofs.settings import SUCCESS, baseline_variances, difficulty, moved_world, off_policy, unscaled
+from lossmith.proofs.settings import (
+    SUCCESS,
+    baseline_variances,
+    difficulty,
+    moved_world,
+    normalized,
+    off_policy,
+    unscaled,
+)
 
 WORLD = default_world()
 SUM = {"aggregate": "seq_mean_token_sum"}
@@ -124,6 +132,17 @@ def test_a_token_mean_is_not_the_gradient():
     for world, least in ((WORLD, 0.005), (long_world(), 0.15)):
         for aggregate in ("token_mean", "seq_mean_token_mean"):
             assert found(world=world, advantage="loo", aggregate=aggregate).residual > least
+
+
+def test_a_token_mean_divided_by_a_constant_is():
+    """What biases it is that the number of tokens it divides by goes with the reward."""
+    world = long_world()
+    loss = quiet_loss("reinforce", advantage="loo", aggregate="token_mean")
+    fixed = normalized(loss, world)
+    one = bias(group_gradients(fixed, world), world.true_gradient())
+    check_exact(one, 4 / fixed.normalizer.tokens)
+    fixed = normalized(quiet_loss("reinforce", advantage="loo", aggregate="seq_mean_token_mean"), world)
+    assert bias(group_gradients(fixed, world), world.true_gradient()).residual > 0.15
 
 
 def test_a_wrong_sign_and_a_loss_of_nothing():

@@ -24,6 +24,7 @@ from lossmith.proofs.settings import (
     Distance,
     baseline_variances,
     difficulty,
+    normalized,
     off_policy,
     unscaled,
     without_kl,
@@ -54,6 +55,7 @@ class Audit:
     kl_place: str | None  # loss | reward
     on_policy: Bias | None  # of what follows the reward, without KL, against ∇E[r]
     long: Bias | None  # the same for completions of one to six tokens
+    long_normalized: Bias | None  # and divided by constant counts; None where that changes nothing
     unscaled: Bias | None  # the same as on_policy, without dividing the advantages
     exact_critic: Bias | None  # the same as on_policy, with exact values where the loss has a critic
     with_kl: Bias | None  # of policy and KL together, against ∇(E[r] - β·KL)
@@ -124,13 +126,15 @@ def _unknown_fields(loss: Any) -> str:
 def _kl(loss: Any) -> tuple[float, str | None]:
     """(coefficient, place) of the KL to the reference policy; (0, None) without one."""
     kl = getattr(loss, "kl", None)
-    to_reference = bool({"ref_logp", "full_kl"} & set(loss.needs))
-    return (float(kl.beta), str(kl.place)) if to_reference and getattr(kl, "active", False) else (0.0, None)
+    if kl is None or not kl.active or not {"ref_logp", "full_kl"} & set(loss.needs):
+        return 0.0, None
+    return float(kl.beta), str(kl.place)
 
 
 _NOTHING: dict[str, Any] = {
     "on_policy": None,
     "long": None,
+    "long_normalized": None,
     "unscaled": None,
     "exact_critic": None,
     "with_kl": None,
@@ -153,6 +157,7 @@ def _measured(loss: Any, beta: float, place: str | None) -> tuple[dict[str, Any]
         found = _NOTHING | {
             "on_policy": alone,
             "long": _expected(bare, far),
+            "long_normalized": _normalized(bare, far),
             "off_policy": tuple(off_policy(loss)),
             "difficulty": tuple(difficulty(loss)),
             "difficulty_unscaled": tuple(difficulty(rest)) if rest is not None else (),
@@ -166,13 +171,32 @@ def _measured(loss: Any, beta: float, place: str | None) -> tuple[dict[str, Any]
         found["with_kl"] = bias(both, world.true_gradient(beta))
     if place == "loss":
         found["push"] = tuple(kl_push(loss, beta))
-    return found | _noise(found["on_policy"]), ()
+    return found | _noise(found["on_policy"]), _conventions(loss)
+
+
+def _conventions(loss: Any) -> tuple[str, ...]:
+    """What a reader has to know about the numbers of this loss."""
+    notes = []
+    if getattr(loss, "shaping", ()) or getattr(loss, "truncated", "keep") != "keep":
+        notes.append("E[r] is of the scores as given, before this loss shapes, masks or zeroes them")
+    if getattr(loss, "entropy_coef", 0):
+        notes.append("the entropy bonus is not part of what is compared with ∇E[r]")
+    return tuple(notes)
 
 
 def _expected(loss: Any, world: World) -> Bias:
     """What follows the reward, against ∇E[r]."""
     gradients = group_gradients(loss, world, GROUP, main=True)
     return bias(gradients, world.true_gradient(), gradients.main)
+
+
+def _normalized(loss: Any, world: World) -> Bias | None:
+    """_expected with constant counts; None where the loss does not divide by what varies."""
+    constant = normalized(loss, world)
+    if constant is None:
+        return None
+    one, other = _expected(constant, world), _expected(loss, world)
+    return None if abs(one.residual - other.residual) < 1e-9 else one
 
 
 def _noise(found: Bias) -> dict[str, float | None]:

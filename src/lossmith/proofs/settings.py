@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lossmith.losses import KL, LeaveOneOut, LogP, NoScale, PolicyLoss, Raw, SeqMeanTokenSum
+from lossmith.losses import KL, Batch, LeaveOneOut, LogP, Normalizer, NoScale, PolicyLoss, Raw, SeqMeanTokenSum
 from lossmith.proofs.enumeration import Bias, Tree, World, bias, default_world, group_gradients
-from lossmith.proofs.fields import quietly
+from lossmith.proofs.fields import quietly, takes_normalizer
 
 __all__ = [
     "DISTANCES",
@@ -26,6 +26,7 @@ __all__ = [
     "difficulty",
     "graded_world",
     "moved_world",
+    "normalized",
     "off_policy",
     "unscaled",
     "without_kl",
@@ -136,6 +137,38 @@ def unscaled(loss: Any) -> PolicyLoss | None:
         return None
     with quietly():
         return dataclasses.replace(loss, scale=NoScale())
+
+
+# -- what its normaliser does ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """The loss divided by constant counts, in place of those of the batch: what it is in a large batch, whose number of
+    tokens hardly varies.
+    """
+
+    loss: Any
+    normalizer: Normalizer
+
+    @property
+    def name(self) -> str:
+        return str(self.loss.name)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.loss.needs)
+
+    def __call__(self, batch: Batch) -> Any:
+        return self.loss(batch, self.normalizer)
+
+
+def normalized(loss: Any, world: World, size: int = GROUP) -> Normalized | None:
+    """With the counts that groups of this size have on average; None where no normaliser can be given."""
+    if not takes_normalizer(loss):
+        return None
+    tokens = float(world.probability @ world.tree.mask.sum(1).double()) * size
+    return Normalized(loss, Normalizer(tokens=round(tokens), sequences=size, groups=1))
 
 
 # -- what noise is compared with -------------------------------------------------------------------------------------

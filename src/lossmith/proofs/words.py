@@ -83,6 +83,9 @@ def _objective(audit: Audit) -> Section:
         lines.append(Line("on-policy, with its KL", short(audit.with_kl.residual), text))
     if audit.long:
         lines.append(Line("completions of 1 to 6 tokens", short(audit.long.residual), optimises(audit.long)))
+    if audit.long_normalized:
+        text = optimises(audit.long_normalized) + "; so it is in a large batch, whose number of tokens hardly varies"
+        lines.append(Line("the same, divided by a constant", short(audit.long_normalized.residual), text))
     ways = f"Groups of {audit.group_size}, all enumerated; the number is the relative residual."
     if audit.on_policy and not audit.on_policy.exact:
         ways = f"Groups of {audit.group_size}, sampled: ±{short(audit.on_policy.interval)} of the norm (95 %)."
@@ -182,7 +185,10 @@ def _off_policy(audit: Audit) -> Section:
         )
         for one in audit.off_policy
     ]
-    note = "Groups of 3 sampled by an old policy at this KL, in 4 random directions; old = behaviour policy."
+    note = (
+        "Groups of 3 sampled by an old policy at this KL, in 4 random directions; old = behaviour policy. "
+        "The ratio of whole completions without a clip has cosine 1 at every distance."
+    )
     return Section("Off-policy", tuple(lines), note)
 
 
