@@ -1,5 +1,6 @@
 """Exact enumeration: known closed forms come out of it, and it agrees with doing the sum another way."""
 
+import dataclasses
 import itertools
 import math
 
@@ -168,6 +169,18 @@ def test_cosine_falls_with_the_distance_under_a_clip():
     by = off_policy(quiet_loss("grpo"), size=2, directions=2)
     assert 1 > by[0].cosine > by[1].cosine > by[2].cosine
     assert all(one.worst <= one.cosine for one in by)
+
+
+def test_a_sampler_that_differs_is_what_a_mismatch_correction_is_for():
+    """The ratio of completions to the sampler, unbounded, makes it exact; without one it is not."""
+    corrected = {"mismatch": "tis", "mismatch_level": "sequence", "mismatch_high": 1e9}
+    plain = {"advantage": "raw", "trust": "logp", **SUM}
+    for nats in (0.01, 0.1):
+        world = dataclasses.replace(moved_world(nats), old=moved_world(nats).theta)
+        check_exact(found(world=world, size=2, **plain, **corrected), 1)
+        assert found(world=world, size=2, **plain).residual > 0.05
+    by = off_policy(quiet_loss("reinforce", **plain, **corrected), (0.1,), 2, 2, sampler_only=True)
+    assert by[0].worst == pytest.approx(1)
 
 
 def test_rloo_climbs_the_regularised_objective_exactly():

@@ -62,6 +62,7 @@ class Audit:
     noise_to_reinforce: float | None  # variance at equal expected gradient, over that of REINFORCE without a baseline
     noise_to_leave_one_out: float | None
     off_policy: tuple[Distance, ...]
+    mismatch: tuple[Distance, ...]  # only the sampler stands away
     difficulty: tuple[Difficulty, ...]
     difficulty_unscaled: tuple[Difficulty, ...]  # the same loss without dividing its advantages; () if it does not
     length: LengthWeights | None
@@ -141,6 +142,7 @@ _NOTHING: dict[str, Any] = {
     "noise_to_reinforce": None,
     "noise_to_leave_one_out": None,
     "off_policy": (),
+    "mismatch": (),
     "difficulty": (),
     "difficulty_unscaled": (),
     "push": (),
@@ -159,6 +161,7 @@ def _measured(loss: Any, beta: float, place: str | None) -> tuple[dict[str, Any]
             "long": _expected(bare, far),
             "long_normalized": _normalized(bare, far),
             "off_policy": tuple(off_policy(loss)),
+            "mismatch": tuple(off_policy(loss, (0.01, 0.1), sampler_only=True)),
             "difficulty": tuple(difficulty(loss)),
             "difficulty_unscaled": tuple(difficulty(rest)) if rest is not None else (),
             "unscaled": _expected(rest, world) if rest is not None else None,

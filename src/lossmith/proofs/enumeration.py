@@ -131,10 +131,12 @@ class World:
 
     tree: Tree
     theta: Tensor  # [P]
-    behavior: Tensor  # [P], sampled the completions; the old policy is the same
+    behavior: Tensor  # [P], sampled the completions
     ref: Tensor  # [P]
     reward: Tensor  # [S]
+    old: Tensor | None = None  # [P], the policy at the start of the update; None: the behaviour policy
     exact_critic: bool = False  # values are E[r | prefix] under the behaviour policy, not somewhere near the mean
+    truncates: bool = True  # what the length limit ended counts as truncated
 
     @cached_property
     def probability(self) -> Tensor:
@@ -231,7 +233,7 @@ def _mean_reward(world: World) -> Tensor:
 WORLD_FIELDS: dict[str, Callable[[World], Tensor]] = {
     "logp": lambda w: w.tree.token_logp(w.theta),
     "mask": lambda w: w.tree.mask,
-    "old_logp": lambda w: w.tree.token_logp(w.behavior),
+    "old_logp": lambda w: w.tree.token_logp(w.behavior if w.old is None else w.old),
     "behavior_logp": lambda w: w.tree.token_logp(w.behavior),
     "ref_logp": lambda w: w.tree.token_logp(w.ref),
     "full_kl": lambda w: w.tree.full_kl(w.theta, w.ref),
@@ -242,7 +244,7 @@ WORLD_FIELDS: dict[str, Callable[[World], Tensor]] = {
     "value": lambda w: _true_values(w) if w.exact_critic else w.reward @ w.probability + _prefix_table(w, 5),
     "old_value": lambda w: w.field("value"),
     "returns": lambda w: torch.where(w.tree.mask, w.reward[:, None], 0.0),
-    "truncated": lambda w: w.tree.truncated,
+    "truncated": lambda w: w.tree.truncated & w.truncates,
     "sum_prob_sq": lambda w: w.tree.at((2 * w.tree.states(w.theta)).exp().sum(1)),
     "reward_parts": lambda w: torch.stack([0.5 * w.reward, 0.5 * w.reward, torch.zeros_like(w.reward)], 1),
     "reward_greedy": _greedy,

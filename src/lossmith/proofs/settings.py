@@ -74,14 +74,23 @@ def moved_world(nats: float, direction: int = 0) -> World:
 
 
 def off_policy(
-    loss: Any, distances: tuple[float, ...] = DISTANCES, size: int = 3, directions: int = DIRECTIONS
+    loss: Any,
+    distances: tuple[float, ...] = DISTANCES,
+    size: int = 3,
+    directions: int = DIRECTIONS,
+    sampler_only: bool = False,
 ) -> list[Distance]:
-    """The loss, without a KL penalty in the reward, on groups sampled by policies at these distances."""
+    """The loss, without a KL penalty in the reward, on groups sampled by policies at these distances.
+
+    sampler_only: the old policy is the policy itself, and only the sampler stands away from both, as an inference
+    engine does whose numbers are not the trainer's: what a mismatch correction is for.
+    """
     loss, found = without_kl(loss), []
     for nats in distances:
         some: list[Bias] = []
         for direction in range(directions):
             world = moved_world(nats, direction)
+            world = dataclasses.replace(world, old=world.theta) if sampler_only else world
             gradients = group_gradients(loss, world, size, main=True)
             some.append(bias(gradients, world.true_gradient(), gradients.main))
         cosines = [one.cosine for one in some]
@@ -115,7 +124,8 @@ class Difficulty:
 def graded_world(success: float) -> World:
     """A prompt with two answers of one token, right (reward 1) and wrong (0); the policy is right this often."""
     theta = torch.tensor([math.log(success), math.log(1 - success)], dtype=torch.float64)
-    return World(Tree(2, 1), theta, theta, torch.zeros_like(theta), torch.tensor([1.0, 0.0], dtype=torch.float64))
+    reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    return World(Tree(2, 1), theta, theta, torch.zeros_like(theta), reward, truncates=False)
 
 
 def difficulty(loss: Any, size: int = 16, success: tuple[float, ...] = SUCCESS) -> list[Difficulty]:

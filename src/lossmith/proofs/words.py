@@ -177,16 +177,19 @@ def _penalty(audit: Audit) -> Section:
 
 
 def _off_policy(audit: Audit) -> Section:
+    both = (("old policy", audit.off_policy), ("sampler alone", audit.mismatch))
     lines = [
         Line(
-            f"{one.nats:g} nats away",
+            f"{who} {one.nats:g} nats away",
             short(one.cosine),
             f"mean cosine to ∇E[r] at the policy; worst direction {short(one.worst)}",
         )
-        for one in audit.off_policy
+        for who, distances in both
+        for one in distances
     ]
     note = (
-        "Groups of 3 sampled by an old policy at this KL, in 4 random directions; old = behaviour policy. "
+        "Groups of 3 sampled at this KL from the policy, in 4 random directions, by the old policy; or by a sampler whose "
+        "numbers differ while the old policy is the policy itself, which a mismatch correction is for. "
         "The ratio of whole completions without a clip has cosine 1 at every distance."
     )
     return Section("Off-policy", tuple(lines), note)
