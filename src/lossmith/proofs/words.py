@@ -188,8 +188,8 @@ def _off_policy(audit: Audit) -> Section:
         for one in distances
     ]
     note = (
-        "Groups of 3 sampled at this KL from the policy, in 4 random directions, by the old policy; or by a sampler whose "
-        "numbers differ while the old policy is the policy itself, which a mismatch correction is for. "
+        "Groups of 3 sampled at this KL from the policy, in 4 random directions: by the old policy, or by a sampler "
+        "whose numbers differ while the old policy is the policy itself, which a mismatch correction is for. "
         "The ratio of whole completions without a clip has cosine 1 at every distance."
     )
     return Section("Off-policy", tuple(lines), note)
