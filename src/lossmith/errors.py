@@ -2,6 +2,7 @@
 
 LossmithError
 ├── LossError      (ValueError)    a loss that does not exist, is mis-specified, or lacks a tensor it needs
+├── ProofError     (RuntimeError)  a loss that fails its checks, or that no check can evaluate
 ├── RecipeError    (ValueError)    a run's settings
 ├── PromptError    (ValueError)    the input-only data set
 ├── PolicyError    (ValueError)    the model, its tokenizer, or how it is sampled
@@ -21,6 +22,7 @@ __all__ = [
     "LossmithError",
     "PolicyError",
     "PromptError",
+    "ProofError",
     "RecipeError",
     "RunError",
     "ScorerError",
@@ -36,6 +38,10 @@ class LossmithError(Exception):
 
 class LossError(LossmithError, ValueError):
     """A loss that does not exist, is mis-specified, or lacks a tensor it needs."""
+
+
+class ProofError(LossmithError, RuntimeError):
+    """A loss that fails its checks, or that no check can evaluate."""
 
 
 class RecipeError(LossmithError, ValueError):

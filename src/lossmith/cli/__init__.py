@@ -1,4 +1,4 @@
-"""The command `lossmith`: train, sample, losses."""
+"""The command `lossmith`: train, sample, losses, audit."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, we
 losses.command("lossmith.cli.losses:list_", name="list")
 losses.command("lossmith.cli.losses:show", name="show")
 app.command(losses)
+app.command("lossmith.cli.audit:audit_", name="audit")
 
 
 def main() -> None:

@@ -1,0 +1,93 @@
+"""`lossmith audit LOSS`: what a loss provably does, with numbers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lossmith.errors import ProofError, TrapWarning
+from lossmith.losses import parse_loss
+from lossmith.proofs.audit import Audit, audit
+from lossmith.proofs.page import html_page
+from lossmith.proofs.words import Section, sections
+
+__all__ = ["audit_"]
+
+
+def audit_(
+    loss: str,
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    html: Path | None = None,
+) -> None:
+    """What a loss provably does: its expected gradient by exact enumeration, noise, length, invariances, checks.
+
+    Parameters
+    ----------
+    loss
+        A name, or a loss with other parameters: "grpo(beta=0.04, clip_high=0.28)".
+    as_json
+        Print JSON.
+    html
+        Write the page to this file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)  # shown on the page
+        found = audit(parse_loss(loss))
+    if html is not None:
+        _write(html, html_page(found))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    elif html is not None:
+        Console().print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        _show(found)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ProofError(f"cannot write the page to {path}: {error.strerror or error}.") from None
+
+
+def _show(found: Audit) -> None:
+    console = Console()
+    console.print(f"[bold]{escape(found.name)}[/]  {escape(found.summary or '')}")
+    if found.paper:
+        console.print(f"[dim]{escape(found.paper)}, {found.year}[/]")
+    console.print()
+    console.print(found.formula, markup=False, highlight=False)
+    for trap in found.traps:
+        console.print(f"\n[bold red]trap[/]  {escape(trap)}.")
+    needs = ", ".join(("logp", "mask", *found.needs))
+    console.print(f"\nneeds {needs}; couples rows by {found.coupling}", markup=False, highlight=False)
+    for note in found.notes:
+        console.print(note, markup=False, highlight=False)
+    for section in sections(found):
+        console.print()
+        console.print(_table(section))
+
+
+def _table(section: Section) -> Table:
+    table = Table(
+        title=escape(section.title),
+        title_justify="left",
+        caption=escape(section.note) or None,
+        caption_justify="left",
+        show_header=False,
+    )
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    table.add_column("meaning")
+    for line in section.lines:
+        table.add_row(escape(line.label), escape(line.number), escape(line.text))
+    return table

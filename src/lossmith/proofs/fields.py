@@ -1,0 +1,173 @@
+"""Random ragged batches that hold whatever a loss needs, and the loss evaluated on them.
+
+Nine completions in interleaved, uneven groups (one of them alone), one completion without a token, valid tokens
+anywhere in a row of eight: the shapes on which a mask, a normaliser or a group statistic goes wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import ProofError, TrapWarning
+from lossmith.losses import Batch
+
+__all__ = [
+    "FIELDS",
+    "LEAVES",
+    "Evaluation",
+    "batch_fields",
+    "evaluate",
+    "make",
+    "quietly",
+    "random_fields",
+    "takes_normalizer",
+]
+
+LEAVES = ("logp", "value", "entropy", "full_kl")  # the fields of a batch that carry gradient
+LENGTHS = (7, 1, 3, 7, 0, 4, 2, 6, 5)
+GROUPS = (5, 2, 5, 9, 2, 5, 2, 9, 7)  # 9 is a pair, 7 is alone; row 4 has no token
+WIDTH = 8
+Fields = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random batch in the making: every field has its own stream, so that one more field changes no other."""
+
+    seed: int
+    drift: float  # spread (nats) of the old, behaviour and reference log-probabilities around the policy's
+
+    def stream(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{name} {self.seed}".encode()))
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.stream(name), dtype=torch.float64)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.stream(name), dtype=torch.float64)
+
+    @property
+    def n(self) -> int:
+        return len(LENGTHS)
+
+    @property
+    def logp(self) -> Tensor:
+        return -0.05 - 2 * self.uniform("logp", self.n, WIDTH)
+
+    @property
+    def mask(self) -> Tensor:
+        order = self.uniform("mask", self.n, WIDTH).argsort(1).argsort(1)
+        return order < torch.tensor(LENGTHS)[:, None]
+
+    def near(self, name: str) -> Tensor:
+        return (self.logp + self.drift * self.normal(name, self.n, WIDTH)).clamp(max=-1e-3)
+
+
+# Every field a loss may need: how a random one is drawn.
+FIELDS: dict[str, Callable[[Draw], Tensor]] = {
+    "logp": lambda d: d.logp,
+    "mask": lambda d: d.mask,
+    "old_logp": lambda d: d.near("old_logp"),
+    "behavior_logp": lambda d: d.near("behavior_logp"),
+    "ref_logp": lambda d: d.near("ref_logp"),
+    "full_kl": lambda d: d.normal("full_kl", d.n, WIDTH).abs(),
+    "reward": lambda d: d.normal("reward", d.n),
+    "group": lambda d: torch.tensor(GROUPS),
+    "advantage": lambda d: d.normal("advantage", d.n),
+    "value": lambda d: d.normal("value", d.n, WIDTH),
+    "old_value": lambda d: d.normal("old_value", d.n, WIDTH),
+    "returns": lambda d: d.normal("returns", d.n, WIDTH),
+    "entropy": lambda d: d.normal("entropy", d.n, WIDTH).abs(),
+    "truncated": lambda d: torch.tensor([i % 4 == 3 for i in range(d.n)]),
+    "reward_greedy": lambda d: d.normal("reward_greedy", d.n),
+    "sum_prob_sq": lambda d: d.uniform("sum_prob_sq", d.n, WIDTH),
+    "reward_parts": lambda d: d.normal("reward_parts", d.n, 3),
+    "reference_reward": lambda d: d.normal("reference_reward", d.n, 4),
+    "baseline": lambda d: d.normal("baseline", d.n),
+    "potential": lambda d: d.normal("potential", d.n, WIDTH),
+    "off_policy": lambda d: torch.tensor([i % 3 == 1 for i in range(d.n)]),
+    "lag": lambda d: torch.tensor([i % 3 for i in range(d.n)]),
+}
+# One number of a prompt, not of a completion: the same for the whole group.
+PER_PROMPT = {"reward_greedy", "reference_reward", "baseline"}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """A variant of a loss is built to be looked at: its traps were said when the loss itself was built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)
+        yield
+
+
+def batch_fields(loss: Any) -> frozenset[str]:
+    """The fields a batch for this loss holds: what every loss reads, what this one needs, and what goes with that.
+
+    ProofError: the loss still needs a token limit, or a field that is not known here.
+    """
+    needs = frozenset(loss.needs)
+    if "max_length" in needs:
+        raise ProofError(f"{loss.name} needs max_length, a parameter: build it with max_length=... before proving it.")
+    unknown = needs - FIELDS.keys()
+    if unknown:
+        raise ProofError(
+            f"{loss.name} needs {', '.join(sorted(unknown))}, which no proof knows how to make. "
+            f"Known fields: {', '.join(sorted(FIELDS))}."
+        )
+    beside = {"old_value"} if "value" in needs else set()
+    return needs | {"logp", "mask", "old_logp", "group"} | beside
+
+
+def random_fields(loss: Any, seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.float64) -> Fields:
+    """A random batch for this loss as a dict: N = 9, T = 8, valid tokens anywhere in their row."""
+    draw = Draw(seed, drift)
+    fields = {name: FIELDS[name](draw) for name in sorted(batch_fields(loss))}
+    first = torch.tensor([GROUPS.index(g) for g in GROUPS])
+    for name in PER_PROMPT & fields.keys():
+        fields[name] = fields[name][first]
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in fields.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """value: the loss, detached. gradients: of each leaf in the batch. output: what the loss returned."""
+
+    value: Tensor
+    gradients: Fields
+    output: Any
+
+
+def make(fields: Mapping[str, Tensor]) -> tuple[Fields, Batch]:
+    """(leaves, batch): the fields that carry gradient are leaves of the graph."""
+    leaves = {name: fields[name].detach().clone().requires_grad_() for name in LEAVES if name in fields}
+    return leaves, Batch(**{**fields, **leaves})
+
+
+def evaluate(loss: Any, fields: Mapping[str, Tensor], *more: Any) -> Evaluation:
+    """The loss and its gradients; a leaf that the loss does not use has gradient 0. more: a normalizer."""
+    leaves, batch = make(fields)
+    output = loss(batch, *more)
+    return Evaluation(output.loss.detach(), gradients(output.loss, leaves), output)
+
+
+def gradients(value: Tensor, leaves: Fields) -> Fields:
+    """d value / d leaf, 0 where there is none."""
+    if not value.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
+    pairs = zip(leaves.items(), found, strict=True)
+    return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in pairs}
+
+
+def takes_normalizer(loss: Any) -> bool:
+    """Whether counts over all ranks can be given: `loss(batch, normalizer)`."""
+    return "normalizer" in inspect.signature(type(loss).__call__).parameters
