@@ -7,17 +7,19 @@ import pytest
 import torch
 
 import lossmith.losses as L
-from batches import NAMES, no_trap_warnings, quiet_loss
+from batches import EVERY, no_trap_warnings, quiet_loss
 from lossmith.errors import ProofError
 from lossmith.proofs import CHECKS, check_loss, prove
 from lossmith.proofs.fields import FIELDS, LEAVES, random_fields
 from lossmith.proofs.finding import Finding, gap, worst
 
 # {loss: {check: why it need not pass}}
-WAIVED: dict[str, dict[str, str]] = {}
+WAIVED: dict[str, dict[str, str]] = {
+    name: {"zero_advantage": "the pull on the chosen tokens does not depend on A"} for name in ("kl_cov", "kl_cov@verl")
+} | {"cispo@trl": {"finite_differences": "its cap of 0.2 makes the weight a constant on most batches"}}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_loss_of_the_catalogue_passes(name):
     check_loss(quiet_loss(name), seeds=(0,), waived=WAIVED.get(name))
 
@@ -127,6 +129,7 @@ def brokens():
         "inputs_untouched": Broken(grpo, reward_spoiled),
         "formula": Broken(grpo, formula=lambda style: r"\frac{1}{N"),
         "round_trip": WrittenWrongly(grpo),
+        "listing": Broken(grpo, code=lambda: grpo.code().replace("1 + 0.2", "1 + 0.3")),
         "reward_shift": Broken(quiet_loss("reinforce"), advantage=promise(shift_invariant=True)),
         "reward_scale": Broken(quiet_loss("dr_grpo"), scale=promise(scale_invariant=True)),
         "raises_reward": Broken(grpo, policy_flipped),
@@ -148,6 +151,7 @@ def test_every_check_fails_on_the_loss_that_has_its_fault(check):
 def test_a_sign_that_is_wrong_everywhere_is_seen_only_where_the_reward_rises():
     inner = quiet_loss("grpo", beta=0)
     loss = Broken(inner, policy_flipped, closed_form_gradient=lambda b: -inner.closed_form_gradient(b), separable=False)
+    loss.code = None  # the listing would tell
     failed = [f.check for f in prove(loss, (0,)) if f.status == "failed"]
     assert failed == ["raises_reward"]
 
@@ -168,7 +172,7 @@ def test_a_stop_gradient_is_found_or_believed_or_refuted():
         raise NotImplementedError
 
     # without a closed form nothing tells a stop-gradient from a mistake: the loss has to say so
-    assert status("finite_differences", Broken(capped, closed_form_gradient=opaque)) == "failed"
+    assert status("finite_differences", Broken(capped, closed_form_gradient=opaque, stops_gradient=None)) == "failed"
     assert status("closed_form", Broken(capped, closed_form_gradient=opaque)) == "not applicable"
 
 
@@ -251,7 +255,7 @@ def test_a_field_that_nobody_can_make_is_an_error_that_names_it():
 
     with pytest.raises(ProofError, match="pairs needs mood, which no proof knows how to make"):
         prove(Wants())
-    with no_trap_warnings(), pytest.raises(ProofError, match="needs max_length, a parameter"):
+    with no_trap_warnings(), pytest.raises(ProofError, match="needs max_length, which has no default"):
         prove(L.get_loss("dr_grpo"))
 
 

@@ -118,8 +118,8 @@ class CompletionLoss(Loss):
         counted = normalizer.units if normalizer is not None else None
         return self.term.units(at) if counted is None else counted
 
-    def normalizer(self, batch: Batch) -> Normalizer:
-        """The counts of this batch, the term's units included: add those of all ranks, and give the sum to each."""
+    def counts(self, batch: Batch) -> Normalizer:
+        """The term's units (pairs, groups or completions) included."""
         counts = Normalizer.of(batch.valid, batch.group)
         return dataclasses.replace(counts, units=self.term.units(self._completions(batch)))
 

@@ -215,13 +215,13 @@ class A2PO(CompletionTerm):
 class GVPO(CompletionTerm):
     """½(β(Λ_i - sg mean_g Λ) - A_i)², A = R - mean_g(R): Σ over the group/(G - 1), mean over groups (arXiv:2504.19599).
 
-    Λ is taken against the old policy; groups of one take no part. The mean over groups is ours: the recipe sums.
+    Λ is taken against the old policy; groups of one take no part. The mean over groups is ours: the recipe sums. The
+    detached mean stops no gradient: what it would add sums to 0 over the group.
     """
 
     option: ClassVar[str] = "gvpo"
     anchor: ClassVar[str] = "old"
     needs: ClassVar[frozenset[str]] = _GROUPED
-    stops_gradient: ClassVar[bool] = True
     beta: float = param("beta", 0.1, "factor of the log-ratio", above=0)
 
     def units(self, at: Completions) -> int:

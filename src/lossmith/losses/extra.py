@@ -86,7 +86,7 @@ class ImitatePositive(Extra):
         return f"−{c}·[A>0]·log π_θ(y_t)", rf"-{c}\,\mathbb 1[A>0]\log\pi_\theta(y_t)"
 
     def code(self) -> list[str]:
-        return [f"loss = loss - {self.coef} * (A > 0) * logp"]
+        return [f"loss = loss - torch.where(A > 0, {self.coef} * logp, 0.0)"]
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,15 @@ class FunctionLoss(Loss):
     parameters: tuple[tuple[str, Any], ...] = ()
     reads: frozenset[str] = frozenset()  # what the function needs besides logp and mask
     source: str = ""  # "module:function", for recipes and checkpoints
+    stops: bool = False  # part of it depends on logp without gradient
 
     @property
     def needs(self) -> frozenset[str]:
         return self.reads
+
+    @property
+    def stops_gradient(self) -> bool:
+        return self.stops
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
         for field in sorted(self.reads):

@@ -153,6 +153,10 @@ class Loss(ABC):
         """The objective half. For losses that are not separable: the loss, and the batch must be whole."""
         return self(batch)
 
+    def counts(self, batch: Batch) -> Normalizer:
+        """What this batch counts. Where it is one rank's share: add those of all ranks, and give each the sum."""
+        return Normalizer.of(batch.valid, batch.group)
+
     def token_weights(self, batch: Batch, normalizer: Normalizer | None = None) -> Tensor:
         """1/Z of each token, [N, T]."""
         return self.credit(batch, normalizer).weight

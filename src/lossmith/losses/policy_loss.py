@@ -182,12 +182,17 @@ class PolicyLoss(Loss):
         """
         return self._weights_by(self.aggregate, batch, normalizer)
 
-    def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
+    def counts(self, batch: Batch) -> Normalizer:
+        """Of what takes part: completions that the filter leaves out are not counted."""
+        return Normalizer.of(self._counted(batch).valid, batch.group)
+
+    def _counted(self, batch: Batch) -> Batch:
         taking_part = self.group_filter.keep(batch)
-        counted = batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
-        local = self.local_normalizer or normalizer is None
-        norm = Normalizer.of(counted.valid, batch.group) if local or normalizer is None else normalizer
-        weights = aggregate.weights(counted, norm, batch.dtype)
+        return batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
+
+    def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
+        norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
+        weights = aggregate.weights(self._counted(batch), norm, batch.dtype)
         if self.truncated == "mask":  # left out of the loss, still counted by the normaliser
             weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
         return weights

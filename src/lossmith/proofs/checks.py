@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lossmith.errors import ProofError, nearest
-from lossmith.proofs import form, layout, slopes
+from lossmith.proofs import form, layout, listed, slopes
 from lossmith.proofs.enumeration import bias, default_world, group_gradients
 from lossmith.proofs.fields import batch_fields
 from lossmith.proofs.finding import FAILED, PASSED, Finding, not_applicable, worst
@@ -57,6 +57,7 @@ CHECKS: dict[str, Callable[[Any, int], Finding]] = {
         form.inputs_untouched,
         form.formula,
         form.round_trip,
+        listed.listing,
         form.reward_shift,
         form.reward_scale,
         raises_reward,

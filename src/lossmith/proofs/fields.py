@@ -6,6 +6,7 @@ anywhere in a row of eight: the shapes on which a mask, a normaliser or a group 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 import zlib
@@ -115,8 +116,11 @@ def batch_fields(loss: Any) -> frozenset[str]:
     ProofError: the loss still needs a token limit, or a field that is not known here.
     """
     needs = frozenset(loss.needs)
-    if "max_length" in needs:
-        raise ProofError(f"{loss.name} needs max_length, a parameter: build it with max_length=... before proving it.")
+    parameters = needs & set(loss.to_dict() if hasattr(loss, "to_dict") else ())
+    parameters -= {f.name for f in dataclasses.fields(Batch)}
+    if parameters:
+        names = ", ".join(sorted(parameters))
+        raise ProofError(f"{loss.name} needs {names}, which has no default: build it with a value before proving it.")
     unknown = needs - FIELDS.keys()
     if unknown:
         raise ProofError(

@@ -97,10 +97,16 @@ def _invariance(loss: Any, seed: int, check: str, promise: str, change: Any) -> 
     if "reward" not in fields:
         return not_applicable(check, "the loss reads no reward")
     number = gap(_credit(loss, fields), _credit(loss, fields | {"reward": change(fields["reward"], fields["group"])}))
-    owners = (getattr(loss, "advantage", None), getattr(loss, "scale", None))
-    promised = any(getattr(owner, promise, None) is True for owner in owners)
-    if promised:
-        return judged(check, number, 1e-4, "promised by its pieces; relative change of the advantage")
+    estimator, scale = getattr(loss, "advantage", None), getattr(loss, "scale", None)
+    mine, its = (getattr(owner, promise, False) is True for owner in (estimator, scale))
+    # a shift must leave both alone; a factor must come through the estimator for the scale to take it out
+    promised = (
+        mine and its if promise == "shift_invariant" else mine or (its and getattr(estimator, "homogeneous", True))
+    )
+    kl = getattr(loss, "kl", None)
+    in_reward = kl is not None and kl.active and kl.place == "reward"
+    if promised and not getattr(loss, "shaping", ()) and not in_reward:
+        return judged(check, number, 3e-3, "promised by its pieces; relative change of the advantage")
     return not_applicable(check, "not promised; measured relative change of the advantage", number)
 
 

@@ -133,14 +133,10 @@ def ranks(loss: Any, seed: int) -> Finding:
 
 
 def _counts(loss: Any, fields: Fields) -> Normalizer:
-    """Counts of one rank's share; groups that a filter leaves out are not counted."""
-    mask, group = fields["mask"], fields["group"]
-    if getattr(loss, "group_filter", "none") == "zero_variance":
-        alive = mask.any(1)
-        rewards = [fields["reward"][(group == g) & alive] for g in group]
-        spread = [len(r) > 1 and bool(r.max() > r.min()) for r in rewards]
-        mask = mask & torch.tensor(spread)[:, None]
-    return Normalizer.of(mask, group)
+    """Counts of one rank's share, of what takes part."""
+    batch = Batch(**fields)
+    counts = getattr(loss, "counts", None)
+    return counts(batch) if counts is not None else Normalizer.of(batch.valid, batch.group)
 
 
 def single_precision(loss: Any, seed: int) -> Finding:

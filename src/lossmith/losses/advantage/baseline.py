@@ -73,11 +73,18 @@ class BatchMean(Estimator):
 class Group(Estimator):
     """A = R - mean of the prompt's group (arXiv:2402.03300, 2503.20783)."""
 
-    shift_invariant: ClassVar[bool] = True
     option: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     singleton: str = param("singleton", "zero", "A of a group of one: 0, or its raw reward", choices=("zero", "raw"))
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return self.singleton == "zero"
+
+    @property
+    def homogeneous(self) -> bool:  # type: ignore[override]
+        return self.singleton == "zero"  # a scale leaves a group of one as it is
 
     def sequence(self, signal: Signal) -> Tensor:
         groups = signal.groups("advantage='group'")
@@ -118,6 +125,7 @@ class Given(Estimator):
     """A = Batch.advantage; nothing is estimated."""
 
     option: ClassVar[str] = "given"
+    homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"advantage"})
     per_token: ClassVar[bool] = False  # as many numbers as are given
 
@@ -137,6 +145,7 @@ class Ones(Estimator):
     """A = 1 everywhere: imitation of whatever completions take part."""
 
     option: ClassVar[str] = "ones"
+    homogeneous: ClassVar[bool] = False
 
     def sequence(self, signal: Signal) -> Tensor:
         return torch.ones_like(signal.per_sequence)
@@ -153,6 +162,7 @@ class Zero(Estimator):
     """A = 0 everywhere: no policy term, the other terms alone."""
 
     option: ClassVar[str] = "zero"
+    homogeneous: ClassVar[bool] = False
 
     def sequence(self, signal: Signal) -> Tensor:
         return torch.zeros_like(signal.per_sequence)
@@ -169,6 +179,7 @@ class Baseline(Estimator):
     """A = R - b with b given for each completion: the mean reward of its role so far (RAE, arXiv:2506.24119), say."""
 
     option: ClassVar[str] = "baseline"
+    homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "baseline"})
 
     def sequence(self, signal: Signal) -> Tensor:
@@ -227,8 +238,15 @@ class OptimalReward(_OverGroup):
     """A = R - Σ_g T_j R_j / Σ_g T_j, the group's mean weighted by length (OPO, arXiv:2505.23585)."""
 
     option: ClassVar[str] = "opo"
-    shift_invariant: ClassVar[bool] = True
     singleton: str = param("singleton", "zero", "A of a group of one: 0, or its raw reward", choices=("zero", "raw"))
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return self.singleton == "zero"
+
+    @property
+    def homogeneous(self) -> bool:  # type: ignore[override]
+        return self.singleton == "zero"  # a scale leaves a group of one as it is
 
     def sequence(self, signal: Signal) -> Tensor:
         groups = signal.groups("advantage='opo'")

@@ -48,6 +48,7 @@ class Critic(Estimator):
     """Estimators that read values V_t; the value after the last valid token is 0 (book.md section 4, point 11)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "value"})
+    homogeneous: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
 
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
@@ -145,6 +146,7 @@ class ReMax(Estimator):
     """A_t = Σ_{k>=t} r_k - R(greedy completion of the same prompt) (ReMax, arXiv:2310.10505)."""
 
     option: ClassVar[str] = "remax"
+    homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "reward_greedy"})
     per_token: ClassVar[bool] = True
 
@@ -208,6 +210,7 @@ class ReferenceGap(Estimator):
     """A_t = log π_ref - log π_old: the reverse KL to a teacher by policy gradient (on-policy distillation)."""
 
     option: ClassVar[str] = "reference_gap"
+    homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
     per_token: ClassVar[bool] = True
 

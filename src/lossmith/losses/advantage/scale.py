@@ -18,6 +18,8 @@ class Scale(Piece):
     """What advantages [N, T] are divided by."""
 
     coupling: ClassVar[str] = "token"
+    shift_invariant: ClassVar[bool] = True  # R + c within each group leaves the divisor as it is
+    scale_invariant: ClassVar[bool] = True  # c·R with c > 0 multiplies the divisor by c (but for eps)
 
     def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
         raise NotImplementedError
@@ -39,6 +41,7 @@ class NoScale(Scale):
     """
 
     option: ClassVar[str] = "none"
+    scale_invariant: ClassVar[bool] = False
     eps: float = param("eps", 1e-6, "added to the standard deviation; of no effect without a scale", above=0)
 
     def __post_init__(self) -> None:
@@ -131,6 +134,7 @@ class BatchStd(_Std):
     option: ClassVar[str] = "batch_std"
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
     coupling: ClassVar[str] = "batch"
+    shift_invariant: ClassVar[bool] = False  # prompts may be shifted apart
     symbol: ClassVar[tuple[str, str]] = ("std_batch(R)", r"\sigma_{\mathrm{batch}}")
     eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
 

@@ -128,6 +128,7 @@ class Estimator(Piece):
     coupling: ClassVar[str] = "sequence"
     shift_invariant: ClassVar[bool] = False  # promises: R + c within each group changes nothing
     scale_invariant: ClassVar[bool] = False  # promises: c·R with c > 0 changes nothing (but for eps)
+    homogeneous: ClassVar[bool] = True  # c·R gives c·A, so that a scale takes c out again
 
     def __call__(self, signal: Signal) -> Tensor:
         """[N, T]; what stands at masked positions does not matter."""

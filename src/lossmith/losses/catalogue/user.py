@@ -39,6 +39,7 @@ def register_loss(
     name: str | None = None,
     *,
     needs: Collection[str] | None = None,
+    stops_gradient: bool = False,
     paper: str = "",
     year: int = 0,
     summary: str = "",
@@ -46,10 +47,12 @@ def register_loss(
     """Put a function under a name in the catalogue, for as long as this process lives. See the top of this file.
 
     needs: fields of Batch it reads besides logp and mask; by default those that its code mentions.
+    stops_gradient: part of it depends on logp without gradient, by design (a detached ratio, say).
     """
 
     def put(function: Made) -> Made:
         said = {"name": name or function.__name__, "needs": needs, "paper": paper, "year": year, "summary": summary}
+        said["stops"] = stops_gradient
         setattr(function, _SAID, said)
         entry = _of_function(function, f"{function.__module__}:{function.__qualname__}")
         _REGISTERED[entry.name] = entry
@@ -99,7 +102,7 @@ def _of_function(function: Callable[..., Any], where: str) -> Entry:
     if parameters and parameters[0] == "batch":
         needs = said.get("needs")
         reads = read_fields(function) if needs is None else frozenset(needs)
-        opaque = FunctionLoss(name, function, parameters_of(function, skip=1), reads, where)
+        opaque = FunctionLoss(name, function, parameters_of(function, skip=1), reads, where, said.get("stops", False))
 
         def build_opaque() -> Loss:
             return opaque
