@@ -1,4 +1,4 @@
-"""The losses beyond the common clip, by hand: typed numbers and plain loops, one for each that no library's data holds."""
+"""The losses beyond the common clip, by hand: typed numbers and plain loops for what no library's data holds."""
 
 import itertools
 import math
@@ -99,7 +99,7 @@ def test_gdpo_by_plain_loops():
     expected = (total - total[live].mean()) / (total[live].std() + 1e-6)
     for i in range(9):
         assert torch.allclose(got[i][fields["mask"][i]], expected[i], rtol=1e-12)
-    with pytest.raises(L.LossError, match="score_weights has 3 numbers, but .* 2 scores"):
+    with pytest.raises(L.LossError, match=r"score_weights has 3 numbers, but .* 2 scores"):
         quiet_loss("reinforce", advantage="gdpo", score_weights=[1, 1, 1]).credit(L.Batch(**fields))
 
 
@@ -480,7 +480,7 @@ def test_what_is_missing_is_named():
         L.get_loss("m2po")(L.Batch(**random_fields(0)))
     with pytest.raises(L.LossError, match=r"online_dpo has no parameter 'bta'.*'beta'"):
         L.get_loss("online_dpo", bta=0.1)
-    with pytest.raises(L.LossError, match="gamma is .* both read it, so it must agree"):
+    with pytest.raises(L.LossError, match=r"gamma is .* both read it, so it must agree"):
         L.get_loss("fipo", advantage="return", advantage_scale="none")
     with pytest.raises(L.LossError, match="ratio of each token"):
         L.get_loss("dcpo", ratio_level="sequence")

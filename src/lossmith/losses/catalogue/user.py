@@ -11,6 +11,7 @@ A function whose first parameter is `batch` is a loss of the whole batch; one wi
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -69,7 +70,7 @@ def entries() -> dict[str, Entry]:
 @cache
 def _installed() -> dict[str, Entry]:
     return {
-        point.name: _of_object(point.load(), point.value, point.name)
+        point.name: dataclasses.replace(_of_object(point.load(), point.value, point.name), name=point.name)
         for point in importlib.metadata.entry_points(group=GROUP)
     }
 
