@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lossmith.errors import LossError
-from lossmith.losses import CATALOGUE, get_loss
+from lossmith.losses import CATALOGUE, example_loss
 from lossmith.proofs.audit import Audit, audit
-from lossmith.proofs.fields import quietly
 from lossmith.proofs.finding import FAILED
 from lossmith.proofs.kl_push import kl_table
 from lossmith.proofs.words import EXACT, SIMILAR, short
@@ -95,13 +92,8 @@ _KL_NOTE = "Expected gradient of the term alone, on-policy, β = 1, against the 
 
 
 def _catalogue() -> list[Any]:
-    """Every loss that needs no parameter of its own."""
-    found = []
-    with quietly():
-        for name in CATALOGUE:
-            with suppress(LossError):  # a parameter without a default: no row
-                found.append(get_loss(name))
-    return found
+    """Every entry, with example values for parameters that have no agreed default."""
+    return [example_loss(name) for name in CATALOGUE]
 
 
 if __name__ == "__main__":
