@@ -27,7 +27,7 @@ def draw(case: Case, seed: int) -> tuple[Fields, Params]:
 
 
 def draw_fields(case: Case, rng: np.random.Generator) -> Fields:
-    n, t = int(rng.integers(1, 7)), int(rng.integers(1, 34))
+    n, t = int(rng.integers(1 if case.singletons else 2, 7)), int(rng.integers(1, 34))
     fields = {"mask": draw_mask(rng, n, t, case.empty_rows)}
     if REWARD_FIELDS & set(case.fields):
         return fields | draw_rewards(case, rng, n, t)
