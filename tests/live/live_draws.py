@@ -63,14 +63,23 @@ def draw_mask(rng: np.random.Generator, n: int, t: int, empty_rows: bool) -> Ten
 
 
 def draw_log_probs(rng: np.random.Generator, n: int, t: int) -> Fields:
-    """Log-probabilities of four policies, all negative; log-ratios up to 0.05, 0.5 or 1.5."""
-    spread = rng.choice([0.05, 0.5, 1.5])
+    """Log-probabilities of four policies, all negative; log-ratios up to 0.05, 0.5 or 1.5.
+
+    Part of a log-ratio is common to its row in two draws of three: else the ratios of sequences would stay at 1.
+    """
+    spread = rng.choice([0.05, 0.5, 1.5], p=[0.1, 0.3, 0.6])
+    common = rng.choice([0.0, 0.3, 0.7])
     base = -0.02 - 2.5 * rng.random((n, t))
-    ratio = rng.uniform(-spread, spread, size=(n, t))
-    old = base + np.minimum(-ratio, 0)
+
+    def log_ratio() -> np.ndarray:
+        own, of_row = rng.uniform(-spread, spread, size=(n, t)), rng.uniform(-spread, spread, size=(n, 1))
+        return common * of_row + (1 - common) * own
 
     def near(x: np.ndarray) -> np.ndarray:
-        return np.minimum(x + rng.uniform(-spread, spread, size=(n, t)), -0.01)
+        return np.minimum(x + log_ratio(), -0.01)
+
+    ratio = log_ratio()
+    old = base + np.minimum(-ratio, 0)
 
     logp = base + np.minimum(ratio, 0)
     return tensors(logp=logp, old_logp=old, behavior_logp=near(old), ref_logp=near(logp))
@@ -107,9 +116,18 @@ def near_kink(fields: Fields, params: Params) -> bool:
     x = {name: value.numpy() for name, value in fields.items()}
     if "value_clip" in params:
         return close((x["value"] - x["old_value"])[x["mask"]], [params["value_clip"], -params["value_clip"]])
+    if params.get("advantage_scale") == "whiten" and "group" in x:
+        return _constant_credit(x)
     if "old_logp" not in x:
         return False
     return _near_ratio_bound(x, params) or _near_mask_bound(x, params) or _near_choice(x, params)
+
+
+def _constant_credit(x: dict[str, np.ndarray]) -> bool:
+    """All rows have one advantage before whitening: zeros divided by nothing (test_live_differences has the case)."""
+    same = x["group"][:, None] == x["group"]
+    mean = same @ x["reward"] / same.sum(1)
+    return bool(np.ptp(np.where(same.sum(1) > 1, x["reward"] - mean, x["reward"])) < 1e-6)
 
 
 def _statistics(delta: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -142,9 +160,12 @@ def _near_mask_bound(x: dict[str, np.ndarray], params: Params) -> bool:
         ):
             return True
     if "behavior_logp" in x:
-        for log_ratio in _statistics(x["old_logp"] - x["behavior_logp"], mask):
-            if close(np.exp(np.minimum(log_ratio, 20)), [get("mismatch_low"), get("mismatch_high")]):
-                return True
+        low, high = get("mismatch_low"), get("mismatch_high")
+        token, _, sequence = _statistics(x["old_logp"] - x["behavior_logp"], mask)
+        rho = np.exp(np.minimum(sequence if get("mismatch_level") == "sequence" else token, 20))
+        # verl's metrics divide by zero where its IcePop keeps nothing
+        if close(rho, [low, high]) or (low is not None and not ((rho > low) & (rho < high)).any()):
+            return True
         drift = _statistics(x["behavior_logp"] - x["logp"], mask)[1]
         if close(drift, [get("opsm_delta")]):
             return True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from live_case import Case, Fields, Params, value_and_gradients
-from live_ranges import clip, dual, either, kl, nothing, uniform
+from live_ranges import clip, dual, either, kl, narrow, nothing, uniform
 
 LOSS_TYPE = {"token_mean": "dapo", "seq_mean_token_mean": "grpo", "seq_mean_token_sum_norm": "dr_grpo"}
 NAMES = {
@@ -77,6 +77,6 @@ CASES = [
     case("cispo_cap", "cispo", nothing | TOKENS | {"clip_low": 1.0, "cap": uniform(0.5, 5)}, capped),
     case("sapo", "sapo", nothing | TAUS | STM, of_type(loss_type="sapo")),
     case("vespo", "vespo", nothing | GAMMAS | TOKENS, of_type(loss_type="vespo")),
-    case("gspo", "gspo", nothing | clip | STM, SEQUENCE),
-    case("gspo_kl", "gspo", clip | kl | STM, SEQUENCE, fields=("ref_logp",)),
+    case("gspo", "gspo", nothing | narrow | STM, SEQUENCE),
+    case("gspo_kl", "gspo", narrow | kl | STM, SEQUENCE, fields=("ref_logp",)),
 ]

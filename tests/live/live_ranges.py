@@ -38,6 +38,7 @@ def either(*options: Any) -> Range:
 
 nothing = Ranges({"beta": 0.0})
 clip = Ranges({"clip_low": uniform(0.05, 0.4), "clip_high": uniform(0.05, 0.5)})
+narrow = Ranges({"clip_low": uniform(0.01, 0.2), "clip_high": uniform(0.01, 0.3)})  # for ratios of sequences
 # TRL's and Liger's two-sided bound also cuts positive advantages if it stands below 1 + clip_high: keep it above
 dual = clip | {"dual_clip": uniform(1.1, 3), "delta_above_clip": True}
 kl = Ranges(

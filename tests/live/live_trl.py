@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from live_case import Case, Fields, Params, value_and_gradients
-from live_ranges import clip, dual, either, kl, nothing, uniform
+from live_ranges import clip, dual, either, kl, narrow, nothing, uniform
 
 LOSS_TYPE = {
     "token_mean": "dapo",
@@ -138,8 +138,8 @@ CASES = [
     case("cispo_cap", "cispo", nothing | TOKENS | {"clip_low": 1.0, "cap": uniform(0.5, 5)}, capped),
     case("sapo", "sapo", nothing | TAUS | STM, of_type("sapo")),
     case("vespo", "vespo", nothing | GAMMAS | TOKENS, of_type("vespo")),
-    case("gspo", "gspo", nothing | clip | STM, of_type("grpo", **SEQUENCE)),
-    case("luspo", "luspo", nothing | clip | {"aggregate": "seq_mean_token_sum"}, of_type("luspo", **SEQUENCE)),
+    case("gspo", "gspo", nothing | narrow | STM, of_type("grpo", **SEQUENCE)),
+    case("luspo", "luspo", nothing | narrow | {"aggregate": "seq_mean_token_sum"}, of_type("luspo", **SEQUENCE)),
     case("gmpo", "gmpo", nothing | clip, lambda fields, params: call(fields, params, "gmpo")),
     case("rloo", "rloo", nothing | clip, lambda fields, params: call(fields, params, "rloo")),
 ]  # fmt: skip

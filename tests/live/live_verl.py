@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from live_case import Case, Fields, Params, value_and_gradients
-from live_ranges import Ranges, clip, either, nothing, uniform
+from live_ranges import Ranges, clip, either, narrow, nothing, uniform
 
 KL_NAMES = {"k1": "kl", "k2": "mse", "k3": "low_var_kl", "abs": "abs"}
 
@@ -117,11 +117,12 @@ NORM = {"aggregate": "seq_mean_token_sum_norm", "max_length": either(16, 33, 100
 PPO = nothing | clip | {"dual_clip": uniform(1.2, 3.5)}
 TIS = {"mismatch": "tis", "mismatch_high": uniform(1.05, 2.5)}
 ICEPOP = {"mismatch": "icepop", "mismatch_low": uniform(0.5, 0.9), "mismatch_high": uniform(1.1, 2.5)}
+WIDE = {"mismatch_low": uniform(0.02, 0.5), "mismatch_high": uniform(2, 50)}  # products of ratios spread further
 TOKEN, SEQUENCE = {"mismatch_level": "token"}, {"mismatch_level": "sequence"}
 DELTAS = {"delta_low": uniform(0.02, 0.2), "delta_high": uniform(0.02, 0.2), "cap": uniform(1.2, 4)}
-KL_DELTAS = {"delta_low": uniform(0.005, 0.08), "delta_high": uniform(0.005, 0.08), "cap": uniform(1.2, 4)}
+KL_DELTAS = {"delta_low": uniform(0.005, 0.05), "delta_high": uniform(0.005, 0.05), "cap": uniform(1.2, 4)}
 TAUS = {"tau_pos": uniform(0.5, 3), "tau_neg": uniform(0.5, 3)}
-COV = {"fraction": 1.0, "cov_low": uniform(0.02, 0.3), "cov_high": uniform(0.5, 5)}
+COV = {"fraction": 1.0, "cov_low": uniform(0.01, 0.1), "cov_high": uniform(0.2, 1)}
 KL = Ranges({"kl_place": "loss", "beta": uniform(0.01, 1), "kl_straight_through": either(False, True)})
 BEHAVIOR = ("behavior_logp",)
 
@@ -132,15 +133,18 @@ CASES = [
     case("ppo_tis_token", "ppo", PPO | TOKENS | TIS | TOKEN, "vanilla", fields=BEHAVIOR),
     case("ppo_tis_sequence", "ppo", PPO | TOKENS | TIS | SEQUENCE, "vanilla", fields=BEHAVIOR),
     case("ppo_icepop", "ppo", PPO | TOKENS | ICEPOP | TOKEN, "vanilla", fields=BEHAVIOR),
-    case("ppo_icepop_sequence", "ppo", PPO | TOKENS | ICEPOP | SEQUENCE, "vanilla", fields=BEHAVIOR, data="ppo_icepop"),
+    case(
+        "ppo_icepop_sequence", "ppo", PPO | TOKENS | ICEPOP | WIDE | SEQUENCE, "vanilla",
+        fields=BEHAVIOR, data="ppo_icepop",
+    ),
     case(
         "ppo_tis_normalized", "ppo", PPO | TOKENS | TIS | TOKEN | {"mismatch_batch_normalize": True}, "vanilla",
         fields=BEHAVIOR, data="ppo_tis_token",
     ),
     case("reinforce", "reinforce", nothing | ANY, "gpg", empty_rows=True),
     case("reinforce_tis", "reinforce", nothing | ANY | TIS | TOKEN, "gpg", fields=BEHAVIOR),
-    case("gspo_token", "gspo_token", nothing | clip | ANY, "gspo", empty_rows=True),
-    case("gspo_token_advantage", "gspo_token", nothing | clip | STM, "gspo", data="gspo_token", token_advantage=True),
+    case("gspo_token", "gspo_token", nothing | narrow | ANY, "gspo", empty_rows=True),
+    case("gspo_token_advantage", "gspo_token", nothing | narrow | STM, "gspo", data="gspo_token", token_advantage=True),
     case("sapo", "sapo", nothing | TAUS | STM, "sapo", token_advantage=True, empty_rows=True),
     case("cispo", "cispo", nothing | ANY | {"clip_low": uniform(0.1, 1), "cap": uniform(1.05, 5)}, "cispo"),
     case("dppo_tv", "dppo_tv", nothing | DELTAS | ANY, "dppo_tv", token_advantage=True),

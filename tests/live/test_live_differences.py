@@ -179,6 +179,15 @@ def test_verl_sapo_ignores_the_aggregation_asked_for():
     is_number(ours("sapo", fields, params | {"aggregate": "token_mean"}), loss=-2 * (3 - 1) / 4)
 
 
+def test_verl_icepop_that_keeps_nothing_is_an_error():
+    """Its metrics divide by zero; the loss itself is 0."""
+    fields = rows([1.0], advantage=[1.0], behavior_logp=[[-5.0]])
+    params = {"mismatch": "icepop", "mismatch_level": "token", "mismatch_low": 0.5, "mismatch_high": 2.0}
+    with pytest.raises(ZeroDivisionError):
+        verl("vanilla", fields, params)
+    is_number(ours("ppo", fields, params), loss=0.0, grad=[[0.0]])
+
+
 def test_verl_k3_is_cut_at_10():
     """κ = −3: k3 = e³ − 4, slope 1 − e³. verl: 10, slope 0."""
     fields = {name: torch.tensor([[value]]).double() for name, value in (("logp", -4.0), ("ref_logp", -1.0))}
@@ -205,6 +214,17 @@ def test_verl_gives_a_group_of_one_its_raw_reward_in_some_estimators():
         if not unsupported("advantage", {"advantage": advantage}, fields):
             got = lossmith("advantage", fields, {"advantage": advantage, "advantage_scale": "none"})["advantage"]
             assert float(got) == 0.0
+
+
+def test_verl_whitening_of_equal_advantages_is_not_zero():
+    """1e-8 in the denominator of its mean leaves A·1e-8/n, which is divided by a standard deviation of 1e-4."""
+    require("verl")
+    fields = {"reward": torch.tensor([3.0]).double(), "group": torch.tensor([0]), "mask": torch.tensor([[True, True]])}
+    with their_ways():
+        found = live_verl_advantages.estimate("reinforce_plus_plus_baseline_outcome", fields, {})["advantage"]
+    assert found[0].tolist() == pytest.approx([1e-4 * 3 / 2] * 2, rel=1e-4)
+    params = {"advantage": "group", "advantage_scale": "whiten", "singleton": "raw"}
+    assert lossmith("advantage", fields, params)["advantage"][0].tolist() == [0.0, 0.0]
 
 
 def test_verl_clip_cov_draws_from_the_global_generator():

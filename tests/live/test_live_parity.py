@@ -17,7 +17,7 @@ from live_draws import draw
 pytestmark = pytest.mark.parity
 torch.set_num_threads(1)
 
-SEEDS = range(6)
+SEEDS = range(12)
 CASES = [*live_trl.CASES, *live_verl.CASES, *live_verl_advantages.CASES, *live_liger.CASES, *live_rlax.CASES]
 
 FIRST_OF_FILE = list({case.file: case for case in reversed(CASES)}.values())
