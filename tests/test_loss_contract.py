@@ -436,6 +436,7 @@ def test_any_legal_composition_is_finite_and_has_its_closed_form(loss, seed):
     if loss is None:
         return
     fields = random_fields(seed)
+    fields |= {k: normal(seed + 1, *fields["logp"].shape) for k in loss.needs & {"advantage", "returns"}}
     out, grads = evaluate(loss, fields)
     assert torch.isfinite(out.loss) and all(torch.isfinite(g).all() for g in grads.values())
     closed = loss.closed_form_gradient(L.Batch(**fields))
