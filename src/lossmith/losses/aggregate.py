@@ -146,7 +146,7 @@ class PromptMean(Aggregate):
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
         group = batch.require("group", "aggregate='prompt_mean'")
         lengths = batch.lengths.to(dtype)
-        tokens = Groups.of(lengths, group, batch.valid.any(1)).total(lengths)
+        tokens = Groups.of(lengths, group, batch.live).total(lengths)
         return 1 / (max(norm.groups, 1) * tokens.clamp(min=1))
 
     def formula(self) -> tuple[str, str]:

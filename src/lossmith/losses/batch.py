@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -174,12 +175,22 @@ class Batch:
         assert self.mask is not None
         return self.mask
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """[N] valid tokens of each completion."""
         return self.valid.sum(1)
 
-    @property
+    @cached_property
+    def live(self) -> Tensor:
+        """[N] bool: the completion has a valid token."""
+        return self.lengths > 0
+
+    @cached_property
+    def tokens(self) -> int:
+        """Valid tokens of all completions."""
+        return int(self.lengths.sum())
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The widest floating type among the fields."""
         kinds = [x.dtype for f in dataclasses.fields(self) if (x := getattr(self, f.name)) is not None]
@@ -206,9 +217,11 @@ class Normalizer:
     @classmethod
     def of(cls, mask: Tensor, group: Tensor | None = None) -> Normalizer:
         """Count valid tokens, completions with a valid token, and prompts with one. mask [N, T], group [N]."""
-        rows = mask.any(1)
-        groups = int(group[rows].unique().numel()) if group is not None else int(rows.sum())
-        return cls(tokens=int(mask.sum()), sequences=int(rows.sum()), groups=groups)
+        lengths = mask.sum(1)
+        rows = lengths > 0  # several times as fast as mask.any(1)
+        sequences = int(rows.sum())
+        groups = int(group[rows].unique().numel()) if group is not None else sequences
+        return cls(tokens=int(lengths.sum()), sequences=sequences, groups=groups)
 
     def __add__(self, other: Normalizer) -> Normalizer:
         """The normaliser of two ranks together (a prompt's completions must stay on one rank)."""

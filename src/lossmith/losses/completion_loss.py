@@ -106,7 +106,7 @@ class CompletionLoss(Loss):
         per_token = torch.where(batch.valid, logp - anchor, torch.zeros_like(logp))
         reward = Signal(batch, batch.require("reward", self.name)).per_sequence
         lengths = batch.lengths.clamp(min=1).to(logp.dtype)
-        return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.valid.any(1), batch)
+        return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.live, batch)
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
         at = self._completions(batch)

@@ -168,7 +168,7 @@ class PolicyLoss(Loss):
             weight=weight,
             mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
             returns=self._returns(batch, signal, raw),
-            tokens=normalizer.tokens if normalizer is not None else int(batch.valid.sum()),
+            tokens=normalizer.tokens if normalizer is not None else batch.tokens,
             measure=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
             kl_weight=kl,
             entropy_weight=entropy,

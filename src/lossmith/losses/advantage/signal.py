@@ -106,7 +106,7 @@ class Signal:
 
     @property
     def live(self) -> Tensor:
-        return self.batch.valid.any(1)
+        return self.batch.live
 
     def groups(self, owner: str) -> Groups:
         return Groups.of(self.per_sequence, self.batch.require("group", owner), self.live)
