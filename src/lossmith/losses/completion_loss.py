@@ -103,7 +103,7 @@ class CompletionLoss(Loss):
     def _completions(self, batch: Batch) -> Completions:
         logp, owner = batch.require("logp", self.name), self.name
         anchor = batch.require("ref_logp", owner).detach() if self.term.anchor == "ref" else batch.old(owner)
-        per_token = torch.where(batch.valid, logp - anchor, torch.zeros_like(logp))
+        per_token = logp - anchor  # a batch holds 0 at masked positions of both
         reward = Signal(batch, batch.require("reward", self.name)).per_sequence
         lengths = batch.lengths.clamp(min=1).to(logp.dtype)
         return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.live, batch)

@@ -83,8 +83,7 @@ class NoMismatch(Mismatch):
 
 def _log_rho(batch: Batch) -> Tensor:
     behavior = batch.require("behavior_logp", "a mismatch correction").detach()
-    old = batch.old("a mismatch correction")
-    return torch.where(batch.valid, old - behavior, torch.zeros_like(old))
+    return batch.old("a mismatch correction") - behavior  # a batch holds 0 at masked positions of both
 
 
 def _at_level(x: Tensor, batch: Batch, level: str) -> Tensor:

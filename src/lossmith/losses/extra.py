@@ -51,7 +51,7 @@ class SquareLogRatio(Extra):
 
     def _gap(self, batch: Batch) -> Tensor:
         mu = batch.require("behavior_logp", "extra='square_log_ratio'").detach()
-        return torch.where(batch.valid, batch.require("logp", "every policy loss") - mu, 0.0)
+        return batch.require("logp", "every policy loss") - mu
 
     def value(self, batch: Batch, advantage: Tensor) -> Tensor:
         return self.coef * self._gap(batch) ** 2

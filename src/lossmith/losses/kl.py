@@ -119,7 +119,7 @@ class KL(Piece):
     def penalty(self, batch: Batch) -> Tensor:
         """β·k at the old policy, [N, T], to be taken off the reward of each token."""
         ref = batch.require("ref_logp", "a KL term (beta > 0)").detach()
-        return self.beta * kl_estimate(_masked(batch.old("a KL term") - ref, batch), self.estimator)
+        return self.beta * kl_estimate(batch.old("a KL term") - ref, self.estimator)
 
     def term(self, batch: Batch, ratio: Tensor) -> Tensor:
         """k [N, T] before β, with gradient, as a term of the loss."""
@@ -147,7 +147,7 @@ class KL(Piece):
         """log π_θ - log π_ref (or log μ), [N, T], 0 at masked positions."""
         name = "ref_logp" if self.against == "ref" else "behavior_logp"
         anchor = batch.require(name, "a KL term (beta > 0)").detach()
-        return _masked(batch.require("logp", "a KL term") - anchor, batch)
+        return batch.require("logp", "a KL term") - anchor  # a batch holds 0 at masked positions of both
 
     def trap(self) -> str | None:
         """Why this setting misleads, if it does."""
@@ -206,7 +206,3 @@ def adapt_coefficient(kl: KL, observed: float, completions: int) -> KL:
         return kl
     error = max(-0.2, min(0.2, observed / kl.target - 1))
     return dataclasses.replace(kl, beta=kl.beta * (1 + error * completions / kl.horizon))
-
-
-def _masked(x: Tensor, batch: Batch) -> Tensor:
-    return torch.where(batch.valid, x, torch.zeros_like(x))

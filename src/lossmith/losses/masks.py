@@ -111,7 +111,7 @@ class OffPolicySequence(Mask):
     def drift(self, batch: Batch) -> Tensor:
         """[N, 1] mean of log μ - log π_θ over the completion."""
         mu = batch.behavior_logp if batch.behavior_logp is not None else batch.old("sequence_mask='opsm'")
-        gap = torch.where(batch.valid, mu.detach() - batch.require("logp", "sequence_mask='opsm'").detach(), 0.0)
+        gap = mu.detach() - batch.require("logp", "sequence_mask='opsm'").detach()
         return gap.sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
 
     def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ class Ratio(Piece):
     def log_ratio(self, batch: Batch) -> Tensor:
         """Δ [N, T], with gradient; 0 at masked positions."""
         logp = batch.require("logp", "every policy loss")
-        return torch.where(batch.valid, logp - self.below(batch), torch.zeros_like(logp))
+        return logp - self.below(batch)  # a batch holds 0 at masked positions of both
 
     def below(self, batch: Batch) -> Tensor:
         """Log-probability under the denominator's policy, [N, T], detached."""

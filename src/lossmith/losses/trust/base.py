@@ -39,7 +39,7 @@ class Tokens:
     @property
     def delta(self) -> Tensor:
         """Log-ratio of each token, 0 at masked positions."""
-        return torch.where(self.mask, self.logp - self.below, torch.zeros_like(self.logp))
+        return self.logp - self.below
 
     @property
     def lengths(self) -> Tensor:
