@@ -204,8 +204,8 @@ def peak_tensors(side: Side) -> float:
     return live.peak / (4 * N * T)
 
 
-def medians(sides: dict[str, Side], runs: int) -> dict[str, float]:
-    """Milliseconds of each, run in turn so that a busy machine slows all of them alike."""
+def timed(sides: dict[str, Side], runs: int) -> dict[str, list[float]]:
+    """Milliseconds of every run of each, in turn so that a busy machine slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(runs + 2):
         for name, side in sides.items():
@@ -213,7 +213,12 @@ def medians(sides: dict[str, Side], runs: int) -> dict[str, float]:
             side()
             if i >= 2:  # the first two runs warm up
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(x) for name, x in times.items()}
+    return times
+
+
+def ratio_of(a: list[float], b: list[float]) -> float:
+    """Median over the runs of how many times as long a took as the b next to it."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 @dataclass
@@ -248,21 +253,23 @@ def measure(name: str, loss: Loss, every: dict[str, Tensor], runs: int) -> Row:
         whole = fields_for(loss, loss.code(), every, objective=False)
         sides |= {"full": lossmith(loss, whole)[0], "full_minimal": plain(loss.code(), whole)}
     at = {key: float(side().detach()) for key, side in sides.items()}
-    pairs = [("objective", "minimal"), ("objective", "handwritten"), ("full", "full_minimal")]
-    agrees = all(abs(at[a] - at[b]) <= 1e-4 * max(1, abs(at[b])) for a, b in pairs if a in at and b in at)
-    ms = medians(sides, runs)
-    full, full_minimal = ms.get("full", ms["objective"]), ms.get("full_minimal", ms["minimal"])
+    # float32; the random draw of Clip-Cov hangs on the last digit of an advantage that each side computes itself
+    pairs = [("objective", "minimal", 1e-4), ("objective", "handwritten", 1e-4), ("full", "full_minimal", 1e-3)]
+    agrees = all(abs(at[a] - at[b]) <= tol * max(1, abs(at[b])) for a, b, tol in pairs if a in at and b in at)
+    times = timed(sides, runs)
+    ms = {key: statistics.median(x) for key, x in times.items()}
+    full, full_minimal = ("full", "full_minimal") if takes else ("objective", "minimal")
     return Row(
         name=name,
         objective=ms["objective"],
         built=ms["built"],
         minimal=ms["minimal"],
-        ratio=ms["objective"] / ms["minimal"],
+        ratio=ratio_of(times["objective"], times["minimal"]),
         memory=peak_tensors(ours),
         memory_minimal=peak_tensors(sides["minimal"]),
-        full=full,
-        full_minimal=full_minimal,
-        full_ratio=full / full_minimal,
+        full=ms[full],
+        full_minimal=ms[full_minimal],
+        full_ratio=ratio_of(times[full], times[full_minimal]),
         handwritten=ms.get("handwritten"),
         agrees=agrees,
     )
