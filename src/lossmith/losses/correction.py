@@ -72,7 +72,7 @@ class NoMismatch(Mismatch):
     normalize: ClassVar[bool] = False  # type: ignore[misc]
 
     def raw(self, batch: Batch) -> Tensor:
-        return torch.ones(batch.valid.shape, dtype=batch.dtype, device=batch.valid.device)
+        return torch.ones((), dtype=batch.dtype, device=batch.valid.device).expand(batch.valid.shape)
 
     def raw_code(self) -> list[str]:
         return []

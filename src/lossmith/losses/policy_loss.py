@@ -249,7 +249,7 @@ class PolicyLoss(Loss):
     def _mismatch_of_old(self, batch: Batch, weight: Tensor) -> Tensor:
         """u where no forward pass has been made yet: from the old log-probabilities."""
         if isinstance(self.mismatch, NoMismatch):
-            return torch.ones_like(weight)
+            return torch.ones((), dtype=weight.dtype, device=weight.device).expand_as(weight)
         return self.mismatch(batch.replace(logp=batch.require("old_logp", "a mismatch correction")))
 
     def _returns(self, batch: Batch, signal: Signal | None, raw: Tensor) -> Tensor | None:
@@ -270,20 +270,18 @@ class PolicyLoss(Loss):
         terms: dict[str, Tensor] = {}
         at = self._tokens(batch, credit)
         if at is not None and not isinstance(self.advantage, Zero):
-            policy = self._factor(batch, credit) * _valid(self.trust.value(at), batch)
-            terms["policy"] = (credit.weight * policy).sum()
+            weight = credit.weight * self._factor(batch, credit)  # first: neither has a gradient
+            terms["policy"] = (weight * _valid(self.trust.value(at), batch)).sum()
         if at is not None and self.kl.active and self.kl.place == "loss":
             weight = credit.weight if credit.kl_weight is None else credit.kl_weight
-            term = _valid(self.kl.term(batch, at.ratio), batch)
-            term = term * self._factor(batch, credit) if self.kl.masked else term
-            terms["kl"] = self.kl.beta * (weight * term).sum()
+            weight = weight * self._factor(batch, credit) if self.kl.masked else weight
+            terms["kl"] = self.kl.beta * (weight * _valid(self.kl.term(batch, at.ratio), batch)).sum()
         if self.entropy_coef:
             weight = credit.weight if credit.entropy_weight is None else credit.entropy_weight
             entropy = batch.require("entropy", "entropy_coef")
             terms["entropy"] = -self.entropy_coef * (weight * _valid(entropy, batch)).sum()
         if not isinstance(self.extra, NoExtra):
-            extra = _valid(self.extra.value(batch, credit.advantage), batch)
-            terms[self.extra.option] = (credit.weight * extra).sum()
+            terms[self.extra.option] = (credit.weight * _valid(self.extra.value(batch, credit.advantage), batch)).sum()
         if credit.returns is not None:
             terms["value"] = self.value.coef * (credit.weight * self.value.term(batch, credit.returns)).sum()
         loss = torch.stack([t.to(credit.weight.dtype) for t in terms.values()]).sum()
@@ -309,7 +307,7 @@ class PolicyLoss(Loss):
         if batch.logp is None and isinstance(self.advantage, Zero) and not self.kl.active:
             return None
         logp = batch.require("logp", self.name)
-        ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(logp)
+        ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
         below = self.ratio.below(batch) if self._needs_ratio else logp.detach()
         return Tokens(ratio, self._row_advantage(batch, credit), logp, below, batch.valid, batch)
 
@@ -408,7 +406,7 @@ class PolicyLoss(Loss):
 
 def _valid(x: Tensor, batch: Batch) -> Tensor:
     """x at valid positions, 0 elsewhere: selected, not multiplied."""
-    return torch.where(batch.valid, x, torch.zeros_like(x))
+    return torch.where(batch.valid, x, 0.0)
 
 
 def _tensor(x: Tensor | float) -> Tensor:
