@@ -271,17 +271,17 @@ class PolicyLoss(Loss):
         at = self._tokens(batch, credit)
         if at is not None and not isinstance(self.advantage, Zero):
             weight = credit.weight * self._factor(batch, credit)  # first: neither has a gradient
-            terms["policy"] = (weight * _valid(self.trust.value(at), batch)).sum()
+            terms["policy"] = (weight * self.trust.value(at)).sum()
         if at is not None and self.kl.active and self.kl.place == "loss":
             weight = credit.weight if credit.kl_weight is None else credit.kl_weight
             weight = weight * self._factor(batch, credit) if self.kl.masked else weight
-            terms["kl"] = self.kl.beta * (weight * _valid(self.kl.term(batch, at.ratio), batch)).sum()
+            terms["kl"] = self.kl.beta * (weight * self.kl.term(batch, at.ratio)).sum()
         if self.entropy_coef:
             weight = credit.weight if credit.entropy_weight is None else credit.entropy_weight
             entropy = batch.require("entropy", "entropy_coef")
-            terms["entropy"] = -self.entropy_coef * (weight * _valid(entropy, batch)).sum()
+            terms["entropy"] = -self.entropy_coef * (weight * entropy).sum()
         if not isinstance(self.extra, NoExtra):
-            terms[self.extra.option] = (credit.weight * _valid(self.extra.value(batch, credit.advantage), batch)).sum()
+            terms[self.extra.option] = (credit.weight * self.extra.value(batch, credit.advantage)).sum()
         if credit.returns is not None:
             terms["value"] = self.value.coef * (credit.weight * self.value.term(batch, credit.returns)).sum()
         loss = torch.stack([t.to(credit.weight.dtype) for t in terms.values()]).sum()
