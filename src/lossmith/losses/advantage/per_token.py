@@ -227,20 +227,23 @@ class ReferenceGap(Estimator):
 
 def discounted(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """Σ_{k>=t} gamma^(k-t) r_k over valid tokens; masked tokens are stepped over. [N, T] -> [N, T]."""
+    if gamma == 1:
+        return torch.where(mask, torch.where(mask, reward, 0.0).flip(1).cumsum(1).flip(1), 0.0)
     return gae(reward, torch.zeros_like(reward), mask, gamma, 1.0)
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
     """Generalised advantage estimation over valid tokens, [N, T]; masked ones are stepped over. lam may be [N]."""
-    advantage = torch.zeros_like(reward)
-    running, next_value = torch.zeros_like(reward[:, 0]), torch.zeros_like(reward[:, 0])
-    for t in reversed(range(reward.shape[1])):
-        valid = mask[:, t]
-        delta = reward[:, t] + gamma * next_value - value[:, t]
-        running = torch.where(valid, delta + gamma * lam * running, running)
-        next_value = torch.where(valid, value[:, t], next_value)
-        advantage[:, t] = torch.where(valid, running, torch.zeros_like(running))
-    return advantage
+    if not mask.numel():
+        return torch.zeros_like(reward)
+    steps = zip(*(x.T.contiguous().flip(0).unbind() for x in (reward, value, mask)), strict=True)  # the last token first
+    decay, found = gamma * lam, list[Tensor]()
+    running = next_value = torch.zeros_like(reward[:, 0])
+    for r, v, valid in steps:
+        running = torch.where(valid, r + gamma * next_value - v + decay * running, running)
+        next_value = torch.where(valid, v, next_value)
+        found.append(running)
+    return torch.where(mask, torch.stack(found).flip(0).T, 0.0)
 
 
 def _code(gamma: float, lam: float | str, value: str) -> list[str]:
