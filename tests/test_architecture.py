@@ -13,7 +13,20 @@ import lossmith
 ROOT = Path(lossmith.__file__).parent
 
 # Each may import only what stands before it (and itself).
-ORDER = ["errors", "losses", "proofs", "prompts", "rollouts", "policy", "rewards", "training", "report", "api", "cli"]
+ORDER = [
+    "errors",
+    "losses",
+    "show",
+    "proofs",
+    "prompts",
+    "rollouts",
+    "policy",
+    "rewards",
+    "training",
+    "report",
+    "api",
+    "cli",
+]
 
 
 def modules():

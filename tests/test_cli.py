@@ -41,7 +41,7 @@ def test_help_shows_every_setting_with_its_default():
 
 def test_losses_list_and_show():
     text = lossmith("losses", "list").stdout
-    assert all(name in text for name in CATALOGUE)
+    assert all(name in text for name in CATALOGUE if "@" not in name)
     rows = json.loads(lossmith("losses", "list", "--json").stdout)
     assert [row["name"] for row in rows] == list(CATALOGUE)
     shown = lossmith("losses", "show", "grpo(beta=0.02, clip_high=0.31)").stdout

@@ -24,6 +24,7 @@ app.command("lossmith.cli.sample:sample", name="sample")
 losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, weights, parameters, papers.")
 losses.command("lossmith.cli.losses:list_", name="list")
 losses.command("lossmith.cli.losses:show", name="show")
+losses.command("lossmith.cli.compare:compare", name="compare")
 app.command(losses)
 app.command("lossmith.cli.audit:audit_", name="audit")
 

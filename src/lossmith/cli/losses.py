@@ -1,84 +1,149 @@
-"""`lossmith losses list` and `lossmith losses show NAME`."""
+"""`lossmith losses list` and `lossmith losses show NAME`; `compare` is beside it."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lossmith.errors import TrapWarning
-from lossmith.losses import CATALOGUE, Loss, describe, list_losses, parse_loss
+from lossmith.errors import LossError, TrapWarning
+from lossmith.losses import Loss, PolicyLoss, describe, example_loss, find_entry, list_losses, parse_loss
+from lossmith.losses.batch import PROVIDERS
+from lossmith.losses.catalogue.entry import Entry
+from lossmith.show import RATIOS, changes_of_preset, weight_plot
+from lossmith.show.compare import weights
 
-__all__ = ["list_", "show"]
+__all__ = ["list_", "named_loss", "show"]
 
-RATIOS = (0.1, 0.5, 0.9, 1.0, 1.15, 1.5, 2.5, 10.0)
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+FAMILIES = {
+    "policy_gradient": "policy gradient: log-probability times advantage",
+    "clipped": "PPO and its descendants: a clipped ratio per token",
+    "sequence": "one ratio a completion",
+    "soft": "stop-gradient weights, soft gates, trust regions in probability",
+    "imitation": "imitation of completions chosen by their reward",
+    "paired": "preferences and regressions of whole completions",
+    "terms": "terms that stand alone",
+    "book": "the book's forms as printed",
+    "": "your own",
+}
 
 
-def list_(*, as_json: Json = False) -> None:
+def list_(*, presets: Annotated[bool, Parameter(negative="")] = False, as_json: Json = False) -> None:
     """Every loss of the catalogue: name, year, how far it couples, what it needs, one line.
 
     Parameters
     ----------
+    presets
+        Show the libraries' presets (name@library) instead.
     as_json
-        Print JSON.
+        Print JSON, presets included.
     """
-    rows = [_summary(name) for name in (entry.name for entry in list_losses())]
+    entries = list_losses()
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([_summary(entry, _example(entry)) for entry in entries], indent=2, ensure_ascii=False))
         return
-    table = Table(title=f"{len(rows)} losses; `lossmith losses show NAME` for one")
+    chosen = [e for e in entries if bool(e.preset_of) == presets]
+    what = "presets" if presets else "losses"
+    table = Table(title=f"{len(chosen)} {what}; `lossmith losses show NAME` for one", pad_edge=False, box=None)
     for column in ("name", "year", "couples", "needs", "what it is"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(row["name"], str(row["year"]), row["coupling"], ", ".join(row["needs"]), row["summary"])
+        table.add_column(column, no_wrap=column in ("name", "year", "couples"))
+    family = None
+    for entry in chosen:
+        if not presets and entry.family != family:
+            family = entry.family
+            table.add_row(f"[bold]{escape(FAMILIES.get(family, family))}[/]")
+        row = _summary(entry, _example(entry))
+        name = entry.name + (" [red](trap)[/]" if row["traps"] else "")
+        table.add_row(name, str(entry.year or ""), row["coupling"], ", ".join(row["needs"]), escape(entry.summary))
     Console().print(table)
+    if not presets:
+        count = sum(bool(e.preset_of) for e in entries)
+        Console().print(f"\nand {count} presets of other libraries' defaults: lossmith losses list --presets")
 
 
-def show(name: str, /, *, latex: Annotated[bool, Parameter(negative="")] = False, as_json: Json = False) -> None:
+def show(
+    name: str,
+    /,
+    *,
+    latex: Annotated[bool, Parameter(negative="")] = False,
+    code: Annotated[bool, Parameter(negative="")] = False,
+    plot: Path | None = None,
+    as_json: Json = False,
+) -> None:
     """One loss: its formula, weight table, parameters and paper.
 
     Parameters
     ----------
     name
-        A name, or a loss with other parameters: "grpo(beta=0.04, clip_high=0.28)".
+        A name, or a loss with other parameters: "grpo(beta=0.04, clip_high=0.28)", "grpo@trl", "my.py:mine".
     latex
         The formula as LaTeX alone.
+    code
+        The loss as plain torch alone.
+    plot
+        Write the curve of its weight to this SVG file.
     as_json
         Print JSON.
     """
-    loss = _quietly(name)
-    if latex:
-        print(loss.formula("latex"))
+    loss = named_loss(name)
+    entry = _entry(name)
+    if latex or code:
+        print(loss.formula("latex") if latex else _listing(loss))
         return
-    weights = {sign: [float(loss.weight(r, a)) for r in RATIOS] for sign, a in (("A > 0", 1.0), ("A < 0", -1.0))}
+    if plot is not None:
+        write_plot(loss, plot)
+        return
     if as_json:
-        extra = {"formula": str(loss), "latex": loss.formula("latex"), "ratios": RATIOS, "weights": weights}
-        print(json.dumps(_summary(loss.name, loss) | extra | {"parameters": loss.to_dict()}, indent=2))
+        extra: dict[str, Any] = {"formula": str(loss), "latex": loss.formula("latex"), "ratios": RATIOS}
+        extra |= {"weights": weights(loss), "parameters": loss.to_dict()}
+        print(json.dumps(_summary(entry, loss) | extra, indent=2, ensure_ascii=False))
         return
-    _show(loss, weights)
+    _show(entry, loss)
 
 
-def _quietly(name: str) -> Loss:
-    """The loss; its traps are shown as part of the page, not as warnings beside it."""
+def named_loss(name: str) -> Loss:
+    """The loss of a name, a call or a path. Its traps are shown on the page, not as warnings beside it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)
         return parse_loss(name)
 
 
-def _summary(name: str, loss: Loss | None = None) -> dict:
-    entry = CATALOGUE[name]
-    loss = loss or _quietly(name)
+def write_plot(loss: Loss, path: Path) -> None:
+    """The weight's curve as a file. LossError: not an SVG, no such folder, or nothing to plot."""
+    if path.suffix.lower() != ".svg":
+        raise LossError(f"--plot writes SVG: give a name that ends in .svg, not {path}.")
+    if not path.parent.is_dir():
+        raise LossError(f"--plot {path}: there is no folder {path.parent}.")
+    path.write_text(weight_plot(loss), encoding="utf-8")
+    Console().print(f"the weight of {loss.name} is drawn in {path}", highlight=False, markup=False)
+
+
+def _entry(name: str) -> Entry:
+    return find_entry(name.partition("(")[0].strip())
+
+
+def _example(entry: Entry) -> Loss:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)
+        return entry.build().set({"name": entry.name})
+
+
+def _summary(entry: Entry, loss: Loss) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": entry.name,
         "year": entry.year,
         "paper": entry.paper,
         "summary": entry.summary,
+        "family": entry.family,
+        "preset_of": entry.preset_of,
+        "aliases": list(entry.aliases),
         "demonstration": entry.demonstration,
         "coupling": loss.coupling,
         "needs": sorted(loss.needs),
@@ -87,28 +152,74 @@ def _summary(name: str, loss: Loss | None = None) -> dict:
     }
 
 
-def _show(loss: Loss, weights: dict[str, list[float]]) -> None:
-    console, entry = Console(), CATALOGUE[loss.name]
-    console.print(f"[bold]{loss.name}[/]  {escape(entry.summary)}\n[dim]{escape(entry.paper)}, {entry.year}[/]\n")
+def _listing(loss: Loss) -> str:
+    try:
+        return loss.code()
+    except NotImplementedError as error:
+        raise LossError(str(error)) from None
+
+
+def _show(entry: Entry, loss: Loss) -> None:
+    console = Console()
+    source = ", ".join(x for x in (entry.paper, str(entry.year or "")) if x) or entry.origin
+    console.print(f"[bold]{escape(entry.name)}[/]  {escape(entry.summary)}\n[dim]{escape(source)}[/]\n")
     console.print(str(loss), markup=False, highlight=False)
     for trap in loss.traps:
         console.print(f"\n[bold red]trap[/]  {escape(trap)}.")
-    needs = ", ".join(sorted(loss.needs)) + (", old_logp (None means ratio 1)" if loss.uses_old else "")
-    console.print(f"\nneeds logp, mask, {needs}; couples rows by {loss.coupling}", highlight=False)
-    table = Table(title="w(r, A): dL/dlogp = −w·A/Z", title_justify="left")
+    console.print("\n" + _needs(loss), highlight=False, markup=False)
+    if entry.preset_of:
+        _show_preset(console, entry)
+    _show_weights(console, loss)
+    if isinstance(loss, PolicyLoss):
+        console.print(_parameters(loss))
+
+
+def _needs(loss: Loss) -> str:
+    lines = [f"couples rows by {loss.coupling}; needs logp, mask and"]
+    for name in sorted(loss.needs):
+        lines.append(f"  {name}: {PROVIDERS.get(name, 'a parameter without an agreed default: give it')}")
+    if loss.uses_old:
+        lines.append("  old_logp: a forward pass at the start of the update; without it the ratio is 1")
+    return "\n".join(lines) if len(lines) > 1 else lines[0].removesuffix(" and") + " alone"
+
+
+def _show_preset(console: Console, entry: Entry) -> None:
+    table = Table(title=f"what differs from {entry.preset_of}", title_justify="left", pad_edge=False, box=None)
+    for column in ("parameter", entry.preset_of, entry.name):
+        table.add_column(column)
+    for difference in changes_of_preset(entry.name):
+        table.add_row(difference.name, *map(escape, difference.values))
+    console.print(table)
+
+
+def _show_weights(console: Console, loss: Loss) -> None:
+    missing = sorted(loss.needs - PROVIDERS.keys() - {"max_length"})
+    if missing:
+        console.print(f"\nits weight depends on {', '.join(missing)}: show it with a value", highlight=False)
+        return
+    rows = weights(loss)
+    if rows is None:
+        console.print("\nno weight per token: the loss is a function of whole completions", highlight=False)
+        return
+    scale = "dL/dlogp = −w·A/Z" if isinstance(loss, PolicyLoss) else "by autograd, 1 at r = 1"
+    table = Table(title=f"w(r, A): {scale}", title_justify="left")
     table.add_column("ratio r", justify="right")
     for ratio in RATIOS:
         table.add_column(f"{ratio:g}", justify="right")
-    for sign, row in weights.items():
+    for sign, row in rows.items():
         table.add_row(sign, *(f"{w:.4g}" for w in row))
     console.print(table)
-    console.print(_parameters(loss))
 
 
-def _parameters(loss: Loss) -> Table:
+def _parameters(loss: PolicyLoss) -> Table:
     table = Table(title="choices and parameters (any can be set by name)", title_justify="left")
     for column in ("name", "value", "meaning"):
         table.add_column(column)
     for name, value, meaning in describe(loss):
         table.add_row(name, escape(str(value)), escape(meaning))
     return table
+
+
+def example(name: str) -> Loss:
+    """A loss to look at: parameters without a default get example values."""
+    return example_loss(name) if "(" not in name and ":" not in name else named_loss(name)

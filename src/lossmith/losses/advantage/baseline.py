@@ -432,7 +432,7 @@ def _alone(singleton: str, text: str, latex: str) -> tuple[str, str]:
     """A formula over the group, and what a group of one gets where that is not 0."""
     if singleton == "zero":
         return text, latex
-    return f"({text}; R in a group of one)", rf"({latex};\ R \text{{ in a group of one}})"
+    return f"{text}; R in a group of one", rf"{latex};\ R \text{{ in a group of one}}"
 
 
 def part_weights(weights: tuple[float, ...], parts: Tensor) -> list[float]:

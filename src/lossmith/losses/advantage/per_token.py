@@ -236,7 +236,9 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float | 
     """Generalised advantage estimation over valid tokens, [N, T]; masked ones are stepped over. lam may be [N]."""
     if not mask.numel():
         return torch.zeros_like(reward)
-    steps = zip(*(x.T.contiguous().flip(0).unbind() for x in (reward, value, mask)), strict=True)  # the last token first
+    steps = zip(
+        *(x.T.contiguous().flip(0).unbind() for x in (reward, value, mask)), strict=True
+    )  # the last token first
     decay, found = gamma * lam, list[Tensor]()
     running = next_value = torch.zeros_like(reward[:, 0])
     for r, v, valid in steps:

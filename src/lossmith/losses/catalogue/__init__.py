@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from lossmith.errors import LossError, TrapWarning, nearest
@@ -28,7 +29,11 @@ from lossmith.losses.loss import Loss
 __all__ = ["CATALOGUE", "Entry", "example_loss", "find_entry", "get_loss", "list_losses"]
 
 _FAMILIES = (policy_gradient, clipped, sequence, soft, imitation, paired, terms, book)
-CATALOGUE: dict[str, Entry] = {entry.name: entry for family in _FAMILIES for entry in family.ENTRIES}
+CATALOGUE: dict[str, Entry] = {
+    entry.name: replace(entry, family=family.__name__.rpartition(".")[2])
+    for family in _FAMILIES
+    for entry in family.ENTRIES
+}
 CATALOGUE |= {entry.name: entry for entry in presets.entries(CATALOGUE)}
 _ALIASES = {alias: entry.name for entry in CATALOGUE.values() for alias in entry.aliases}
 

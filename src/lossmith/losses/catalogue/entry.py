@@ -24,5 +24,6 @@ class Entry:
     demonstration: bool = False  # kept to be looked at, not trained with
     example: Mapping[str, Any] = field(default_factory=dict)  # values for parameters that have no agreed default
     aliases: tuple[str, ...] = ()
+    family: str = ""  # the file of the catalogue it stands in
     preset_of: str = ""  # for name@library: the loss whose defaults these are
     origin: str = ""  # for a user's loss: "module:function", or the entry point
