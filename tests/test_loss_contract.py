@@ -479,6 +479,13 @@ def test_the_formula_shows_the_numbers_in_force():
     assert "1.31" in L.get_loss("ppo", clip_high=0.31).formula("latex")
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_no_formula_holds_a_control_character(name):
+    """A backslash that Python ate shows as a tab or a form feed."""
+    loss = quiet_loss(name)
+    assert not any(ord(c) < 32 and c != "\n" for style in ("text", "latex") for c in loss.formula(style))
+
+
 # What the equation does not show: how the coefficient moves over time.
 NOT_IN_THE_FORMULA = {"kl_control", "kl_control_target", "kl_horizon"}
 SHOWN = {

@@ -53,12 +53,12 @@ def list_(*, presets: Annotated[bool, Parameter(negative="")] = False, as_json: 
     what = "presets" if presets else "losses"
     table = Table(title=f"{len(chosen)} {what}; `lossmith losses show NAME` for one", pad_edge=False, box=None)
     for column in ("name", "year", "couples", "needs", "what it is"):
-        table.add_column(column, no_wrap=column in ("name", "year", "couples"))
+        table.add_column(column, no_wrap=column in ("name", "year", "couples"), overflow="fold")
     family = None
     for entry in chosen:
         if not presets and entry.family != family:
             family = entry.family
-            table.add_row(f"[bold]{escape(FAMILIES.get(family, family))}[/]")
+            table.add_row("", "", "", "", f"[bold]{escape(FAMILIES.get(family, family))}[/]")
         row = _summary(entry, _example(entry))
         name = entry.name + (" [red](trap)[/]" if row["traps"] else "")
         table.add_row(name, str(entry.year or ""), row["coupling"], ", ".join(row["needs"]), escape(entry.summary))

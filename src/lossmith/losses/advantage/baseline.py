@@ -134,7 +134,7 @@ class Given(Estimator):
         raise AssertionError
 
     def formula(self) -> tuple[str, str]:
-        return "as given", r"	ext{as given}"
+        return "as given", r"\text{as given}"
 
     def code(self) -> list[str]:
         return ["A = advantage"]
@@ -224,7 +224,7 @@ class NemoLeaveOneOut(_OverGroup):
 
     def formula(self) -> tuple[str, str]:
         text = "(R_i − mean_{j≠i}(R_j)) / (std_{j≠i}(R_j), where it is > 0)"
-        return text, r"rac{R_i - \mu_{g\setminus i}}{\sigma_{g\setminus i}\ (	ext{where } > 0)}"
+        return text, r"\frac{R_i - \mu_{g\setminus i}}{\sigma_{g\setminus i}\ (\text{where } > 0)}"
 
     def code(self) -> list[str]:
         return [

@@ -48,7 +48,7 @@ class Tokens:
 
 
 class Trust(Piece):
-    """ℓ [N, T] from ratio, advantage and log-probability.
+    """ℓ [N, T] from ratio, advantage and log-probability. Finite where r = 1, A = 0 and logp = 0, as masked tokens are.
 
     `value` is written as the paper prints it; `weight` is derived by hand: w = -(dℓ/d log r)/A where the gradient runs
     through the ratio, -(dℓ/d logp)/A where it runs through the log-probability. Proofs hold one against autograd of the
