@@ -30,12 +30,12 @@ class ValueLoss(Piece):
     def term(self, batch: Batch, returns: Tensor) -> Tensor:
         """[N, T] before the coefficient, with gradient into batch.value."""
         value = batch.require("value", "a value loss")
-        error = torch.where(batch.valid, value - returns, torch.zeros_like(value)) ** 2
+        error = (value - returns) ** 2  # finite at masked positions, where its weight is 0
         if self.clip is None:
             return 0.5 * error
         old = batch.old_value.detach() if batch.old_value is not None else value.detach()
         near = old + (value - old).clamp(-self.clip, self.clip)
-        clipped = torch.where(batch.valid, near - returns, torch.zeros_like(value)) ** 2
+        clipped = (near - returns) ** 2
         return 0.5 * torch.maximum(error, clipped)
 
     def formula(self) -> tuple[str, str]:
