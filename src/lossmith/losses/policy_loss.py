@@ -308,6 +308,8 @@ class PolicyLoss(Loss):
             return None
         logp = batch.require("logp", self.name)
         ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
+        if self.ratio.per_sequence:  # one number a completion stays one, [N, 1], until it meets the tokens
+            ratio = ratio[:, :1]
         below = self.ratio.below(batch) if self._needs_ratio else logp.detach()
         return Tokens(ratio, self._row_advantage(batch, credit), logp, below, batch.valid, batch)
 
@@ -317,7 +319,7 @@ class PolicyLoss(Loss):
         if not self.ratio.per_sequence or self.trust.through != "ratio":
             return advantage
         mean = advantage.sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
-        return mean.expand_as(advantage)
+        return mean if advantage.shape[1] else advantage
 
     @torch.no_grad()
     def _factor(self, batch: Batch, credit: Credit) -> Tensor:

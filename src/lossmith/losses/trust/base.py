@@ -16,7 +16,10 @@ __all__ = ["Tokens", "Trust"]
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Response tokens as a trust region sees them, all [N, T]; ratio and logp carry the gradient."""
+    """Response tokens as a trust region sees them, [N, T]; ratio and logp carry the gradient.
+
+    A ratio of whole completions, and the advantage that goes with it, may be [N, 1].
+    """
 
     ratio: Tensor  # r at the loss's ratio level
     advantage: Tensor  # A, detached

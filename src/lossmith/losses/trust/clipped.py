@@ -236,8 +236,9 @@ class BalancedClip(_Clipped):
 
     def _balanced(self, at: Tokens) -> tuple[float, float]:
         good, bad = at.mask & (at.advantage > 0), at.mask & (at.advantage < 0)
-        up, gain = at.ratio[good], at.advantage[good]
-        down, harm = at.ratio[bad], at.advantage[bad].abs()
+        ratio, advantage = at.ratio.expand_as(at.mask), at.advantage.expand_as(at.mask)
+        up, gain = ratio[good], advantage[good]
+        down, harm = ratio[bad], advantage[bad].abs()
 
         def enough(low: float, high: float) -> bool:
             p, q = float((up.clamp(max=high) * gain).sum()), float((down.clamp(min=low) * harm).sum())
