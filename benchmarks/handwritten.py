@@ -1,4 +1,4 @@
-"""Six losses as a person writes them into a training script: nothing checked, nothing shared, nothing configurable.
+"""Losses as a person writes them into a training script: nothing checked, nothing shared, nothing configurable.
 
 Each takes the fields of a batch by name and gives the scalar; `losses.py` holds the listings and Lossmith against them.
 """

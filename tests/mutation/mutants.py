@@ -11,8 +11,8 @@ PYTHONPATH. A mutant that some test fails on is killed; one that passes them all
 missing. The unchanged copy runs first and must pass. Nothing in the working tree is ever edited.
 
 Exit code 0: all killed. 1: some survived or ran out of time. 2: the check itself is broken.
-The mutants stand in `of_credit.py`, `of_objective.py` and `of_whole.py`:
-(name, file under src/lossmith/losses, old text, new text, why it is wrong).
+The mutants stand in `of_credit.py`, `of_objective.py` and `of_whole.py`, each as (name, file under
+src/lossmith/losses, old text, new text, why it is wrong).
 """
 
 from __future__ import annotations
