@@ -484,3 +484,57 @@ def test_what_is_missing_is_named():
         L.get_loss("fipo", advantage="return", advantage_scale="none")
     with pytest.raises(L.LossError, match="ratio of each token"):
         L.get_loss("dcpo", ratio_level="sequence")
+
+
+# -- edges that only a small batch shows -------------------------------------------------------------------------------
+
+
+def test_a_missing_reward_is_the_sum_of_its_parts():
+    batch = L.Batch(mask=torch.ones(2, 1).bool(), reward_parts=double([[0.25, 0.5, 1.0], [2.0, 0.0, 0.0]]))
+    torch.testing.assert_close(batch.reward, double([1.75, 2.0]))
+
+
+def test_a_prompt_without_a_token_is_not_counted():
+    """Three prompts, one of them with an empty completion only: the mean over prompts is over two."""
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    logp = torch.zeros(3, 2).double().requires_grad_()
+    batch = L.Batch(logp, mask, group=torch.tensor([0, 1, 2]), advantage=double([1.0, 1.0, 1.0]))
+    loss = quiet_loss("reinforce", aggregate="prompt_mean")
+    grad = torch.autograd.grad(loss(batch).loss, logp)[0]
+    torch.testing.assert_close(grad, double([[-0.25, -0.25], [-0.5, 0.0], [0.0, 0.0]]))
+    assert L.Normalizer.of(mask, torch.tensor([0, 1, 2])).groups == 2
+    paired = quiet_loss("real")
+    assert paired.counts(batch.replace(reward=double([1.0, 2.0, 3.0]))).units == 2
+
+
+def test_ties_go_to_the_first():
+    fields = {"reward": double([1.0, 1.0, 0.0]), "group": torch.zeros(3, dtype=torch.int64)}
+    batch = L.Batch(torch.zeros(3, 1).double(), torch.ones(3, 1).bool(), **fields)
+    assert quiet_loss("best_of_n").token_weights(batch)[:, 0].tolist() == [1, 0, 0]
+    dpo = quiet_loss("online_dpo", beta=1.0).closed_form_gradient(
+        L.Batch(torch.zeros(4, 1).double(), torch.ones(4, 1).bool(), ref_logp=torch.zeros(4, 1).double(),
+                reward=double([0.0, 1.0, 1.0, 0.0]), group=torch.zeros(4, dtype=torch.int64))
+    )  # fmt: skip
+    torch.testing.assert_close(dpo[:, 0], double([0.5, -0.5, 0.0, 0.0]))
+
+
+def test_a_reward_sits_on_the_last_valid_token_wherever_that_stands():
+    mask = torch.tensor([[False, True, True, False], [True, False, True, False], [False, False, False, True]])
+    batch = L.Batch(mask=mask, reward=double([1.0, 2.0, 3.0]), value=torch.zeros(3, 4).double())
+    got = quiet_loss("reinforce", advantage="td").credit(batch).advantage
+    torch.testing.assert_close(got, double([[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 0, 3]]))
+
+
+def test_a_reward_at_a_threshold_is_not_above_it():
+    fields = {"reward": double([0.5, 0.6]), "ref_logp": torch.zeros(2, 1).double()}
+    batch = L.Batch(double([[0.3], [0.3]]), torch.ones(2, 1).bool(), **fields)
+    assert quiet_loss("rejection_sampling", threshold=0.5).token_weights(batch)[:, 0].tolist() == [0, 1]
+    slope = quiet_loss("online_kto", threshold=0.5, beta=1.0).closed_form_gradient(batch)[:, 0]
+    assert slope[0] > 0 > slope[1]
+
+
+def test_all_pairs_put_the_better_completion_first():
+    fields = {"reward": double([0.0, 2.0, 1.0]), "group": torch.zeros(3, dtype=torch.int64)}
+    batch = L.Batch(torch.zeros(3, 1).double(), torch.ones(3, 1).bool(), ref_logp=torch.zeros(3, 1).double(), **fields)
+    grad = quiet_loss("online_dpo", beta=1.0, pairs="all").closed_form_gradient(batch)[:, 0]
+    torch.testing.assert_close(grad, double([1 / 3, -1 / 3, 0.0]))

@@ -36,7 +36,16 @@ from of_whole import WHOLE
 ROOT = Path(__file__).resolve().parents[2]
 LOSSES = "src/lossmith/losses"
 # cheap ones first: most mutants never see the rest
-FIRST = ("parity", "loss_numbers", "loss_kl", "loss_advantages", "loss_exact", "loss_contract", "loss_invariance")
+FIRST = (
+    "parity",
+    "catalogue",
+    "loss_numbers",
+    "loss_kl",
+    "loss_advantages",
+    "loss_exact",
+    "loss_contract",
+    "loss_invariance",
+)
 
 
 class BrokenCheckError(Exception):
@@ -85,7 +94,11 @@ def default_tests() -> list[str]:
     """Every test file of the losses that exists, cheap ones first."""
     known = [f"tests/test_{name}.py" for name in FIRST]
     found = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/test_loss_*.py"))]
-    found += [f"tests/test_{name}.py" for name in ("parity", "proofs") if (ROOT / f"tests/test_{name}.py").exists()]
+    found += [
+        f"tests/test_{name}.py"
+        for name in ("parity", "catalogue", "proofs")
+        if (ROOT / f"tests/test_{name}.py").exists()
+    ]
     return sorted(found, key=lambda f: known.index(f) if f in known else len(known))
 
 
