@@ -119,15 +119,15 @@ WHOLE = [
     (
         "filtered_rows_counted",
         "policy_loss.py",
-        "Normalizer.of(counted.valid, batch.group)",
+        "Normalizer.of(self._counted(batch).valid, batch.group)",
         "Normalizer.of(batch.valid, batch.group)",
         "what a filter drops is gone from the normaliser too",
     ),
     (
         "normaliser_always_local",
         "policy_loss.py",
-        "local = self.local_normalizer or normalizer is None",
-        "local = True",
+        "norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer",
+        "norm = self.counts(batch)",
         "counts are those of all ranks where they are given",
     ),
     (
