@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from batches import quiet_loss
 from lossmith.cli import app
 from lossmith.show import changes_of_preset, compare, weight_plot
 from lossmith.show.compare import _value
+from lossmith.show.pages import catalogue_page
 from lossmith.show.plot import BOTTOM, HEIGHT, HIGH, LEFT, LOW, RIGHT, TOP, WIDTH, stopped_regions
 
 
@@ -205,3 +207,28 @@ def test_plot_writes_a_file_or_says_why_not(tmp_path, capsys):
         with pytest.raises(L.LossError, match=message):
             run("losses", "show", *words)
     assert [p.name for p in Path(tmp_path).iterdir()] == ["ppo.svg"]
+
+
+# -- the pages --------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_the_page_of_the_catalogue_is_current():
+    """Make it anew with: python -m lossmith.show.pages > docs/catalogue.md"""
+    assert (DOCS / "catalogue.md").read_text(encoding="utf-8") == catalogue_page()
+
+
+def test_the_table_of_proofs_has_every_loss_and_no_failure():
+    """Make it anew with: python -m lossmith.proofs.table > docs/proofs.md (minutes)."""
+    lines = (DOCS / "proofs.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    losses = [row for row in rows if row[0] in L.CATALOGUE]
+    assert [row[0] for row in losses] == list(L.CATALOGUE)
+    assert {row[-1] for row in losses} <= {"pass", "fail: zero_advantage", "fail: finite_differences"}
+
+
+def test_every_link_of_the_documentation_leads_somewhere():
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)

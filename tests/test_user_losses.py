@@ -200,3 +200,19 @@ def test_entry_points_are_found(monkeypatch, page):
 def test_training_refuses_what_it_cannot_provide_before_anything_loads(loss, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.make(loss=loss).policy_loss()
+
+
+def test_the_example_of_the_readme():
+    """A batch mean beside KL by k2: it passes every check, and equals the composition of the same parts."""
+    text = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    (source,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register_loss" in b]
+    exec(source, {})
+    try:
+        check_loss(L.get_loss("mine"), seeds=(0,))
+        fields = random_fields(0)
+        same = L.get_loss("reinforce", aggregate="seq_mean_token_sum", beta=0.3, kl_estimator="k2")
+        ours, theirs = evaluate(L.get_loss("mine", beta=0.3), fields), evaluate(same, fields)
+        torch.testing.assert_close(ours[0].loss, theirs[0].loss)
+        torch.testing.assert_close(ours[1]["logp"], theirs[1]["logp"])
+    finally:
+        user._REGISTERED.pop("mine")

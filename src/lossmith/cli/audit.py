@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lossmith.errors import ProofError, TrapWarning
-from lossmith.losses import parse_loss
+from lossmith.cli.losses import example
+from lossmith.errors import LossError, ProofError, TrapWarning
+from lossmith.losses import Loss
 from lossmith.proofs.audit import Audit, audit
 from lossmith.proofs.page import html_page
 from lossmith.proofs.words import Section, sections
+from lossmith.show import weight_plot
 
 __all__ = ["audit_"]
 
@@ -33,7 +35,8 @@ def audit_(
     Parameters
     ----------
     loss
-        A name, or a loss with other parameters: "grpo(beta=0.04, clip_high=0.28)".
+        A name, or a loss with other parameters: "grpo(beta=0.04, clip_high=0.28)". Parameters without an agreed
+        default get an example value.
     as_json
         Print JSON.
     html
@@ -41,15 +44,24 @@ def audit_(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)  # shown on the page
-        found = audit(parse_loss(loss))
+        asked = example(loss)
+        found = audit(asked)
     if html is not None:
-        _write(html, html_page(found))
+        _write(html, html_page(found, _figure(asked)))
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     elif html is not None:
         Console().print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
     else:
         _show(found)
+
+
+def _figure(loss: Loss) -> str:
+    """The weight's curve; nothing for a loss without a weight per token."""
+    try:
+        return weight_plot(loss)
+    except LossError:
+        return ""
 
 
 def _write(path: Path, text: str) -> None:

@@ -18,21 +18,11 @@ from lossmith.losses.batch import PROVIDERS
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.show import RATIOS, changes_of_preset, weight_plot
 from lossmith.show.compare import weights
+from lossmith.show.pages import FAMILIES
 
-__all__ = ["list_", "named_loss", "show"]
+__all__ = ["example", "list_", "named_loss", "show"]
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
-FAMILIES = {
-    "policy_gradient": "policy gradient: log-probability times advantage",
-    "clipped": "PPO and its descendants: a clipped ratio per token",
-    "sequence": "one ratio a completion",
-    "soft": "stop-gradient weights, soft gates, trust regions in probability",
-    "imitation": "imitation of completions chosen by their reward",
-    "paired": "preferences and regressions of whole completions",
-    "terms": "terms that stand alone",
-    "book": "the book's forms as printed",
-    "": "your own",
-}
 
 
 def list_(*, presets: Annotated[bool, Parameter(negative="")] = False, as_json: Json = False) -> None:

@@ -18,13 +18,15 @@ pre { background: #f6f6f4; padding: .8rem 1rem; overflow-x: auto; white-space: p
 table { border-collapse: collapse; width: 100%; }
 td { padding: .25rem .8rem .25rem 0; vertical-align: top; border-bottom: 1px solid #f0f0f0; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+figure { margin: 1rem 0; }
+figure svg { max-width: 100%; height: auto; }
 .quiet { color: #666; }
 .trap { border-left: 4px solid #c0392b; padding-left: .8rem; }
 """
 
 
-def html_page(audit: Audit) -> str:
-    """A whole HTML document."""
+def html_page(audit: Audit, figure: str = "") -> str:
+    """A whole HTML document. figure: an SVG of the weight's curve, to stand below the formula."""
     source = ", ".join(str(x) for x in (audit.paper, audit.year) if x is not None)
     head = [
         f"<h1>{escape(audit.name)}</h1>",
@@ -35,6 +37,8 @@ def html_page(audit: Audit) -> str:
         f"<p>Needs {escape(', '.join(('logp', 'mask', *audit.needs)))}; couples rows by {escape(audit.coupling)}.</p>",
         *(f'<p class="quiet">{escape(note)}</p>' for note in audit.notes),
     ]
+    if figure:
+        head.append(f"<figure>{figure}</figure>")
     body = "\n".join([line for line in head if line] + [_section(one) for one in sections(audit)])
     latex = f"<h2>LaTeX</h2>\n<pre>{escape(audit.latex)}</pre>"
     return (

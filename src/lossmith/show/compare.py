@@ -98,8 +98,9 @@ def _differences(losses: Sequence[Loss]) -> list[Difference]:
     found = []
     for key in sorted(keys, key=lambda k: (k not in AXES, keys.index(k))):
         values = tuple(_value(flat[key]) if key in flat else ABSENT for flat in flats)
-        present = {value for value in values if value != ABSENT}
-        if ABSENT in values and present <= _DEFAULTS.get(key, set()):
+        if ABSENT in values and all(
+            _by_default(loss, key) for loss, flat in zip(losses, flats, strict=True) if key in flat
+        ):
             continue  # it came with another choice on its axis, which is said already
         if len(set(values)) > 1:
             words = tuple(_says(loss, key) for loss in losses) if key in AXES else ()
@@ -107,14 +108,13 @@ def _differences(losses: Sequence[Loss]) -> list[Difference]:
     return found
 
 
-def _defaults() -> dict[str, set[str]]:
-    """{flat parameter: what it is by default, in the pieces that have it}."""
-    found: dict[str, set[str]] = {}
-    for _, options in AXES.values():
-        for piece in options.values():
-            for field in dataclasses.fields(piece):
-                found.setdefault(field.metadata["flat"], set()).add(_value(field.default))
-    return found
+def _by_default(loss: Loss, flat: str) -> bool:
+    """Whether this parameter has the default of the piece that it belongs to."""
+    for piece in getattr(loss, "pieces", ()):
+        for field in dataclasses.fields(piece):
+            if field.metadata["flat"] == flat:
+                return bool(getattr(piece, field.name) == field.default)
+    return False
 
 
 def _value(value: Any) -> str:
@@ -139,6 +139,3 @@ def changes_of_preset(name: str) -> list[Difference]:
     if not entry.preset_of:
         return []
     return _differences([example_loss(entry.preset_of), example_loss(entry.name)])
-
-
-_DEFAULTS = _defaults()
