@@ -13,15 +13,10 @@ from lossmith.proofs import CHECKS, check_loss, prove
 from lossmith.proofs.fields import FIELDS, LEAVES, random_fields
 from lossmith.proofs.finding import Finding, gap, worst
 
-# {loss: {check: why it need not pass}}
-WAIVED: dict[str, dict[str, str]] = {
-    name: {"zero_advantage": "the pull on the chosen tokens does not depend on A"} for name in ("kl_cov", "kl_cov@verl")
-} | {"cispo@trl": {"finite_differences": "its cap of 0.2 makes the weight a constant on most batches"}}
-
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_loss_of_the_catalogue_passes(name):
-    check_loss(quiet_loss(name), seeds=(0,), waived=WAIVED.get(name))
+    check_loss(quiet_loss(name), seeds=(0,))
 
 
 VARIANTS = {

@@ -307,6 +307,7 @@ class CovKL(Trust):
     """ℓ = -A·r, plus coef·|Δ| on the share of tokens with the highest covariance of A and logp (KL-Cov, 2505.22317)."""
 
     option: ClassVar[str] = "cov_kl"
+    acts_alone: ClassVar[bool] = True
     token_only: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
     fraction: float = param("fraction", 2e-4, "share of the tokens that is penalised", above=0)

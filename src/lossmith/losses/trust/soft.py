@@ -278,6 +278,7 @@ class Quadratic(Trust):
     """ℓ = -A·logp + (τ/2)·Δ², Δ = log r (DRO, arXiv:2405.19107; Kimi k1.5, arXiv:2501.12599, in token form)."""
 
     option: ClassVar[str] = "quadratic"
+    acts_alone: ClassVar[bool] = True
     through: ClassVar[str] = "logp"
     token_only: ClassVar[bool] = True
     tau: float = param("tau", 0.05, "strength of the pull back to the old policy", low=0)
