@@ -18,7 +18,8 @@ from torch import Tensor
 from lossmith.errors import LossError, nearest
 from lossmith.losses.advantage import Groups, Signal
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.loss import Loss, LossOutput
+from lossmith.losses.formula import powers
+from lossmith.losses.loss import Loss, LossOutput, drift, outcome
 from lossmith.losses.piece import Piece
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
@@ -131,11 +132,9 @@ class CompletionLoss(Loss):
 
     @torch.no_grad()
     def _metrics(self, at: Completions) -> dict[str, float]:
-        live = at.live
-        metrics = {"tokens": float(at.batch.valid.sum()), "completions": float(live.sum())}
-        if bool(live.any()):
-            metrics["performance_loss"] = -float(at.reward[live].mean())
-            metrics["log_ratio"] = float(at.log_ratio[live].mean())
+        metrics = outcome(at.batch) | drift(at.batch, at.batch.tokens)
+        if bool(at.live.any()):
+            metrics["log_ratio"] = float(at.log_ratio[at.live].mean())
             metrics["units"] = float(self.term.units(at))
         return metrics
 
@@ -146,6 +145,7 @@ class CompletionLoss(Loss):
             raise LossError(f"formula style is {style!r}; known: text, latex.")
         anchor = ("π_ref", r"\pi_{\mathrm{ref}}") if self.term.anchor == "ref" else ("π_old", r"\pi_{\mathrm{old}}")
         text, tex = self.term.formula()
+        tex = powers(tex)
         if style == "text":
             return f"L(θ) = {text}\n  Λ_i = Σ_t log π_θ(y_t) − log {anchor[0]}(y_t)"
         where = rf"\Lambda_i = \textstyle\sum_t \log\pi_\theta(y_t) - \log {anchor[1]}(y_t)"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from lossmith.errors import LossError
 from lossmith.losses.advantage import Critic, LengthAdaptiveGAE, Zero
 from lossmith.losses.correction import NoMismatch
 from lossmith.losses.piece import number
+from lossmith.losses.trust.selective import M2Mask
 
 if TYPE_CHECKING:
     from lossmith.losses.policy_loss import PolicyLoss
 
-__all__ = ["render"]
+__all__ = ["powers", "render"]
 
 
 def render(loss: PolicyLoss, style: str = "text") -> str:
@@ -23,12 +25,20 @@ def render(loss: PolicyLoss, style: str = "text") -> str:
     lines = [_equation(loss, index), *_where(loss, index)]
     if style == "text":
         return "\n".join([lines[0], *("  " + line for line in lines[1:])])
-    return "\\begin{aligned}\n" + " \\\\\n".join("& " + line for line in lines) + "\n\\end{aligned}"
+    return "\\begin{aligned}\n" + " \\\\\n".join("& " + powers(line) for line in lines) + "\n\\end{aligned}"
+
+
+def powers(latex: str) -> str:
+    """1e-06 as LaTeX reads it: 10^{-6}."""
+    latex = re.sub(r"(?<![\d.])1e([+-])0*(\d+)", r"10^{\1\2}", latex)
+    return re.sub(r"(\d)e([+-])0*(\d+)", r"\1 \\cdot 10^{\2\3}", latex).replace("^{+", "^{")
 
 
 def _equation(loss: PolicyLoss, i: int) -> str:
     minus, theta = ("−", "L(θ)") if i == 0 else ("-", r"\mathcal L(\theta)")
     policy = loss.trust.formula()[i]
+    if not isinstance(loss.trust, M2Mask):  # which looks at old policy and sampler, whatever the ratio is taken against
+        policy = policy.replace(("π_old", r"\pi_{\mathrm{old}}")[i], loss.ratio.below_names()[i])
     if not isinstance(loss.mismatch, NoMismatch):
         policy = ("u·" if i == 0 else r"u\,") + policy
     if any(mask.formula() for mask in (loss.token_mask, loss.sequence_mask)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossmith.errors import LossError, nearest
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.loss import Loss, LossOutput
+from lossmith.losses.loss import Loss, LossOutput, drift, outcome
 
 __all__ = ["FunctionLoss", "parameters_of", "read_fields"]
 
@@ -48,7 +48,7 @@ class FunctionLoss(Loss):
             shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise LossError(f"{self.name} must return one number (a tensor without dimensions), not {shape}.")
         advantage = torch.zeros(batch.valid.shape, dtype=batch.dtype, device=batch.valid.device)
-        return LossOutput(made, advantage, {self.name: made}, lambda: _metrics(batch))
+        return LossOutput(made, advantage, {self.name: made}, lambda: outcome(batch) | drift(batch, batch.tokens))
 
     def weight(self, ratio: Tensor | float, advantage: Tensor | float, old_prob: float = 0.3) -> Tensor:
         """The shape of w(r, A) by autograd: 1 at r = 1 for A > 0, because the function's normaliser is not known.
@@ -139,13 +139,3 @@ def read_fields(function: Callable[..., Any]) -> frozenset[str]:
 
 def _tensor(x: Tensor | float) -> Tensor:
     return x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
-
-
-@torch.no_grad()
-def _metrics(batch: Batch) -> dict[str, float]:
-    live = batch.valid.any(1)
-    metrics = {"tokens": float(batch.valid.sum()), "completions": float(live.sum())}
-    if batch.reward is not None and bool(live.any()):
-        total = batch.reward if batch.reward.ndim == 1 else batch.reward.sum(1)
-        metrics["performance_loss"] = -float(total[live].mean())
-    return metrics

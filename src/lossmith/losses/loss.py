@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lossmith.errors import LossError
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.kl import KL
+from lossmith.losses.kl import KL, kl_estimate
 from lossmith.losses.value import ValueLoss
 
-__all__ = ["Credit", "Loss", "LossOutput"]
+__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "drift", "outcome"]
 
 Metrics = Callable[[], dict[str, float]]
 
@@ -83,6 +83,31 @@ class LossOutput:
     def metrics(self) -> dict[str, float]:
         """Measured when first asked for: a loss that is only differentiated does not pay for them."""
         return self.measure()
+
+
+@torch.no_grad()
+def drift(batch: Batch, tokens: int) -> dict[str, float]:
+    """How far the policy is from the old policy and the reference (k3, nats a token), and its entropy.
+
+    tokens: of the whole batch, so that micro-batches add up.
+    """
+    found: dict[str, float] = {}
+    for name, anchor in (("kl_old", batch.old_logp), ("kl_ref", batch.ref_logp)):
+        if anchor is not None and batch.logp is not None:
+            found[name] = float(kl_estimate(batch.logp - anchor, "k3").sum()) / max(tokens, 1)
+    if batch.entropy is not None:
+        found["entropy"] = float(batch.entropy.sum()) / max(tokens, 1)
+    return found
+
+
+@torch.no_grad()
+def outcome(batch: Batch) -> dict[str, float]:
+    """Counts, and -E[r]: the loss's value is not the performance."""
+    metrics = {"tokens": float(batch.tokens), "completions": float(batch.live.sum())}
+    if batch.reward is not None and bool(batch.live.any()):
+        total = batch.reward if batch.reward.ndim == 1 else batch.reward.sum(1)
+        metrics["performance_loss"] = -float(total[batch.live].mean())
+    return metrics
 
 
 class OnlyCredit(LossOutput):

@@ -37,10 +37,10 @@ from lossmith.losses.correction import Mismatch, NoMismatch
 from lossmith.losses.extra import Extra, NoExtra
 from lossmith.losses.flat import to_flat, with_flat
 from lossmith.losses.formula import render
-from lossmith.losses.kl import KL, kl_estimate
+from lossmith.losses.kl import KL
 from lossmith.losses.legality import check_legal
 from lossmith.losses.listing import listing
-from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome
 from lossmith.losses.masks import GroupFilter, KeepAll, Mask, NoSequenceMask, NoTokenMask
 from lossmith.losses.piece import Piece
 from lossmith.losses.ratio import Ratio, SequenceTokenRatio, TokenRatio
@@ -340,14 +340,7 @@ class PolicyLoss(Loss):
             metrics["ratio"] = float((weight * at.ratio).sum())
             stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
             metrics["clip_fraction"] = float((weight * stopped).sum())
-        if batch.old_logp is not None and batch.logp is not None:
-            moved = _valid(batch.logp - batch.old_logp, batch)
-            metrics["kl_old"] = float((weight * kl_estimate(moved, "k3")).sum())
-        if batch.ref_logp is not None and batch.logp is not None:
-            metrics["kl_ref"] = float((weight * kl_estimate(_valid(batch.logp - batch.ref_logp, batch), "k3")).sum())
-        if batch.entropy is not None:
-            metrics["entropy"] = float((weight * batch.entropy).sum())
-        return metrics
+        return metrics | drift(batch, credit.tokens)
 
     # -- closed forms -----------------------------------------------------------------------------------------------
 
@@ -417,15 +410,4 @@ def _tensor(x: Tensor | float) -> Tensor:
 
 def _credit_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
     kept = advantage[batch.valid]
-    metrics = {
-        "tokens": float(batch.valid.sum()),
-        "completions": float(batch.valid.any(1).sum()),
-        "advantage_abs": float(kept.abs().mean()) if len(kept) else 0.0,
-    }
-    if batch.reward is not None:
-        total = batch.reward if batch.reward.ndim == 1 else batch.reward.sum(1)
-        live = batch.valid.any(1)
-        metrics["performance_loss"] = (
-            -float(total[live].mean()) if bool(live.any()) else 0.0
-        )  # -E[r], the book's first job
-    return metrics
+    return outcome(batch) | {"advantage_abs": float(kept.abs().mean()) if len(kept) else 0.0}

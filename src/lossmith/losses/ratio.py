@@ -71,7 +71,8 @@ class Ratio(Piece):
         """Lines of plain torch that compute r [N, T] from logp and below."""
         raise NotImplementedError
 
-    def _names(self) -> tuple[str, str]:
+    def below_names(self) -> tuple[str, str]:
+        """(text, LaTeX) of the policy in the denominator."""
         tex = {
             "old": r"\pi_{\mathrm{old}}",
             "behavior": r"\mu",
@@ -95,7 +96,7 @@ class TokenRatio(Ratio):
         return slope * _inside(self.log_ratio(batch).detach())
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self._names()
+        text, tex = self.below_names()
         return f"π_θ(y_t) / {text}(y_t)", rf"\frac{{\pi_\theta(y_t)}}{{{tex}(y_t)}}"
 
     def code(self) -> list[str]:
@@ -126,7 +127,7 @@ class SequenceRatio(_PerSequence):
         return total * _inside(self._level(batch).detach()) * batch.valid
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self._names()
+        text, tex = self.below_names()
         return (
             f"(π_θ(y) / {text}(y))^(1/T)",
             rf"\left(\frac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}",
@@ -151,7 +152,7 @@ class SequenceTokenRatio(Ratio):
         return slope * batch.valid
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self._names()
+        text, tex = self.below_names()
         return (
             f"sg((π_θ(y) / {text}(y))^(1/T))·π_θ(y_t)/sg(π_θ(y_t))",
             rf"\operatorname{{sg}}\!\left(\tfrac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}"
@@ -180,7 +181,7 @@ class SequenceSumRatio(_PerSequence):
         return total * _inside(self._level(batch).detach()) * batch.valid
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self._names()
+        text, tex = self.below_names()
         return f"π_θ(y) / {text}(y)", rf"\frac{{\pi_\theta(y)}}{{{tex}(y)}}"
 
     def code(self) -> list[str]:

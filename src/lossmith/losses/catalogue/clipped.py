@@ -128,7 +128,7 @@ ENTRIES = [
         name="vapo",
         year=2025,
         paper="arXiv:2504.05118 (its likelihood coefficient is not settled: 0.1 here)",
-        summary="PPO with a discount that follows the length, and imitation of what went well.",
+        summary="PPO whose generalised advantages follow the length, and imitation of what went well.",
         build=lambda: _critic(Clip(0.2, 0.28), advantage=LengthAdaptiveGAE(), extra=ImitatePositive(0.1)),
     ),
     Entry(
