@@ -538,3 +538,10 @@ def test_all_pairs_put_the_better_completion_first():
     batch = L.Batch(torch.zeros(3, 1).double(), torch.ones(3, 1).bool(), ref_logp=torch.zeros(3, 1).double(), **fields)
     grad = quiet_loss("online_dpo", beta=1.0, pairs="all").closed_form_gradient(batch)[:, 0]
     torch.testing.assert_close(grad, double([1 / 3, -1 / 3, 0.0]))
+
+
+def test_potential_shaping_discounts_the_potential_that_follows():
+    """gamma .5, potentials 1, 2, 4: r_t + .5·Φ_{t+1} - Φ_t = 0, 0, 3 - 4."""
+    batch = L.Batch(mask=torch.ones(1, 3).bool(), reward=double([3.0]), potential=double([[1.0, 2.0, 4.0]]))
+    shaped = L.Potential(gamma=0.5)(batch.reward, batch)
+    torch.testing.assert_close(shaped, double([[0.0, 0.0, -1.0]]))
