@@ -40,22 +40,30 @@ def list_(*, presets: Annotated[bool, Parameter(negative="")] = False, as_json: 
         print(json.dumps([_summary(entry, _example(entry)) for entry in entries], indent=2, ensure_ascii=False))
         return
     chosen = [e for e in entries if bool(e.preset_of) == presets]
-    what = "presets" if presets else "losses"
-    table = Table(title=f"{len(chosen)} {what}; `lossmith losses show NAME` for one", pad_edge=False, box=None)
-    for column in ("name", "year", "couples", "needs", "what it is"):
-        table.add_column(column, no_wrap=column in ("name", "year", "couples"), overflow="fold")
-    family = None
-    for entry in chosen:
-        if not presets and entry.family != family:
-            family = entry.family
-            table.add_row("", "", "", "", f"[bold]{escape(FAMILIES.get(family, family))}[/]")
-        row = _summary(entry, _example(entry))
-        name = entry.name + (" [red](trap)[/]" if row["traps"] else "")
-        table.add_row(name, str(entry.year or ""), row["coupling"], ", ".join(row["needs"]), escape(entry.summary))
-    Console().print(table)
+    console = Console()
+    console.print(_overview(chosen, "presets" if presets else "losses", wide=console.width >= 110))
     if not presets:
         count = sum(bool(e.preset_of) for e in entries)
-        Console().print(f"\nand {count} presets of other libraries' defaults: lossmith losses list --presets")
+        console.print(f"\nand {count} presets of other libraries' defaults: lossmith losses list --presets")
+
+
+def _overview(chosen: list[Entry], what: str, *, wide: bool) -> Table:
+    """A row a loss; on a narrow terminal without year, coupling and needs (`show` has them)."""
+    table = Table(title=f"{len(chosen)} {what}; `lossmith losses show NAME` for one", pad_edge=False, box=None)
+    for column in ("name", "year", "couples", "needs") if wide else ("name",):
+        table.add_column(column, no_wrap=column != "needs", overflow="fold")
+    table.add_column("what it is", overflow="fold")
+    family = None
+    for entry in chosen:
+        if not entry.preset_of and entry.family != family:
+            family = entry.family
+            title = f"[bold]{escape(FAMILIES.get(family, family))}[/]"
+            table.add_row(*[""] * (4 if wide else 1), title)
+        row = _summary(entry, _example(entry))
+        name = escape(entry.name) + (" [red](trap)[/]" if row["traps"] else "")
+        facts = (str(entry.year or ""), row["coupling"], ", ".join(row["needs"])) if wide else ()
+        table.add_row(name, *facts, escape(entry.summary))
+    return table
 
 
 def show(

@@ -47,7 +47,10 @@ class Recipe(BaseModel):
     )
     scorer_timeout: float = Field(60.0, gt=0, description="seconds that one batch of scores may take")
 
-    loss: Any = Field("grpo", description="loss: a name, 'grpo(beta=0.04)', or a table of its parameters")
+    loss: Any = Field(
+        "grpo",
+        description="loss: a name, 'name@library', 'grpo(beta=0.04)', 'my.py:function', or a table of parameters",
+    )
     allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
 
     steps: int = Field(12, gt=0, description="rounds of sample, score, update")
