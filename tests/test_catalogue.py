@@ -545,3 +545,9 @@ def test_potential_shaping_discounts_the_potential_that_follows():
     batch = L.Batch(mask=torch.ones(1, 3).bool(), reward=double([3.0]), potential=double([[1.0, 2.0, 4.0]]))
     shaped = L.Potential(gamma=0.5)(batch.reward, batch)
     torch.testing.assert_close(shaped, double([[0.0, 0.0, -1.0]]))
+
+
+def test_counts_that_do_not_say_what_a_loss_averages_over_are_refused():
+    batch = L.Batch(**random_fields(0))
+    with pytest.raises(L.LossError, match=r"make it with loss\.counts\(batch\)"):
+        quiet_loss("online_dpo")(batch, L.Normalizer.of(batch.mask, batch.group))

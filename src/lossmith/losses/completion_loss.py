@@ -116,8 +116,14 @@ class CompletionLoss(Loss):
         return LossOutput(loss, advantage, {self.term.option: loss}, lambda: self._metrics(at))
 
     def _units(self, at: Completions, normalizer: Normalizer | None) -> int:
-        counted = normalizer.units if normalizer is not None else None
-        return self.term.units(at) if counted is None else counted
+        if normalizer is None:
+            return self.term.units(at)
+        if normalizer.units is None:
+            raise LossError(
+                f"{self.name} averages over pairs, groups or completions, which this Normalizer does not count: make it "
+                "with loss.counts(batch) on each rank, and add them."
+            )
+        return normalizer.units
 
     def counts(self, batch: Batch) -> Normalizer:
         """The term's units (pairs, groups or completions) included."""

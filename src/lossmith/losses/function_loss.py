@@ -39,6 +39,10 @@ class FunctionLoss(Loss):
         return self.stops
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
+        if normalizer is not None:
+            raise LossError(
+                f"{self.name} is a function with a normaliser of its own: counts over ranks mean nothing to it."
+            )
         for field in sorted(self.reads):
             batch.require(field, self.name)
         made = self.function(batch, **dict(self.parameters))
