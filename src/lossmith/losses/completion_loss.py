@@ -120,8 +120,8 @@ class CompletionLoss(Loss):
             return self.term.units(at)
         if normalizer.units is None:
             raise LossError(
-                f"{self.name} averages over pairs, groups or completions, which this Normalizer does not count: make it "
-                "with loss.counts(batch) on each rank, and add them."
+                f"{self.name} averages over pairs, groups or completions, which this Normalizer does not count: make "
+                "it with loss.counts(batch) on each rank, and add them."
             )
         return normalizer.units
 
