@@ -551,3 +551,33 @@ def test_counts_that_do_not_say_what_a_loss_averages_over_are_refused():
     batch = L.Batch(**random_fields(0))
     with pytest.raises(L.LossError, match=r"make it with loss\.counts\(batch\)"):
         quiet_loss("online_dpo")(batch, L.Normalizer.of(batch.mask, batch.group))
+
+
+def test_vapo_counts_tokens_not_columns():
+    """A completion of 40 tokens in a row of 60 has the advantages it has in a row of 40."""
+    values = normal(0, 1, 60)
+    found = []
+    for width in (40, 60):
+        mask, value = (torch.arange(width) < 40)[None], values[:, :width]
+        batch = L.Batch(mask=mask, reward=double([2.0]), value=value, old_value=value)
+        found.append(quiet_loss("vapo").credit(batch).advantage[:, :40])
+    torch.testing.assert_close(*found)
+
+
+def test_entropy_and_kl_may_be_aggregated_otherwise():
+    fields = random_fields(0) | {"advantage": torch.zeros(9).double()}
+    rows, tokens = int(fields["mask"].any(1).sum()), int(fields["mask"].sum())
+    both = {"entropy_coef": 0.3, "beta": 0.2, "kl_estimator": "k2", "aggregate": "token_mean"}
+    sums = {"entropy_aggregate": "seq_mean_token_sum", "kl_aggregate": "seq_mean_token_sum"}
+    kappa = (fields["logp"] - fields["ref_logp"]) * fields["mask"]
+    for changes, share in ((both, 1 / tokens), (both | sums, 1 / rows)):
+        grads = evaluate(quiet_loss("grpo", **changes), fields)[1]
+        torch.testing.assert_close(grads["entropy"], -0.3 * share * fields["mask"])
+        torch.testing.assert_close(grads["logp"], 0.2 * share * kappa)
+
+
+def test_the_advantage_is_bounded_on_both_sides_and_multiplied_before():
+    got = credited([3, 0, 0], {"advantage": "group", "advantage_mul": 0.5, "advantage_clip": 0.4})[:, 0]
+    torch.testing.assert_close(got, double([0.4, -0.4, -0.4]))
+    got = credited([3, 0, 0], {"advantage": "group", "advantage_mul": 0.1, "advantage_clip": 0.15})[:, 0]
+    torch.testing.assert_close(got, double([0.15, -0.1, -0.1]))
