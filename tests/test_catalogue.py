@@ -572,7 +572,7 @@ def test_entropy_and_kl_may_be_aggregated_otherwise():
     kappa = (fields["logp"] - fields["ref_logp"]) * fields["mask"]
     for changes, share in ((both, 1 / tokens), (both | sums, 1 / rows)):
         grads = evaluate(quiet_loss("grpo", **changes), fields)[1]
-        torch.testing.assert_close(grads["entropy"], -0.3 * share * fields["mask"])
+        torch.testing.assert_close(grads["entropy"], -0.3 * share * fields["mask"].double())
         torch.testing.assert_close(grads["logp"], 0.2 * share * kappa)
 
 
