@@ -46,13 +46,6 @@ WHOLE = [
         "good completions lie above the threshold",
     ),
     (
-        "gvpo_mean_keeps_gradient",
-        "completion_terms.py",
-        "mean = at.groups(at.log_ratio.detach()).mean",
-        "mean = at.groups(at.log_ratio).mean",
-        "the group's mean has no gradient",
-    ),
-    (
         "gvpo_biased",
         "completion_terms.py",
         "1 / (groups.size - 1).clamp(min=1)",
