@@ -90,8 +90,8 @@ WHOLE = [
     (
         "units_of_this_rank",
         "completion_loss.py",
-        "return self.term.units(at) if counted is None else counted",
-        "return self.term.units(at)",
+        "        return normalizer.units\n",
+        "        return self.term.units(at)\n",
         "the normaliser counts over all ranks",
     ),
     # -- how it is put together
