@@ -53,6 +53,8 @@ def find_entry(name: str) -> Entry:
     if name in known:
         return known[name]
     close = nearest(name, [*CATALOGUE, *_ALIASES, *known])
+    if "Known:" in close:  # nothing is near: presets and aliases would only make the list longer
+        close = nearest(name, [*(n for n, e in CATALOGUE.items() if not e.preset_of), *known])
     raise LossError(f"There is no loss {name!r}.{close} `lossmith losses list` shows them all.")
 
 
