@@ -15,7 +15,9 @@ Every message says what is wrong, where, and what to do about it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "LossError",
@@ -29,6 +31,7 @@ __all__ = [
     "TrapWarning",
     "nearest",
     "printable",
+    "quiet_traps",
 ]
 
 
@@ -66,6 +69,14 @@ class RunError(LossmithError, RuntimeError):
 
 class TrapWarning(UserWarning):
     """A composition that is legal and known to mislead. Training refuses it unless told otherwise."""
+
+
+@contextmanager
+def quiet_traps() -> Iterator[None]:
+    """A loss is built to be looked at, or was warned of before: its traps are not warned of here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrapWarning)
+        yield
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lossmith.cli.losses import example
-from lossmith.errors import LossError, ProofError, TrapWarning
+from lossmith.errors import LossError, ProofError, quiet_traps
 from lossmith.losses import Loss
 from lossmith.proofs.audit import Audit, audit
 from lossmith.proofs.page import html_page
@@ -42,8 +41,7 @@ def audit_(
     html
         Write the page to this file.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)  # shown on the page
+    with quiet_traps():  # shown on the page
         asked = example(loss)
         found = audit(asked)
     if html is not None:

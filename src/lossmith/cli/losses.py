@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lossmith.errors import LossError, TrapWarning
+from lossmith.errors import LossError, quiet_traps
 from lossmith.losses import Loss, PolicyLoss, describe, example_loss, find_entry, list_losses, parse_loss
 from lossmith.losses.batch import PROVIDERS
 from lossmith.losses.catalogue.entry import Entry
@@ -108,8 +107,7 @@ def show(
 
 def named_loss(name: str) -> Loss:
     """The loss of a name, a call or a path. Its traps are shown on the page, not as warnings beside it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)
+    with quiet_traps():
         return parse_loss(name)
 
 
@@ -128,8 +126,7 @@ def _entry(name: str) -> Entry:
 
 
 def _example(entry: Entry) -> Loss:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)
+    with quiet_traps():
         return entry.build().set({"name": entry.name})
 
 

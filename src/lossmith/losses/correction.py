@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lossmith.losses.batch import Batch
 from lossmith.losses.kl import kl_estimate
-from lossmith.losses.piece import Piece, number, options, param
+from lossmith.losses.piece import Piece, in_code, number, options, param
 from lossmith.losses.ratio import bounded_exp
 
 __all__ = ["MISMATCH", "Gate", "IcePop", "Mismatch", "NoMismatch", "TruncatedIS"]
@@ -94,10 +94,6 @@ def _at_level(x: Tensor, batch: Batch, level: str) -> Tensor:
     return (total if level == "sequence" else total / batch.lengths.clamp(min=1)[:, None]).expand_as(x)
 
 
-def _python(x: float) -> str:
-    return "torch.inf" if x == math.inf else str(x)
-
-
 def _rho_code(level: str) -> list[str]:
     log_rho = "log_rho = torch.where(mask, old_logp - behavior_logp, 0.0)"
     over = {"token": "log_rho", "sequence": "log_rho.sum(1, keepdim=True)"}
@@ -130,7 +126,7 @@ class TruncatedIS(Mismatch):
         return f"clip({text}, {lo}, {hi})", rf"\operatorname{{clip}}({tex}, {lo}, {hi})"
 
     def raw_code(self) -> list[str]:
-        return [*_rho_code(self.level), f"u = rho.clamp({self.low}, {_python(self.high)})"]
+        return [*_rho_code(self.level), f"u = rho.clamp({self.low}, {in_code(self.high)})"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ class IcePop(Mismatch):
         return f"{text}·[{lo} ≤ {text} ≤ {hi}]", rf"{tex}\,\mathbb 1[{lo}\le {tex}\le {hi}]"
 
     def raw_code(self) -> list[str]:
-        band = f"(rho >= {self.low}) & (rho <= {_python(self.high)})"
+        band = f"(rho >= {self.low}) & (rho <= {in_code(self.high)})"
         return [*_rho_code(self.level), f"u = torch.where({band}, rho, 0.0)"]
 
 
@@ -223,7 +219,7 @@ class Gate(Mismatch):
             *([clamped] if self.stat == "binary_kl" else []),
             f"stat = torch.where(mask, {per_token}, 0.0)",
             f"stat = {f'({level}).exp()' if self.stat == 'ratio' else level}",
-            f"inside = (stat >= {self.low}) & (stat <= {_python(self.high)})",
+            f"inside = (stat >= {self.low}) & (stat <= {in_code(self.high)})",
             f"u = torch.where(inside, {'log_rho.exp()' if self.weighted else '1.0'}, 0.0)",
         ]
 

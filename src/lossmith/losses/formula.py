@@ -52,7 +52,7 @@ def _equation(loss: PolicyLoss, i: int) -> str:
 def _extra(loss: PolicyLoss, i: int) -> list[str]:
     minus = "−" if i == 0 else "-"
     extra = []
-    if loss.kl.active and loss.kl.place == "loss":
+    if loss.kl.in_loss:
         how = "" if loss.kl_aggregate == "same" else f" ({loss.kl_aggregate})"
         extra.append("+ " + loss.kl.formula()[i] + (how if i == 0 else _text(how)))
     if loss.entropy_coef:
@@ -76,7 +76,7 @@ def _text(words: str) -> str:
 def _where(loss: PolicyLoss, i: int) -> list[str]:
     """The definitions below the equation."""
     lines = []
-    by_kl = loss.kl.active and (loss.kl.ratio_weight or loss.kl.is_cap is not None)
+    by_kl = loss.kl.uses_ratio
     if (loss.trust.uses_ratio and not isinstance(loss.advantage, Zero)) or by_kl:
         lines.append("r = " + loss.ratio.formula()[i])
     if not isinstance(loss.advantage, Zero):
@@ -108,7 +108,7 @@ def _advantage(loss: PolicyLoss, i: int) -> str:
 def _reward(loss: PolicyLoss, i: int) -> str:
     arrow = "←" if i == 0 else r"\leftarrow"
     parts = [f"R {arrow} {s.formula()[i]}" for s in loss.shaping]
-    if loss.kl.active and loss.kl.place == "reward":
+    if loss.kl.in_reward:
         penalty = loss.kl.formula()[i]
         parts.append(
             f"r_t {arrow} r_t − sg({penalty})" if i == 0 else rf"r_t {arrow} r_t - \operatorname{{sg}}({penalty})"

@@ -109,6 +109,21 @@ class KL(Piece):
         return self.beta > 0
 
     @property
+    def in_loss(self) -> bool:
+        """A term of the loss."""
+        return self.active and self.place == "loss"
+
+    @property
+    def in_reward(self) -> bool:
+        """Taken off the reward."""
+        return self.active and self.place == "reward"
+
+    @property
+    def uses_ratio(self) -> bool:
+        """Whether the term is weighted by the ratio."""
+        return self.active and (self.ratio_weight or self.is_cap is not None)
+
+    @property
     def required(self) -> frozenset[str]:
         if not self.active:
             return frozenset()
@@ -152,7 +167,7 @@ class KL(Piece):
     def trap(self) -> str | None:
         """Why this setting misleads, if it does."""
         plain = not (self.ratio_weight or self.straight_through)
-        if self.active and self.estimator == "k1" and self.place == "loss" and plain:
+        if self.in_loss and self.estimator == "k1" and plain:
             return (
                 "k1 in the loss regularises nothing: its gradient does not depend on the reference, and its "
                 "expectation on-policy is 0; use kl_estimator='k2', or kl_place='reward'"

@@ -74,7 +74,7 @@ def _ratio_reasons(loss: PolicyLoss) -> list[str]:
             f"advantage='{advantage.option}' differs between tokens, but ratio_level='{ratio.option}' has one number a "
             "completion; use ratio_level='sequence_token' or 'token'"
         )
-    by_kl = loss.kl.active and (loss.kl.ratio_weight or loss.kl.is_cap is not None)
+    by_kl = loss.kl.uses_ratio
     if not trust.uses_ratio and not by_kl and ratio != TokenRatio():
         reasons.append(
             f"trust='{trust.option}' does not use a ratio, so ratio_level='{ratio.option}' with "

@@ -85,7 +85,7 @@ def _rewards(loss: PolicyLoss) -> list[str]:
     per_token = any(isinstance(s, Potential) for s in loss.shaping)
     if loss.truncated == "zero":
         lines.append("R = torch.where(truncated, 0.0, R)")
-    in_reward = loss.kl.active and loss.kl.place == "reward"
+    in_reward = loss.kl.in_reward
     if (loss.advantage.per_token or in_reward) and not per_token and not isinstance(loss.advantage, ReferenceGap):
         lines.append("r_t = on_last(R)")
     if in_reward:
@@ -109,7 +109,7 @@ def _advantages(loss: PolicyLoss) -> list[str]:
 def _objective(loss: PolicyLoss) -> list[str]:
     lines = []
     below = {"old": "old_logp", "behavior": "behavior_logp", "ref": "ref_logp", "self": "logp.detach()"}
-    kl_ratio = loss.kl.active and (loss.kl.ratio_weight or loss.kl.is_cap is not None)
+    kl_ratio = loss.kl.uses_ratio
     if loss.trust.uses_ratio or kl_ratio:
         lines += [f"below = {below[loss.ratio.denominator]}", *loss.ratio.code()]
     if isinstance(loss.advantage, Zero):
@@ -117,7 +117,7 @@ def _objective(loss: PolicyLoss) -> list[str]:
     else:
         lines += _policy(loss)
     after: list[str] = []
-    if loss.kl.active and loss.kl.place == "loss":
+    if loss.kl.in_loss:
         lines += loss.kl.code()
         if loss.kl.masked and not isinstance(loss.mismatch, NoMismatch):
             lines.append("kl = u * kl")

@@ -22,8 +22,7 @@ __all__ = [
     "GroupFilter",
     "KeepAll",
     "Mask",
-    "NoSequenceMask",
-    "NoTokenMask",
+    "NoMask",
     "OffPolicySequence",
     "TopEntropy",
     "ZeroVariance",
@@ -52,8 +51,8 @@ class Mask(Piece):
 
 
 @dataclass(frozen=True)
-class NoTokenMask(Mask):
-    """Every token counts."""
+class NoMask(Mask):
+    """Everything counts."""
 
     option: ClassVar[str] = "none"
 
@@ -87,13 +86,6 @@ def quantile(x: Tensor, q: float) -> Tensor:
     low = int(place)
     high = min(low + 1, len(x) - 1)
     return torch.lerp(x[low], x[high], place - low)
-
-
-@dataclass(frozen=True)
-class NoSequenceMask(Mask):
-    """Every completion counts."""
-
-    option: ClassVar[str] = "none"
 
 
 @dataclass(frozen=True)
@@ -151,8 +143,8 @@ class Fresh(Mask):
         return [f"keep = (lag <= {self.max_lag})[:, None]"]
 
 
-TOKEN_MASK: dict[str, type[Mask]] = options(NoTokenMask, TopEntropy)
-SEQUENCE_MASK: dict[str, type[Mask]] = options(NoSequenceMask, OffPolicySequence, Fresh)
+TOKEN_MASK: dict[str, type[Mask]] = options(NoMask, TopEntropy)
+SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OffPolicySequence, Fresh)
 
 
 # -- filters: what they drop is gone, from the normaliser too ----------------------------------------------------------

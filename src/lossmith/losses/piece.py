@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from lossmith.errors import LossError, nearest
 
-__all__ = ["Piece", "number", "options", "param", "symbol"]
+__all__ = ["Piece", "in_code", "number", "options", "param", "symbol"]
 
 
 def param(
@@ -116,6 +116,11 @@ def options(*pieces: type[Kind]) -> dict[str, type[Kind]]:
 def number(x: float) -> str:
     """A parameter as it reads in a formula: 0.2, 1e-06, ∞."""
     return "∞" if x == math.inf else f"{x:.6g}"
+
+
+def in_code(x: float) -> str:
+    """A parameter as it reads in a listing: 0.2, torch.inf."""
+    return f"{'-' if x < 0 else ''}torch.inf" if math.isinf(x) else str(x)
 
 
 def symbol(x: float | None, text: str, latex: str) -> tuple[str, str]:

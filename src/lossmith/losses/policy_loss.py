@@ -41,7 +41,7 @@ from lossmith.losses.kl import KL
 from lossmith.losses.legality import check_legal
 from lossmith.losses.listing import listing
 from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome
-from lossmith.losses.masks import GroupFilter, KeepAll, Mask, NoSequenceMask, NoTokenMask
+from lossmith.losses.masks import GroupFilter, KeepAll, Mask, NoMask
 from lossmith.losses.piece import Piece
 from lossmith.losses.ratio import Ratio, SequenceTokenRatio, TokenRatio
 from lossmith.losses.shaping import Shaping
@@ -67,8 +67,8 @@ class PolicyLoss(Loss):
     advantage_clip: float | None = None
     ratio: Ratio = dataclasses.field(default_factory=TokenRatio)
     trust: Trust = dataclasses.field(default_factory=LogP)
-    token_mask: Mask = dataclasses.field(default_factory=NoTokenMask)
-    sequence_mask: Mask = dataclasses.field(default_factory=NoSequenceMask)
+    token_mask: Mask = dataclasses.field(default_factory=NoMask)
+    sequence_mask: Mask = dataclasses.field(default_factory=NoMask)
     mismatch: Mismatch = dataclasses.field(default_factory=NoMismatch)
     kl: KL = dataclasses.field(default_factory=KL)
     entropy_coef: float = 0.0
@@ -114,7 +114,7 @@ class PolicyLoss(Loss):
     @property
     def uses_old(self) -> bool:
         ratio = self._needs_ratio and self.ratio.denominator == "old"
-        in_reward = self.kl.active and self.kl.place == "reward"
+        in_reward = self.kl.in_reward
         reads = isinstance(self.advantage, (ReferenceGap, OptimalToken)) or isinstance(self.trust, M2Mask)
         return ratio or in_reward or reads or not isinstance(self.mismatch, NoMismatch)
 
@@ -136,7 +136,7 @@ class PolicyLoss(Loss):
         by_ratio = self.trust.uses_ratio and (
             isinstance(self.ratio, SequenceTokenRatio) or self.ratio.denominator == "self"
         )
-        kl = self.kl.active and self.kl.place == "loss" and self.kl.straight_through
+        kl = self.kl.in_loss and self.kl.straight_through
         return self.trust.stops_gradient or by_ratio or kl
 
     def set(self, changes: Mapping[str, Any]) -> PolicyLoss:
@@ -200,7 +200,7 @@ class PolicyLoss(Loss):
     def _signal(self, batch: Batch) -> Signal | None:
         """Rewards after shaping, with the KL penalty taken off; None where the advantage is given."""
         if batch.advantage is not None:
-            if self.kl.active and self.kl.place == "reward":
+            if self.kl.in_reward:
                 raise LossError(
                     f"{self.name} takes its KL penalty off the reward, but Batch.advantage is given and bypasses it. "
                     "Give reward instead, or build the loss with beta=0."
@@ -215,7 +215,7 @@ class PolicyLoss(Loss):
         if self.truncated == "zero":
             cut = batch.require("truncated", "truncated='zero'")
             reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
-        if self.kl.active and self.kl.place == "reward":
+        if self.kl.in_reward:
             reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
         return Signal(batch, reward)
 
@@ -272,7 +272,7 @@ class PolicyLoss(Loss):
         if at is not None and not isinstance(self.advantage, Zero):
             weight = credit.weight * self._factor(batch, credit)  # first: neither has a gradient
             terms["policy"] = (weight * self.trust.value(at)).sum()
-        if at is not None and self.kl.active and self.kl.place == "loss":
+        if at is not None and self.kl.in_loss:
             weight = credit.weight if credit.kl_weight is None else credit.kl_weight
             weight = weight * self._factor(batch, credit) if self.kl.masked else weight
             terms["kl"] = self.kl.beta * (weight * self.kl.term(batch, at.ratio)).sum()
@@ -300,7 +300,7 @@ class PolicyLoss(Loss):
 
     @property
     def _needs_ratio(self) -> bool:
-        return self.trust.uses_ratio or (self.kl.active and (self.kl.ratio_weight or self.kl.is_cap is not None))
+        return self.trust.uses_ratio or self.kl.uses_ratio
 
     def _tokens(self, batch: Batch, credit: Credit) -> Tokens | None:
         """What the trust region sees; None where there is neither a policy nor a KL term to see anything."""
@@ -357,7 +357,7 @@ class PolicyLoss(Loss):
     @torch.no_grad()
     def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
         """dL/dlogp [N, T] by the formulas, not by autograd: -w·A·u/Z plus the slopes of the other terms."""
-        if self.kl.active and self.kl.estimator == "full" and self.kl.place == "loss":
+        if self.kl.in_loss and self.kl.estimator == "full":
             raise NotImplementedError("kl_estimator='full' does not act through the sampled token's logp.")
         credit = credit or self.credit(batch)
         at = self._tokens(batch, credit)
@@ -368,7 +368,7 @@ class PolicyLoss(Loss):
         if not isinstance(self.advantage, Zero):
             slope = self.trust.spread(_valid(credit.weight * factor * self.trust.slope(at), batch), at)
             gradient = self.ratio.chain(slope, batch) if self.trust.through == "ratio" else slope
-        if self.kl.active and self.kl.place == "loss":
+        if self.kl.in_loss:
             weight = credit.weight if credit.kl_weight is None else credit.kl_weight
             weight = self.kl.beta * (weight * factor if self.kl.masked else weight)
             by_logp, by_ratio = self.kl.slopes(batch, at.ratio)

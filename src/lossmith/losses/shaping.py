@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lossmith.errors import LossError
 from lossmith.losses.batch import Batch
-from lossmith.losses.piece import Piece, number, options, param
+from lossmith.losses.piece import Piece, in_code, number, options, param
 
-__all__ = ["SHAPING", "Affine", "ClipReward", "Overlong", "Potential", "Shaping", "WeightedSum"]
+__all__ = ["SHAPING", "Affine", "ClipReward", "Overlong", "Potential", "Shaping", "WeightedSum", "part_weights"]
 
 
 class Shaping(Piece):
@@ -47,7 +47,7 @@ class ClipReward(Shaping):
         return f"clip(R, {lo}, {hi})", rf"\operatorname{{clip}}(R, {lo}, {hi})"
 
     def code(self) -> list[str]:
-        return [f"R = R.clamp({_python(self.low)}, {_python(self.high)})"]
+        return [f"R = R.clamp({in_code(self.low)}, {in_code(self.high)})"]
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,7 @@ class WeightedSum(Shaping):
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         parts = batch.require("reward_parts", "shaping='weighted_sum'")
-        if self.weights and len(self.weights) != parts.shape[1]:
-            raise LossError(
-                f"score_weights has {len(self.weights)} numbers, Batch.reward_parts {parts.shape[1]} scores."
-            )
-        return parts @ torch.tensor(
-            list(self.weights) or [1.0] * parts.shape[1], dtype=parts.dtype, device=parts.device
-        )
+        return parts @ torch.tensor(part_weights(self.weights, parts), dtype=parts.dtype, device=parts.device)
 
     def formula(self) -> tuple[str, str]:
         if not self.weights:
@@ -173,8 +167,13 @@ def on_last_token(per_row: Tensor, mask: Tensor) -> Tensor:
     return torch.where((position == last) & mask, per_row[:, None], torch.zeros((), dtype=per_row.dtype))
 
 
-def _python(x: float) -> str:
-    return f"{'-' if x < 0 else ''}torch.inf" if math.isinf(x) else str(x)
+def part_weights(weights: tuple[float, ...], parts: Tensor) -> list[float]:
+    """One weight for each column of reward_parts [N, K]; 1 each if none are given."""
+    if weights and len(weights) != parts.shape[1]:
+        raise LossError(
+            f"score_weights has {len(weights)} numbers, but Batch.reward_parts has {parts.shape[1]} scores."
+        )
+    return list(weights) or [1.0] * parts.shape[1]
 
 
 SHAPING: dict[str, type[Shaping]] = options(ClipReward, Affine, Overlong, WeightedSum, Potential)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError, ProofError
+from lossmith.errors import LossError, ProofError, quiet_traps
 from lossmith.losses import CATALOGUE, PolicyLoss
 from lossmith.proofs.checks import prove
 from lossmith.proofs.enumeration import Bias, World, bias, default_world, group_gradients, long_world
-from lossmith.proofs.fields import batch_fields, evaluate, quietly
+from lossmith.proofs.fields import batch_fields, evaluate
 from lossmith.proofs.finding import Finding
 from lossmith.proofs.kl_push import Push, kl_push
 from lossmith.proofs.length import LengthWeights, length_weights, neutral_fields
@@ -110,7 +110,7 @@ def with_max_length(loss: Any) -> tuple[Any, tuple[str, ...]]:
         return loss, ()
     if not isinstance(loss, PolicyLoss):
         raise ProofError(f"{loss.name} needs max_length: build it with max_length=... and audit that.")
-    with quietly():
+    with quiet_traps():
         filled = PolicyLoss.from_dict(loss.to_dict() | {"max_length": MAX_LENGTH})
     return filled, (f"max_length = {MAX_LENGTH} was filled in",)
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossmith.errors import ProofError, TrapWarning
+from lossmith.errors import ProofError
 from lossmith.losses import Batch
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "batch_fields",
     "evaluate",
     "make",
-    "quietly",
     "random_fields",
     "takes_normalizer",
 ]
@@ -100,14 +97,6 @@ FIELDS: dict[str, Callable[[Draw], Tensor]] = {
 }
 # One number of a prompt, not of a completion: the same for the whole group.
 PER_PROMPT = {"reward_greedy", "reference_reward", "baseline"}
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """A variant of a loss is built to be looked at: its traps were said when the loss itself was built."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)
-        yield
 
 
 def batch_fields(loss: Any) -> frozenset[str]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.proofs.fields import evaluate, make, quietly, random_fields
+from lossmith.errors import quiet_traps
+from lossmith.proofs.fields import evaluate, make, random_fields
 from lossmith.proofs.finding import FAILED, PASSED, Finding, gap, judged, not_applicable
 from lossmith.proofs.layout import untouched
 
@@ -72,7 +73,7 @@ def round_trip(loss: Any, seed: int) -> Finding:
     read = getattr(type(loss), "from_dict", None)
     if read is None or not hasattr(loss, "to_dict"):
         return not_applicable("round_trip", "the loss is not written as flat parameters")
-    with quietly():
+    with quiet_traps():
         again = read(loss.to_dict())
     fields = random_fields(loss, seed)
     a, b = evaluate(loss, fields), evaluate(again, fields)
@@ -104,7 +105,7 @@ def _invariance(loss: Any, seed: int, check: str, promise: str, change: Any) -> 
         mine and its if promise == "shift_invariant" else mine or (its and getattr(estimator, "homogeneous", True))
     )
     kl = getattr(loss, "kl", None)
-    in_reward = kl is not None and kl.active and kl.place == "reward"
+    in_reward = kl is not None and kl.in_reward
     if promised and not getattr(loss, "shaping", ()) and not in_reward:
         return judged(check, number, 3e-3, "promised by its pieces; relative change of the advantage")
     return not_applicable(check, "not promised; measured relative change of the advantage", number)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.errors import quiet_traps
 from lossmith.losses import (
     KL,
     LogP,
@@ -24,7 +25,6 @@ from lossmith.losses import (
     TokenRatio,
 )
 from lossmith.proofs.enumeration import World, default_world, group_gradients
-from lossmith.proofs.fields import quietly
 from lossmith.proofs.settings import moved_world
 
 __all__ = ["KLRow", "Push", "kl_push", "kl_table"]
@@ -59,7 +59,7 @@ def _choices() -> dict[str, PolicyLoss]:
     for k in ("k1", "k3", "abs"):
         kinds[f"{k} straight through"] = {"kl": KL(1.0, k, straight_through=True)}
     kinds["k1 in the reward"] = {"kl": KL(1.0, "k1", "reward")}
-    with quietly():
+    with quiet_traps():
         return {label: PolicyLoss(**{"name": label, "trust": LogP(), **plain, **kind}) for label, kind in kinds.items()}
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from lossmith.errors import quiet_traps
 from lossmith.losses import KL, Batch, LeaveOneOut, LogP, Normalizer, NoScale, PolicyLoss, Raw, SeqMeanTokenSum
 from lossmith.proofs.enumeration import Bias, Tree, World, bias, default_world, group_gradients
-from lossmith.proofs.fields import quietly, takes_normalizer
+from lossmith.proofs.fields import takes_normalizer
 
 __all__ = [
     "DISTANCES",
@@ -40,8 +41,8 @@ GROUP = 4  # completions of a prompt
 
 def without_kl(loss: Any) -> Any:
     """The loss without a KL penalty taken off its reward, whose expected gradient should then be that of E[r]."""
-    if isinstance(loss, PolicyLoss) and loss.kl.active and loss.kl.place == "reward":
-        with quietly():
+    if isinstance(loss, PolicyLoss) and loss.kl.in_reward:
+        with quiet_traps():
             return loss.replace(kl=KL())
     return loss
 
@@ -145,7 +146,7 @@ def unscaled(loss: Any) -> PolicyLoss | None:
     """The loss without what it divides its advantages by; None where there is nothing to take away."""
     if not isinstance(loss, PolicyLoss) or isinstance(loss.scale, NoScale):
         return None
-    with quietly():
+    with quiet_traps():
         return dataclasses.replace(loss, scale=NoScale())
 
 

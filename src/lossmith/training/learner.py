@@ -83,7 +83,7 @@ class Learner:
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
-        in_reward = loss.kl.active and loss.kl.place == "reward"
+        in_reward = loss.kl.in_reward
         if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp", "old_logp"}:
             now = self._outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lossmith.errors import RecipeError, RunError, TrapWarning
+from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.policy import Policy, check_model, load_policy, sample
 from lossmith.prompts import PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
@@ -182,8 +181,7 @@ def open_run(plan: Plan, resume: Path | None = None) -> Run:
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     check_disk(recipe.runs, disk_needed(policy, recipe))
     _check_lengths(policy, plan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)  # policy_loss has refused traps, or the recipe allows them
+    with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, recipe.policy_loss(), recipe)
     checkpoint = None if resume is None else latest_checkpoint(resume)
     if resume is not None and checkpoint is None:

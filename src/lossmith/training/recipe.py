@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from lossmith.errors import RecipeError, TrapWarning, nearest
+from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
 
@@ -135,8 +134,7 @@ class Recipe(BaseModel):
 
         RecipeError: a trap, and traps are not allowed; something it needs that training does not provide.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TrapWarning)  # said below, as an error or not at all
+        with quiet_traps():  # said below, as an error or not at all
             loss = parse_loss(self.loss)
             if "max_length" in loss.needs:
                 loss = loss.set({"max_length": self.max_tokens})

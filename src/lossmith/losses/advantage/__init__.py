@@ -21,7 +21,6 @@ from lossmith.losses.advantage.baseline import (
     ScaledGroup,
     Shortest,
     Zero,
-    part_weights,
 )
 from lossmith.losses.advantage.per_token import (
     GAE,
@@ -51,7 +50,7 @@ __all__ = [
     "ADVANTAGE", "GAE", "SCALE", "TD", "Baseline", "BatchMean", "BatchStd", "Critic", "Decoupled", "Estimator", "Given",
     "Group", "GroupStd", "GroupStdBiased", "Groups", "LeaveOneOut", "LengthAdaptiveGAE", "LooStd", "MaxRL",
     "MonteCarlo", "NemoLeaveOneOut", "NoScale", "Ones", "OptimalReward", "OptimalToken", "PassAtK", "Raw", "ReMax",
-    "ReferenceGap", "Return", "Scale", "ScaledGroup", "Shortest", "Signal", "Whiten", "Zero", "part_weights",
+    "ReferenceGap", "Return", "Scale", "ScaledGroup", "Shortest", "Signal", "Whiten", "Zero",
 ]  # fmt: skip
 
 ADVANTAGE: dict[str, type[Estimator]] = options(

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError
 from lossmith.losses.advantage.signal import Estimator, Groups, Signal
 from lossmith.losses.piece import number, param
+from lossmith.losses.shaping import part_weights
 
 __all__ = [
     "Baseline",
@@ -28,7 +28,6 @@ __all__ = [
     "ScaledGroup",
     "Shortest",
     "Zero",
-    "part_weights",
 ]
 
 
@@ -69,13 +68,25 @@ class BatchMean(Estimator):
         return ["A = R - R.mean()"]
 
 
-@dataclass(frozen=True)
-class Group(Estimator):
-    """A = R - mean of the prompt's group (arXiv:2402.03300, 2503.20783)."""
+class _OverGroup(Estimator):
+    """Estimators over a prompt's group, exactly 0 where its rewards are all equal."""
 
-    option: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
+
+    def over(self, groups: Groups, signal: Signal) -> Tensor:
+        """[N], where the group's rewards differ."""
+        raise NotImplementedError
+
+    def sequence(self, signal: Signal) -> Tensor:
+        groups = signal.groups(f"advantage='{self.option}'")
+        return torch.where(groups.constant, torch.zeros_like(groups.reward), self.over(groups, signal))
+
+
+@dataclass(frozen=True)
+class _Centred(_OverGroup):
+    """Reward minus a baseline of its group; a group of one, which has none, gets 0 or its raw reward."""
+
     singleton: str = param("singleton", "zero", "A of a group of one: 0, or its raw reward", choices=("zero", "raw"))
 
     @property
@@ -86,32 +97,53 @@ class Group(Estimator):
     def homogeneous(self) -> bool:  # type: ignore[override]
         return self.singleton == "zero"  # a scale leaves a group of one as it is
 
+    def alone(self, groups: Groups) -> Tensor:
+        """[N], what a group of one gets if not 0."""
+        return groups.reward
+
     def sequence(self, signal: Signal) -> Tensor:
-        groups = signal.groups("advantage='group'")
-        centred = torch.where(groups.constant, torch.zeros_like(groups.reward), groups.reward - groups.mean)
-        return torch.where(groups.singleton, groups.reward, centred) if self.singleton == "raw" else centred
+        centred = super().sequence(signal)
+        if self.singleton == "zero":
+            return centred
+        groups = signal.groups(f"advantage='{self.option}'")
+        return torch.where(groups.singleton, self.alone(groups), centred)
 
-    def formula(self) -> tuple[str, str]:
-        return _alone(self.singleton, "R − mean_g(R)", r"R - \mu_g")
+    def with_alone(self, text: str, latex: str) -> tuple[str, str]:
+        """A formula over the group, and what a group of one gets where that is not 0."""
+        if self.singleton == "zero":
+            return text, latex
+        return f"{text}; R in a group of one", rf"{latex};\ R \text{{ in a group of one}}"
 
-    def code(self) -> list[str]:
-        single = "A = torch.where(size_g() == 1, R, A)"
-        return ["A = R - mean_g(R)", *([single] if self.singleton == "raw" else [])]
+    def alone_code(self, raw: str = "R") -> list[str]:
+        """The line of the listing for a group of one."""
+        return [] if self.singleton == "zero" else [f"A = torch.where(size_g() == 1, {raw}, A)"]
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(Estimator):
+class Group(_Centred):
+    """A = R - mean of the prompt's group (arXiv:2402.03300, 2503.20783)."""
+
+    option: ClassVar[str] = "group"
+
+    def over(self, groups: Groups, signal: Signal) -> Tensor:
+        return groups.reward - groups.mean
+
+    def formula(self) -> tuple[str, str]:
+        return self.with_alone("R − mean_g(R)", r"R - \mu_g")
+
+    def code(self) -> list[str]:
+        return ["A = R - mean_g(R)", *self.alone_code()]
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(_OverGroup):
     """A_i = R_i - mean of the group's other rewards = G/(G-1) (R_i - mean) (RLOO, arXiv:2402.14740, eq. 8)."""
 
-    shift_invariant: ClassVar[bool] = True
     option: ClassVar[str] = "loo"
-    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
-    coupling: ClassVar[str] = "group"
+    shift_invariant: ClassVar[bool] = True
 
-    def sequence(self, signal: Signal) -> Tensor:
-        groups = signal.groups("advantage='loo'")
-        scaled = groups.size / (groups.size - 1).clamp(min=1) * (groups.reward - groups.mean)
-        return torch.where(groups.constant, torch.zeros_like(scaled), scaled)
+    def over(self, groups: Groups, signal: Signal) -> Tensor:
+        return groups.without_itself
 
     def formula(self) -> tuple[str, str]:
         return "R_i − mean_{j≠i}(R_j)", r"R_i - \tfrac{1}{G-1}\sum_{j\ne i} R_j"
@@ -127,7 +159,6 @@ class Given(Estimator):
     option: ClassVar[str] = "given"
     homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"advantage"})
-    per_token: ClassVar[bool] = False  # as many numbers as are given
 
     def sequence(self, signal: Signal) -> Tensor:
         signal.batch.require("advantage", "advantage='given'")  # given: no estimator is asked
@@ -192,21 +223,6 @@ class Baseline(Estimator):
         return ["A = R - baseline"]
 
 
-class _OverGroup(Estimator):
-    """Estimators over a prompt's group, exactly 0 where its rewards are all equal."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
-    coupling: ClassVar[str] = "group"
-
-    def over(self, groups: Groups, signal: Signal) -> Tensor:
-        """[N], where the group's rewards differ."""
-        raise NotImplementedError
-
-    def sequence(self, signal: Signal) -> Tensor:
-        groups = signal.groups(f"advantage='{self.option}'")
-        return torch.where(groups.constant, torch.zeros_like(groups.reward), self.over(groups, signal))
-
-
 @dataclass(frozen=True)
 class NemoLeaveOneOut(_OverGroup):
     """Leave-one-out, divided by the standard deviation of the others only where that is above 0 (NeMo-RL's "grpo").
@@ -218,8 +234,7 @@ class NemoLeaveOneOut(_OverGroup):
     shift_invariant: ClassVar[bool] = True
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
-        std = groups.std_of_others()
-        centred = groups.size / (groups.size - 1).clamp(min=1) * (groups.reward - groups.mean)
+        std, centred = groups.std_of_others(), groups.without_itself
         return torch.where(std > 0, centred / torch.where(std > 0, std, torch.ones_like(std)), centred)
 
     def formula(self) -> tuple[str, str]:
@@ -234,70 +249,45 @@ class NemoLeaveOneOut(_OverGroup):
 
 
 @dataclass(frozen=True)
-class OptimalReward(_OverGroup):
+class OptimalReward(_Centred):
     """A = R - Σ_g T_j R_j / Σ_g T_j, the group's mean weighted by length (OPO, arXiv:2505.23585)."""
 
     option: ClassVar[str] = "opo"
-    singleton: str = param("singleton", "zero", "A of a group of one: 0, or its raw reward", choices=("zero", "raw"))
-
-    @property
-    def shift_invariant(self) -> bool:  # type: ignore[override]
-        return self.singleton == "zero"
-
-    @property
-    def homogeneous(self) -> bool:  # type: ignore[override]
-        return self.singleton == "zero"  # a scale leaves a group of one as it is
-
-    def sequence(self, signal: Signal) -> Tensor:
-        groups = signal.groups("advantage='opo'")
-        return (
-            torch.where(groups.singleton, groups.reward, super().sequence(signal))
-            if self.singleton == "raw"
-            else (super().sequence(signal))
-        )
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         lengths = signal.batch.lengths.to(groups.reward.dtype)
         return groups.reward - groups.total(lengths * groups.reward) / groups.total(lengths).clamp(min=1)
 
     def formula(self) -> tuple[str, str]:
-        return _alone(self.singleton, "R − Σ_g T_j·R_j / Σ_g T_j", r"R - \frac{\sum_g T_j R_j}{\sum_g T_j}")
+        return self.with_alone("R − Σ_g T_j·R_j / Σ_g T_j", r"R - \frac{\sum_g T_j R_j}{\sum_g T_j}")
 
     def code(self) -> list[str]:
-        single = "A = torch.where(size_g() == 1, R, A)"
-        return ["A = R - sum_g(T * R) / sum_g(T)", *([single] if self.singleton == "raw" else [])]
+        return ["A = R - sum_g(T * R) / sum_g(T)", *self.alone_code()]
 
 
 @dataclass(frozen=True)
-class ScaledGroup(_OverGroup):
+class ScaledGroup(_Centred):
     """A = α(R - mean of the group), α = completions / completions with R ≠ 0 in the batch (GPG, arXiv:2504.02546)."""
 
     option: ClassVar[str] = "gpg"
     coupling: ClassVar[str] = "batch"
-    singleton: str = param("singleton", "zero", "A of a group of one: 0, or its raw reward", choices=("zero", "raw"))
+    shift_invariant: ClassVar[bool] = False  # α counts the rewards that are 0
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         return self._alpha(groups) * (groups.reward - groups.mean)
 
-    def sequence(self, signal: Signal) -> Tensor:
-        groups = signal.groups("advantage='gpg'")
-        alone = self._alpha(groups) * groups.reward
-        return (
-            torch.where(groups.singleton, alone, super().sequence(signal))
-            if self.singleton == "raw"
-            else (super().sequence(signal))
-        )
+    def alone(self, groups: Groups) -> Tensor:
+        return self._alpha(groups) * groups.reward
 
     def _alpha(self, groups: Groups) -> Tensor:
         return groups.live.sum() / ((groups.reward != 0) & groups.live).sum().clamp(min=1)
 
     def formula(self) -> tuple[str, str]:
-        return _alone(self.singleton, "N/#(R≠0) · (R − mean_g(R))", r"\frac{N}{\#(R\ne 0)}(R-\mu_g)")
+        return self.with_alone("N/#(R≠0) · (R − mean_g(R))", r"\frac{N}{\#(R\ne 0)}(R-\mu_g)")
 
     def code(self) -> list[str]:
-        lines = ["alpha = len(R) / (R != 0).sum().clamp(min=1)", "A = alpha * (R - mean_g(R))"]
-        single = "A = torch.where(size_g() == 1, alpha * R, A)"
-        return lines if self.singleton == "zero" else [*lines, single]
+        alpha = "alpha = len(R) / (R != 0).sum().clamp(min=1)"
+        return [alpha, "A = alpha * (R - mean_g(R))", *self.alone_code("alpha * R")]
 
 
 @dataclass(frozen=True)
@@ -426,19 +416,3 @@ class Decoupled(_OverGroup):
             "total = sum(w[k] * scores[k] for k in range(len(w)))",
             f"A = (total - total.mean()) / (total.std() + {self.eps})",
         ]
-
-
-def _alone(singleton: str, text: str, latex: str) -> tuple[str, str]:
-    """A formula over the group, and what a group of one gets where that is not 0."""
-    if singleton == "zero":
-        return text, latex
-    return f"{text}; R in a group of one", rf"{latex};\ R \text{{ in a group of one}}"
-
-
-def part_weights(weights: tuple[float, ...], parts: Tensor) -> list[float]:
-    """One weight for each column of reward_parts [N, K]."""
-    if weights and len(weights) != parts.shape[1]:
-        raise LossError(
-            f"score_weights has {len(weights)} numbers, but Batch.reward_parts has {parts.shape[1]} scores."
-        )
-    return list(weights) or [1.0] * parts.shape[1]

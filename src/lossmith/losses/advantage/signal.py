@@ -42,6 +42,11 @@ class Groups:
     def mean(self) -> Tensor:
         return self.total(self.reward) / self.size.clamp(min=1)
 
+    @property
+    def without_itself(self) -> Tensor:
+        """[N], R minus the mean of the group's other rewards: G/(G-1) (R - mean)."""
+        return self.size / (self.size - 1).clamp(min=1) * (self.reward - self.mean)
+
     def std(self, ddof: int = 1) -> Tensor:
         square = self.total((self.reward - self.mean) ** 2)
         return (square / (self.size - ddof).clamp(min=1)).sqrt()

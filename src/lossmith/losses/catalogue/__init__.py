@@ -6,11 +6,10 @@ Being in the catalogue is enough for `lossmith losses show NAME`, its formula, l
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import replace
 from typing import Any
 
-from lossmith.errors import LossError, TrapWarning, nearest
+from lossmith.errors import LossError, nearest, quiet_traps
 from lossmith.losses.catalogue import (
     book,
     clipped,
@@ -69,8 +68,7 @@ def get_loss(name: str, **changes: Any) -> Loss:
     """
     entry = find_entry(name)
     own = {key: changes.pop(key) for key in _own_parameters(entry) if key in changes}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)  # the default's traps; what is returned is checked below
+    with quiet_traps():  # the default's traps; what is returned is checked below
         default = entry.build(**own).set({"name": entry.name})
         _refuse_fixed(entry, default, changes)
     return default.set({"name": entry.name, **changes})
@@ -99,8 +97,7 @@ def example_loss(name: str, max_length: int = 8, **changes: Any) -> Loss:
     Trap warnings are not raised: what is looked at shows them.
     """
     entry = find_entry(name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)
+    with quiet_traps():
         loss = get_loss(name, **{**entry.example, **changes})
         return loss.set({"max_length": max_length}) if "max_length" in loss.needs else loss
 

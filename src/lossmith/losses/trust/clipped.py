@@ -140,7 +140,7 @@ class Preserve(Trust):
 
     def value(self, at: Tokens) -> Tensor:
         stopped, kept = self._kept(at)
-        # exp of a difference that is 0: the value 1, the gradient of log r
+        # r/sg(r) has the value 1 and the gradient of log r
         ratio = torch.where(stopped, kept * (at.ratio / at.ratio.detach()), at.ratio)
         return -at.advantage * torch.where(self._far(at), torch.full_like(ratio, self.dual or 0.0), ratio)
 
