@@ -22,6 +22,7 @@ ORDER = [
     "rollouts",
     "policy",
     "rewards",
+    "feedback",
     "training",
     "report",
     "api",

@@ -7,6 +7,7 @@ LossmithError
 ├── PromptError    (ValueError)    the input-only data set
 ├── PolicyError    (ValueError)    the model, its tokenizer, or how it is sampled
 ├── ScorerError    (RuntimeError)  a scorer that does not load, raises, hangs, or answers nonsense
+├── FeedbackError  (ValueError)    output sets, judgements of them, and preferences made of those
 └── RunError       (RuntimeError)  the run folder and the machine under it
 
 Every message says what is wrong, where, and what to do about it.
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "FeedbackError",
     "LossError",
     "LossmithError",
     "PolicyError",
@@ -61,6 +63,10 @@ class PolicyError(LossmithError, ValueError):
 
 class ScorerError(LossmithError, RuntimeError):
     """A scorer that does not load, raises, hangs, or answers nonsense."""
+
+
+class FeedbackError(LossmithError, ValueError):
+    """Output sets, judgements of them, and preferences made of those."""
 
 
 class RunError(LossmithError, RuntimeError):

@@ -15,7 +15,7 @@ from typing import Any
 
 from lossmith.errors import PromptError, nearest
 
-__all__ = ["Prompt", "PromptSet", "default_prompts_path", "load_prompts"]
+__all__ = ["Prompt", "PromptSet", "default_prompts_path", "load_prompts", "read_rows"]
 
 # Columns that hold what a policy must not be given: the loss reads the policy's own outputs, never a target.
 # Only letters are compared, in lower case: "Ground Truth", "ground-truth", "groundTruth" and "answer_2" are all meant.
@@ -238,6 +238,14 @@ def _encodable(text: str, where: str, column: str) -> str:
 
 def _keyed(*key: Any) -> bytes:
     return hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+
+
+def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, row) of each row of a file or of memory, targets and all: for files that are no input-only data set.
+
+    PromptError names the file and the line.
+    """
+    yield from _rows(source, "train", "prompt")[1]
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------

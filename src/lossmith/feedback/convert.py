@@ -1,0 +1,202 @@
+"""From judgements to preferences: pure functions, nothing guessed, everything left out counted.
+
+An annotator's later answer to the same question replaces the earlier one. Different annotators are never averaged
+here: they may disagree, and that is information (a pair judged both ways is two pairs).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lossmith.errors import FeedbackError, nearest
+from lossmith.feedback.judgement import SCALES, Judgement
+from lossmith.feedback.output_set import Output, OutputSet
+from lossmith.feedback.preferences import Label, Pair, Preference, Ranking, Rating
+
+__all__ = ["Converted", "convert", "standing", "to_labels", "to_pairs", "to_rankings", "to_ratings"]
+
+Sets = Mapping[str, OutputSet]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Preferences of one form, and how many judgements gave none, by reason."""
+
+    preferences: list[Preference]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def report(self) -> str:
+        said = f"{len(self.preferences)} preferences"
+        left = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        return said + (f"; left out: {left}" if left else "")
+
+
+def standing(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """What still holds: without what was undone or answered again, and without the undos themselves."""
+    undone = {j.value for j in judgements if j.kind == "undo"}
+    latest: dict[tuple[Any, ...], Judgement] = {}
+    for j in judgements:
+        if j.kind != "undo" and j.id not in undone:
+            latest.pop(_asked(j), None)  # so that the order is that of the answers that hold
+            latest[_asked(j)] = j
+    return list(latest.values())
+
+
+def _asked(j: Judgement) -> tuple[Any, ...]:
+    """Who was asked what: the same key twice is an answer changed. A flag does not replace an answer."""
+    return j.annotator, j.source, j.set_id, j.question, j.kind == "flag", frozenset(j.outputs)
+
+
+def convert(form: str, judgements: Sequence[Judgement], sets: Sets, **options: Any) -> Converted:
+    """`form` is pairs, rankings, ratings or labels."""
+    if form not in _CONVERSIONS:
+        raise FeedbackError(f"there is no form of preferences {form!r}.{nearest(form, _CONVERSIONS)}")
+    return _CONVERSIONS[form](judgements, sets, **options)
+
+
+def to_pairs(judgements: Sequence[Judgement], sets: Sets, *, ties: bool = False) -> Converted:
+    """Pairs as they were judged, and those that rankings and ratings of one annotator imply.
+
+    A ranking's pairs share one judgement's weight of 1, and so do the pairs of one annotator's ratings of a set. Ties
+    are left out, or with `ties` kept as pairs with probability 0.5. "Both bad" is never a pair.
+    """
+    found: list[Preference] = []
+    left: Counter[str] = Counter()
+    rated: dict[tuple[str, str, str], list[Judgement]] = {}
+    for j in standing(judgements):
+        if j.kind == "pair":
+            _one_pair(j, sets[j.set_id], ties, found, left)
+        elif j.kind == "ranking":
+            levels = {name: -float(k) for k, tier in enumerate(j.value) for name in tier}
+            _all_pairs(levels, j, sets[j.set_id], ties, 0.0, found, left)
+        elif j.kind == "rating":
+            rated.setdefault((j.annotator, j.set_id, j.scale), []).append(j)
+        else:
+            left[_PLURAL[j.kind]] += 1
+    for (_, set_id, scale), ratings in rated.items():
+        if len(ratings) == 1:
+            left["ratings with no other of the same set and annotator"] += 1
+        low, high = SCALES[scale]
+        levels = {j.outputs[0]: float(j.value) for j in ratings}
+        _all_pairs(levels, ratings[0], sets[set_id], ties, 1 / (high - low), found, left)
+    return Converted(found, dict(+left))
+
+
+def _one_pair(j: Judgement, of: OutputSet, ties: bool, found: list[Preference], left: Counter[str]) -> None:
+    if j.value == "both_bad":
+        left["judged both bad"] += 1
+        return
+    first, second = (of.output(name) for name in j.outputs)
+    p = {"first": 1.0, "second": 0.0, "tie": 0.5}[j.value] if isinstance(j.value, str) else float(j.value)
+    if p == 0.5 and not ties:
+        left["ties"] += 1
+    elif p >= 0.5:
+        found.append(Pair(of.prompt, first, second, p, annotator=j.annotator))
+    else:
+        found.append(Pair(of.prompt, second, first, 1 - p, annotator=j.annotator))
+
+
+def _all_pairs(
+    levels: Mapping[str, float],
+    j: Judgement,
+    of: OutputSet,
+    ties: bool,
+    unit: float,
+    found: list[Preference],
+    left: Counter[str],
+) -> None:
+    """Pairs of outputs at different levels; `unit` turns a difference of levels into a margin, 0 for none."""
+    names = [o.id for o in of.outputs if o.id in levels]
+    made = [sorted(two, key=lambda name: -levels[name]) for two in itertools.combinations(names, 2)]
+    kept = [(a, b) for a, b in made if ties or levels[a] != levels[b]]
+    left["ties"] += len(made) - len(kept)
+    for a, b in kept:
+        gap = levels[a] - levels[b]
+        p = 1.0 if gap else 0.5
+        pair = Pair(of.prompt, of.output(a), of.output(b), p, gap * unit, 1 / len(kept), j.annotator)
+        found.append(pair)
+
+
+def to_rankings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
+    """Rankings as they were judged; a pair is a ranking of two; one annotator's ratings of a set are a ranking.
+
+    A ranking in which everything is as good as everything says nothing, and is left out.
+    """
+    found: list[Preference] = []
+    left: Counter[str] = Counter()
+    rated: dict[tuple[str, str, str], list[Judgement]] = {}
+    for j in standing(judgements):
+        of = sets[j.set_id]
+        if j.kind == "ranking" and len(j.value) > 1:
+            found.append(Ranking(of.prompt, tuple(tuple(of.output(n) for n in t) for t in j.value), j.annotator))
+        elif j.kind == "pair" and j.value in ("first", "second"):
+            best_first = j.outputs if j.value == "first" else j.outputs[::-1]
+            found.append(Ranking(of.prompt, tuple((of.output(n),) for n in best_first), j.annotator))
+        elif j.kind == "rating":
+            rated.setdefault((j.annotator, j.set_id, j.scale), []).append(j)
+        else:
+            left[_reason(j)] += 1
+    for (annotator, set_id, _), ratings in rated.items():
+        of = sets[set_id]
+        tiers: dict[float, list[Output]] = {}
+        for j in sorted(ratings, key=lambda j: -j.value):
+            tiers.setdefault(j.value, []).append(of.output(j.outputs[0]))
+        if len(tiers) > 1:
+            found.append(Ranking(of.prompt, tuple(map(tuple, tiers.values())), annotator))
+        else:
+            left["sets whose ratings are all equal"] += 1
+    return Converted(found, dict(+left))
+
+
+def to_ratings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
+    """Ratings as they were judged; nothing else is one."""
+    found: list[Preference] = []
+    left: Counter[str] = Counter()
+    for j in standing(judgements):
+        if j.kind != "rating":
+            left[_PLURAL[j.kind]] += 1
+            continue
+        of, (low, high) = sets[j.set_id], SCALES[j.scale]
+        found.append(Rating(of.prompt, of.output(j.outputs[0]), float(j.value), low, high, j.annotator))
+    return Converted(found, dict(+left))
+
+
+def to_labels(judgements: Sequence[Judgement], sets: Sets) -> Converted:
+    """Thumbs: a rating in the upper or lower half of its scale (the middle says neither); "both bad" is two downs."""
+    found: list[Preference] = []
+    left: Counter[str] = Counter()
+    for j in standing(judgements):
+        of = sets[j.set_id]
+        if j.kind == "rating":
+            low, high = SCALES[j.scale]
+            middle = (low + high) / 2
+            if j.value == middle:
+                left["ratings in the middle of the scale"] += 1
+            else:
+                found.append(Label(of.prompt, of.output(j.outputs[0]), j.value > middle, j.annotator))
+        elif j.kind == "pair" and j.value == "both_bad":
+            found += [Label(of.prompt, of.output(name), False, j.annotator) for name in j.outputs]
+        else:
+            left[_reason(j)] += 1
+    return Converted(found, dict(+left))
+
+
+_CONVERSIONS: dict[str, Any] = {
+    "pairs": to_pairs,
+    "rankings": to_rankings,
+    "ratings": to_ratings,
+    "labels": to_labels,
+}
+_PLURAL = {"rating": "ratings", "pair": "pairs", "ranking": "rankings", "skip": "skips", "flag": "flags"}
+
+
+def _reason(j: Judgement) -> str:
+    if j.kind == "pair":
+        return {"tie": "ties", "both_bad": "judged both bad"}.get(str(j.value), "pairs")
+    if j.kind == "ranking" and len(j.value) < 2:
+        return "rankings in which all are equal"
+    return _PLURAL[j.kind]

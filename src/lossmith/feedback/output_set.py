@@ -1,0 +1,204 @@
+"""Output sets: several outputs that a model wrote for one prompt, to be judged against each other.
+
+A set is no training target: nothing in it was chosen by anyone yet. Everything is named by what it holds, so a
+judgement can never be attached to another text than the one that was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lossmith.errors import FeedbackError, PromptError
+from lossmith.prompts import Prompt, load_prompts
+from lossmith.rollouts import Rollout
+
+__all__ = ["Output", "OutputSet", "named", "prompt_content", "read_set", "read_sets", "set_of_rollouts", "write_sets"]
+
+_PROVENANCE = ("model", "policy_version", "temperature", "top_p", "top_k", "max_tokens", "seed")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One text for one prompt. `tokens` [T] and `behavior_logp` [T] are there when a policy of ours wrote it."""
+
+    id: str  # 16 hex digits: of the prompt, the text, its tokens, and who wrote it
+    text: str
+    tokens: tuple[int, ...] | None = None
+    behavior_logp: tuple[float, ...] | None = None
+    finish_reason: str | None = None
+    sample: int | None = None
+
+
+@dataclass(frozen=True)
+class OutputSet:
+    """A prompt with its outputs, and how they were made (`provenance`: model, policy_version, temperature, ...)."""
+
+    prompt: Prompt
+    outputs: tuple[Output, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    near_duplicates: int = 0  # outputs that are nearly the same as another of the set, after resampling
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of what the set holds."""
+        return _digest(self.prompt.id, *(output.id for output in self.outputs))
+
+    def output(self, name: str) -> Output:
+        return next(output for output in self.outputs if output.id == name)
+
+    def as_row(self) -> dict[str, Any]:
+        """The set's line in a sets file."""
+        outputs = [
+            {
+                "id": o.id,
+                "completion": o.text,
+                **({} if o.sample is None else {"sample": o.sample}),
+                **({} if o.finish_reason is None else {"finish_reason": o.finish_reason}),
+                **({} if o.tokens is None else {"tokens": list(o.tokens)}),
+                **({} if o.behavior_logp is None else {"behavior_logp": list(o.behavior_logp)}),
+            }
+            for o in self.outputs
+        ]
+        columns = {"columns": dict(self.prompt.columns)} if self.prompt.columns else {}
+        return {
+            "set_id": self.id,
+            "prompt": prompt_content(self.prompt),
+            "prompt_id": self.prompt.id,
+            **columns,
+            "outputs": outputs,
+            "near_duplicates": self.near_duplicates,
+            **self.provenance,
+        }
+
+
+def named(
+    prompt: Prompt, text: str, tokens: Sequence[int] | None = None, made: Mapping[str, Any] | None = None, **more: Any
+) -> Output:
+    """An output under its own name; `made` is the set's provenance."""
+    ids = None if tokens is None else tuple(tokens)
+    return Output(_digest(prompt.id, text, ids, sorted((made or {}).items())), text, ids, **more)
+
+
+def set_of_rollouts(rollouts: Sequence[Rollout], model: str, seed: int, near_duplicates: int = 0) -> OutputSet:
+    """The rollouts of one prompt as a set."""
+    measure = rollouts[0].behavior_logp.measure
+    made = {
+        "model": model,
+        "policy_version": measure.policy_version,
+        "temperature": measure.temperature,
+        "top_p": measure.top_p,
+        "top_k": measure.top_k,
+        "seed": seed,
+    }
+    outputs = tuple(
+        named(
+            r.prompt,
+            r.completion,
+            r.completion_ids,
+            made | {"sample": r.sample},
+            behavior_logp=tuple(round(x, 6) for x in r.behavior_logp.values.tolist()),
+            finish_reason=r.finish_reason,
+            sample=r.sample,
+        )
+        for r in rollouts
+    )
+    return OutputSet(rollouts[0].prompt, outputs, made, near_duplicates)
+
+
+def prompt_content(prompt: Prompt) -> str | list[dict[str, str]]:
+    """A prompt as JSON holds it: text or chat messages."""
+    return prompt.content if isinstance(prompt.content, str) else [dict(message) for message in prompt.content]
+
+
+def write_sets(path: Path, sets: Iterable[OutputSet]) -> None:
+    """One line a set; the file is whole or absent."""
+    text = "".join(json.dumps(s.as_row(), ensure_ascii=False) + "\n" for s in sets)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_sets(path: str | Path) -> list[OutputSet]:
+    """The sets of a JSONL file, as `lossmith sample -o` writes it, or written by hand:
+    {"prompt": ..., "outputs": ["text", "text", ...]}.
+
+    FeedbackError names the file, the line and the field.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FeedbackError(
+            f"{path} cannot be read: {error.strerror}. Make it with: lossmith sample -o {path}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise FeedbackError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+    found: dict[str, OutputSet] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            one = read_set(line, f"{file.name}:{number}")
+            found.setdefault(one.id, one)  # the same set twice is one
+    if not found:
+        raise FeedbackError(f"{path} holds no output set. Make some with: lossmith sample --n 4 -o {path}")
+    return list(found.values())
+
+
+def read_set(line: str, where: str) -> OutputSet:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FeedbackError(f"{where}: not JSON: {error}. One set a line.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("outputs"), list):
+        hint = ""
+        if isinstance(row, dict) and "completion" in row:
+            hint = " It holds one completion, not a set of them: sample again with --n 2 or more."
+        raise FeedbackError(f'{where}: a set is {{"prompt": ..., "outputs": [...]}}.{hint}')
+    try:
+        columns = dict(row.get("columns") or {})
+        content = load_prompts([{"prompt": row.get("prompt", ""), **columns}], pass_columns=tuple(columns))[0]
+    except PromptError as error:
+        raise FeedbackError(f"{where}: {str(error).removeprefix('memory:1: ')}") from None
+    prompt = Prompt(content.content, content.columns, where)
+    made = {key: row[key] for key in _PROVENANCE if key in row}
+    outputs = tuple(_read_output(o, prompt, made, f"{where}: output {k}") for k, o in enumerate(row["outputs"], 1))
+    if len({o.id for o in outputs}) < len(outputs):
+        raise FeedbackError(f"{where}: two outputs are the same; a set holds different ones.")
+    return OutputSet(prompt, outputs, made, int(row.get("near_duplicates", 0)))
+
+
+def _read_output(item: Any, prompt: Prompt, made: dict[str, Any], where: str) -> Output:
+    row = {"completion": item} if isinstance(item, str) else item
+    if not isinstance(row, Mapping) or not isinstance(row.get("completion"), str):
+        raise FeedbackError(f'{where}: an output is text or {{"completion": text, ...}}, not {str(item)[:60]}.')
+    tokens, logp = row.get("tokens"), row.get("behavior_logp")
+    if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
+        raise FeedbackError(f"{where}: tokens must be a list of token ids.")
+    if logp is not None and not (isinstance(logp, list) and tokens is not None and len(logp) == len(tokens)):
+        raise FeedbackError(f"{where}: behavior_logp must hold one number for each of tokens.")
+    sample = row.get("sample")
+    ours = made if sample is None else made | {"sample": sample}
+    output = named(
+        prompt,
+        row["completion"],
+        tokens,
+        ours,
+        behavior_logp=None if logp is None else tuple(logp),
+        finish_reason=row.get("finish_reason"),
+        sample=sample,
+    )
+    if "id" in row and row["id"] != output.id:
+        raise FeedbackError(
+            f"{where}: its text, tokens or settings were changed after it was written: the id {row['id']!r} belongs to "
+            "another output. Judgements would be attached to a text that nobody read. Remove the id to make it a new "
+            "output."
+        )
+    return output
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:16]
