@@ -84,15 +84,28 @@ def test_resume_goes_on(tmp_path):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_sample_writes_lines(tmp_path):
+def test_sample_writes_a_set_a_line(tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("one\ntwo\n")
     out = tmp_path / "out.jsonl"
     lossmith("sample", prompts, "--n", 3, "-o", out, "--model", tiny.folder(), "--max-tokens", 6)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(r["prompt"], r["sample"]) for r in rows] == [(p, k) for p in ("one", "two") for k in range(3)]
-    assert all(len(r["tokens"]) == len(r["behavior_logp"]) for r in rows)
+    assert [(r["prompt"], len(r["outputs"])) for r in rows] == [("one", 3), ("two", 3)]
+    assert all(len(o["tokens"]) == len(o["behavior_logp"]) for r in rows for o in r["outputs"])
+    assert all(len({o["completion"] for o in r["outputs"]}) == 3 for r in rows)
     assert "not overwritten" in lossmith("sample", prompts, "-o", out, "--model", tiny.folder(), code=2).stderr
+
+
+def test_best_of_n_keeps_what_the_scorer_likes_most(tmp_path):
+    prompts, out = tmp_path / "p.txt", tmp_path / "best.jsonl"
+    prompts.write_text("one\ntwo\n")
+    options = ("--n", 8, "--model", tiny.folder(), "--max-tokens", 12)
+    every = lossmith("sample", prompts, *options, "--resample", 0).stdout
+    lossmith("sample", prompts, *options, "--best-by", "length", "-o", out)
+    words = [max(len(o["completion"].split()) for o in json.loads(row)["outputs"]) for row in every.splitlines()]
+    best = [json.loads(row)["outputs"] for row in out.read_text().splitlines()]
+    assert [len(outputs) for outputs in best] == [1, 1]
+    assert [outputs[0]["score"] for outputs in best] == [n / 100 for n in words]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`lossmith sample`: completions of prompts, without training."""
+"""`lossmith sample`: output sets of prompts, without training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from rich.console import Console
 
 from lossmith import policy as policies
 from lossmith.errors import RunError
-from lossmith.policy import SamplingSettings, check_model, check_samples, load_policy
-from lossmith.prompts import default_prompts_path, load_prompts
-from lossmith.rollouts import Rollout
+from lossmith.feedback.distinct import sample_sets
+from lossmith.feedback.output_set import OutputSet, set_of_rollouts, write_sets
+from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
+from lossmith.prompts import Prompt, default_prompts_path, load_prompts
+from lossmith.rewards import check_scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.rewards.best_of import best_of
 
 __all__ = ["sample"]
 
@@ -32,20 +35,22 @@ def sample(
     top_k: int = 0,
     stop: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     seed: int = 0,
+    resample: int = 3,
+    best_by: str | None = None,
     limit: int | None = None,
     prompt_column: str = "prompt",
     pass_columns: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
-    """Sample completions of prompts and write them as JSON lines.
+    """Sample a set of different outputs for each prompt, and write the sets as JSON lines.
 
     Parameters
     ----------
     prompts
         'default', a file, a datasets folder, or a hub name.
     n
-        Completions of each prompt.
+        Outputs of each prompt.
     output
         File to write; standard output if not given. An existing file is not overwritten.
     model
@@ -62,6 +67,10 @@ def sample(
         Strings that end a completion.
     seed
         Decides what is sampled, whatever the order of the prompts.
+    resample
+        How often outputs that are nearly the same as another of their set are drawn again.
+    best_by
+        A scorer: of the n outputs of each prompt, keep the one that it scores highest (best of n).
     limit
         Use only this many prompts.
     prompt_column
@@ -78,34 +87,51 @@ def sample(
     if output is not None and output.exists():
         raise RunError(f"{output} exists, and is not overwritten. Choose another file with -o.")
     source = default_prompts_path() if prompts == "default" else prompts
-    chosen = load_prompts(source, column=prompt_column, pass_columns=pass_columns, limit=limit)
+    chosen = list(load_prompts(source, column=prompt_column, pass_columns=pass_columns, limit=limit))
+    if best_by is not None:
+        check_scorer(best_by, columns={name for prompt in chosen for name in prompt.columns})
     check_model(model)
     policy = load_policy(model, device=device, compute_dtype=dtype)
     console = Console(stderr=True)
     with console.status(f"sampling {len(chosen)} x {n} completions"):
-        rollouts = policies.sample(policy, list(chosen), n, settings, seed=seed, step=0)
-    lines = "".join(json.dumps(_row(r, model, seed), ensure_ascii=False) + "\n" for r in rollouts)
+        if best_by is None:
+            sets = sample_sets(policy, chosen, n, settings, model=model, seed=seed, resample=resample)
+            said = _kinds(sets, n)
+        else:
+            sets, said = _best(policy, chosen, n, settings, best_by, model, seed)
     if output is None:
-        sys.stdout.write(lines)
+        sys.stdout.write("".join(json.dumps(s.as_row(), ensure_ascii=False) + "\n" for s in sets))
     else:
-        output.write_text(lines, encoding="utf-8")
-        console.print(f"{len(rollouts)} completions of {len(chosen)} prompts written to {output}", highlight=False)
+        write_sets(output, sets)
+        said = f"{sum(len(s.outputs) for s in sets)} outputs of {len(sets)} prompts written to {output}\n{said}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
-def _row(rollout: Rollout, model: str, seed: int) -> dict:
-    measure = rollout.behavior_logp.measure
-    return {
-        "prompt": rollout.prompt.content if isinstance(rollout.prompt.content, str) else list(rollout.prompt.messages),
-        "prompt_id": rollout.prompt.id,
-        "sample": rollout.sample,
-        "completion": rollout.completion,
-        "finish_reason": rollout.finish_reason,
-        "tokens": list(rollout.completion_ids),
-        "behavior_logp": [round(x, 6) for x in rollout.behavior_logp.values.tolist()],
-        "model": model,
-        "policy_version": measure.policy_version,
-        "temperature": measure.temperature,
-        "top_p": measure.top_p,
-        "top_k": measure.top_k,
-        "seed": seed,
-    }
+def _kinds(sets: list[OutputSet], n: int) -> str:
+    """How different the outputs of the sets are."""
+    alike = sum(s.near_duplicates for s in sets)
+    missing = sum(n - len(s.outputs) for s in sets)
+    lines = [f"{alike} nearly the same as another of their set" if alike else "all different within their set"]
+    if missing:
+        lines.append(f"{missing} left out: exact repetitions, however often they were drawn again")
+    if n > 1 and (alike + missing) > 0.2 * n * len(sets):
+        lines.append("many are alike: raise --temperature, or there is little to judge")
+    return "; ".join(lines)
+
+
+def _best(
+    policy: Policy, prompts: list[Prompt], n: int, settings: SamplingSettings, scorer: str, model: str, seed: int
+) -> tuple[list[OutputSet], str]:
+    """Best of n: the output of each prompt that the scorer likes most."""
+    judge = load_scorer(scorer, columns={name for prompt in prompts for name in prompt.columns})
+    try:
+        rollouts = policies.sample(policy, prompts, n, settings, seed=seed, step=0)
+        best = best_of(score_rollouts(judge, rollouts, on_error="drop", timeout=None))
+    finally:
+        close_scorer(judge)
+    checksum = policy.checksum()[:16]
+    sets = [set_of_rollouts([rollout], model, settings, seed, checksum) for rollout in best]
+    mean = sum(float(r.score.value) for r in best if r.score and r.score.value is not None) / max(len(best), 1)
+    lost = len(prompts) - len(best)
+    said = f"best of {n} by {scorer}: mean score {mean:.4f}"
+    return sets, said + (f"; {lost} prompts without any score left out" if lost else "")

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import FeedbackError, PromptError
+from lossmith.policy import SamplingSettings
 from lossmith.prompts import Prompt, load_prompts
 from lossmith.rollouts import Rollout
 
 __all__ = ["Output", "OutputSet", "named", "prompt_content", "read_set", "read_sets", "set_of_rollouts", "write_sets"]
 
-_PROVENANCE = ("model", "policy_version", "temperature", "top_p", "top_k", "max_tokens", "seed")
+_PROVENANCE = ("model", "policy_checksum", "policy_version", "temperature", "top_p", "top_k", "max_tokens", "seed")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Output:
     behavior_logp: tuple[float, ...] | None = None
     finish_reason: str | None = None
     sample: int | None = None
+    score: float | None = None  # where a scorer chose it; no annotator is shown it
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class OutputSet:
                 "id": o.id,
                 "completion": o.text,
                 **({} if o.sample is None else {"sample": o.sample}),
+                **({} if o.score is None else {"score": o.score}),
                 **({} if o.finish_reason is None else {"finish_reason": o.finish_reason}),
                 **({} if o.tokens is None else {"tokens": list(o.tokens)}),
                 **({} if o.behavior_logp is None else {"behavior_logp": list(o.behavior_logp)}),
@@ -84,15 +87,24 @@ def named(
     return Output(_digest(prompt.id, text, ids, sorted((made or {}).items())), text, ids, **more)
 
 
-def set_of_rollouts(rollouts: Sequence[Rollout], model: str, seed: int, near_duplicates: int = 0) -> OutputSet:
-    """The rollouts of one prompt as a set."""
-    measure = rollouts[0].behavior_logp.measure
+def set_of_rollouts(
+    rollouts: Sequence[Rollout],
+    model: str,
+    settings: SamplingSettings,
+    seed: int,
+    checksum: str,
+    *,
+    near_duplicates: int = 0,
+) -> OutputSet:
+    """The rollouts of one prompt as a set; `checksum` is of the policy's weights."""
     made = {
         "model": model,
-        "policy_version": measure.policy_version,
-        "temperature": measure.temperature,
-        "top_p": measure.top_p,
-        "top_k": measure.top_k,
+        "policy_checksum": checksum,
+        "policy_version": rollouts[0].behavior_logp.measure.policy_version,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "max_tokens": settings.max_tokens,
         "seed": seed,
     }
     outputs = tuple(
@@ -104,6 +116,7 @@ def set_of_rollouts(rollouts: Sequence[Rollout], model: str, seed: int, near_dup
             behavior_logp=tuple(round(x, 6) for x in r.behavior_logp.values.tolist()),
             finish_reason=r.finish_reason,
             sample=r.sample,
+            score=r.score.value if r.score else None,
         )
         for r in rollouts
     )
@@ -190,6 +203,7 @@ def _read_output(item: Any, prompt: Prompt, made: dict[str, Any], where: str) ->
         behavior_logp=None if logp is None else tuple(logp),
         finish_reason=row.get("finish_reason"),
         sample=sample,
+        score=row.get("score"),
     )
     if "id" in row and row["id"] != output.id:
         raise FeedbackError(
