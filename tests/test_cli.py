@@ -63,7 +63,7 @@ def test_train_from_a_recipe_with_options_that_win(tmp_path):
     assert "step   2/2" in result.stdout and "Held-out prompts (n = 3" in result.stdout
     assert "left 0:00" in result.stdout
     summary = json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())
-    assert {"before", "after", "difference"} == set(summary["held_out"])
+    assert {"before", "after", "difference", "preferred"} == set(summary["held_out"])
     again = lossmith("train", *small(tmp_path, "--name", "mine"), code=2)
     assert "never overwrites" in again.stderr
 

@@ -33,7 +33,7 @@ def resume(folder: str | Path, *, console: Console | None = None) -> Run:
     if not (path / "recipe.toml").exists():
         raise RecipeError(f"{str(folder)!r} is not a run folder: it holds no recipe.toml.")
     fields = Recipe.read(path / "recipe.toml")
-    for key in ("scorer", "prompts"):
+    for key in ("scorer", "watch", "prompts"):
         if str(fields.get(key, "")).startswith("python: "):
             raise RecipeError(
                 f"{path / 'recipe.toml'}: the run's {key} was a Python object ({fields[key]}), which a file cannot "
@@ -58,5 +58,6 @@ def run_recipe(recipe: Recipe, *, folder: Path | None = None, console: Console |
             run.finish()
     finally:
         close_scorer(run.scorer)
+        close_scorer(run.watch)
     closing(run, run.summary, console)
     return run

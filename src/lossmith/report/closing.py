@@ -19,8 +19,14 @@ __all__ = ["closing"]
 def closing(run: Run, summary: dict[str, Any], console: Console, examples: int = 3) -> None:
     """Print the table, the verdict and the first held-out prompts' completions before and after."""
     held_out = summary["held_out"]
-    console.print(_table(held_out))
+    if "stopped" in summary:
+        console.print(f"Stopped early: {summary['stopped']}.", highlight=False, soft_wrap=True)
+    console.print(_table(held_out, "Held-out prompts"))
     console.print(_verdict(held_out["difference"]), highlight=False)
+    console.print(_preferred(held_out["preferred"]), highlight=False)
+    if "watch" in summary:
+        console.print(_table(summary["watch"], "The same completions, by the scorer that watches"))
+        console.print(_verdict(summary["watch"]["difference"]).replace("Held-out", "Watched"), highlight=False)
     assert run.before is not None and run.after is not None
     pairs = list(zip(run.before.rollouts, run.after.rollouts, strict=True))
     for first, second in pairs[:examples]:
@@ -28,8 +34,8 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
 
 
-def _table(held_out: dict[str, Any]) -> Table:
-    table = Table(title=f"Held-out prompts (n = {held_out['before']['n']}, same prompts and seeds)")
+def _table(held_out: dict[str, Any], title: str) -> Table:
+    table = Table(title=f"{title} (n = {held_out['before']['n']}, same prompts and seeds)")
     for name in ("", "score", "95% interval", "ended in time", "tokens"):
         table.add_column(name, justify="left" if not name else "right")
     for when in ("before", "after"):
@@ -56,6 +62,14 @@ def _verdict(change: dict[str, Any]) -> str:
     if change["ci95_high"] < 0:
         return "Held-out score FELL: the interval of the paired difference lies below 0."
     return "No clear change: the interval of the paired difference holds 0. More steps or more prompts would tell."
+
+
+def _preferred(share: dict[str, Any]) -> str:
+    if share["ci95_low"] is None:
+        return ""
+    return (
+        f"Preferred to the untrained policy on {share['mean']:.0%} of the prompts ({_range(share)}; ties count half)."
+    )
 
 
 def _example(before: Rollout, after: Rollout) -> Panel:

@@ -14,6 +14,7 @@ __all__ = ["LiveView"]
 
 _COLUMNS = (
     ("reward", "reward", "{:.3f}"),
+    ("watch", "watched", "{:.3f}"),
     ("kl_ref", "KL", "{:.4f}"),
     ("sampled_entropy", "entropy", "{:.2f}"),
     ("length", "length", "{:.1f}"),

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lossmith.policy import Policy, sample
 from lossmith.prompts import PromptSet
@@ -13,7 +14,7 @@ from lossmith.rewards import Scorer, score_rollouts
 from lossmith.rollouts import Rollout
 from lossmith.training.recipe import Recipe
 
-__all__ = ["Evaluation", "Interval", "evaluate", "interval", "paired"]
+__all__ = ["Evaluation", "Interval", "comparison", "evaluate", "interval", "paired", "preferred"]
 
 EVALUATION_STEP = -1  # its random numbers are those of no training step, and the same before and after
 
@@ -76,6 +77,26 @@ def paired(before: Evaluation, after: Evaluation) -> Interval:
     """The interval of the difference after - before, prompt by prompt."""
     first, second = before.scores, after.scores
     return interval([second[key] - first[key] for key in first if key in second])
+
+
+def preferred(before: Evaluation, after: Evaluation) -> Interval:
+    """How often the completion after is scored higher than the one before, prompt by prompt; a tie counts half."""
+    first, second = before.scores, after.scores
+    return interval([(second[k] > first[k]) + 0.5 * (second[k] == first[k]) for k in first if k in second])
+
+
+def comparison(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Before, after, the paired difference, and how often after is preferred, as summary.json holds them."""
+
+    def of(evaluation: Evaluation) -> dict[str, Any]:
+        return evaluation.reward.as_dict() | {"ended": evaluation.ended, "mean_length": evaluation.mean_length}
+
+    return {
+        "before": of(before),
+        "after": of(after),
+        "difference": paired(before, after).as_dict(),
+        "preferred": preferred(before, after).as_dict(),
+    }
 
 
 _SMALL_T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}

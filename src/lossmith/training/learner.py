@@ -43,7 +43,8 @@ class Learner:
         if "value" in loss.needs and not loss.value.active:
             raise RunError(f"{loss.name} reads a critic that nothing trains: give it value_coef > 0, for example 0.5.")
         self.policy, self.loss, self.recipe = policy, loss, recipe
-        self.reference = policy.frozen() if loss.needs & {"ref_logp", "full_kl"} else None
+        needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
+        self.reference = policy.frozen() if needed else None
         self.optimizer = _optimizer(policy, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
         self._bad_in_a_row = 0
@@ -89,7 +90,7 @@ class Learner:
             fields["old_logp"] = now.logp
             if now.value is not None:
                 fields["old_value"] = fields["value"] = now.value
-        if self.reference is not None and "ref_logp" in loss.needs:
+        if self.reference is not None and ("ref_logp" in loss.needs or recipe.tracks_kl):
             fields["ref_logp"] = self._outputs(self.reference, rollouts, frozenset()).logp
         self._check_measure(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])

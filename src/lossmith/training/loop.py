@@ -19,7 +19,8 @@ from lossmith.prompts import PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
 from lossmith.rollouts import Rollout
 from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from lossmith.training.evaluate import Evaluation, evaluate
+from lossmith.training.evaluate import Evaluation, comparison, evaluate
+from lossmith.training.guards import Guard, prompt_means
 from lossmith.training.learner import Learner, Update
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
@@ -35,6 +36,7 @@ class Step:
     rollouts: list[Rollout]
     update: Update
     seconds: dict[str, float]
+    watched: list[float] = field(default_factory=list)  # the watching scorer's mean for each prompt
 
     @property
     def record(self) -> dict[str, Any]:
@@ -53,8 +55,17 @@ class Step:
             "skipped_updates": self.update.skipped,
             **self.update.metrics,
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
+            **_watch(self.watched),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
         }
+
+
+def _watch(means: list[float]) -> dict[str, float]:
+    """The mean of the prompts' means, and the variance of that mean."""
+    if not means:
+        return {}
+    variance = statistics.variance(means) / len(means) if len(means) > 1 else 0.0
+    return {"watch": statistics.fmean(means), "watch_variance": variance}
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,14 @@ class Run:
     policy: Policy
     learner: Learner
     folder: RunFolder
+    watch: Scorer | None = None
+    guard: Guard = field(default_factory=Guard)
+    stopped: str = ""  # why a guard ended the run before its last step
     checkpoint: Path | None = None  # to go on from
     before: Evaluation | None = None
     first_step: int = 0
     after: Evaluation | None = None
+    watched_before: Evaluation | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # what summary.json holds, once the run is finished
     started: float = field(default_factory=time.perf_counter)
 
@@ -91,9 +106,18 @@ class Run:
             return
         self.before = evaluate(self.policy, self.held_out, self.scorer, self.recipe)
         self.folder.add_rollouts("held-out-before", self.before.rollouts)
+        self.watched_before = self._watched(self.before)
         if self.checkpoint is not None:
             self.first_step = int(load_checkpoint(self.checkpoint, self.learner)["step"])
             self.folder.keep_metrics_before(self.first_step)
+            for record in self.folder.metrics():
+                self.guard.reason_to_stop(record)
+
+    def _watched(self, evaluation: Evaluation) -> Evaluation | None:
+        """The same completions as the watching scorer sees them."""
+        if self.watch is None:
+            return None
+        return Evaluation(score_watch(self, evaluation.rollouts))
 
     def remaining_steps(self) -> range:
         return range(self.first_step, self.recipe.steps)
@@ -109,7 +133,11 @@ class Run:
             "loss": str(self.learner.loss),
             "policy_checksum": self.policy.checksum(),
             "seconds": time.perf_counter() - self.started,
+            **({"stopped": self.stopped} if self.stopped else {}),
         }
+        watched = self._watched(after)
+        if self.watched_before is not None and watched is not None:
+            more["watch"] = comparison(self.watched_before, watched)
         self.summary = self.folder.write_summary(self.before, after, more)
 
 
@@ -129,9 +157,23 @@ def learn(run: Run) -> Iterator[Step]:
             )
         with clock("update"):  # theta <- argmin L
             update = run.learner.update(rollouts, index)
-        step = Step(index, update.rollouts, update, clock.read())
+        watched: list[float] = []
+        if run.watch is not None:
+            with clock("watch"):
+                watched = prompt_means(score_watch(run, rollouts))
+        step = Step(index, update.rollouts, update, clock.read(), watched)
         record(run, step)
+        run.stopped = run.guard.reason_to_stop(step.record)
         yield step
+        if run.stopped:
+            return
+
+
+def score_watch(run: Run, rollouts: list[Rollout]) -> list[Rollout]:
+    """Scored by the scorer that watches; none where there is none."""
+    if run.watch is None:
+        return []
+    return score_rollouts(run.watch, rollouts, on_error=run.recipe.scorer_errors, timeout=run.recipe.scorer_timeout)
 
 
 def record(run: Run, step: Step) -> None:
@@ -169,7 +211,9 @@ def plan(recipe: Recipe) -> Plan:
             f"prompts_per_step = {recipe.prompts_per_step}, but only {len(train)} prompts are left for training after "
             f"{len(held_out)} are held out. Give more prompts, or lower prompts_per_step or held_out."
         )
-    check_scorer(recipe.scorer, columns=_columns(prompts))
+    for scorer in (recipe.scorer, recipe.watch):
+        if scorer is not None:
+            check_scorer(scorer, columns=_columns(prompts))
     check_model(recipe.model)
     return Plan(recipe, train, held_out, prompts.summary())
 
@@ -178,6 +222,7 @@ def open_run(plan: Plan, resume: Path | None = None) -> Run:
     """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped."""
     recipe = plan.recipe
     scorer = load_scorer(recipe.scorer, columns=_columns(plan.train))
+    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=_columns(plan.train))
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     check_disk(recipe.runs, disk_needed(policy, recipe))
     _check_lengths(policy, plan)
@@ -187,7 +232,18 @@ def open_run(plan: Plan, resume: Path | None = None) -> Run:
     if resume is not None and checkpoint is None:
         raise RunError(f"{resume} holds no complete checkpoint to resume from.")
     folder = RunFolder.create(recipe, learner.loss.name) if resume is None else RunFolder(resume)
-    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, checkpoint)
+    return Run(
+        recipe,
+        plan.train,
+        plan.held_out,
+        scorer,
+        policy,
+        learner,
+        folder,
+        watch,
+        Guard.of(recipe),
+        checkpoint=checkpoint,
+    )
 
 
 def _columns(prompts: PromptSet) -> set[str]:

@@ -46,6 +46,16 @@ class Recipe(BaseModel):
     )
     scorer_timeout: float = Field(60.0, gt=0, description="seconds that one batch of scores may take")
 
+    watch: Any = Field(
+        None, description="a second scorer that nothing is trained on: shows when the first is over-optimised"
+    )
+    watch_window: int = Field(
+        0, ge=0, description="stop once the watched score, averaged over this many steps, has surely fallen; 0 never"
+    )
+    kl_budget: float | None = Field(
+        None, gt=0, description="stop once the policy is this far from the untrained one: KL, nats a completion"
+    )
+
     loss: Any = Field(
         "grpo",
         description="loss: a name, 'name@library', 'grpo(beta=0.04)', 'my.py:function', or a table of parameters",
@@ -112,12 +122,19 @@ class Recipe(BaseModel):
             )
         if recipe.warmup_steps > recipe.steps:
             raise RecipeError(f"{source}: warmup_steps = {recipe.warmup_steps} exceeds steps = {recipe.steps}.")
+        if recipe.watch_window and recipe.watch is None:
+            raise RecipeError(f"{source}: watch_window = {recipe.watch_window} has nothing to average: give watch too.")
         if recipe.updates_per_step > recipe.prompts_per_step:
             raise RecipeError(
                 f"{source}: updates_per_step = {recipe.updates_per_step} exceeds prompts_per_step = "
                 f"{recipe.prompts_per_step}; a prompt's completions are not torn apart."
             )
         return recipe
+
+    @property
+    def tracks_kl(self) -> bool:
+        """Whether the distance to the reference is measured even where the loss has no use for it."""
+        return self.watch is not None or self.kl_budget is not None
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -151,7 +168,7 @@ class Recipe(BaseModel):
         plain = {key: getattr(self, key) for key in type(self).model_fields}
         if isinstance(self.loss, Loss):
             plain["loss"] = {k: "none" if v is None else v for k, v in self.loss.to_dict().items()}
-        for key in ("prompts", "scorer"):
+        for key in ("prompts", "scorer", "watch"):
             plain[key] = _plain(plain[key])
         return {key: value for key, value in plain.items() if value is not None}
 
@@ -175,6 +192,8 @@ def _check_needs(loss: Loss) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if value is None:
+        return None
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (str, int, float)):

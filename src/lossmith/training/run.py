@@ -23,7 +23,7 @@ import tomli_w
 
 from lossmith.errors import RunError
 from lossmith.rollouts import Rollout
-from lossmith.training.evaluate import Evaluation, paired
+from lossmith.training.evaluate import Evaluation, comparison
 from lossmith.training.recipe import Recipe
 
 __all__ = ["RunFolder", "check_disk"]
@@ -65,10 +65,15 @@ class RunFolder:
 
     def keep_metrics_before(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will do again."""
+        if (self.path / "metrics.jsonl").exists():
+            kept = [record for record in self.metrics() if record["step"] < step]
+            self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, a step each."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
-            self.write_text("metrics.jsonl", "".join(line + "\n" for line in lines))
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def add_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Write rollouts/NAME.parquet, a row a completion."""
@@ -80,14 +85,7 @@ class RunFolder:
 
     def write_summary(self, before: Evaluation, after: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
         """summary.json: held-out performance before and after, the paired difference, and what else is known."""
-        summary = {
-            "held_out": {
-                "before": before.reward.as_dict() | {"ended": before.ended, "mean_length": before.mean_length},
-                "after": after.reward.as_dict() | {"ended": after.ended, "mean_length": after.mean_length},
-                "difference": paired(before, after).as_dict(),
-            },
-            **more,
-        }
+        summary = {"held_out": comparison(before, after), **more}
         self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
