@@ -24,6 +24,7 @@ ORDER = [
     "rewards",
     "feedback",
     "training",
+    "project",
     "report",
     "api",
     "cli",

@@ -51,7 +51,11 @@ def test_the_folder_holds_all_it_promises(finished):
     names = {p.name for p in finished.folder.path.iterdir()}
     assert names == {"recipe.toml", "metrics.jsonl", "rollouts", "checkpoints", "policy", "summary.json"}
     recipe = tomllib.loads((finished.folder.path / "recipe.toml").read_text())
-    assert set(ls.Recipe.model_fields) - set(recipe) <= {"prompt_limit", "watch", "kl_budget"}  # complete; None has no TOML
+    assert set(ls.Recipe.model_fields) - set(recipe) <= {
+        "prompt_limit",
+        "watch",
+        "kl_budget",
+    }  # complete; None has no TOML
     assert recipe["scorer"] == "python: test_training.even_bytes"
 
 

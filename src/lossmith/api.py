@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lossmith.errors import RecipeError
+from lossmith.project import check_recipe_order
 from lossmith.report.closing import closing
 from lossmith.report.live import LiveView
 from lossmith.report.opening import opening
@@ -45,6 +46,7 @@ def resume(folder: str | Path, *, console: Console | None = None) -> Run:
 def run_recipe(recipe: Recipe, *, folder: Path | None = None, console: Console | None = None) -> Run:
     """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with."""
     console = console or Console()
+    check_recipe_order(recipe)
     checked = plan(recipe)
     run = open_run(checked, resume=folder)
     try:

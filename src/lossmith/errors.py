@@ -8,6 +8,7 @@ LossmithError
 ├── PolicyError    (ValueError)    the model, its tokenizer, or how it is sampled
 ├── ScorerError    (RuntimeError)  a scorer that does not load, raises, hangs, or answers nonsense
 ├── FeedbackError  (ValueError)    output sets, judgements of them, and preferences made of those
+├── StageError     (RuntimeError)  a step of a project taken before the one that it needs
 └── RunError       (RuntimeError)  the run folder and the machine under it
 
 Every message says what is wrong, where, and what to do about it.
@@ -30,6 +31,7 @@ __all__ = [
     "RecipeError",
     "RunError",
     "ScorerError",
+    "StageError",
     "TrapWarning",
     "nearest",
     "printable",
@@ -67,6 +69,10 @@ class ScorerError(LossmithError, RuntimeError):
 
 class FeedbackError(LossmithError, ValueError):
     """Output sets, judgements of them, and preferences made of those."""
+
+
+class StageError(LossmithError, RuntimeError):
+    """A step of a project taken before the one that it needs."""
 
 
 class RunError(LossmithError, RuntimeError):

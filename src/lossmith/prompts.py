@@ -176,6 +176,11 @@ def _prompt(row: Mapping[str, Any], where: str, column: str, passed: Sequence[st
             f"{where}: no column {column!r}.{known}{header} Name another with prompt_column (column in load_prompts)."
         )
     columns = {key: value for key, value in row.items() if key != column}
+    if "set_id" in columns and "outputs" in columns:
+        raise PromptError(
+            f"{where}: an output set, with what a model wrote for the prompt. Candidates are there to be judged, and "
+            "no part of the input-only data set; train on the prompts file that they were sampled from."
+        )
     for key, value in columns.items():
         if key in SCORER_ARGUMENTS:
             raise PromptError(f"{where}: the column {key!r} has the name of a scorer's argument; rename it.")

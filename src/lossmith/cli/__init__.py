@@ -1,4 +1,4 @@
-"""The command `lossmith`: train, sample, losses, audit."""
+"""The command `lossmith`, and its subcommands."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ losses.command("lossmith.cli.losses:show", name="show")
 losses.command("lossmith.cli.compare:compare", name="compare")
 app.command(losses)
 app.command("lossmith.cli.audit:audit_", name="audit")
+app.command("lossmith.cli.project:init", name="init")
+app.command("lossmith.cli.project:status", name="status")
 
 
 def main() -> None:

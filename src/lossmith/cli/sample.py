@@ -15,6 +15,7 @@ from lossmith.errors import RunError
 from lossmith.feedback.distinct import sample_sets
 from lossmith.feedback.output_set import OutputSet, set_of_rollouts, write_sets
 from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
+from lossmith.project import check_order
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
 from lossmith.rewards import check_scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.rewards.best_of import best_of
@@ -84,6 +85,7 @@ def sample(
     """
     settings = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, stop=stop)
     check_samples(n, settings)
+    check_order("sample", prompts)
     if output is not None and output.exists():
         raise RunError(f"{output} exists, and is not overwritten. Choose another file with -o.")
     source = default_prompts_path() if prompts == "default" else prompts

@@ -163,6 +163,11 @@ def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
         if "rating" in row:
             return _rating(row, prompt, output, where, who)
         return Label(prompt, output, _boolean(row["label"], where), who)
+    if "outputs" in row:
+        raise FeedbackError(
+            f"{where}: a set of outputs that nobody has judged. Candidates are no training targets: annotate them "
+            "first (lossmith annotate), and train on the judgements."
+        )
     raise FeedbackError(
         f"{where}: a preference has chosen and rejected, or ranking, or completion with rating or label; this row has "
         f"{', '.join(row) or 'nothing'}.{nearest('chosen', row) if row else ''}"

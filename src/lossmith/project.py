@@ -1,0 +1,228 @@
+"""A project: the folder of one chain from prompts to a policy, which knows where it stands.
+
+| step     | what it leaves            | what it needs before it                   |
+|----------|---------------------------|-------------------------------------------|
+| prompts  | prompts.jsonl             |                                           |
+| sample   | outputs.jsonl             | prompts                                   |
+| annotate | judgements.db             | output sets: there is nothing else to judge |
+| reward   | reward_model/, frozen     | judgements                                |
+| policy   | runs/NAME/policy/         | a reward model that was trained           |
+
+Where it stands is read from the files, never from a note about them. A command that names a file of a project is
+refused when it comes too early, with the reason and the next command.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from lossmith.errors import StageError
+from lossmith.feedback.convert import standing
+from lossmith.feedback.output_set import OutputSet, prompt_content, read_sets
+from lossmith.feedback.store import Store
+from lossmith.prompts import default_prompts_path, load_prompts
+from lossmith.training.recipe import Recipe
+
+__all__ = ["MARK", "Project", "Stage", "Step", "check_order", "check_recipe_order"]
+
+MARK = "lossmith.toml"
+Step = Literal["prompts", "sample", "annotate", "reward", "policy"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the chain: whether it is done, what was found, and the command that does it."""
+
+    step: Step
+    done: bool
+    found: str
+    command: str
+    problem: str = ""  # something that holds the next step up, or makes this one stale
+
+
+class Project:
+    """The folder of a project."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.prompts = folder / "prompts.jsonl"
+        self.outputs = folder / "outputs.jsonl"
+        self.judgements = folder / "judgements.db"
+        self.reward_model = folder / "reward_model"
+        self.runs = folder / "runs"
+
+    @classmethod
+    def create(cls, folder: Path, prompts: str, **reading: Any) -> Project:
+        """A new project around a copy of these prompts. StageError where the folder is one already."""
+        if (folder / MARK).exists():
+            raise StageError(f"{folder} is a project already. See where it stands: lossmith status {_quoted(folder)}")
+        chosen = load_prompts(default_prompts_path() if prompts == "default" else prompts, **reading)
+        folder.mkdir(parents=True, exist_ok=True)
+        project = cls(folder)
+        if project.prompts.exists():
+            raise StageError(f"{project.prompts} exists, and is not overwritten. Choose another folder.")
+        rows = [{"prompt": prompt_content(p), **p.columns} for p in chosen]
+        project.prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        (folder / MARK).write_text(tomli_w.dumps({"source": str(prompts), "prompts": len(rows)}), "utf-8")
+        return project
+
+    @classmethod
+    def around(cls, path: str | Path) -> Project | None:
+        """The project that a path lies in, if it lies in one."""
+        place = Path(path).expanduser().absolute()
+        found = next((folder for folder in (place, *place.parents) if (folder / MARK).is_file()), None)
+        return None if found is None else cls(_relative(found))
+
+    def stages(self) -> list[Stage]:
+        """All five, in order."""
+        return list(self._stages())
+
+    def _stages(self) -> Iterator[Stage]:
+        q = {
+            name: _quoted(getattr(self, name)) for name in ("prompts", "outputs", "judgements", "reward_model", "runs")
+        }
+        prompts = load_prompts(self.prompts, pass_columns=_columns(self.prompts)) if self.prompts.exists() else None
+        count = 0 if prompts is None else len(prompts)
+        yield Stage("prompts", count > 0, f"{count} prompts", f"lossmith init {_quoted(self.folder)}")
+
+        sets = read_sets(self.outputs) if self.outputs.exists() else []
+        found, problem = _describe_sets(sets, {p.id for p in prompts or ()})
+        yield Stage("sample", bool(sets), found, f"lossmith sample {q['prompts']} --n 4 -o {q['outputs']}", problem)
+
+        found, judged = self._describe_judgements(sets)
+        yield Stage(
+            "annotate", judged > 0, found, f"lossmith annotate {q['outputs']} --db {q['judgements']}",
+        )  # fmt: skip
+
+        manifest = self.manifest()
+        found = "none" if manifest is None else _describe_model(manifest)
+        problem = ""
+        if manifest is None and self.reward_model.exists():
+            problem = f"{self.reward_model} holds a model that was not trained by `lossmith reward train`"
+        yield Stage(
+            "reward", manifest is not None, found,
+            f"lossmith reward train {q['judgements']} -o {q['reward_model']}", problem,
+        )  # fmt: skip
+
+        runs = self._policies()
+        command = f"lossmith train --prompts {q['prompts']} --scorer {q['reward_model']} --runs {q['runs']}"
+        said = f"{len(runs)} run{'s' * (len(runs) != 1)}" + (f", the last: {runs[-1]}" if runs else "")
+        yield Stage("policy", bool(runs), said, command)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What reward training wrote down of its model; None where no model was trained."""
+        try:
+            found = json.loads((self.reward_model / "reward_model.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _describe_judgements(self, sets: list[OutputSet]) -> tuple[str, int]:
+        if not self.judgements.exists():
+            return "none", 0
+        with Store(self.judgements, create=False) as store:
+            held = [j for j in standing(store.judgements()) if j.kind not in ("skip", "flag")]
+        people = sorted({j.annotator for j in held})
+        covered = len({j.set_id for j in held} & {s.id for s in sets})
+        who = f" by {', '.join(people[:3])}{', ...' if len(people) > 3 else ''}" if people else ""
+        return f"{len(held)} judgements{who}; {covered} of {len(sets)} sets judged", len(held)
+
+    def _policies(self) -> list[str]:
+        done = sorted(self.runs.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+        return [path.parent.name for path in done if (path.parent / "policy").is_dir()]
+
+    def next_stage(self) -> Stage | None:
+        """The first step that is not done."""
+        return next((stage for stage in self._stages() if not stage.done), None)
+
+    def require(self, step: Step) -> None:
+        """StageError unless every step before this one is done."""
+        for stage in self._stages():
+            if stage.step == step:
+                return
+            if not stage.done:
+                raise StageError(
+                    f"{_TOO_EARLY[step]}: project {str(self.folder)!r} has {_MISSING[stage.step]}"
+                    f"{'. ' + stage.problem if stage.problem else ''}. Next: {stage.command}"
+                )
+
+
+_TOO_EARLY = {
+    "prompts": "",
+    "sample": "sampling comes after the prompts",
+    "annotate": "annotation comes after sampling",
+    "reward": "a reward model is trained after annotation",
+    "policy": "the policy learns from a reward model that was trained and frozen",
+}
+_MISSING = {
+    "prompts": "no prompts",
+    "sample": "no output sets yet",
+    "annotate": "no judgement yet",
+    "reward": "no trained reward model yet",
+    "policy": "",
+}
+
+
+def check_order(step: Step, *paths: Any) -> None:
+    """StageError if any of the paths lies in a project in which this step comes too early. Other things pass."""
+    for path in paths:
+        if isinstance(path, str | Path) and str(path) != "default":
+            project = Project.around(path)
+            if project is not None:
+                project.require(step)
+
+
+def check_recipe_order(recipe: Recipe) -> None:
+    """StageError where a recipe would learn from a project's reward model before there is one."""
+    scorer = recipe.scorer
+    for path in scorer.values() if isinstance(scorer, dict) else [scorer]:
+        for one in path if isinstance(path, list) else [path]:
+            if isinstance(one, str | Path) and "://" not in str(one):
+                project = Project.around(one)
+                if project is not None and Path(one).absolute() == project.reward_model.absolute():
+                    project.require("policy")
+
+
+def _describe_sets(sets: list[OutputSet], known: set[str]) -> tuple[str, str]:
+    outputs = sum(len(s.outputs) for s in sets)
+    alike = sum(s.near_duplicates for s in sets)
+    models = sorted({str(s.provenance.get("model", "unknown")) for s in sets})
+    found = f"{len(sets)} sets, {outputs} outputs" + (f" of {', '.join(models)}" if models else "")
+    strange = sum(s.prompt.id not in known for s in sets)
+    problem = f"{strange} sets are of prompts that prompts.jsonl does not hold" if strange else ""
+    return found + (f", {alike} near-duplicates" if alike else ""), problem
+
+
+def _describe_model(manifest: dict[str, Any]) -> str:
+    held_out = manifest.get("held_out", {})
+    accuracy = held_out.get("accuracy") if isinstance(held_out, dict) else None
+    value = accuracy.get("mean") if isinstance(accuracy, dict) else accuracy
+    return "trained and frozen" + (f", held-out accuracy {value:.2f}" if isinstance(value, float) else "")
+
+
+def _columns(path: Path) -> tuple[str, ...]:
+    """All columns of a project's own prompts file: what was let in when it was made stays let in."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return tuple({key for row in rows for key in row} - {"prompt"})
+    except (OSError, ValueError) as error:
+        raise StageError(f"{path} cannot be read: {error}") from None
+
+
+def _relative(path: Path) -> Path:
+    """As a person would type it from here."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

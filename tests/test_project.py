@@ -1,0 +1,106 @@
+"""A project knows its stage from its files, and a step taken too early is refused with the reason."""
+
+import itertools
+import json
+
+import pytest
+
+import lossmith as ls
+from lossmith.errors import FeedbackError, PromptError, StageError
+from lossmith.feedback.judgement import Judgement
+from lossmith.feedback.output_set import OutputSet, named, read_sets, write_sets
+from lossmith.feedback.preferences import read_preferences
+from lossmith.feedback.store import Store
+from lossmith.project import Project, check_order, check_recipe_order
+
+ORDER = ["prompts", "sample", "annotate", "reward", "policy"]
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "p.txt").write_text("Why?\nHow?\n")
+    return Project.create(tmp_path / "demo", str(tmp_path / "p.txt"))
+
+
+def do(project, step):
+    """What the command of a step leaves behind."""
+    if step == "sample":
+        prompts = ls.load_prompts(project.prompts)
+        write_sets(project.outputs, [OutputSet(p, (named(p, "a"), named(p, "b"))) for p in prompts])
+    elif step == "annotate":
+        with Store(project.judgements) as store:
+            made = read_sets(project.outputs)
+            store.add_sets(made)
+            names = tuple(o.id for o in made[0].outputs)
+            store.add([Judgement(made[0].id, "pair", names, "first", "ann", "pair")])
+    elif step == "reward":
+        project.reward_model.mkdir()
+        (project.reward_model / "reward_model.json").write_text(json.dumps({"trained": True}))
+
+
+def test_each_step_is_done_when_its_file_is_there_and_names_the_next_command(project):
+    for k, step in enumerate(ORDER[:-1]):
+        do(project, step)
+        assert [stage.done for stage in project.stages()] == [True] * (k + 1) + [False] * (4 - k)
+        assert project.next_stage().step == ORDER[k + 1]
+        assert project.next_stage().command.startswith("lossmith ")
+    assert "1 judgements by ann; 1 of 2 sets judged" in project.stages()[2].found
+
+
+@pytest.mark.parametrize(("done", "step"), [(d, s) for d, s in itertools.combinations(range(5), 2) if s - d > 1])
+def test_every_wrong_order_is_refused_with_the_reason_and_what_comes_next(project, done, step):
+    for name in ORDER[: done + 1]:
+        do(project, name)
+    with pytest.raises(StageError, match="comes after|after annotation|trained and frozen") as caught:
+        check_order(ORDER[step], project.folder / "anything")
+    assert project.next_stage().command in str(caught.value)
+
+
+def test_the_right_order_passes_and_so_does_what_is_in_no_project(project, tmp_path):
+    for step in ORDER:
+        check_order(step, project.folder / "x")
+        do(project, step)
+    check_order("policy", tmp_path / "elsewhere", "default", None)
+
+
+def test_a_policy_never_learns_from_a_reward_model_that_was_not_trained(project):
+    recipe = ls.Recipe.make(scorer=str(project.reward_model), prompts=str(project.prompts))
+    with pytest.raises(StageError, match="learns from a reward model that was trained and frozen"):
+        check_recipe_order(recipe)
+    project.reward_model.mkdir()  # a model that came from elsewhere is none that was trained on these judgements
+    for step in ("sample", "annotate"):
+        do(project, step)
+    with pytest.raises(StageError, match="not trained by `lossmith reward train`"):
+        check_recipe_order(recipe)
+    with pytest.raises(StageError):
+        ls.train(scorer={"scorers": [str(project.reward_model), "length"]}, prompts=str(project.prompts))
+    check_recipe_order(ls.Recipe.make(scorer="helpfulness", prompts=str(project.prompts)))
+
+
+def test_a_skip_is_no_judgement(project):
+    do(project, "sample")
+    with Store(project.judgements) as store:
+        made = read_sets(project.outputs)[0]
+        store.add_sets([made])
+        store.add([Judgement(made.id, "skip", tuple(o.id for o in made.outputs), None, "ann", "pair")])
+    with pytest.raises(StageError, match="no judgement yet"):
+        check_order("reward", project.judgements)
+
+
+def test_candidates_never_slip_into_fine_tuning(project):
+    do(project, "sample")
+    with pytest.raises(PromptError, match="Candidates are there to be judged"):
+        ls.load_prompts(project.outputs, pass_columns=("outputs",))
+    with pytest.raises(FeedbackError, match="Candidates are no training targets"):
+        read_preferences(project.outputs)
+
+
+def test_sets_of_other_prompts_are_noticed(project):
+    stranger = ls.load_prompts(["Who?"])[0]
+    write_sets(project.outputs, [OutputSet(stranger, (named(stranger, "a"), named(stranger, "b")))])
+    assert "1 sets are of prompts that prompts.jsonl does not hold" in project.stages()[1].problem
+
+
+def test_a_project_is_begun_once(project, tmp_path):
+    with pytest.raises(StageError, match="is a project already"):
+        Project.create(project.folder, str(tmp_path / "p.txt"))
