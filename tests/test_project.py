@@ -51,7 +51,7 @@ def test_each_step_is_done_when_its_file_is_there_and_names_the_next_command(pro
 def test_every_wrong_order_is_refused_with_the_reason_and_what_comes_next(project, done, step):
     for name in ORDER[: done + 1]:
         do(project, name)
-    with pytest.raises(StageError, match="comes after|after annotation|trained and frozen") as caught:
+    with pytest.raises(StageError, match=r"comes after|after annotation|trained and frozen") as caught:
         check_order(ORDER[step], project.folder / "anything")
     assert project.next_stage().command in str(caught.value)
 
