@@ -7,7 +7,8 @@ import pytest
 
 import lossmith as ls
 import tiny
-from lossmith.errors import RecipeError
+from lossmith.errors import RecipeError, RunError
+from lossmith.report.frontier import plot_frontier
 from lossmith.training.guards import Guard, kl_of_completion
 
 PROMPTS = [f"Prompt number {i}?" for i in range(40)]
@@ -67,6 +68,18 @@ def test_a_kl_budget_ends_the_run_where_it_is_spent(tmp_path):
     assert "KL budget spent" in run.stopped
     spent = [kl_of_completion(r) for r in records]
     assert spent[-1] > 2.0 and all(kl <= 2.0 for kl in spent[:-1])
+
+
+def test_the_plot_of_both_scores_against_the_root_of_the_kl(tmp_path, unguarded):
+    target = tmp_path / "frontier.svg"
+    plot_frontier([unguarded[0].folder.path], target)
+    drawn = target.read_text()
+    assert drawn.startswith("<?xml") and drawn.count("<path") > 20
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward": 1.0}) + "\n")
+    with pytest.raises(RunError, match="did not measure how far its policy moved"):
+        plot_frontier([tmp_path], target)
+    with pytest.raises(RunError, match="is not a run folder"):
+        plot_frontier([tmp_path / "none"], target)
 
 
 # -- the rule itself --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ losses.command("lossmith.cli.losses:show", name="show")
 losses.command("lossmith.cli.compare:compare", name="compare")
 app.command(losses)
 app.command("lossmith.cli.audit:audit_", name="audit")
+app.command("lossmith.cli.plot:plot", name="plot")
 app.command("lossmith.cli.project:init", name="init")
 app.command("lossmith.cli.project:status", name="status")
 
