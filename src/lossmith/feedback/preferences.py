@@ -54,14 +54,10 @@ class Pair:
     annotator: str = ""
 
     def as_row(self) -> dict[str, Any]:
-        optional = {"margin": (self.margin, 0.0), "weight": (self.weight, 1.0)}
-        return (
-            _row(self.prompt, self.annotator)
-            | _text("chosen", self.chosen)
-            | _text("rejected", self.rejected)
-            | {"probability": self.probability}
-            | {key: value for key, (value, default) in optional.items() if value != default}
-        )
+        # Every row has every field: a column with gaps breaks the trainers that read margins.
+        said = {"probability": self.probability, "margin": self.margin, "weight": self.weight}
+        texts = _text("chosen", self.chosen) | _text("rejected", self.rejected)
+        return _row(self.prompt, self.annotator) | texts | said
 
 
 @dataclass(frozen=True)
