@@ -116,7 +116,8 @@ class CompletionLoss(Loss):
     def uses_old(self) -> bool:
         return self.term.anchor == "old"
 
-    def _completions(self, batch: Batch) -> Completions:
+    def completions(self, batch: Batch) -> Completions:
+        """What the term sees of a batch."""
         logp, owner = batch.require("logp", self.name), self.name
         per_token = logp  # a batch holds 0 at masked positions, of the anchor too
         if self.term.anchor != "none":
@@ -128,7 +129,7 @@ class CompletionLoss(Loss):
         return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.live, batch)
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
-        at = self._completions(batch)
+        at = self.completions(batch)
         loss = self.term.value(at, self._units(at, normalizer))
         advantage = torch.zeros_like(batch.require("logp", self.name)).detach()
         return LossOutput(loss, advantage, {self.term.option: loss}, lambda: self._metrics(at))
@@ -146,11 +147,11 @@ class CompletionLoss(Loss):
     def counts(self, batch: Batch) -> Normalizer:
         """The term's units (pairs, groups or completions) included."""
         counts = Normalizer.of(batch.valid, batch.group)
-        return dataclasses.replace(counts, units=self.term.units(self._completions(batch)))
+        return dataclasses.replace(counts, units=self.term.units(self.completions(batch)))
 
     @torch.no_grad()
     def closed_form_gradient(self, batch: Batch, credit: object = None) -> Tensor:
-        at = self._completions(batch)
+        at = self.completions(batch)
         slope = torch.where(at.live, self.term.slope(at, self.term.units(at)), torch.zeros_like(at.log_ratio))
         return torch.where(batch.valid, slope[:, None], torch.zeros((), dtype=slope.dtype))
 
