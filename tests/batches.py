@@ -92,6 +92,9 @@ def random_fields(seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.
         "potential": normal(n, t),
         "off_policy": torch.tensor([i % 3 == 1 for i in range(n)]),
         "lag": torch.arange(n) % 3,
+        "mismatched_log_ratio": normal(n),
+        "pair_probability": 0.5 + 0.5 * torch.sigmoid(normal(n)),
+        "pair_weight": torch.sigmoid(normal(n)),
     }
     missing = {f.name for f in dataclasses.fields(Batch)} - set(fields) - {"advantage", "returns"}
     assert not missing, f"Batch has new fields; give random values for {missing} here, so that every test sees them"

@@ -442,8 +442,8 @@ def test_the_catalogue_holds_what_the_field_has():
 @pytest.mark.parametrize(
     ("alias", "name"),
     [
-        *[("raft", "best_of_n"), ("dpo", "online_dpo"), ("REINFORCE++", "reinforce_pp"), ("Clip-Cov", "clip_cov")],
-        *[("pg", "reinforce"), ("dr.grpo", "dr_grpo"), ("a*-po", "a2po"), ("GRPO", "grpo"), ("kto", "online_kto")],
+        *[("raft", "best_of_n"), ("oaif", "online_dpo"), ("REINFORCE++", "reinforce_pp"), ("Clip-Cov", "clip_cov")],
+        *[("pg", "reinforce"), ("dr.grpo", "dr_grpo"), ("a*-po", "a2po"), ("GRPO", "grpo"), ("hinge", "dpo_hinge")],
     ],
 )
 def test_names_people_search_for(alias, name):

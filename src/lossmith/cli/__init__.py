@@ -21,6 +21,7 @@ app = cyclopts.App(
     default_parameter=cyclopts.Parameter(negative_iterable=()),
 )
 app.command("lossmith.cli.train:train", name="train")
+app.command("lossmith.cli.prefer:prefer", name="prefer")
 app.command("lossmith.cli.sample:sample", name="sample")
 losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, weights, parameters, papers.")
 losses.command("lossmith.cli.losses:list_", name="list")

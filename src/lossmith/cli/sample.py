@@ -17,7 +17,7 @@ from lossmith.feedback.output_set import OutputSet, set_of_rollouts, write_sets
 from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
 from lossmith.project import check_order
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
-from lossmith.rewards import check_scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.rewards import check_scorer, close_scorer, load_scorer
 from lossmith.rewards.best_of import best_of
 
 __all__ = ["sample"]
@@ -128,12 +128,18 @@ def _best(
     judge = load_scorer(scorer, columns={name for prompt in prompts for name in prompt.columns})
     try:
         rollouts = policies.sample(policy, prompts, n, settings, seed=seed, step=0)
-        best = best_of(score_rollouts(judge, rollouts, on_error="drop", timeout=None))
+        best = best_of(rollouts, judge, timeout=None)
     finally:
         close_scorer(judge)
     checksum = policy.checksum()[:16]
-    sets = [set_of_rollouts([rollout], model, settings, seed, checksum) for rollout in best]
-    mean = sum(float(r.score.value) for r in best if r.score and r.score.value is not None) / max(len(best), 1)
-    lost = len(prompts) - len(best)
-    said = f"best of {n} by {scorer}: mean score {mean:.4f}"
-    return sets, said + (f"; {lost} prompts without any score left out" if lost else "")
+    sets = [set_of_rollouts([rollout], model, settings, seed, checksum) for rollout in best.rollouts]
+    scores = [r.score.value for r in best.rollouts if r.score and r.score.value is not None]
+    said = f"best of {n} by {scorer}: mean score {sum(scores) / max(len(scores), 1):.4f}"
+    for count, what in (
+        (best.without, "prompts without any score left out"),
+        (best.failed, "completions that the scorer failed on"),
+        (best.abstained, "completions without an opinion"),
+        (best.tied, "prompts with several best; the first was taken"),
+    ):
+        said += f"; {count} {what}" if count else ""
+    return sets, said

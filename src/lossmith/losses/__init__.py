@@ -54,7 +54,7 @@ from lossmith.losses.catalogue import CATALOGUE, Entry, example_loss, find_entry
 from lossmith.losses.catalogue.parse import loss_from_dict, parse_loss
 from lossmith.losses.catalogue.user import register_loss
 from lossmith.losses.completion_loss import CompletionLoss
-from lossmith.losses.completion_terms import A2PO, GVPO, SPPO, GroupClassification, OnlineDPO, OnlineIPO, OnlineKTO
+from lossmith.losses.completion_terms import A2PO, GVPO, SPPO, GroupClassification
 from lossmith.losses.correction import Gate, IcePop, NoMismatch, TruncatedIS
 from lossmith.losses.extra import Imitate, ImitatePositive, NoExtra, SquareLogRatio
 from lossmith.losses.flat import all_parameters, describe
@@ -63,6 +63,18 @@ from lossmith.losses.kl import KL, adapt_coefficient, kl_estimate
 from lossmith.losses.loss import Credit, Loss, LossOutput
 from lossmith.losses.masks import Above, Best, Fresh, KeepAll, OffPolicySequence, TopEntropy, ZeroVariance
 from lossmith.losses.policy_loss import PolicyLoss
+from lossmith.losses.preference_terms import (
+    CPO,
+    KTO,
+    ORPO,
+    Hinge,
+    OnlineDPO,
+    OnlineIPO,
+    OnlineKTO,
+    RobustDPO,
+    SimPO,
+    SLiC,
+)
 from lossmith.losses.ratio import SequenceRatio, SequenceSumRatio, SequenceTokenRatio, TokenRatio
 from lossmith.losses.shaping import Affine, ClipReward, Overlong, Potential, WeightedSum
 from lossmith.losses.trust import (
@@ -96,9 +108,12 @@ from lossmith.losses.value import ValueLoss
 __all__ = [
     "A2PO",
     "CATALOGUE",
+    "CPO",
     "GAE",
     "GVPO",
     "KL",
+    "KTO",
+    "ORPO",
     "SPPO",
     "TD",
     "Above",
@@ -129,6 +144,7 @@ __all__ = [
     "GroupClassification",
     "GroupStd",
     "GroupStdBiased",
+    "Hinge",
     "IcePop",
     "Imitate",
     "ImitatePositive",
@@ -171,6 +187,8 @@ __all__ = [
     "ReMax",
     "ReferenceGap",
     "Return",
+    "RobustDPO",
+    "SLiC",
     "ScaledGroup",
     "ScaledLogP",
     "SeqMeanTokenMean",
@@ -182,6 +200,7 @@ __all__ = [
     "SgClip",
     "Shortest",
     "Sigmoid",
+    "SimPO",
     "SquareLogRatio",
     "TVMask",
     "TVMaskSymmetric",

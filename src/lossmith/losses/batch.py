@@ -38,8 +38,12 @@ PROVIDERS = {
     "potential": "you (a potential function of the tokens so far)",
     "off_policy": "whoever mixed completions of another policy into the batch",
     "lag": "the sampler (policy versions between sampling and this update)",
+    "mismatched_log_ratio": "forward passes of the policy and the reference over each prompt with another's completion",
+    "pair_probability": "whoever judged the pairs (`lossmith prefer` reads it from the preferences)",
+    "pair_weight": "whoever judged the pairs (`lossmith prefer` reads it from the preferences)",
 }
 _PER_ROW = {"group", "truncated", "baseline", "reward_greedy", "off_policy", "lag"}  # [N]
+_PER_ROW |= {"mismatched_log_ratio", "pair_probability", "pair_weight"}
 _EITHER = {"reward", "advantage"}  # [N] or [N, T]
 _PER_PART = {"reward_parts", "reference_reward"}  # [N, K]
 _BOOL = {"mask", "truncated", "off_policy"}
@@ -66,6 +70,8 @@ class Batch:
     reward_parts [N, K], reference_reward [N, K]  K scores of one completion; scores of K completions of the reference
     sum_prob_sq, potential [N, T]  Σ_v p(v)² at each position; potential before each token (for shaping)
     off_policy [N] bool, lag [N] int  written by another policy; policy versions since it was sampled
+    mismatched_log_ratio [N]  log π/π_ref (nats) of a completion of another prompt, for KTO's reference point
+    pair_probability, pair_weight [N]  of the pairs that the row wins: how likely it is better, what they count
 
     Where reward is missing and reward_parts is given, the reward is their sum.
 
@@ -95,6 +101,9 @@ class Batch:
     potential: Tensor | None = None
     off_policy: Tensor | None = None
     lag: Tensor | None = None
+    mismatched_log_ratio: Tensor | None = None
+    pair_probability: Tensor | None = None
+    pair_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask is None:
@@ -212,7 +221,7 @@ class Normalizer:
     tokens: int
     sequences: int
     groups: int
-    units: int | None = None  # pairs, groups or rows that a completion loss averages over; None: counted in the batch
+    units: float | None = None  # pairs (or their weights), groups or rows that a completion loss averages over
 
     @classmethod
     def of(cls, mask: Tensor, group: Tensor | None = None) -> Normalizer:

@@ -1,7 +1,7 @@
 """Losses of whole completions: functions of one log-ratio a completion, Λ_i = Σ_t (logp - anchor), and its rewards.
 
-Paired losses (DPO and its kin on the policy's own completions) and regressions of Λ on the reward. They couple the
-completions of a group, so the loss sees the whole batch at once.
+Losses of preferences (DPO and its kin) and regressions of Λ on the reward. They couple the completions of a group, so
+the loss sees the whole batch at once. Without an anchor Λ is the log-probability itself.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from lossmith.losses.piece import Piece
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
 
+_ANCHORS = {
+    "ref": (" − log π_ref(y_t)", r" - \log \pi_{\mathrm{ref}}(y_t)"),
+    "old": (" − log π_old(y_t)", r" - \log \pi_{\mathrm{old}}(y_t)"),
+    "none": ("", ""),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Completions:
@@ -40,7 +46,7 @@ class Completions:
         of = self.reward if x is None else x
         return Groups.of(of, self.batch.require("group", "a paired loss"), self.live)
 
-    def mean(self, x: Tensor, units: int) -> Tensor:
+    def mean(self, x: Tensor, units: float) -> Tensor:
         """Σ over live rows, divided by the units counted."""
         return torch.where(self.live, x, torch.zeros_like(x)).sum() / max(units, 1)
 
@@ -48,21 +54,30 @@ class Completions:
 class CompletionTerm(Piece):
     """A loss as a function of Λ [N]; `slope` is its derivative, derived by hand."""
 
-    anchor: ClassVar[str] = "ref"  # Λ is taken against the reference or the old policy
+    anchor: ClassVar[str] = "ref"  # Λ is taken against the reference ("ref"), the old policy ("old"), or "none"
     coupling: ClassVar[str] = "group"
     stops_gradient: ClassVar[bool] = False
 
-    def units(self, at: Completions) -> int:
+    @property
+    def reads(self) -> frozenset[str]:
+        """The fields of Batch that it reads, as its parameters stand."""
+        return self.needs
+
+    def units(self, at: Completions) -> float:
         """What the mean is over: completions, unless it says otherwise."""
         return int(at.live.sum())
 
-    def value(self, at: Completions, units: int) -> Tensor:
+    def value(self, at: Completions, units: float) -> Tensor:
         """The loss, a scalar with gradient into Λ."""
         raise NotImplementedError
 
-    def slope(self, at: Completions, units: int) -> Tensor:
+    def slope(self, at: Completions, units: float) -> Tensor:
         """dL/dΛ [N] in closed form."""
         raise NotImplementedError
+
+    def measure(self, at: Completions) -> dict[str, float]:
+        """More metrics of its own."""
+        return {}
 
     def formula(self) -> tuple[str, str]:
         """(text, LaTeX) of L in terms of Λ and R."""
@@ -87,7 +102,7 @@ class CompletionLoss(Loss):
     @property
     def needs(self) -> frozenset[str]:
         anchor = {"ref_logp"} if self.term.anchor == "ref" else set()
-        return self.term.needs | self.term.missing | anchor
+        return self.term.reads | self.term.missing | anchor
 
     @property
     def coupling(self) -> str:
@@ -101,21 +116,25 @@ class CompletionLoss(Loss):
     def uses_old(self) -> bool:
         return self.term.anchor == "old"
 
-    def _completions(self, batch: Batch) -> Completions:
+    def completions(self, batch: Batch) -> Completions:
+        """What the term sees of a batch."""
         logp, owner = batch.require("logp", self.name), self.name
-        anchor = batch.require("ref_logp", owner).detach() if self.term.anchor == "ref" else batch.old(owner)
-        per_token = logp - anchor  # a batch holds 0 at masked positions of both
+        per_token = logp  # a batch holds 0 at masked positions, of the anchor too
+        if self.term.anchor != "none":
+            per_token = logp - (
+                batch.require("ref_logp", owner).detach() if self.term.anchor == "ref" else batch.old(owner)
+            )
         reward = Signal(batch, batch.require("reward", self.name)).per_sequence
         lengths = batch.lengths.clamp(min=1).to(logp.dtype)
         return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.live, batch)
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
-        at = self._completions(batch)
+        at = self.completions(batch)
         loss = self.term.value(at, self._units(at, normalizer))
         advantage = torch.zeros_like(batch.require("logp", self.name)).detach()
         return LossOutput(loss, advantage, {self.term.option: loss}, lambda: self._metrics(at))
 
-    def _units(self, at: Completions, normalizer: Normalizer | None) -> int:
+    def _units(self, at: Completions, normalizer: Normalizer | None) -> float:
         if normalizer is None:
             return self.term.units(at)
         if normalizer.units is None:
@@ -128,11 +147,11 @@ class CompletionLoss(Loss):
     def counts(self, batch: Batch) -> Normalizer:
         """The term's units (pairs, groups or completions) included."""
         counts = Normalizer.of(batch.valid, batch.group)
-        return dataclasses.replace(counts, units=self.term.units(self._completions(batch)))
+        return dataclasses.replace(counts, units=self.term.units(self.completions(batch)))
 
     @torch.no_grad()
     def closed_form_gradient(self, batch: Batch, credit: object = None) -> Tensor:
-        at = self._completions(batch)
+        at = self.completions(batch)
         slope = torch.where(at.live, self.term.slope(at, self.term.units(at)), torch.zeros_like(at.log_ratio))
         return torch.where(batch.valid, slope[:, None], torch.zeros((), dtype=slope.dtype))
 
@@ -142,6 +161,7 @@ class CompletionLoss(Loss):
         if bool(at.live.any()):
             metrics["log_ratio"] = float(at.log_ratio[at.live].mean())
             metrics["units"] = float(self.term.units(at))
+            metrics |= self.term.measure(at)
         return metrics
 
     # -- representations --------------------------------------------------------------------------------------------
@@ -149,19 +169,21 @@ class CompletionLoss(Loss):
     def formula(self, style: str = "text") -> str:
         if style not in ("text", "latex"):
             raise LossError(f"formula style is {style!r}; known: text, latex.")
-        anchor = ("π_ref", r"\pi_{\mathrm{ref}}") if self.term.anchor == "ref" else ("π_old", r"\pi_{\mathrm{old}}")
+        less = _ANCHORS[self.term.anchor]
         text, tex = self.term.formula()
         tex = powers(tex)
         if style == "text":
-            return f"L(θ) = {text}\n  Λ_i = Σ_t log π_θ(y_t) − log {anchor[0]}(y_t)"
-        where = rf"\Lambda_i = \textstyle\sum_t \log\pi_\theta(y_t) - \log {anchor[1]}(y_t)"
+            return f"L(θ) = {text}\n  Λ_i = Σ_t log π_θ(y_t){less[0]}"
+        where = rf"\Lambda_i = \textstyle\sum_t \log\pi_\theta(y_t){less[1]}"
         return rf"\begin{{aligned}}{chr(10)}& \mathcal L(\theta) = {tex} \\{chr(10)}& {where}{chr(10)}\end{{aligned}}"
 
     def code(self) -> str:
-        anchor = "ref_logp" if self.term.anchor == "ref" else "old_logp"
-        fields = [anchor, "reward", *(["group"] if "group" in self.term.needs else [])]
-        fields += sorted(self.term.needs - {"reward", "group"})
-        lines = ["T, R = mask.sum(1), reward", f"Lam = ((logp - {anchor}) * mask).sum(1)", *self.term.code()]
+        anchor = {"ref": "ref_logp", "old": "old_logp"}.get(self.term.anchor)
+        reads = self.term.reads
+        fields = [*([anchor] if anchor else []), "reward", *(["group"] if "group" in reads else [])]
+        fields += sorted(reads - {"reward", "group"})
+        ratio = f"(logp - {anchor})" if anchor else "logp"
+        lines = ["T, R = mask.sum(1), reward", f"Lam = ({ratio} * mask).sum(1)", *self.term.code()]
         return "\n".join(
             [
                 f"def {re.sub(chr(92) + 'W', '_', self.name)}(logp, mask, *, {', '.join(fields)}):",

@@ -1,4 +1,4 @@
-"""The losses of whole completions: preferences among the policy's own outputs, and regressions of Λ on the reward."""
+"""The losses of whole completions: regressions of Λ on the reward; and the list of all, with those of preferences."""
 
 from __future__ import annotations
 
@@ -8,170 +8,25 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from lossmith.losses.advantage import Groups
 from lossmith.losses.completion_loss import Completions, CompletionTerm
+from lossmith.losses.pairs import GROUPED
 from lossmith.losses.piece import number, options, param, symbol
+from lossmith.losses.preference_terms import (
+    CPO,
+    KTO,
+    ORPO,
+    Hinge,
+    OnlineDPO,
+    OnlineIPO,
+    OnlineKTO,
+    RobustDPO,
+    SimPO,
+    SLiC,
+)
 
-__all__ = ["A2PO", "GVPO", "SPPO", "TERMS", "GroupClassification", "OnlineDPO", "OnlineIPO", "OnlineKTO"]
-
-_GROUPED = frozenset({"reward", "group"})
-_SAME = "same = group[:, None] == group"
-
-
-class _Paired(CompletionTerm):
-    """A loss of the margin d = Λ_w - Λ_l of pairs within a group, the mean over pairs."""
-
-    needs: ClassVar[frozenset[str]] = _GROUPED
-    pairs: str
-
-    def _pairs(self, at: Completions) -> tuple[Tensor, Tensor]:
-        """Row numbers of winners and losers; equal rewards make no pair."""
-        groups = at.groups()
-        if self.pairs == "all":
-            same = (groups.index[:, None] == groups.index) & at.live[:, None] & at.live
-            winners, losers = (same & (at.reward[:, None] > at.reward)).nonzero(as_tuple=True)
-            return winners, losers
-        best = groups.first_where(groups.reward == groups.largest)
-        worst = groups.first_where(groups.reward == -Groups.of(-at.reward, groups.index, at.live).largest)
-        mixed = ~groups.constant
-        winners, losers = (best & mixed).nonzero()[:, 0], (worst & mixed).nonzero()[:, 0]
-        return winners[groups.index[winners].argsort()], losers[groups.index[losers].argsort()]
-
-    def units(self, at: Completions) -> int:
-        return len(self._pairs(at)[0])
-
-    def of_margin(self, margin: Tensor) -> Tensor:
-        """The loss of each pair."""
-        raise NotImplementedError
-
-    def of_margin_slope(self, margin: Tensor) -> Tensor:
-        """Its derivative."""
-        raise NotImplementedError
-
-    def value(self, at: Completions, units: int) -> Tensor:
-        winners, losers = self._pairs(at)
-        return self.of_margin(at.log_ratio[winners] - at.log_ratio[losers]).sum() / max(units, 1)
-
-    def slope(self, at: Completions, units: int) -> Tensor:
-        winners, losers = self._pairs(at)
-        per_pair = self.of_margin_slope(at.log_ratio[winners] - at.log_ratio[losers]) / max(units, 1)
-        zero = torch.zeros_like(at.log_ratio)
-        return zero.index_add(0, winners, per_pair).index_add(0, losers, -per_pair)
-
-    def _pair_code(self, of_margin: str) -> list[str]:
-        if self.pairs == "all":
-            choose = [_SAME, "w, l = (same & (R[:, None] > R)).nonzero(as_tuple=True)"]
-        else:
-            choose = [
-                "pairs = []",
-                "for g in group.unique():",
-                "    i = (group == g).nonzero()[:, 0]",
-                "    if R[i].max() > R[i].min(): pairs.append((i[R[i].argmax()], i[R[i].argmin()]))",
-                "w, l = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T",
-            ]
-        return [*choose, "d = Lam[w] - Lam[l]", f"return ({of_margin}).sum() / max(len(w), 1)"]
-
-    def _over(self) -> tuple[str, str]:
-        if self.pairs == "all":
-            return "mean over pairs (w, l) of a group with R_w > R_l", r"\operatorname{mean}_{R_w>R_l}"
-        return "mean over groups (w the best, l the worst)", r"\operatorname{mean}_{g:\ w=\arg\max R,\ l=\arg\min R}"
-
-
-@dataclass(frozen=True)
-class OnlineDPO(_Paired):
-    """-ln σ(β(Λ_w - Λ_l)) on the policy's own completions (DPO, arXiv:2305.18290, eq. 7; online, arXiv:2402.04792)."""
-
-    option: ClassVar[str] = "online_dpo"
-    beta: float = param("beta", 0.1, "strength of the pull to the reference", above=0)
-    pairs: str = param("pairs", "best_worst", "which pairs of a group", choices=("best_worst", "all"))
-
-    def of_margin(self, margin: Tensor) -> Tensor:
-        return -logsigmoid(self.beta * margin)
-
-    def of_margin_slope(self, margin: Tensor) -> Tensor:
-        return -self.beta * torch.sigmoid(-self.beta * margin)
-
-    def formula(self) -> tuple[str, str]:
-        b, over = number(self.beta), self._over()
-        return f"{over[0]}: −ln σ({b}·(Λ_w − Λ_l))", rf"{over[1]} -\ln\sigma({b}(\Lambda_w-\Lambda_l))"
-
-    def code(self) -> list[str]:
-        return self._pair_code(f"-torch.nn.functional.logsigmoid({self.beta} * d)")
-
-
-@dataclass(frozen=True)
-class OnlineIPO(_Paired):
-    """((Λ_w - Λ_l) - 1/(2β))² (IPO, arXiv:2310.12036, eq. 17)."""
-
-    option: ClassVar[str] = "online_ipo"
-    beta: float = param("beta", 0.1, "1/(2·beta) is the wanted margin", above=0)
-    pairs: str = param("pairs", "best_worst", "which pairs of a group", choices=("best_worst", "all"))
-
-    def of_margin(self, margin: Tensor) -> Tensor:
-        return (margin - 1 / (2 * self.beta)) ** 2
-
-    def of_margin_slope(self, margin: Tensor) -> Tensor:
-        return 2 * (margin - 1 / (2 * self.beta))
-
-    def formula(self) -> tuple[str, str]:
-        target, over = number(1 / (2 * self.beta)), self._over()
-        return f"{over[0]}: (Λ_w − Λ_l − {target})²", rf"{over[1]} (\Lambda_w-\Lambda_l-{target})^2"
-
-    def code(self) -> list[str]:
-        return self._pair_code(f"(d - 1 / (2 * {self.beta})) ** 2")
-
-
-@dataclass(frozen=True)
-class OnlineKTO(CompletionTerm):
-    """Good completions (R > threshold): λ_d(1 - σ(β(Λ - z))); the others: λ_u(1 - σ(β(z - Λ))) (arXiv:2402.01306).
-
-    z = max(0, mean of Λ), without gradient. The paper takes z from mismatched pairs; on-policy, the mean of the batch's
-    own Λ estimates the same KL.
-    """
-
-    option: ClassVar[str] = "online_kto"
-    needs: ClassVar[frozenset[str]] = frozenset({"reward"})
-    coupling: ClassVar[str] = "batch"
-    stops_gradient: ClassVar[bool] = True
-    beta: float = param("beta", 0.1, "strength of the pull to the reference", above=0)
-    lam_d: float = param("lam_d", 1.0, "weight of good completions", low=0)
-    lam_u: float = param("lam_u", 1.0, "weight of the others", low=0)
-    threshold: float = param("threshold", 0.0, "reward above which a completion is good")
-
-    def _parts(self, at: Completions, units: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(+1 for good and -1 for the others, the weight λ, z)."""
-        good = at.reward > self.threshold
-        one = torch.ones_like(at.reward)
-        weight = torch.where(good, self.lam_d * one, self.lam_u * one)
-        return torch.where(good, one, -one), weight, at.mean(at.log_ratio.detach(), units).clamp(min=0)
-
-    def value(self, at: Completions, units: int) -> Tensor:
-        sign, weight, z = self._parts(at, units)
-        return at.mean(weight * (1 - torch.sigmoid(self.beta * sign * (at.log_ratio - z))), units)
-
-    def slope(self, at: Completions, units: int) -> Tensor:
-        sign, weight, z = self._parts(at, units)
-        gate = torch.sigmoid(self.beta * sign * (at.log_ratio - z))
-        return -weight * self.beta * sign * gate * (1 - gate) / max(units, 1)
-
-    def formula(self) -> tuple[str, str]:
-        b, d, u, t = (number(x) for x in (self.beta, self.lam_d, self.lam_u, self.threshold))
-        text = f"mean_i [R>{t}: {d}·(1 − σ({b}(Λ − z))); else {u}·(1 − σ({b}(z − Λ)))], z = sg(max(0, mean Λ))"
-        return text, (
-            rf"\tfrac1N\sum_i \begin{{cases}} {d}(1-\sigma({b}(\Lambda_i-z))) & R_i>{t}\\"
-            rf" {u}(1-\sigma({b}(z-\Lambda_i)))"
-            r" & \text{else}\end{cases},\ z=\operatorname{sg}\max(0,\overline\Lambda)"
-        )
-
-    def code(self) -> list[str]:
-        return [
-            "z = Lam.detach().mean().clamp(min=0)",
-            f"good = {self.lam_d} * (1 - torch.sigmoid({self.beta} * (Lam - z)))",
-            f"bad = {self.lam_u} * (1 - torch.sigmoid({self.beta} * (z - Lam)))",
-            f"return torch.where(R > {self.threshold}, good, bad).mean()",
-        ]
+__all__ = ["A2PO", "GVPO", "SPPO", "TERMS", "GroupClassification"]
 
 
 @dataclass(frozen=True)
@@ -189,10 +44,10 @@ class A2PO(CompletionTerm):
         mean = torch.logsumexp(rewards / self.beta1, 1) - math.log(rewards.shape[1])
         return at.reward - self.beta1 * mean
 
-    def value(self, at: Completions, units: int) -> Tensor:
+    def value(self, at: Completions, units: float) -> Tensor:
         return at.mean((self.beta2 * at.log_ratio - self._target(at)) ** 2, units)
 
-    def slope(self, at: Completions, units: int) -> Tensor:
+    def slope(self, at: Completions, units: float) -> Tensor:
         return 2 * self.beta2 * (self.beta2 * at.log_ratio - self._target(at)) / max(units, 1)
 
     def formula(self) -> tuple[str, str]:
@@ -221,10 +76,10 @@ class GVPO(CompletionTerm):
 
     option: ClassVar[str] = "gvpo"
     anchor: ClassVar[str] = "old"
-    needs: ClassVar[frozenset[str]] = _GROUPED
+    needs: ClassVar[frozenset[str]] = GROUPED
     beta: float = param("beta", 0.1, "factor of the log-ratio", above=0)
 
-    def units(self, at: Completions) -> int:
+    def units(self, at: Completions) -> float:
         groups = at.groups()
         return int(groups.index[at.live & ~groups.singleton].unique().numel())
 
@@ -235,11 +90,11 @@ class GVPO(CompletionTerm):
         share = torch.where(groups.singleton, 0.0, 1 / (groups.size - 1).clamp(min=1))
         return self.beta * (at.log_ratio - mean) - (at.reward - groups.mean), share
 
-    def value(self, at: Completions, units: int) -> Tensor:
+    def value(self, at: Completions, units: float) -> Tensor:
         gap, share = self._gap(at)
         return at.mean(0.5 * share * gap**2, units)
 
-    def slope(self, at: Completions, units: int) -> Tensor:
+    def slope(self, at: Completions, units: float) -> Tensor:
         gap, share = self._gap(at)
         return self.beta * share * gap / max(units, 1)
 
@@ -274,10 +129,10 @@ class SPPO(CompletionTerm):
     coupling: ClassVar[str] = "sequence"
     eta: float | None = param("eta", None, "factor of the reward", above=0, required=True)
 
-    def value(self, at: Completions, units: int) -> Tensor:
+    def value(self, at: Completions, units: float) -> Tensor:
         return at.mean((at.log_ratio - self.given("eta") * at.reward) ** 2, units)
 
-    def slope(self, at: Completions, units: int) -> Tensor:
+    def slope(self, at: Completions, units: float) -> Tensor:
         return 2 * (at.log_ratio - self.given("eta") * at.reward) / max(units, 1)
 
     def formula(self) -> tuple[str, str]:
@@ -299,10 +154,10 @@ class GroupClassification(CompletionTerm):
 
     option: ClassVar[str] = "real"
     anchor: ClassVar[str] = "old"
-    needs: ClassVar[frozenset[str]] = _GROUPED
+    needs: ClassVar[frozenset[str]] = GROUPED
     tau: float = param("tau", 0.5, "temperature", above=0)
 
-    def units(self, at: Completions) -> int:
+    def units(self, at: Completions) -> float:
         return int(at.groups().index[at.live].unique().numel())
 
     def _parts(self, at: Completions) -> tuple[Tensor, Tensor, Groups, Groups]:
@@ -313,7 +168,7 @@ class GroupClassification(CompletionTerm):
         x = sign * at.log_ratio / (at.lengths * self.tau)
         return x, sign, Groups(groups.index, mixed & ~good, x), Groups(groups.index, mixed & good, x)
 
-    def value(self, at: Completions, units: int) -> Tensor:
+    def value(self, at: Completions, units: float) -> Tensor:
         x, _, bad, good = self._parts(at)
         total = torch.zeros((), dtype=x.dtype, device=x.device)
         for side in (bad, good):
@@ -322,7 +177,7 @@ class GroupClassification(CompletionTerm):
             total = total + torch.where(first, each, torch.zeros_like(each)).sum()
         return total / max(units, 1)
 
-    def slope(self, at: Completions, units: int) -> Tensor:
+    def slope(self, at: Completions, units: float) -> Tensor:
         x, sign, bad, good = self._parts(at)
         slope = torch.zeros_like(x)
         for side in (bad, good):
@@ -350,4 +205,5 @@ class GroupClassification(CompletionTerm):
         ]
 
 
-TERMS: dict[str, type[CompletionTerm]] = options(OnlineDPO, OnlineIPO, OnlineKTO, A2PO, GVPO, SPPO, GroupClassification)
+_PREFERENCES = (OnlineDPO, RobustDPO, OnlineIPO, Hinge, SLiC, CPO, SimPO, ORPO, KTO, OnlineKTO)
+TERMS: dict[str, type[CompletionTerm]] = options(*_PREFERENCES, A2PO, GVPO, SPPO, GroupClassification)

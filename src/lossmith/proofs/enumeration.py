@@ -253,6 +253,9 @@ WORLD_FIELDS: dict[str, Callable[[World], Tensor]] = {
     "potential": lambda w: _prefix_table(w, 6),
     "off_policy": lambda w: torch.zeros(len(w.reward), dtype=torch.bool),
     "lag": lambda w: torch.zeros(len(w.reward), dtype=torch.int64),
+    "mismatched_log_ratio": lambda w: w.tree.sequence_kl(w.theta, w.ref).expand(len(w.reward)),
+    "pair_probability": lambda w: torch.ones_like(w.reward),
+    "pair_weight": lambda w: torch.ones_like(w.reward),
 }
 
 

@@ -94,6 +94,9 @@ FIELDS: dict[str, Callable[[Draw], Tensor]] = {
     "potential": lambda d: d.normal("potential", d.n, WIDTH),
     "off_policy": lambda d: torch.tensor([i % 3 == 1 for i in range(d.n)]),
     "lag": lambda d: torch.tensor([i % 3 for i in range(d.n)]),
+    "mismatched_log_ratio": lambda d: d.normal("mismatched_log_ratio", d.n),
+    "pair_probability": lambda d: 0.5 + 0.5 * d.uniform("pair_probability", d.n),
+    "pair_weight": lambda d: d.uniform("pair_weight", d.n),
 }
 # One number of a prompt, not of a completion: the same for the whole group.
 PER_PROMPT = {"reward_greedy", "reference_reward", "baseline"}

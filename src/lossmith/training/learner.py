@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,14 +49,18 @@ class Learner:
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
         self._bad_in_a_row = 0
 
-    def update(self, rollouts: Sequence[Rollout], step: int) -> Update:
-        """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimiser steps."""
+    def update(self, rollouts: Sequence[Rollout], step: int, given: Mapping[str, Tensor] | None = None) -> Update:
+        """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimiser steps.
+
+        given: fields of the batch that the caller knows and rollouts do not say, rows as in `rollouts`.
+        """
         scored = [r for r in rollouts if r.score is not None and r.score.ok]
         if not scored:
             raise RunError(
                 f"step {step}: none of {len(rollouts)} completions has a score; there is nothing to learn from."
             )
-        batch = self.formulate(scored)
+        rows_scored = [i for i, r in enumerate(rollouts) if r.score is not None and r.score.ok]
+        batch = self.formulate(scored, {k: v[rows_scored] for k, v in (given or {}).items()})
         credit = self.loss.credit(batch)
         metrics: dict[str, float] = {}
         taken = skipped = 0
@@ -79,32 +83,62 @@ class Learner:
     # -- the batch --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def formulate(self, rollouts: Sequence[Rollout]) -> Batch:
-        """Scored rollouts -> everything the loss needs about them, except the gradient-carrying forward pass."""
+    def formulate(self, rollouts: Sequence[Rollout], given: Mapping[str, Tensor] | None = None) -> Batch:
+        """Scored rollouts -> everything the loss needs about them, except the gradient-carrying forward pass.
+
+        Where the sampler's log-probabilities are unknown (NaN: texts that were imported) there is no behavior_logp.
+        """
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
         in_reward = loss.kl.in_reward
         if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp", "old_logp"}:
-            now = self._outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
+            now = self.outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
                 fields["old_value"] = fields["value"] = now.value
         if self.reference is not None and ("ref_logp" in loss.needs or recipe.tracks_kl):
-            fields["ref_logp"] = self._outputs(self.reference, rollouts, frozenset()).logp
-        self._check_measure(rollouts)
+            fields["ref_logp"] = self.outputs(self.reference, rollouts, frozenset()).logp
+        if "mismatched_log_ratio" in loss.needs:
+            fields["mismatched_log_ratio"] = self._mismatched(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
+        if not bool(behavior.isnan().any()):
+            self._check_measure(rollouts)
+            fields["behavior_logp"] = behavior.to(self.policy.device)
         names = {key: i for i, key in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
-        return Batch(
-            mask=mask.to(device),
-            behavior_logp=behavior.to(device),
-            reward=torch.tensor([r.score.value for r in rollouts if r.score], dtype=dtype, device=device),
-            group=torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
-            truncated=torch.tensor([r.truncated for r in rollouts], device=device),
-            lag=torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
-            **fields,
-        )
+        fields |= {
+            "mask": mask.to(device),
+            "reward": torch.tensor([r.score.value for r in rollouts if r.score], dtype=dtype, device=device),
+            "group": torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
+            "truncated": torch.tensor([r.truncated for r in rollouts], device=device),
+            "lag": torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
+        }
+        return Batch(**fields | {name: x.to(device) for name, x in (given or {}).items()})
+
+    def _mismatched(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """[N]: log-ratio (nats) of another prompt's completion as an answer to each row's prompt, whatever their order.
+
+        0 where there is no such completion that fits the context.
+        """
+        assert self.reference is not None
+        found = torch.zeros(len(rollouts), device=self.policy.device)
+        rows, swapped = [], []
+        order = sorted(range(len(rollouts)), key=lambda i: (rollouts[i].prompt.id, rollouts[i].completion_ids))
+        for at, i in enumerate(order):
+            mine = rollouts[i]
+            room = self.policy.context_length - len(mine.prompt_ids)
+            for other in (rollouts[j] for j in (*order[at + 1 :], *order[:at])):
+                if other.prompt.id != mine.prompt.id and len(other.completion_ids) <= room:
+                    rows.append(i)
+                    swapped.append(dataclasses.replace(other, prompt=mine.prompt, prompt_ids=mine.prompt_ids))
+                    break
+        if not rows:
+            return found
+        nothing: frozenset[str] = frozenset()
+        ours, theirs = (self.outputs(p, swapped, nothing).logp for p in (self.policy, self.reference))
+        gap = (ours - theirs).sum(1)
+        return found.to(gap.dtype).index_copy(0, torch.tensor(rows, device=found.device), gap)
 
     def _check_measure(self, rollouts: Sequence[Rollout]) -> None:
         """The stored log-probabilities must be of the distribution that the learner measures."""
@@ -112,7 +146,7 @@ class Learner:
         for measure in {r.behavior_logp.measure for r in rollouts}:
             ours - LogProbs(torch.zeros(1), measure)
 
-    def _outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
+    def outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
         width = max([len(r.completion_ids) for r in rollouts] + [1])
         logp = torch.zeros(len(rollouts), width, device=policy.device)
@@ -283,7 +317,8 @@ def _mismatch(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
 
     Both are of the distribution sampled from; what is left is rounding, and how far this update has already moved.
     """
-    assert batch.behavior_logp is not None
+    if batch.behavior_logp is None:
+        return {}
     gap = torch.where(batch.valid, (logp - batch.behavior_logp).abs(), torch.zeros_like(logp))
     return {"sampler_gap": float(gap.sum()) / max(credit.tokens, 1)}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,13 +15,54 @@ from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
 
-__all__ = ["PROVIDED", "Recipe"]
+__all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
 
 
-class Recipe(BaseModel):
-    """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
+class Settings(BaseModel):
+    """A flat record that a TOML file holds."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+    live: ClassVar[tuple[str, ...]] = ()  # fields that may hold a Python object
+
+    @classmethod
+    def read(cls, path: Path | str) -> dict[str, Any]:
+        """The fields that a TOML file sets. RecipeError names the file, and the line of a syntax error."""
+        try:
+            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"There is no recipe file {str(path)!r}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not a TOML file: {error}.") from None
+
+    @classmethod
+    def checked(cls, source: str, fields: Mapping[str, Any]) -> Self:
+        """RecipeError: an unknown key (and the nearest), a wrong type or range."""
+        for key in fields:
+            if key not in cls.model_fields:
+                raise RecipeError(f"{source}: there is no setting {key!r}.{nearest(key, cls.model_fields)}")
+        try:
+            return cls(**fields)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"][:1]))
+            meaning = cls.model_fields[key].description if key in cls.model_fields else ""
+            given = first["input"] if first["type"] != "missing" else None
+            raise RecipeError(f"{source}: {key} = {given!r}: {first['msg']}. It is: {meaning}.") from None
+
+    def as_toml(self) -> dict[str, Any]:
+        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names."""
+        plain = {key: getattr(self, key) for key in type(self).model_fields}
+        if isinstance(plain.get("loss"), Loss):
+            plain["loss"] = {k: "none" if v is None else v for k, v in plain["loss"].to_dict().items()}
+        for key in self.live:
+            plain[key] = _plain(plain[key])
+        return {key: value for key, value in plain.items() if value is not None}
+
+
+class Recipe(Settings):
+    """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
+
+    live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
 
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
     device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
@@ -92,28 +133,9 @@ class Recipe(BaseModel):
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
     @classmethod
-    def read(cls, path: Path | str) -> dict[str, Any]:
-        """The fields that a TOML file sets. RecipeError names the file, and the line of a syntax error."""
-        try:
-            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError(f"There is no recipe file {str(path)!r}.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} is not a TOML file: {error}.") from None
-
-    @classmethod
     def make(cls, source: str = "recipe", **fields: Any) -> Recipe:
         """A checked recipe. RecipeError: an unknown key (and the nearest), a wrong type or range, a bad combination."""
-        for key in fields:
-            if key not in cls.model_fields:
-                raise RecipeError(f"{source}: there is no setting {key!r}.{nearest(key, cls.model_fields)}")
-        try:
-            recipe = cls(**fields)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"][:1]))
-            meaning = cls.model_fields[key].description if key in cls.model_fields else ""
-            raise RecipeError(f"{source}: {key} = {first['input']!r}: {first['msg']}. It is: {meaning}.") from None
+        recipe = cls.checked(source, fields)
         recipe.sampling  # noqa: B018  (checked before anything is loaded)
         if recipe.temperature == 0:
             raise RecipeError(
@@ -151,38 +173,36 @@ class Recipe(BaseModel):
 
         RecipeError: a trap, and traps are not allowed; something it needs that training does not provide.
         """
-        with quiet_traps():  # said below, as an error or not at all
-            loss = parse_loss(self.loss)
-            if "max_length" in loss.needs:
-                loss = loss.set({"max_length": self.max_tokens})
-        if loss.traps and not self.allow_traps:
-            raise RecipeError(
-                f"The loss {loss.name!r} is a known trap: {'; '.join(loss.traps)}. "
-                "Set allow_traps = true to train with it."
-            )
-        _check_needs(loss)
-        return loss
+        return checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
 
-    def as_toml(self) -> dict[str, Any]:
-        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names."""
-        plain = {key: getattr(self, key) for key in type(self).model_fields}
-        if isinstance(self.loss, Loss):
-            plain["loss"] = {k: "none" if v is None else v for k, v in self.loss.to_dict().items()}
-        for key in ("prompts", "scorer", "watch"):
-            plain[key] = _plain(plain[key])
-        return {key: value for key, value in plain.items() if value is not None}
+
+def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: int | None = None) -> Loss:
+    """The loss of a recipe, its token limit filled in, of which training provides these fields.
+
+    RecipeError: a trap, and traps are not allowed; something it needs that training does not provide.
+    """
+    with quiet_traps():  # said below, as an error or not at all
+        loss = parse_loss(spec)
+        if max_tokens is not None and "max_length" in loss.needs:
+            loss = loss.set({"max_length": max_tokens})
+    if loss.traps and not allow_traps:
+        raise RecipeError(
+            f"The loss {loss.name!r} is a known trap: {'; '.join(loss.traps)}. Set allow_traps = true to train with it."
+        )
+    _check_needs(loss, provided)
+    return loss
 
 
 # What the loop can fill in for a loss.
 PROVIDED = {
     "reward", "group", "truncated", "lag", "old_logp", "behavior_logp", "ref_logp", "full_kl", "entropy", "value",
-    "old_value",
+    "old_value", "mismatched_log_ratio",
 }  # fmt: skip
 
 
-def _check_needs(loss: Loss) -> None:
+def _check_needs(loss: Loss, provided: Set[str]) -> None:
     fields = {f.name for f in dataclasses.fields(Batch)}
-    for name in sorted(loss.needs - PROVIDED):
+    for name in sorted(loss.needs - provided):
         if name in fields:
             raise RecipeError(
                 f"The loss {loss.name!r} needs Batch.{name}, which training does not provide. "

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
@@ -24,9 +24,20 @@ import tomli_w
 from lossmith.errors import RunError
 from lossmith.rollouts import Rollout
 from lossmith.training.evaluate import Evaluation, comparison
-from lossmith.training.recipe import Recipe
 
 __all__ = ["RunFolder", "check_disk"]
+
+
+class NamedSettings(Protocol):
+    """What a run's folder asks of a recipe."""
+
+    @property
+    def runs(self) -> str: ...
+
+    @property
+    def name(self) -> str | None: ...
+
+    def as_toml(self) -> dict[str, Any]: ...
 
 
 class RunFolder:
@@ -36,7 +47,7 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, recipe: Recipe, loss_name: str) -> RunFolder:
+    def create(cls, recipe: NamedSettings, loss_name: str) -> RunFolder:
         """A new folder under recipe.runs. RunError if a folder of the given name exists, or it cannot be written."""
         parent = Path(recipe.runs)
         try:

@@ -53,6 +53,7 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "gmpo@trl": ("gmpo", "gmpo_trainer.py", {**TRL_SOFT, "clip_low": 0.4, "clip_high": 0.4}, ""),
     "rloo@trl": ("rloo", "rloo_config.py", {"beta": 0.05}, "groups of 2 by default"),
     "online_dpo@trl": ("online_dpo", "online_dpo_trainer.py", {"beta": 0.1}, "pairs: two completions a prompt"),
+    "ipo@trl": ("ipo", "dpo_trainer.py", {"per_token": True}, "loss_type 'ipo': log-ratios are means over tokens"),
     "online_ipo@trl": ("online_ipo", "online_dpo_trainer.py", {"beta": 0.1}, "loss_type 'ipo'"),
     # -- verl
     "ppo@verl": ("ppo_dual_clip", "core_algos.py", {**VERL_PPO, "value_clip": 0.5}, "the dual clip is always on"),
