@@ -10,7 +10,6 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from lossmith.errors import RecipeError
 from lossmith.training.preferences import (
     PreferenceRecipe,
     PreferenceRun,
@@ -56,8 +55,6 @@ def prefer(
     fields = ({} if recipe is None else PreferenceRecipe.read(recipe)) | given
     if preferences is not None:
         fields["preferences"] = preferences
-    if "preferences" not in fields:
-        raise RecipeError("which preferences? Give a file or a database: lossmith prefer preferences.jsonl")
     plan = plan_preferences(PreferenceRecipe.make(str(recipe or "command line"), **fields))
     with console.status("reading the preferences into the model's tokens"):
         run = open_preferences(plan)

@@ -19,11 +19,9 @@ __all__ = ["CPO", "KTO", "ORPO", "Hinge", "OnlineDPO", "OnlineIPO", "OnlineKTO",
 _ODDS_LIMIT = -1e-6  # a completion of probability 1 has infinite odds: its mean log-probability is taken no closer to 0
 
 
-def _below_half(owner: str, smoothing: float) -> None:
-    if smoothing >= 0.5:
-        raise LossError(
-            f"{owner}: label_smoothing is {smoothing}, but labels that are wrong half the time say nothing."
-        )
+def _below_half(name: str, share: float) -> None:
+    if share >= 0.5:
+        raise LossError(f"{name} is {share}, but must be below 0.5: labels that are wrong half the time say nothing.")
 
 
 class _LogSigmoid(Paired):

@@ -56,13 +56,11 @@ class PreferenceRecipe(Settings):
 
     live: ClassVar[tuple[str, ...]] = ("preferences",)
 
-    preferences: Any = Field(description="a preferences file, a judgement database (.db), or a list of preferences")
+    preferences: Any = Field(None, description="a preferences file, a judgement database (.db), or a list")
     form: Literal["auto", "pairs", "rankings", "ratings", "labels"] = Field(
         "auto", description="what is made of a database's judgements; auto: labels for KTO, otherwise pairs"
     )
-    held_out: int | float = Field(
-        0.2, gt=0, description="prompts kept for the before/after comparison: number or share"
-    )
+    held_out: int | float = Field(0.2, gt=0, description="prompts kept for before and after: number or share")
     skip_bad: bool = Field(False, description="leave out and count what cannot be used, instead of stopping at it")
 
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
@@ -94,6 +92,8 @@ class PreferenceRecipe(Settings):
     def make(cls, source: str = "recipe", **fields: Any) -> PreferenceRecipe:
         """A checked recipe, its loss included. RecipeError: an unknown key, a wrong type or range, a wrong loss."""
         recipe = cls.checked(source, fields)
+        if recipe.preferences is None:
+            raise RecipeError(f"{source}: which preferences? Give a file or a database of judgements.")
         recipe.policy_loss()
         return recipe
 
@@ -437,9 +437,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     elif high < 0:
         said = ["Held-out preference accuracy FELL: the interval of the paired difference lies below 0."]
     else:
-        said = [
-            "No clear change: the interval of the paired difference holds 0. More preferences or epochs would tell."
-        ]
+        said = ["No clear change: the interval of the paired difference holds 0. More prompts would tell."]
     fell = difference["chosen_logp"]
     if fell["ci95_high"] is not None and fell["ci95_high"] < 0:
         said.append(
