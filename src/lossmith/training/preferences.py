@@ -75,7 +75,7 @@ class PreferenceRecipe(Settings):
 
     epochs: int = Field(1, gt=0, description="passes over the preferences")
     preferences_per_step: int = Field(16, gt=0, description="preferences in one optimiser step")
-    learning_rate: float = Field(1e-5, ge=0, description="AdamW's learning rate")
+    learning_rate: float = Field(5e-6, ge=0, description="AdamW's learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over the steps")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
