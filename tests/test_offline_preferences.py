@@ -227,6 +227,24 @@ def test_what_needs_the_sampler_is_refused_with_the_reason():
         learner.update(unknown, 0)
 
 
+def test_what_is_missing_is_said(tmp_path):
+    def planned(source, **fields):
+        return plan_preferences(PreferenceRecipe.make(preferences=source, model=str(tiny.folder()), **fields))
+
+    with pytest.raises(FeedbackError, match=r"no preferences file '.*none\.jsonl'"):
+        planned(str(tmp_path / "none.jsonl"))
+    with pytest.raises(FeedbackError, match="no judgement file"):
+        planned(str(tmp_path / "none.db"))
+    with pytest.raises(RecipeError, match="the preferences: cannot hold out 40 of 4 prompts"):
+        planned(pairs(4), held_out=40)
+    with pytest.raises(RecipeError, match="an interval needs at least two"):
+        planned(pairs(4), held_out=1)
+    with pytest.raises(RecipeError, match=r"no setting 'lr'"):
+        planned(pairs(4), lr=1)
+    with pytest.raises(RecipeError, match="which preferences"):
+        PreferenceRecipe.make()
+
+
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 

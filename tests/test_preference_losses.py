@@ -8,7 +8,7 @@ import torch
 
 import lossmith.losses as L
 from batches import double, evaluate, quiet_loss, random_fields
-from lossmith.proofs import check_loss
+from lossmith.proofs import audit, check_loss
 
 PAIRED = ["dpo", "cdpo", "robust_dpo", "ipo", "ipo@trl", "dpo_hinge", "slic", "cpo", "simpo", "orpo"]
 FREE = ["slic", "cpo", "simpo", "orpo"]  # of a reference
@@ -214,3 +214,10 @@ def test_ties_say_nothing_and_swapped_rewards_swap_the_pair(name):
     swapped = value(name, batch.replace(reward=double([0, 1, 1, 0])))
     again = value(name, batch.rows(torch.tensor([1, 0, 3, 2])).replace(reward=double([0, 1, 1, 0])))
     assert again == pytest.approx(value(name, batch), rel=1e-12) and swapped != pytest.approx(again)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
+def test_losses_of_completions_are_enumerated(name):
+    found = audit(L.example_loss(name))
+    assert found.on_policy is not None and found.on_policy.cosine > 0.8
+    assert found.long_normalized is None  # a mean over pairs does not divide by the number of tokens

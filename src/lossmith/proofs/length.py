@@ -93,5 +93,8 @@ def neutral_fields(loss: Any, mask: Tensor) -> dict[str, Tensor]:
         "reference_reward": torch.zeros(n, 4, dtype=torch.float64),
         "off_policy": none,
         "lag": torch.zeros(n, dtype=torch.int64),
+        "mismatched_log_ratio": zero,
+        "pair_probability": zero + 1,
+        "pair_weight": zero + 1,
     }  # fmt: skip
     return {name: known[name] for name in batch_fields(loss) | {"group"}}

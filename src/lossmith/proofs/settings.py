@@ -14,7 +14,18 @@ from typing import Any
 import torch
 
 from lossmith.errors import quiet_traps
-from lossmith.losses import KL, Batch, LeaveOneOut, LogP, Normalizer, NoScale, PolicyLoss, Raw, SeqMeanTokenSum
+from lossmith.losses import (
+    KL,
+    Batch,
+    CompletionLoss,
+    LeaveOneOut,
+    LogP,
+    Normalizer,
+    NoScale,
+    PolicyLoss,
+    Raw,
+    SeqMeanTokenSum,
+)
 from lossmith.proofs.enumeration import Bias, Tree, World, bias, default_world, group_gradients
 from lossmith.proofs.fields import takes_normalizer
 
@@ -176,7 +187,7 @@ class Normalized:
 
 def normalized(loss: Any, world: World, size: int = GROUP) -> Normalized | None:
     """With the counts that groups of this size have on average; None where no normaliser can be given."""
-    if not takes_normalizer(loss):
+    if not takes_normalizer(loss) or isinstance(loss, CompletionLoss):  # which averages over pairs, say, not tokens
         return None
     tokens = float(world.probability @ world.tree.mask.sum(1).double()) * size
     return Normalized(loss, Normalizer(tokens=round(tokens), sequences=size, groups=1))

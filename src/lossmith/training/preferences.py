@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lossmith.errors import FeedbackError, RecipeError, quiet_traps
+from lossmith.errors import FeedbackError, PromptError, RecipeError, quiet_traps
 from lossmith.feedback.convert import convert
 from lossmith.feedback.preferences import Preference, form_of, read_preferences, split_by_prompt
 from lossmith.feedback.store import Store
@@ -75,7 +75,7 @@ class PreferenceRecipe(Settings):
 
     epochs: int = Field(1, gt=0, description="passes over the preferences")
     preferences_per_step: int = Field(16, gt=0, description="preferences in one optimiser step")
-    learning_rate: float = Field(1e-5, ge=0, description="AdamW's learning rate")
+    learning_rate: float = Field(5e-6, ge=0, description="AdamW's learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over the steps")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
@@ -134,7 +134,10 @@ def plan_preferences(recipe: PreferenceRecipe) -> PreferencePlan:
     check_model(recipe.model)
     preferences, left = _read(recipe)
     form_of(preferences)
-    train, held_out = split_by_prompt(preferences, recipe.held_out, recipe.seed)
+    try:
+        train, held_out = split_by_prompt(preferences, recipe.held_out, recipe.seed)
+    except PromptError as error:
+        raise RecipeError(str(error).replace("memory:", "the preferences:", 1)) from None
     if len({p.prompt.id for p in held_out}) < 2:
         raise RecipeError(f"held_out = {recipe.held_out} keeps one prompt, and an interval needs at least two.")
     return PreferencePlan(recipe, train, held_out, left)
@@ -145,6 +148,8 @@ def _read(recipe: PreferenceRecipe) -> tuple[list[Preference], dict[str, int]]:
     if not isinstance(source, str | Path):
         return list(source), {}
     if Path(source).suffix != ".db":
+        if not Path(source).exists():
+            raise FeedbackError(f"there is no preferences file {str(source)!r}.")
         return read_preferences(source), {}
     form = recipe.form
     if form == "auto":
