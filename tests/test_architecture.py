@@ -23,6 +23,7 @@ ORDER = [
     "policy",
     "rewards",
     "feedback",
+    "reward_training",
     "training",
     "project",
     "report",

@@ -18,7 +18,7 @@ from lossmith.errors import PolicyError, nearest
 from lossmith.policy.embedded import embedded_model
 from lossmith.prompts import Prompt
 
-__all__ = ["Policy", "check_model", "load_policy"]
+__all__ = ["Policy", "check_model", "find_device", "find_dtype", "load_policy"]
 
 # Chat templates close a turn with one of these, which a base model's configuration does not always list.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>")
@@ -165,10 +165,10 @@ def load_policy(
     is not known here (its logits are not its head applied to its last hidden states, or it keeps a recurrent state).
     """
     check_model(model)
-    where = _device(device)
+    where = find_device(device)
     tokenizer, network = _read(str(model))
     network = network.to(where).eval().requires_grad_(trainable)
-    policy = Policy(network, tokenizer, _compute_dtype(compute_dtype, where))
+    policy = Policy(network, tokenizer, find_dtype(compute_dtype, where))
     _check_head(policy)
     _check_cache(policy)
     return policy
@@ -224,7 +224,7 @@ def check_model(model: str | Path) -> None:
         raise PolicyError(f"{str(model)!r} holds no tokenizer: save it there with tokenizer.save_pretrained.")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -233,7 +233,7 @@ def _device(name: str) -> torch.device:
         raise PolicyError(f"cannot compute on device {name!r}: {str(error).splitlines()[0]}") from None
 
 
-def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 where the machine multiplies it faster than float32: recent GPUs, CPUs with an instruction for it."""
     if name != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Several scorers as one: a weighted sum."""
+"""Several scorers as one: a weighted sum, or an ensemble of scorers that mean the same."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from lossmith.errors import ScorerError
+from lossmith.errors import ScorerError, nearest
 from lossmith.rewards.scorer import Scorer, ask, close_scorer
 from lossmith.rollouts import Rollout, Score
 
-__all__ = ["WeightedSum"]
+__all__ = ["COMBINE", "Ensemble", "WeightedSum"]
+
+COMBINE = ("mean", "worst", "uncertain")
 
 
 class WeightedSum:
@@ -45,11 +47,7 @@ class WeightedSum:
         return self.score_within(rollouts, None)
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
-        end = None if timeout is None else time.monotonic() + timeout
-        columns: list[list[Score]] = []
-        for scorer in self.scorers:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            columns.append(ask(scorer, rollouts, left))
+        columns = _ask_all(self.scorers, rollouts, timeout)
         scaled = [_standardise(column) if self.standardise else [s.value for s in column] for column in columns]
         by_completion = zip(zip(*columns, strict=True), zip(*scaled, strict=True), strict=True)
         return [self._combine(scores, values) for scores, values in by_completion]
@@ -62,12 +60,68 @@ class WeightedSum:
     def _combine(self, scores: tuple[Score, ...], values: tuple[float | None, ...]) -> Score:
         """One completion: each member's score, and the value that goes into the sum."""
         parts = {name: s.value for name, s in zip(self.members, scores, strict=True) if s.value is not None}
-        errors = [f"{s.error} [{name}]" for name, s in zip(self.members, scores, strict=True) if s.error is not None]
-        if errors:
-            return Score(error=errors[0], parts=parts)
-        if any(score.abstained for score in scores):
-            return Score(abstained=True, parts=parts)
+        silent = _silent(self.members, scores, parts)
+        if silent is not None:
+            return silent
         return Score(value=sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None), parts=parts)
+
+
+class Ensemble:
+    """Scorers that mean the same and err differently, as one cautious score.
+
+    combine: `mean`; `worst`, min_k r_k; or `uncertain`, mean - penalty · variance over the members. What only one
+    member likes is not rewarded by the last two, and that is where a policy over-optimises (arXiv:2310.02743). The
+    members' scores are taken as they are: reward models give them in units of their own spread.
+
+    `Score.parts` holds each member's score, and `disagreement`, their standard deviation.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], combine: str = "mean", penalty: float = 1.0):
+        if len(scorers) < 2:
+            raise ScorerError("an ensemble needs two scorers or more.")
+        if combine not in COMBINE:
+            raise ScorerError(f"combine is {combine!r}.{nearest(combine, COMBINE)}")
+        if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
+            raise ScorerError(f"penalty = {penalty!r}, but must be finite and at least 0.")
+        self.scorers, self.combine, self.penalty = list(scorers), combine, float(penalty)
+        self.members = _distinct([scorer.name for scorer in scorers])
+        self.name = f"{combine} of {', '.join(self.members)}"
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return self.score_within(rollouts, None)
+
+    def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
+        columns = _ask_all(self.scorers, rollouts, timeout)
+        return [self._combine(scores) for scores in zip(*columns, strict=True)]
+
+    def close(self) -> None:
+        """Close every member."""
+        for scorer in self.scorers:
+            close_scorer(scorer)
+
+    def _combine(self, scores: tuple[Score, ...]) -> Score:
+        parts = {name: s.value for name, s in zip(self.members, scores, strict=True) if s.value is not None}
+        silent = _silent(self.members, scores, parts)
+        if silent is not None:
+            return silent
+        values = list(parts.values())
+        mean, variance = statistics.fmean(values), statistics.pvariance(values)
+        value = {"mean": mean, "worst": min(values), "uncertain": mean - self.penalty * variance}[self.combine]
+        return Score(value=value, parts=parts | {"disagreement": math.sqrt(variance)})
+
+
+def _ask_all(scorers: Sequence[Scorer], rollouts: Sequence[Rollout], timeout: float | None) -> list[list[Score]]:
+    """Each scorer's column of scores; one time limit covers them all."""
+    end = None if timeout is None else time.monotonic() + timeout
+    return [ask(scorer, rollouts, None if end is None else max(0.0, end - time.monotonic())) for scorer in scorers]
+
+
+def _silent(members: Sequence[str], scores: Sequence[Score], parts: dict[str, float]) -> Score | None:
+    """What a completion gets where some member has no score for it: an error before an abstention."""
+    errors = [f"{s.error} [{name}]" for name, s in zip(members, scores, strict=True) if s.error is not None]
+    if errors:
+        return Score(error=errors[0], parts=parts)
+    return Score(abstained=True, parts=parts) if any(score.abstained for score in scores) else None
 
 
 def _standardise(column: Sequence[Score]) -> list[float | None]:

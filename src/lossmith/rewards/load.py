@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lossmith.errors import ScorerError, nearest
 from lossmith.rewards.builtin import BUILTINS
 from lossmith.rewards.callable import FunctionScorer, PathScorer
-from lossmith.rewards.combine import WeightedSum
+from lossmith.rewards.combine import Ensemble, WeightedSum
 from lossmith.rewards.http import HttpScorer
 from lossmith.rewards.reward_model import RewardModel, check_reward_model
 from lossmith.rewards.scorer import Scorer, close_scorer
+from lossmith.rewards.seal import MANIFEST
 
 __all__ = ["check_scorer", "list_scorers", "load_scorer"]
 
@@ -22,7 +24,8 @@ FORMS = (
     "a reward model's folder or hub name ('owner/name'), or several of them with weights."
 )
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-_COMBINED = ("scorers", "weights", "standardise")
+_SUM = ("scorers", "weights", "standardise")
+_ENSEMBLE = ("scorers", "ensemble", "combine", "penalty")
 
 
 def load_scorer(spec: Any, *, columns: Collection[str] | None = None) -> Scorer:
@@ -34,7 +37,9 @@ def load_scorer(spec: Any, *, columns: Collection[str] | None = None) -> Scorer:
     - `"path/file.py:function"` or `"module:function"`: run in a process of its own, killed when it hangs;
     - `"http://..."` or `"https://..."`;
     - a folder or a hub name, `"owner/name"`, of a reward model;
-    - a list of these, summed, or `{"scorers": [...], "weights": [...], "standardise": bool}`.
+    - a list of these, summed, or `{"scorers": [...], "weights": [...], "standardise": bool}`;
+    - an ensemble: `{"scorers": [...], "combine": "mean" | "worst" | "uncertain", "penalty": 1.0}`, or
+      `{"ensemble": "RM/", ...}`, or the folder of an ensemble alone.
 
     `columns` are the names of the prompts' columns, against which a function's parameters are checked; None skips
     that check. Raises ScorerError where anything does not load.
@@ -60,13 +65,12 @@ def check_scorer(spec: Any, *, columns: Collection[str] | None = None) -> None:
     ScorerError where the scorer cannot work. Functions named by a path are imported, in a process of their own.
     """
     if isinstance(spec, Mapping):
-        members, weights, _ = _read_combined(spec)
-        for member in members:
+        for member in _read_combined(spec)[0]:
             check_scorer(member, columns=columns)
-        if weights is not None and len(weights) != len(members):
-            raise ScorerError(f"{len(members)} scorers and {len(weights)} weights; give one weight per scorer.")
     elif isinstance(spec, Sequence) and not isinstance(spec, str):
         check_scorer({"scorers": spec}, columns=columns)
+    elif isinstance(spec, str | Path) and "ensemble" in _manifest(str(spec)):
+        check_scorer({"ensemble": str(spec)}, columns=columns)
     elif isinstance(spec, str | Path) and _names_reward_model(str(spec)):
         check_reward_model(spec)
     else:
@@ -85,6 +89,8 @@ def _load_text(spec: str, columns: Collection[str] | None) -> Scorer:
         return BUILTINS[spec]
     if spec.startswith(("http://", "https://")):
         return HttpScorer(spec)
+    if "ensemble" in _manifest(spec):
+        return _load_combined({"ensemble": spec}, columns)
     if _names_reward_model(spec):
         return RewardModel(spec)
     if spec.endswith(".py"):
@@ -102,13 +108,13 @@ def _names_reward_model(spec: str) -> bool:
     return Path(spec).is_dir() or (_HUB_NAME.fullmatch(spec) is not None and not spec.endswith(".py"))
 
 
-def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None) -> WeightedSum:
-    members, weights, standardise = _read_combined(spec)
+def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None) -> Scorer:
+    members, together = _read_combined(spec)
     loaded: list[Scorer] = []
     try:
         for member in members:
             loaded.append(load_scorer(member, columns=columns))
-        return WeightedSum(loaded, weights, standardise)
+        return together(loaded)
     except BaseException:  # leave no process of the first behind when the second does not load
         for scorer, member in zip(loaded, members, strict=False):
             if scorer is not member:
@@ -116,12 +122,39 @@ def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None) -> 
         raise
 
 
-def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], list[float] | None, bool]:
+def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequence[Scorer]], Scorer]]:
+    """(the members' specs, what makes one scorer of the members)."""
+    known = _ENSEMBLE if "ensemble" in spec or "combine" in spec else _SUM
     for key in spec:
-        if key not in _COMBINED:
-            raise ScorerError(f"a combined scorer has no setting {key!r}.{nearest(key, _COMBINED)}")
+        if key not in known:
+            raise ScorerError(f"a combined scorer has no setting {key!r}.{nearest(key, known)}")
+    defaults: dict[str, Any] = {}
     members = spec.get("scorers")
+    if "ensemble" in spec:
+        members, defaults = _members(str(spec["ensemble"]))
     if not isinstance(members, Sequence) or isinstance(members, str) or not members:
         raise ScorerError(f'a combined scorer is {{"scorers": [...], "weights": [...]}}, not {dict(spec)!r}. {FORMS}')
+    if known is _ENSEMBLE:
+        settings = {key: spec.get(key, defaults.get(key)) for key in ("combine", "penalty")}
+        return list(members), lambda scorers: Ensemble(scorers, **{k: v for k, v in settings.items() if v is not None})
     weights = spec.get("weights")
-    return list(members), None if weights is None else list(weights), bool(spec.get("standardise", False))
+    checked = None if weights is None else list(weights)
+    if checked is not None and len(checked) != len(members):
+        raise ScorerError(f"{len(members)} scorers and {len(checked)} weights; give one weight per scorer.")
+    return list(members), lambda scorers: WeightedSum(scorers, checked, bool(spec.get("standardise", False)))
+
+
+def _members(folder: str) -> tuple[list[str], dict[str, Any]]:
+    """(folders of the members, how they are combined by default) of an ensemble that `lossmith reward train` wrote."""
+    manifest = _manifest(folder)
+    if "ensemble" not in manifest:
+        raise ScorerError(f"{folder!r} is no ensemble of reward models: train one with `lossmith reward train`.")
+    return [str(Path(folder) / name) for name in manifest["ensemble"]], manifest
+
+
+def _manifest(folder: str) -> dict[str, Any]:
+    try:
+        found = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossmith.errors import ScorerError
+from lossmith.prompts import Prompt
+from lossmith.rewards.seal import Seal
 from lossmith.rollouts import Rollout, Score
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RewardModel", "check_reward_model"]
+__all__ = ["RewardModel", "check_reward_model", "encode_conversation", "score_rows"]
 
 
 class RewardModel:
     """Scores a completion with the logit that a sequence classifier gives to the whole conversation.
 
     `path` is a folder or a hub name, with safetensors weights; no code of the model's is ever run. The weights are
-    float32, frozen, and in evaluation mode. Where the tokenizer has a chat template the conversation goes through it;
+    float32, frozen, and in evaluation mode; a folder that `lossmith reward train` wrote must be as it was written, now
+    and whenever it is asked. Where the tokenizer has a chat template the conversation goes through it;
     else the text is the prompt (its messages, a line each) followed directly by the completion.
 
     `max_length` is in tokens (default: what the model reads); anything longer is an error of kind `too long`, because
@@ -36,6 +39,7 @@ class RewardModel:
         import torch
 
         check_reward_model(path)
+        self.seal = Seal.of(path)
         self.name = Path(str(path)).name
         self.batch_size = batch_size
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,6 +52,8 @@ class RewardModel:
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
         """As `score`; completions not reached when `timeout` seconds are over get an error of kind `timeout`."""
+        if self.seal is not None:
+            self.seal.check()
         end = None if timeout is None else time.monotonic() + timeout
         scores: list[Score] = []
         for start in range(0, len(rollouts), self.batch_size):
@@ -55,18 +61,11 @@ class RewardModel:
                 late = Score(error=f"timeout: not reached within {timeout:g} s")
                 return scores + [late] * (len(rollouts) - len(scores))
             scores += self._score_batch([self.encode(r) for r in rollouts[start : start + self.batch_size]])
-        return scores
+        return scores if self.seal is None else [self.seal.rescaled(score) for score in scores]
 
     def encode(self, rollout: Rollout) -> list[int]:
         """The token ids [T] that are scored."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            said = "\n".join(message["content"] for message in rollout.prompt.messages)
-            return self.tokenizer(said + rollout.completion)["input_ids"]
-        messages = [dict(message) for message in rollout.prompt.messages]
-        begun = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
-        messages.append({"role": "assistant", "content": begun + rollout.completion})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+        return encode_conversation(self.tokenizer, rollout.prompt, rollout.completion)
 
     def _score_batch(self, rows: list[list[int]]) -> list[Score]:
         readable = [row for row in rows if 0 < len(row) <= self.max_length]
@@ -82,28 +81,47 @@ class RewardModel:
         )
 
     def _logits(self, rows: list[list[int]]) -> torch.Tensor:
-        """Logits [N] of ragged rows [T_i], each read at the row's own last token."""
+        """Logits [N] of ragged rows [T_i]."""
         import torch
 
-        width = max(len(row) for row in rows)
-        filler = self._filler(rows)
-        ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=self.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
-        self.model.config.get_text_config().pad_token_id = filler
-        self.model.config.pad_token_id = filler
         with torch.no_grad():
-            return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()
+            return score_rows(self.model, rows).float().cpu()
 
-    def _filler(self, rows: list[list[int]]) -> int:
-        """A token to pad with on the right that no row ends in.
 
-        transformers reads the logit at the rightmost token that is not the padding token, found by its id. With
-        pad == eos that is the token *before* a final eos. A filler that no row ends in makes it the true last one.
-        """
-        last = {row[-1] for row in rows}
-        own = self.tokenizer.pad_token_id
-        candidates = ([own] if own is not None else []) + list(range(len(last) + 1))
-        return next(token for token in candidates if token not in last)
+def encode_conversation(tokenizer: Any, prompt: Prompt, completion: str) -> list[int]:
+    """The token ids [T] of a whole conversation: through the chat template, or the prompt and the text after it.
+
+    Training and scoring both call this, so that a reward model is asked about what it was taught.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        said = "\n".join(message["content"] for message in prompt.messages)
+        return tokenizer(said + completion)["input_ids"]
+    messages = [dict(message) for message in prompt.messages]
+    begun = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
+    messages.append({"role": "assistant", "content": begun + completion})
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+
+
+def score_rows(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits [N] of ragged rows [T_i], each read at the row's own last token; with gradient where one is recorded.
+
+    transformers reads the logit at the rightmost token that is not the padding token, found by its id. With
+    pad == eos that is the token *before* a final eos. A filler that no row ends in makes it the true last one.
+    """
+    import torch
+
+    last = {row[-1] for row in rows}
+    filler = next(token for token in range(len(last) + 1) if token not in last)
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    own = model.config.pad_token_id
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = filler
+    try:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0]
+    finally:
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = own
 
 
 def check_reward_model(path: str | Path) -> None:

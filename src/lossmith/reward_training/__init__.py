@@ -1,0 +1,1 @@
+"""Reward models: trained from preferences, measured on held-out prompts, and frozen."""

@@ -1,0 +1,84 @@
+"""Preferences as a reward model reads them: token ids of whole conversations, and what was said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lossmith.errors import FeedbackError
+from lossmith.feedback.output_set import Output
+from lossmith.feedback.preferences import Label, Pair, Preference, Ranking, Rating
+from lossmith.rewards.reward_model import encode_conversation
+
+__all__ = ["Example", "make_examples", "said_nothing"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One preference. `rows` are the conversations' token ids, best first where they are compared.
+
+    tiers: the rank of each row. target: of a single row, its rating in [0, 1], or 1 and 0 for good and bad.
+    """
+
+    prompt_id: str
+    rows: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]  # of the outputs alone, in words: what a length bias would be a bias for
+    tiers: tuple[int, ...] = ()
+    target: float | None = None
+    probability: float = 1.0
+    margin: float = 0.0
+    weight: float = 1.0
+
+
+def make_examples(
+    preferences: Sequence[Preference], tokenizer: Any, max_length: int, *, skip_bad: bool = False
+) -> tuple[list[Example], int]:
+    """(examples, how many were left out). FeedbackError names the line of a text too long for the model."""
+    made: list[Example] = []
+    left = 0
+    for preference in preferences:
+        outputs, said = _said(preference)
+        rows = tuple(encode_conversation(tokenizer, preference.prompt, o.text) for o in outputs)
+        longest = max(map(len, rows))
+        if longest > max_length:
+            if not skip_bad:
+                raise FeedbackError(
+                    f"{preference.prompt.source}: a text of {longest} tokens, and the reward model reads {max_length}. "
+                    "Cutting it would judge another text: shorten it, or leave such lines out with --skip-bad."
+                )
+            left += 1
+            continue
+        lengths = tuple(len(o.text.split()) for o in outputs)
+        made.append(Example(preference.prompt.id, tuple(map(tuple, rows)), lengths, **said))
+    if not made:
+        raise FeedbackError("no preference is left to train on.")
+    return made, left
+
+
+def _said(preference: Preference) -> tuple[list[Output], dict[str, Any]]:
+    match preference:
+        case Pair():
+            said = {"tiers": (0, 1), "probability": preference.probability, "margin": preference.margin}
+            return [preference.chosen, preference.rejected], said | {"weight": preference.weight}
+        case Ranking():
+            tiers = tuple(k for k, tier in enumerate(preference.tiers) for _ in tier)
+            return [o for tier in preference.tiers for o in tier], {"tiers": tiers}
+        case Rating():
+            share = (preference.rating - preference.low) / (preference.high - preference.low)
+            return [preference.output], {"target": share}
+        case Label():
+            return [preference.output], {"target": float(preference.good)}
+
+
+def said_nothing(preferences: Sequence[Preference]) -> str:
+    """Why these preferences hold no signal, or ""."""
+    if all(isinstance(p, Pair) and p.probability == 0.5 for p in preferences):
+        return "every pair is a tie"
+    if all(isinstance(p, Ranking) and len(p.tiers) == 1 for p in preferences):
+        return "in every ranking all outputs are as good as each other"
+    if all(isinstance(p, Rating | Label) for p in preferences):
+        values = {p.rating if isinstance(p, Rating) else p.good for p in preferences if isinstance(p, Rating | Label)}
+        if len(values) == 1:
+            return f"all {len(preferences)} judgements are the same: {values.pop()}"
+    return ""
