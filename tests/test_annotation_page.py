@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from html import unescape
+from html.parser import HTMLParser
 from urllib.parse import urlencode, urlsplit
 
 import httpx
@@ -292,9 +293,35 @@ HOSTILE = [
 def test_hostile_texts_are_text(store, question, text):
     sets = [a_set(text, (text, text + " "))]
     html = Person(app_of(store, question, sets, criteria=text), text).html()
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&#34;")
-    assert escaped.replace("'", "&#39;") in html and "<h1>mine" not in html and "49" not in html
-    assert not re.search(r"<(script>|img|h1>)|\son\w+=[^&]*\"", html.replace("&#34;", ""))
+    read = Elements()
+    read.feed(html)
+    assert read.texts.count(text.strip()) >= 3  # the prompt, the criteria, an output
+    assert {tag for tag, _ in read.found} <= OURS and sum(tag == "h1" for tag, _ in read.found) == 1
+    assert all(given.get("src", "").startswith("/static/") for tag, given in read.found if tag == "script")
+    assert not [name for _, given in read.found for name in given if name.startswith("on") or name == "style"]
+
+
+OURS = set(
+    re.findall(
+        r"\w+",
+        "html head meta title link script body div header progress span form input button kbd main h1 h2 details summary "
+        "section p article label textarea dialog dl dt dd ol li strong noscript",
+    )
+)
+
+
+class Elements(HTMLParser):
+    """What a browser would find: elements with their attributes, and texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.texts = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
 
 
 def test_what_hides_is_shown():
@@ -360,7 +387,7 @@ def test_the_order_shown_is_kept_and_differs_between_people():
     many = [a_set(f"q{k}", ("a", "b", "c", "d")) for k in range(20)]
     items = items_of(many, "ranking")
     desks = [Desk(name, items, [], "ranking", "1-5") for name in ("Ada", "Bob")]
-    assert [list(d.items) for d in desks][0] != [list(d.items) for d in desks][1]
+    assert list(desks[0].items) != list(desks[1].items)
     orders = [[item.order_for(name) for item in items] for name in ("Ada", "Ada", "Bob")]
     assert orders[0] == orders[1] != orders[2]
     first = [item.outputs.index(order[0]) for item, order in zip(items, orders[0], strict=True)]
@@ -481,7 +508,7 @@ def test_a_ranking_that_misses_an_item_is_refused(store):
     person = Person(app_of(store, "ranking"), "Ada")
     a, b, c = re.findall(r'data-output="(\w+)"', person.html())
     wrong = [[[a], [b]], [[a], [b], [c], [a]], [[a, b, c, "x"]], [[], [a, b, c]], [a, b, c], {}, None, "a", [[1]], 3]
-    for value in [*map(json.dumps, wrong), "", "[" * 30_000, "{"]:
+    for value in [*map(json.dumps, wrong), "", "[" * 20_000, "{"]:
         assert person.answer(value=value).status_code == 422
     assert store.judgements() == []
     person.answer(value=json.dumps([[c, a], [b]]))

@@ -69,10 +69,15 @@ class Store:
     # -- sets ---------------------------------------------------------------------------------------------------------
 
     def add_sets(self, sets: Iterable[OutputSet]) -> int:
-        """How many were new. A set is named by what it holds, so one that is there already is left alone."""
+        """How many were new. A set is named by what it holds, so one that is there already is left alone.
+
+        FeedbackError: a set that could not be read again, for its outputs were named otherwise than by what they hold.
+        """
+        rows = [(s.id, _json(s.as_row())) for s in sets]
+        for name, row in rows:
+            read_set(row, f"set {name}")
         with self._writing():
             before = self._db.total_changes
-            rows = [(s.id, _json(s.as_row())) for s in sets]
             self._db.executemany("INSERT OR IGNORE INTO sets (id, row) VALUES (?, ?)", rows)
             return self._db.total_changes - before
 
