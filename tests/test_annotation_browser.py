@@ -328,8 +328,8 @@ def test_it_fits_a_phone(chromium, served, question):
 WATER = "Explain the water cycle to a ten-year-old, in two or three sentences."
 CYCLE = (
     "The sun warms water in seas and lakes, and some of it rises into the air as a gas you cannot see. Up high it "
-    "cools, turns into tiny drops and makes clouds. When the drops grow heavy they fall as rain or snow, run back to the sea, "
-    "and the journey starts again.",
+    "cools, turns into tiny drops and makes clouds. When the drops grow heavy they fall as rain or snow, run back "
+    "to the sea, and the journey starts again.",
     "Water evaporates, condenses and precipitates. This is called the hydrological cycle.",
     "Clouds are made of cotton that soaks up the sea.\n\nWhen they are full, it rains!",
     "Rain falls, plants drink it, and rivers carry what is left to the sea, where the sun lifts it up again as vapour.",

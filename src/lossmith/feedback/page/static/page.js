@@ -74,8 +74,9 @@ document.addEventListener("submit", (event) => {
   event.preventDefault();
   if (busy || performance.now() < readyAt) return;
   const kind = event.submitter && event.submitter.name === "kind";
-  if (get("#tiers") && form.id === "answer" && !kind && !rankingToSend(form)) return;
-  if (form.id === "answer") {
+  const answers = form.getAttribute("id") === "answer"; // form.id would be its field of that name
+  if (get("#tiers") && answers && !kind && !rankingToSend(form)) return;
+  if (answers) {
     form.elements.seconds.value = ((looked + performance.now() - since) / 1000).toFixed(2);
   }
   send(form.getAttribute("action"), new URLSearchParams(new FormData(form, event.submitter)));
