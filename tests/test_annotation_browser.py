@@ -226,6 +226,10 @@ def test_an_untouched_ranking_is_asked_twice(chromium, served, tmp_path):
     assert "by chance" in page.inner_text("#toast") and judged(tmp_path / "j.db") == []
     key(page, "Enter")
     assert len(judged(tmp_path / "j.db")) == 1
+    before = tiers(page)
+    page.locator(".card").nth(1).get_by_role("button", name="Move up").click()  # neither dragged nor by key
+    key(page, "Enter")
+    assert judged(tmp_path / "j.db")[-1].value == [before[1], before[0], before[2]]
     page.context.close()
 
 

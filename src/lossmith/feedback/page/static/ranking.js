@@ -10,9 +10,9 @@ function startRanking(tiers) {
   renumber(tiers);
   for (const grip of tiers.querySelectorAll(".grip")) grip.addEventListener("pointerdown", lift);
   for (const button of tiers.querySelectorAll("[data-move]")) {
-    button.addEventListener("click", () => {
+    button.addEventListener("click", (event) => {
       move(button.closest(".card"), button.dataset.move);
-      button.focus();
+      if (!event.detail) button.focus(); // pressed by key; after a mouse click Enter sends the ranking
     });
   }
 }
