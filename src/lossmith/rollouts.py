@@ -67,6 +67,7 @@ class Score:
     abstained: bool = False
     error: str | None = None  # "raised: ...", "timeout: ...", "not finite: nan", ...
     parts: dict[str, float] = field(default_factory=dict)  # the parts of a combined score, by scorer
+    per_token: tuple[float, ...] | None = None  # [T], adding up to `value`: what each response token earned
 
     @property
     def ok(self) -> bool:

@@ -16,6 +16,7 @@ from lossmith.rewards.http import HttpScorer
 from lossmith.rewards.reward_model import RewardModel, check_reward_model
 from lossmith.rewards.scorer import Scorer, close_scorer
 from lossmith.rewards.seal import MANIFEST
+from lossmith.rewards.steps import StepReward
 
 __all__ = ["check_scorer", "list_scorers", "load_scorer"]
 
@@ -24,6 +25,7 @@ FORMS = (
     "a reward model's folder or hub name ('owner/name'), or several of them with weights."
 )
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+_STEPS = ("steps", "segments", "gain")
 _SUM = ("scorers", "weights", "standardise")
 _ENSEMBLE = ("scorers", "ensemble", "combine", "penalty")
 
@@ -39,7 +41,9 @@ def load_scorer(spec: Any, *, columns: Collection[str] | None = None) -> Scorer:
     - a folder or a hub name, `"owner/name"`, of a reward model;
     - a list of these, summed, or `{"scorers": [...], "weights": [...], "standardise": bool}`;
     - an ensemble: `{"scorers": [...], "combine": "mean" | "worst" | "uncertain", "penalty": 1.0}`, or
-      `{"ensemble": "RM/", ...}`, or the folder of an ensemble alone.
+      `{"ensemble": "RM/", ...}`, or the folder of an ensemble alone;
+    - rewards by step: `{"steps": scorer, "segments": "sentence" | "line" | tokens, "gain": "difference" | "correct" |
+      "log"}`.
 
     `columns` are the names of the prompts' columns, against which a function's parameters are checked; None skips
     that check. Raises ScorerError where anything does not load.
@@ -109,6 +113,7 @@ def _names_reward_model(spec: str) -> bool:
 
 
 def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None) -> Scorer:
+    """Load the members, and make one scorer of them."""
     members, together = _read_combined(spec)
     loaded: list[Scorer] = []
     try:
@@ -124,10 +129,13 @@ def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None) -> 
 
 def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequence[Scorer]], Scorer]]:
     """(the members' specs, what makes one scorer of the members)."""
-    known = _ENSEMBLE if "ensemble" in spec or "combine" in spec else _SUM
+    known = _STEPS if "steps" in spec else _ENSEMBLE if "ensemble" in spec or "combine" in spec else _SUM
     for key in spec:
         if key not in known:
             raise ScorerError(f"a combined scorer has no setting {key!r}.{nearest(key, known)}")
+    if known is _STEPS:
+        settings = {key: spec[key] for key in ("segments", "gain") if key in spec}
+        return [spec["steps"]], lambda scorers: StepReward(scorers[0], **settings)
     defaults: dict[str, Any] = {}
     members = spec.get("scorers")
     if "ensemble" in spec:

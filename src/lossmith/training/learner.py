@@ -109,7 +109,7 @@ class Learner:
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
         fields |= {
             "mask": mask.to(device),
-            "reward": torch.tensor([r.score.value for r in rollouts if r.score], dtype=dtype, device=device),
+            "reward": _rewards(rollouts).to(device, dtype),
             "group": torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             "truncated": torch.tensor([r.truncated for r in rollouts], device=device),
             "lag": torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
@@ -273,6 +273,18 @@ class Learner:
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
+
+
+def _rewards(rollouts: Sequence[Rollout]) -> Tensor:
+    """[N], or [N, T] where any scorer gave rewards by token; a score of the whole then stands at the last token."""
+    scores = [r.score for r in rollouts if r.score is not None]
+    if all(score.per_token is None for score in scores):
+        return torch.tensor([score.value for score in scores], dtype=torch.float64)
+    rows = [
+        torch.tensor(s.per_token or [*[0.0] * (len(r.completion_ids) - 1), float(s.value or 0)], dtype=torch.float64)
+        for r, s in zip(rollouts, scores, strict=True)
+    ]
+    return pad_rows(rows)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -224,6 +224,10 @@ def open_run(plan: Plan, resume: Path | None = None) -> Run:
     scorer = load_scorer(recipe.scorer, columns=_columns(plan.train))
     watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=_columns(plan.train))
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
+    for one in (scorer, watch):
+        bind = getattr(one, "bind", None)  # a scorer of steps needs the policy's tokenizer
+        if bind is not None:
+            bind(policy)
     check_disk(recipe.runs, disk_needed(policy, recipe))
     _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
