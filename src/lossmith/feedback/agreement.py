@@ -31,6 +31,7 @@ from lossmith.feedback.agreement_tables import (
     AnnotatorSummary,
     LookAgain,
     PositionBias,
+    count,
     short,
 )
 from lossmith.feedback.convert import standing
@@ -189,8 +190,8 @@ def _agreements(holding: list[Judgement]) -> Iterable[Agreement]:
     for among, mine in groups.items():
         for (question, scale), units in _units(mine).items():
             common = [unit for unit in units.values() if len(unit) > 1]
-            if not common:
-                continue
+            if not common or (among == "all" and all(source == "person" for unit in common for _, source in unit)):
+                continue  # a second line of the same people would say nothing new
             measure, value, used = _kappa(common) if question == "pair" else _alpha(common)
             names = dict.fromkeys(coder for unit in used for coder in unit)
             shown = [name if source == "person" else f"{name} ({source})" for name, source in names]
@@ -222,10 +223,10 @@ def _position_bias(holding: list[Judgement]) -> Iterable[PositionBias]:
     for j in holding:
         if j.kind == "pair" and (choice := _choice(j)) in _SWAPPED:
             shown[j.source][choice] += 1
-    for source, count in sorted(shown.items()):
-        share, low, high, p = share_of_first(count["first"], count.total())
+    for source, sides in sorted(shown.items()):
+        share, low, high, p = share_of_first(sides["first"], sides.total())
         words = "no bias to be seen" if p >= 0.05 else f"prefers what is shown {'first' if share > 0.5 else 'second'}"
-        yield PositionBias(source, count.total(), count["first"], share, low, high, p, words)
+        yield PositionBias(source, sides.total(), sides["first"], share, low, high, p, words)
 
 
 # -- what to look at ---------------------------------------------------------------------------------------------------
@@ -246,8 +247,8 @@ def _look_again(holding: list[Judgement], wins: Mapping[Any, Any], sets: Mapping
     circles: Counter[str] = Counter()
     for (_, name), better in wins.items():
         circles[name] += cycles(better)[0]
-    for name, count in (+circles).items():
-        reasons[name].append(f"{count} intransitive triple{'s' * (count > 1)}")
+    for name, triples in (+circles).items():
+        reasons[name].append(count(triples, "intransitive triple"))
         weight[name] += 1
     apart = _disagreement(holding, sets)
     for name, share in apart.items():
@@ -298,8 +299,8 @@ def _sentences(
         yield _agreement_sentence(a)
     for b in bias:
         yield (
-            f"Of {b.decided} decided pairs ({b.source}), the output shown first was preferred in {b.share:.0%} "
-            f"(95% interval {b.low:.0%} to {b.high:.0%}): {b.words}"
+            f"Of {count(b.decided, 'decided pair')} ({b.source}), the output shown first was preferred in "
+            f"{b.share:.0%} (95% interval {b.low:.0%} to {b.high:.0%}): {b.words}"
             + (". This holds if the order was drawn at random." if b.p_value < 0.05 else ".")
         )
     yield from itertools.chain.from_iterable(map(_own_sentences, annotators))
@@ -307,25 +308,28 @@ def _sentences(
 
 def _agreement_sentence(a: Agreement) -> str:
     what = f"{a.question}s" + (f" on the scale {a.scale}" if a.scale else "")
-    who = "people" if a.among == "people" else "all annotators, programs included"
+    who = "people" if a.among == "people" else "all, programs included,"
     said = f"Agreement of {who} on {what}: "
     if math.isnan(a.value):
         said += f"{a.measure} is not defined, because only one answer was ever given"
     else:
         said += f"{a.measure} {a.value:.3f}, {a.words}"
-    said += f"; {a.items} common items, {len(a.annotators)} annotators, {a.same:.0%} of the answers the same."
+    said += f"; {count(a.items, 'common item')}, {len(a.annotators)} annotators, {a.same:.0%} of the answers the same."
     if a.left_out:
-        said += f" {a.left_out} common items were left out: another number of annotators judged them."
+        said += f" Left out: {count(a.left_out, 'common item')} judged by another number of annotators."
     return said + (" So few items may mislead." if a.items < FEW else "")
 
 
 def _own_sentences(a: AnnotatorSummary) -> Iterable[str]:
     name = short(a.annotator)
     if a.circles:
-        yield f"{name} judged {a.circles} of {a.triples} triples in a circle: a better than b, b than c, c than a."
+        triples = f"{a.circles} of {count(a.triples, 'triple')}"
+        yield f"{name} judged {triples} in a circle: a better than b, b than c, c than a."
     if a.contradictions:
-        yield f"{name} answered {a.contradictions} questions differently at different times; the last answer holds."
+        questions = count(a.contradictions, "question")
+        yield f"{name} answered {questions} differently at different times; the last answer holds."
     if a.no_signal:
-        yield f"{name} found all outputs equally good in {a.no_signal} sets: no preference can be read from these."
+        sets = count(a.no_signal, "set")
+        yield f"{name} found all outputs equally good in {sets}: no preference can be read from that."
     if a.hasty >= 0.1:  # False for NaN
         yield f"{name} gave {a.hasty:.0%} of the answers in under two seconds."

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["agreed", "cohen", "cycles", "fleiss", "in_words", "ordinal_alpha", "share_of_first", "spread"]
 
-_LEVELS = 40  # more different values than this cost memory by their square, and an ordinal measure no longer gains
+_CELLS = 8_000_000  # of the library's table of units by values by values, of which it holds several
 _WORDS = (
     (0.0, "worse than chance"),
     (0.2, "slight"),
@@ -37,19 +38,18 @@ def ordinal_alpha(units: Iterable[Mapping[Any, float]]) -> float:
     values = sorted({value for unit in kept for value in unit.values()})
     if len(values) < 2:
         return math.nan
-    if len(values) > _LEVELS:  # a scorer's fractions: equal steps between the least and the greatest
-        step = (values[-1] - values[0]) / (_LEVELS - 1)
-        kept = [{coder: round((value - values[0]) / step) for coder, value in unit.items()} for unit in kept]
-        values = sorted({value for unit in kept for value in unit.values()})
+    levels = max(10, math.isqrt(_CELLS // len(kept)))
+    column = {value: k for k, value in enumerate(values)}
+    if len(values) > levels:  # a scorer's fractions: as many answers to each level, for only their order is read
+        everything = sorted(value for unit in kept for value in unit.values())
+        column = {value: bisect_left(everything, value) * levels // len(everything) for value in values}
     import krippendorff
 
-    column = {value: k for k, value in enumerate(values)}
-    table = [[0] * len(values) for _ in kept]
+    table = [[0] * (max(column.values()) + 1) for _ in kept]
     for row, unit in zip(table, kept, strict=True):
         for value in unit.values():
             row[column[value]] += 1
-    found = krippendorff.alpha(value_counts=table, value_domain=values, level_of_measurement="ordinal")
-    return _clean(found)
+    return _clean(krippendorff.alpha(value_counts=table, level_of_measurement="ordinal"))
 
 
 def cohen(table: Sequence[Sequence[int]]) -> float:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["FEW", "Agreement", "AgreementReport", "AnnotatorSummary", "LookAgain", "PositionBias", "short"]
+__all__ = ["FEW", "Agreement", "AgreementReport", "AnnotatorSummary", "LookAgain", "PositionBias", "count", "short"]
 
 FEW = 20  # common items; a measure of fewer may be far from what more would give
 
@@ -92,11 +93,11 @@ class AgreementReport:
         """Tables and sentences for a rich console."""
         parts: list[RenderableType] = []
         if self.annotators:
-            parts += [_annotator_table(self.annotators), ""]
+            parts += [_said_table(self.annotators), _manner_table(self.annotators)]
         if self.agreement:
-            parts += [_agreement_table(self.agreement), ""]
+            parts.append(_agreement_table(self.agreement))
         if self.position_bias:
-            parts += [_position_table(self.position_bias), ""]
+            parts.append(_position_table(self.position_bias))
         parts += [Text(sentence) for sentence in self.sentences]
         if self.look_again:
             items = [(item.set_id, item.prompt, "; ".join(item.reasons)) for item in self.look_again]
@@ -117,22 +118,34 @@ def short(text: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 1].rstrip() + "…"
 
 
-def _annotator_table(rows: Sequence[AnnotatorSummary]) -> Table:
-    counts = ("ratings", "pairs", "rankings", "skips", "flags", "undos")
-    names = ("annotator", "source", *counts, "median s", "< 2 s", "circles", "changed", "no signal")
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _name(row: AnnotatorSummary) -> str:
+    return short(row.annotator) + ("" if row.source == "person" else f" ({row.source})")
+
+
+def _said_table(rows: Sequence[AnnotatorSummary]) -> Table:
+    names = ("annotator", "ratings", "pairs", "rankings", "skips", "flags", "undos")
+    cells = [(_name(r), r.ratings, r.pairs, r.rankings, r.skips, r.flags, r.undos) for r in rows]
+    return _table("What was said", names, cells)
+
+
+def _manner_table(rows: Sequence[AnnotatorSummary]) -> Table:
+    names = ("annotator", "median seconds", "under 2 s", "circles", "answers changed", "sets all equal")
     cells = [
         (
-            *(r.annotator, r.source, r.ratings, r.pairs, r.rankings, r.skips, r.flags, r.undos),
-            *(_number(r.median_seconds, ".1f"), _number(r.hasty, ".0%")),
+            *(_name(r), _number(r.median_seconds, ".1f"), _number(r.hasty, ".0%")),
             *(f"{r.circles} of {r.triples}" if r.triples else "–", r.contradictions, r.no_signal),
         )
         for r in rows
     ]
-    return _table("Annotators", names, cells)
+    return _table("How it was said", names, cells)
 
 
 def _agreement_table(rows: Sequence[Agreement]) -> Table:
-    names = ("judged", "among", "annotators", "items", "measure", "value", "in words", "same answer")
+    names = ("judged", "among", "by", "items", "measure", "value", "in words", "same answer")
     cells = [
         (
             *(f"{r.question} {r.scale}".strip(), r.among, len(r.annotators), r.items, r.measure),
@@ -153,7 +166,7 @@ def _position_table(rows: Sequence[PositionBias]) -> Table:
 
 
 def _table(title: str, names: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in names:
         table.add_column(name)
     for row in rows:
