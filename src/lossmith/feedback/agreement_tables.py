@@ -168,7 +168,7 @@ def _position_table(rows: Sequence[PositionBias]) -> Table:
 def _table(title: str, names: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in names:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")  # a name cut short could be two annotators
     for row in rows:
         table.add_row(*(Text(short(str(cell), 300)) for cell in row))  # Text: a name's brackets are no markup
     return table
