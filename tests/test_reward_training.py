@@ -99,7 +99,7 @@ def test_annotators_who_use_the_scale_differently_spoil_ratings_but_not_rankings
     figures = [m["held_out"]["accuracy"]["mean"] for m in (fair, spoilt, ranked)]
     # held-out accuracy of ratings is against the ratings themselves: what counts is the order of utility
     orders = [order_kept(tmp_path / name / "RM") for name in ("a", "b", "c")]
-    assert figures[2] > 0.9 and orders[0] > 0.9 and orders[2] > 0.9 and orders[1] < 0.6
+    assert figures[2] > 0.9 and orders[0] > 0.9 and orders[2] > 0.9 and orders[1] < orders[0] - 0.2
 
 
 def order_kept(folder):
@@ -107,7 +107,7 @@ def order_kept(folder):
     rng, right = random.Random(7), []
     scorer = load_scorer(str(folder))
     for i in range(20):
-        rows = [rollout(Prompt(f"New {i}?"), x) for x in texts(rng, 3)]
+        rows = [rollout(Prompt(f"Question {60 + i}?"), x) for x in sorted(texts(rng, 3), key=utility)]
         values = [s.value for s in scorer.score(rows)]
         right += [values[a] < values[b] for a, b in ((0, 1), (1, 2))]
     return sum(right) / len(right)
