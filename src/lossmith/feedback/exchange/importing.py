@@ -1,0 +1,245 @@
+"""Import: the judgements of a file into a store, all or none, with an account of what was in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lossmith.errors import FeedbackError, nearest
+from lossmith.feedback.convert import standing
+from lossmith.feedback.exchange.foreign import argilla_row, label_studio_row
+from lossmith.feedback.exchange.read import FORMATS, Said, format_of, preference_row, read_file
+from lossmith.feedback.judgement import SCALES, Judgement, now
+from lossmith.feedback.output_set import Output, OutputSet, read_set
+from lossmith.feedback.store import Store
+
+__all__ = ["import_file"]
+
+Rows = list[tuple[str, Mapping[str, Any]]]
+_FLIPPED = {"first": "second", "second": "first"}
+
+
+def import_file(
+    store: Store,
+    path: str | Path,
+    *,
+    format: str = "auto",
+    annotator: str | None = None,
+    skip_bad: bool = False,
+) -> str:
+    """Put the judgements of a file, and the texts they are about, into the store. Returns an account of it.
+
+    format: auto, or one of `FORMATS`. annotator: who judged, where the file does not say it. skip_bad: leave out the
+    rows that cannot be read; without it one such row keeps the whole file out. The same file again adds nothing.
+    """
+    if format not in ("auto", *FORMATS):
+        raise FeedbackError(f"there is no format {format!r} to import.{nearest(format, ('auto', *FORMATS))}")
+    path = Path(path)
+    bad: list[FeedbackError] = []
+    rows: Rows = []
+    for where, row in read_file(path):
+        if isinstance(row, FeedbackError):
+            bad.append(row)
+        else:
+            rows.append((where, row))
+    kind = format if format != "auto" else format_of(rows[0][1]) if rows else "preferences"
+    notes: Counter[str] = Counter()
+    if kind == "judgements":
+        sets, judgements = _own_file(rows, store, bad)
+    else:
+        said = _all_said(rows, kind, bad, notes)
+        sets, judgements = _judged(said, annotator or "import", bad)
+    if bad and not skip_bad:
+        raise FeedbackError(
+            f"{path.name}: {len(bad)} of its rows cannot be read, and nothing was imported.\n{_first(bad)}\nCorrect "
+            "the file, or leave such rows out with --skip-bad."
+        )
+    if not judgements and not sets:
+        raise FeedbackError(
+            f"{path.name} holds no judgement that can be read as {kind}.{_counted(notes)}\n{_first(bad)}"
+        )
+    store.add_sets(sets.values())
+    new = store.add(judgements, store.sets())
+    return _account(path, kind, judgements, new, bad, notes, store)
+
+
+def _first(bad: list[FeedbackError]) -> str:
+    more = [f"... and {len(bad) - 3} more"] if len(bad) > 3 else []
+    return "\n".join([f"  {error}" for error in bad[:3]] + more)
+
+
+def _counted(notes: Mapping[str, int]) -> str:
+    return "".join(f"\n  {count} {what}" for what, count in sorted(notes.items()))
+
+
+# -- what others wrote ------------------------------------------------------------------------------------------------
+
+
+def _all_said(rows: Rows, kind: str, bad: list[FeedbackError], notes: Counter[str]) -> list[Said]:
+    found: list[Said] = []
+    for where, row in rows:
+        try:
+            if kind == "preferences":
+                found += preference_row(row, where)
+            else:
+                found += (label_studio_row if kind == "label-studio" else argilla_row)(row, where, notes)
+        except FeedbackError as error:
+            bad.append(error)
+    unscaled = [s.value for s in found if s.kind == "rating" and not s.scale]
+    if unscaled:  # an export of stars does not say how many there were
+        scale = "1-5" if max(unscaled) <= SCALES["1-5"][1] else "1-10"
+        notes[f"ratings taken as {scale}: the export does not say its scale"] += len(unscaled)
+        found = [s if s.scale or s.kind != "rating" else dataclasses.replace(s, scale=scale) for s in found]
+    for name in ("margin", "weight"):
+        notes[f"values of {name} dropped: a judgement says which is better, not by how much"] += sum(
+            name in s.lost for s in found
+        )
+    return found
+
+
+def _judged(
+    said: Iterable[Said], annotator: str, bad: list[FeedbackError]
+) -> tuple[dict[str, OutputSet], list[Judgement]]:
+    """Sets and judgements. Pairs and rankings have sets of their own; the ratings of a prompt share one, so that they
+    can be held against each other."""
+    said = list(said)
+    rated: dict[str, dict[str, Output]] = {}
+    for s in said:
+        if s.kind == "rating":
+            rated.setdefault(s.prompt.id, {})[s.outputs[0].id] = s.outputs[0]
+    sets: dict[str, OutputSet] = {}
+    judgements = []
+    for s in said:
+        held = rated[s.prompt.id].values() if s.kind == "rating" else s.outputs
+        # In the order of their names, which is nobody's: the file's order is not one in which they were shown.
+        of = OutputSet(s.prompt, tuple(sorted(held, key=lambda o: o.id)))
+        names, value = tuple(o.id for o in s.outputs), s.value
+        if s.kind == "pair" and names[0] > names[1]:
+            names, value = names[::-1], 1 - value if isinstance(value, float) else _FLIPPED.get(value, value)
+        elif s.kind == "ranking":
+            names = tuple(o.id for o in of.outputs)
+        who = s.annotator or annotator
+        key = json.dumps([of.id, s.kind, names, value, who, s.scale])
+        j = Judgement(
+            of.id, s.kind, names, value, who, s.kind, "import", s.scale, "", s.seconds,
+            time=s.time or now(), id=hashlib.sha256(key.encode()).hexdigest()[:32],
+        )  # fmt: skip
+        try:
+            judgements.append(j.check(of))
+            sets.setdefault(of.id, of)
+        except FeedbackError as error:
+            bad.append(FeedbackError(f"{s.where}: {error}"))
+    return sets, judgements
+
+
+# -- what we wrote ----------------------------------------------------------------------------------------------------
+
+
+def _own_file(rows: Rows, store: Store, bad: list[FeedbackError]) -> tuple[dict[str, OutputSet], list[Judgement]]:
+    """Sets and judgements as they were, under their own ids."""
+    sets: dict[str, OutputSet] = {}
+    said: Rows = []
+    for where, row in rows:
+        if "kind" in row:
+            said.append((where, row))
+            continue
+        try:
+            one = read_set(json.dumps(row, ensure_ascii=False), where)
+            sets[one.id] = one
+        except FeedbackError as error:
+            bad.append(error)
+    known = store.sets() | sets
+    held = {j.id: j for j in store.judgements()}
+    judgements = []
+    for where, row in said:
+        try:
+            j = Judgement.from_row(row, where)
+            if j.set_id not in known:
+                raise FeedbackError(f"its set {j.set_id!r} is neither in the file nor in {store.path}.")
+            j.check(known[j.set_id])
+            if held.setdefault(j.id, j) != j:
+                raise FeedbackError(f"the id {j.id!r} belongs to another judgement already.")
+            judgements.append(j)
+        except (FeedbackError, TypeError, AttributeError) as error:
+            text = str(error)
+            bad.append(FeedbackError(text if text.startswith(where) else f"{where}: {text}"))
+    return sets, judgements
+
+
+# -- the account ------------------------------------------------------------------------------------------------------
+
+
+def _account(
+    path: Path, kind: str, judgements: list[Judgement], new: int, bad: list[FeedbackError], notes: Counter[str],
+    store: Store,
+) -> str:  # fmt: skip
+    kinds = Counter(j.kind for j in judgements)
+    what = ", ".join(f"{count} of kind {name}" for name, count in sorted(kinds.items()))
+    lines = [
+        f"{path.name} ({kind}): {len(judgements)} judgements read ({what})",
+        f"imported: {new}",
+        f"duplicates: {len(judgements) - new}",
+        f"contradictory: {_contradictory(judgements, store)}",
+        f"no signal: {_silent(judgements)}",
+    ]
+    unique = {j.id: j for j in judgements}.values()
+    replaced = len([j for j in unique if j.kind != "undo"]) - len(standing(list(unique)))
+    if replaced and kind != "judgements":
+        lines.append(f"replaced: {replaced} answers by a later one of the same annotator to the same question")
+    lines += [f"{count} {what}" for what, count in sorted((+notes).items())]
+    if bad:
+        lines.append(f"left out: {len(bad)} rows that cannot be read\n{_first(bad)}")
+    return "\n".join(lines)
+
+
+def _contradictory(judgements: list[Judgement], store: Store) -> str:
+    """How many pairs of texts one annotator preferred both ways, in the file or together with what was there."""
+    sets = store.sets()
+    here = {key[:3] for j in judgements for key in _preferred(j, sets)}
+    everything = store.judgements()
+    undone = {j.value for j in everything if j.kind == "undo"}
+    ways: dict[tuple[Any, ...], set[bool]] = {}
+    for j in everything:
+        if j.id not in undone:
+            for who, prompt, two, way in _preferred(j, sets):
+                ways.setdefault((who, prompt, two), set()).add(way)
+    count = sum(len(ways.get(key, ())) > 1 for key in here)
+    return f"{count} pairs of texts that one annotator preferred both ways; the later answer counts" if count else "0"
+
+
+def _preferred(j: Judgement, sets: Mapping[str, OutputSet]) -> Iterable[tuple[str, str, tuple[str, ...], bool]]:
+    """(annotator, prompt, the two texts, whether the first of them) of each preference that was said outright."""
+    of = sets[j.set_id]
+    tiers: list[list[str]] = []
+    if j.kind == "ranking":
+        tiers = j.value
+    elif j.kind == "pair" and j.value not in ("tie", "both_bad", 0.5):
+        first = j.value == "first" or (not isinstance(j.value, str) and j.value > 0.5)
+        tiers = [[name] for name in (j.outputs if first else j.outputs[::-1])]
+    for better, worse in itertools.combinations(tiers, 2):
+        for a, b in itertools.product(better, worse):
+            first, second = of.output(a).text, of.output(b).text
+            yield j.annotator, of.prompt.id, (min(first, second), max(first, second)), first < second
+
+
+def _silent(judgements: list[Judgement]) -> str:
+    """Judgements that prefer nothing."""
+    ratings = [j for j in judgements if j.kind == "rating"]
+    if len(ratings) > 1 and len(ratings) == len(judgements) and len({j.value for j in ratings}) == 1:
+        return f"all {len(ratings)} ratings are equal"
+    ties = sum(
+        (j.kind == "pair" and j.value in ("tie", "both_bad", 0.5)) or (j.kind == "ranking" and len(j.value) < 2)
+        for j in judgements
+    )
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for j in ratings:
+        groups.setdefault((j.set_id, j.annotator), []).append(j.value)
+    flat = sum(len(values) > 1 and len(set(values)) == 1 for values in groups.values())
+    parts = [f"{ties} ties"] * bool(ties) + [f"{flat} sets whose ratings are all equal"] * bool(flat)
+    return ", ".join(parts) or "0"

@@ -1,0 +1,98 @@
+"""Export: judgements as preferences that a loss reads, or as they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lossmith.errors import FeedbackError, nearest
+from lossmith.feedback.convert import Converted, convert, standing
+from lossmith.feedback.judgement import Judgement
+from lossmith.feedback.preferences import Label, Pair, Preference, Rating, write_preferences
+from lossmith.feedback.store import Store
+
+__all__ = ["FORMS", "export_file"]
+
+FORMS = ("pairs", "rankings", "ratings", "labels", "judgements")
+
+
+def export_file(store: Store, path: str | Path, *, form: str = "pairs", ties: bool = False) -> str:
+    """Write the store's judgements in one of `FORMS`; returns what was written and what was left out.
+
+    Preferences go to .jsonl or .csv; judgements to .jsonl, with the sets, so that `import_file` gives them back as they
+    were. ties: ties as pairs of probability 0.5. FeedbackError: the file exists, or nothing can be learned.
+    """
+    path = Path(path)
+    if form not in FORMS:
+        raise FeedbackError(f"there is no form {form!r} to export.{nearest(form, FORMS)}")
+    if ties and form != "pairs":
+        raise FeedbackError(f"ties are kept or left out of pairs; {form} have them anyway. Leave --ties out.")
+    suffixes = (".jsonl",) if form == "judgements" else (".jsonl", ".csv")
+    if path.suffix.lower() not in suffixes:
+        raise FeedbackError(f"{path}: {form} are written to {' and '.join(suffixes)} files.")
+    if path.exists():
+        raise FeedbackError(f"{path} exists, and is not overwritten. Choose another file.")
+    if not path.absolute().parent.is_dir():
+        raise FeedbackError(f"{path}: there is no folder {str(path.parent)!r}. Make it first.")
+    judgements, sets = store.judgements(), store.sets()
+    if form == "judgements":
+        rows = [s.as_row() for s in sets.values()] + [j.as_row() for j in judgements]
+        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return f"{len(judgements)} judgements of {len(sets)} sets written to {path}"
+    made = convert(form, judgements, sets, **({"ties": ties} if form == "pairs" else {}))
+    if not made.preferences:
+        raise FeedbackError(_nothing(form, standing(judgements), made))
+    if path.suffix.lower() == ".csv":
+        _write(path, _table([p.as_row() for p in made.preferences]))
+    else:
+        write_preferences(path, made.preferences)
+    left = made.report().partition("; ")[2]
+    said = f"{len(made.preferences)} {form} written to {path}" + (f"; {left}" if left else "")
+    flat = _flat(made.preferences)
+    return said + (f"\nno signal: {flat}" if flat else "")
+
+
+def _nothing(form: str, held: Sequence[Judgement], made: Converted) -> str:
+    """Why no preference came of the judgements."""
+    ratings = [j for j in held if j.kind == "rating"]
+    if not held:
+        return "there is no judgement to export. Annotate first: lossmith annotate SETS"
+    if ratings and len(ratings) == len(held) and len({j.value for j in ratings}) == 1:
+        return f"no signal: all {len(ratings)} ratings are equal. Nothing was written."
+    left = ", ".join(f"{count} {reason}" for reason, count in sorted(made.left_out.items()))
+    return (
+        f"no signal: {len(held)} judgements give no {form} ({left}). Nothing was written; choose another --form, or "
+        "judge more."
+    )
+
+
+def _flat(preferences: Sequence[Preference]) -> str:
+    """What is the same of all preferences, where nothing can be learned from them therefore."""
+    if all(isinstance(p, Pair) and p.probability == 0.5 for p in preferences):
+        return f"all {len(preferences)} pairs are ties"
+    if len(preferences) > 1 and len({p.rating for p in preferences if isinstance(p, Rating)}) == 1:
+        return f"all {len(preferences)} ratings are equal"
+    if len(preferences) > 1 and len({p.good for p in preferences if isinstance(p, Label)}) == 1:
+        return f"all {len(preferences)} labels are equal"
+    return ""
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """CSV; lists as JSON in their cell."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()})
+    return out.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="")
+    partial.replace(path)
