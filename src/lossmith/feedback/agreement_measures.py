@@ -92,7 +92,7 @@ def share_of_first(first: int, decided: int) -> tuple[float, float, float, float
     """The share, its 95% Wilson interval, and the two-sided binomial p-value against one half."""
     if not decided:
         return (math.nan,) * 4
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
+    from scipy.stats import binomtest
 
     found = binomtest(first, decided, 0.5)
     interval = found.proportion_ci(0.95, method="wilson")
