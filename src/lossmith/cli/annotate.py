@@ -111,7 +111,7 @@ def annotate(
         elif report:
             _report(store, as_json)
         elif judge is not None:
-            _judge(judge, _sets(given, store), store, question=question, model=judge_model, criteria=text)
+            _judge(judge, _sets(given, store), store, question=question, scale=scale, model=judge_model, criteria=text)
         elif add_account is not None:
             _add_account(store, add_account)
         else:
@@ -163,7 +163,7 @@ def _sets(given: list[OutputSet] | None, store: Store) -> list[OutputSet]:
 
 
 def _report(store: Store, as_json: bool) -> None:
-    from lossmith.feedback.agreement import agreement_report  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from lossmith.feedback.agreement import agreement_report
 
     found = agreement_report(store.judgements(), store.sets())
     if as_json:
@@ -173,13 +173,13 @@ def _report(store: Store, as_json: bool) -> None:
 
 
 def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> None:
-    from lossmith.feedback.judges import judge  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from lossmith.feedback.judges import judge
 
     _say(judge(spec, sets, store, **options))
 
 
 def _add_account(store: Store, name: str) -> None:
-    from lossmith.feedback.page import add_account  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from lossmith.feedback.page import add_account
 
     password = os.environ.get("LOSSMITH_PASSWORD")
     if password is None:
@@ -194,8 +194,14 @@ def _serve(sets: list[OutputSet], path: Path, sets_path: Path | None, options: d
     """The page, until Ctrl+C; then how far the judging has come."""
     from lossmith.feedback.page import serve
 
+    links: list[str] = []
+
     def ready(link: str) -> None:
-        _say(f"{len(sets)} sets to judge at {link}\nCtrl+C stops; every answer is saved as it is given.")
+        if not links:
+            _say(f"{len(sets)} sets to judge at {link}\nCtrl+C stops; every answer is saved as it is given.")
+        else:
+            _say(f"that link is used; for another browser or annotator: {link}")
+        links.append(link)
 
     with contextlib.suppress(KeyboardInterrupt):
         serve(sets, path, sets_path=sets_path, on_ready=ready, **options)

@@ -161,6 +161,8 @@ def train_reward_model(
         },
         "normalise": recipe.normalise,
     }
+    if report:
+        on_step(f"{source}: {report}")
     on_step(f"{len(train)} {form_of(preferences)} to train on, {len(held_out)} held out (by prompt); loss {name}")
     if recipe.ensemble == 1:
         scores, examples, manifest = _train_one(train, held_out, partial, recipe, name, shared, on_step)

@@ -1,0 +1,31 @@
+"""Annotators that are programs, recorded as what they are: any scorer, or a language model at an endpoint."""
+
+from __future__ import annotations
+
+from lossmith.feedback.judgement import Question
+from lossmith.feedback.judges.scored import judge_by_scorer
+from lossmith.feedback.output_set import OutputSet
+from lossmith.feedback.store import Store
+
+__all__ = ["judge"]
+
+
+def judge(
+    spec: str,
+    sets: list[OutputSet],
+    store: Store,
+    *,
+    question: Question,
+    scale: str = "1-5",
+    model: str | None = None,
+    criteria: str | None = None,
+) -> str:
+    """Judge what this program has not judged yet; returns what was done, in words.
+
+    spec: a scorer (see `load_scorer`), or with `model` the address of an OpenAI-compatible endpoint, up to /v1.
+    """
+    if model is None:
+        return judge_by_scorer(spec, sets, store, question=question, scale=scale)
+    from lossmith.feedback.judges.asked import judge_by_model
+
+    return judge_by_model(spec, model, sets, store, question=question, criteria=criteria)

@@ -1,0 +1,105 @@
+"""A scorer as an annotator: its scores of a set's outputs, as judgements that say they are a scorer's."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from lossmith import __version__
+from lossmith.errors import FeedbackError
+from lossmith.feedback.convert import standing
+from lossmith.feedback.judgement import SCALES, Judgement, Question
+from lossmith.feedback.output_set import Output, OutputSet
+from lossmith.feedback.store import Store
+from lossmith.prompts import Prompt
+from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.rollouts import LogProbs, Measure, Rollout
+
+__all__ = ["judge_by_scorer"]
+
+PAIRS = 6  # of a set, at most
+
+
+def judge_by_scorer(spec: str, sets: list[OutputSet], store: Store, *, question: Question, scale: str = "1-5") -> str:
+    """Judge every set that this scorer has not judged yet; returns what was done, in words.
+
+    ranking: by score, equal scores tied. pair: up to six pairs of a set. rating: the score itself, which has to lie on
+    the scale. An output without a score leaves its item out, counted. FeedbackError: a score off the scale.
+    """
+    scorer = load_scorer(spec, columns={name for s in sets for name in s.prompt.columns})
+    name = str(spec)
+    known = {(j.set_id, frozenset(j.outputs)) for j in standing(store.judgements(name)) if j.question == question}
+    counts: Counter[str] = Counter()
+    mine = {s.id: s for s in sets}
+    try:
+        for one in sets:
+            asked = [outputs for outputs in _items(one, question) if (one.id, _ids(outputs)) not in known]
+            scores = _scores(scorer, one) if asked else {}
+            made = [_judgement(one, outputs, scores, question, scale, name) for outputs in asked]
+            counts["judged"] += store.add([j for j in made if j is not None], mine)
+            counts["left out: no score"] += sum(j is None for j in made)
+            counts["judged before"] += len(_items(one, question)) - len(asked)
+    finally:
+        close_scorer(scorer)
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing to judge"
+    return f"{name} (a scorer, recorded as one): {said}"
+
+
+def _items(of: OutputSet, question: Question) -> list[tuple[Output, ...]]:
+    """What is asked about a set."""
+    if question == "rating":
+        return [(output,) for output in of.outputs]
+    if len(of.outputs) < 2:
+        return []
+    if question == "ranking":
+        return [of.outputs]
+    return [(a, b) for a, b in itertools.combinations(of.outputs, 2)][:PAIRS]
+
+
+def _ids(outputs: tuple[Output, ...]) -> frozenset[str]:
+    return frozenset(output.id for output in outputs)
+
+
+def _scores(scorer: Scorer, of: OutputSet) -> dict[str, float]:
+    """{output id: score}, of outputs that have one."""
+    rollouts = [_rollout(of.prompt, output, k) for k, output in enumerate(of.outputs)]
+    scored = score_rollouts(scorer, rollouts, on_error="drop", timeout=None)
+    pairs = zip(of.outputs, scored, strict=True)
+    return {o.id: float(r.score.value) for o, r in pairs if r.score is not None and r.score.value is not None}
+
+
+def _rollout(prompt: Prompt, output: Output, k: int) -> Rollout:
+    ids = output.tokens or ()
+    reason = output.finish_reason if output.finish_reason in ("eos", "stop", "length") else "eos"
+    logp = LogProbs(torch.full((len(ids),), torch.nan), Measure(0))  # nobody knows them, and no scorer reads them
+    return Rollout(prompt, k, (), ids, output.text, logp, reason)  # type: ignore[arg-type]
+
+
+def _judgement(
+    of: OutputSet, outputs: tuple[Output, ...], scores: dict[str, float], question: Question, scale: str, name: str
+) -> Judgement | None:
+    if any(output.id not in scores for output in outputs):
+        return None
+    values = [scores[output.id] for output in outputs]
+    said: object = values[0]
+    if question == "ranking":
+        said = [[o.id for o in tier] for tier in _tiers(outputs, scores)]
+    elif question == "pair":
+        said = "first" if values[0] > values[1] else "second" if values[1] > values[0] else "tie"
+    elif not SCALES[scale][0] <= values[0] <= SCALES[scale][1]:
+        raise FeedbackError(
+            f"{name} scored {values[0]:g}, which is not on the scale {scale}. Let it rank instead: --question ranking."
+        )
+    return Judgement(
+        of.id, question, tuple(o.id for o in outputs), said, name, question, source="scorer",
+        scale=scale if question == "rating" else "", page=f"lossmith {__version__}",
+    )  # fmt: skip
+
+
+def _tiers(outputs: tuple[Output, ...], scores: dict[str, float]) -> Iterator[list[Output]]:
+    ranked = sorted(outputs, key=lambda o: -scores[o.id])
+    for _, tier in itertools.groupby(ranked, key=lambda o: scores[o.id]):
+        yield list(tier)
