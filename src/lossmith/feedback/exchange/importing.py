@@ -46,6 +46,8 @@ def import_file(
     for where, row in read_file(path):
         if isinstance(row, FeedbackError):
             bad.append(row)
+        elif not _is_text(row):
+            bad.append(FeedbackError(f"{where}: holds half of a surrogate pair, which is no text. Write it as UTF-8."))
         else:
             rows.append((where, row))
     kind = format if format != "auto" else format_of(rows[0][1]) if rows else "preferences"
@@ -67,6 +69,14 @@ def import_file(
     store.add_sets(sets.values())
     new = store.add(judgements, store.sets())
     return _account(path, kind, judgements, new, bad, notes, store)
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first(bad: list[FeedbackError]) -> str:
@@ -93,7 +103,8 @@ def _all_said(rows: Rows, kind: str, bad: list[FeedbackError], notes: Counter[st
             bad.append(error)
     unscaled = [s.value for s in found if s.kind == "rating" and not s.scale]
     if unscaled:  # an export of stars does not say how many there were
-        scale = "1-5" if max(unscaled) <= SCALES["1-5"][1] else "1-10"
+        most = max((value for value in unscaled if value <= SCALES["1-10"][1]), default=0)  # more is a bad row
+        scale = "1-5" if most <= SCALES["1-5"][1] else "1-10"
         notes[f"ratings taken as {scale}: the export does not say its scale"] += len(unscaled)
         found = [s if s.scale or s.kind != "rating" else dataclasses.replace(s, scale=scale) for s in found]
     for name in ("margin", "weight"):
