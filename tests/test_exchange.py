@@ -412,12 +412,22 @@ def spoilt(full, tmp_path, **change):
         ({"value": "third"}, "probability"),
         ({"set_id": "elsewhere"}, "neither in the file nor in"),
         ({"mood": "good"}, "no field 'mood'"),
+        ({"source": "persona"}, "no source 'persona'.*'person'"),
+        ({"source": [{}]}, "source must be text"),
+        ({"id": ""}, "id is empty"),
+        ({"seconds": float("nan")}, "seconds must be a number"),
     ],
 )
 def test_a_judgement_that_cannot_be_right_is_refused(full, store, tmp_path, change, message):
     with pytest.raises(FeedbackError, match=message):
         import_file(store, spoilt(full, tmp_path, **change))
     assert not store.judgements()
+
+
+def test_a_set_that_cannot_be_right_is_refused(store, tmp_path):
+    row = {"set_id": "x", "prompt": "Why?", "outputs": ["a", "b"], "near_duplicates": "many"}
+    with pytest.raises(FeedbackError, match=r"in\.jsonl:1: .*many"):
+        import_file(store, write(tmp_path / "in.jsonl", [row]))
 
 
 def test_an_older_file_is_read_and_an_id_is_one_judgements_alone(full, store, tmp_path):

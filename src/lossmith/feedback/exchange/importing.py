@@ -6,16 +6,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lossmith.errors import FeedbackError, nearest
 from lossmith.feedback.convert import standing
 from lossmith.feedback.exchange.foreign import argilla_row, label_studio_row
 from lossmith.feedback.exchange.read import FORMATS, Said, format_of, preference_row, read_file
-from lossmith.feedback.judgement import SCALES, Judgement, now
+from lossmith.feedback.judgement import SCALES, Judgement, Source, now
 from lossmith.feedback.output_set import Output, OutputSet, read_set
 from lossmith.feedback.store import Store
 
@@ -163,14 +164,14 @@ def _own_file(rows: Rows, store: Store, bad: list[FeedbackError]) -> tuple[dict[
         try:
             one = read_set(json.dumps(row, ensure_ascii=False), where)
             sets[one.id] = one
-        except FeedbackError as error:
-            bad.append(error)
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:  # FeedbackError is a ValueError
+            bad.append(_at(where, error))
     known = store.sets() | sets
     held = {j.id: j for j in store.judgements()}
     judgements = []
     for where, row in said:
         try:
-            j = Judgement.from_row(row, where)
+            j = _typed(Judgement.from_row(row, where))
             if j.set_id not in known:
                 raise FeedbackError(f"its set {j.set_id!r} is neither in the file nor in {store.path}.")
             j.check(known[j.set_id])
@@ -178,9 +179,26 @@ def _own_file(rows: Rows, store: Store, bad: list[FeedbackError]) -> tuple[dict[
                 raise FeedbackError(f"the id {j.id!r} belongs to another judgement already.")
             judgements.append(j)
         except (FeedbackError, TypeError, AttributeError) as error:
-            text = str(error)
-            bad.append(FeedbackError(text if text.startswith(where) else f"{where}: {text}"))
+            bad.append(_at(where, error))
     return sets, judgements
+
+
+def _at(where: str, error: Exception) -> FeedbackError:
+    return FeedbackError(str(error) if str(error).startswith(where) else f"{where}: {error}")
+
+
+def _typed(j: Judgement) -> Judgement:
+    """Itself, if the fields that no set decides on are what they should be."""
+    for name in ("set_id", "annotator", "kind", "question", "source", "scale", "comment", "page", "time", "id"):
+        if not isinstance(getattr(j, name), str):
+            raise FeedbackError(f"{name} must be text, not {getattr(j, name)!r}.")
+    if j.source not in get_args(Source):
+        raise FeedbackError(f"there is no source {j.source!r}.{nearest(j.source, get_args(Source))}")
+    if not j.id:
+        raise FeedbackError("the id is empty; without one, the same judgement could not be told from another.")
+    if j.seconds is not None and not (isinstance(j.seconds, int | float) and math.isfinite(j.seconds)):
+        raise FeedbackError(f"seconds must be a number, not {j.seconds!r}.")
+    return j
 
 
 # -- the account ------------------------------------------------------------------------------------------------------
