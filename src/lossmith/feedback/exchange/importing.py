@@ -6,16 +6,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lossmith.errors import FeedbackError, nearest
 from lossmith.feedback.convert import standing
 from lossmith.feedback.exchange.foreign import argilla_row, label_studio_row
 from lossmith.feedback.exchange.read import FORMATS, Said, format_of, preference_row, read_file
-from lossmith.feedback.judgement import SCALES, Judgement, now
+from lossmith.feedback.judgement import SCALES, Judgement, Source, now
 from lossmith.feedback.output_set import Output, OutputSet, read_set
 from lossmith.feedback.store import Store
 
@@ -46,6 +47,8 @@ def import_file(
     for where, row in read_file(path):
         if isinstance(row, FeedbackError):
             bad.append(row)
+        elif not _is_text(row):
+            bad.append(FeedbackError(f"{where}: holds half of a surrogate pair, which is no text. Write it as UTF-8."))
         else:
             rows.append((where, row))
     kind = format if format != "auto" else format_of(rows[0][1]) if rows else "preferences"
@@ -67,6 +70,14 @@ def import_file(
     store.add_sets(sets.values())
     new = store.add(judgements, store.sets())
     return _account(path, kind, judgements, new, bad, notes, store)
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first(bad: list[FeedbackError]) -> str:
@@ -93,7 +104,8 @@ def _all_said(rows: Rows, kind: str, bad: list[FeedbackError], notes: Counter[st
             bad.append(error)
     unscaled = [s.value for s in found if s.kind == "rating" and not s.scale]
     if unscaled:  # an export of stars does not say how many there were
-        scale = "1-5" if max(unscaled) <= SCALES["1-5"][1] else "1-10"
+        most = max((value for value in unscaled if value <= SCALES["1-10"][1]), default=0)  # more is a bad row
+        scale = "1-5" if most <= SCALES["1-5"][1] else "1-10"
         notes[f"ratings taken as {scale}: the export does not say its scale"] += len(unscaled)
         found = [s if s.scale or s.kind != "rating" else dataclasses.replace(s, scale=scale) for s in found]
     for name in ("margin", "weight"):
@@ -152,14 +164,14 @@ def _own_file(rows: Rows, store: Store, bad: list[FeedbackError]) -> tuple[dict[
         try:
             one = read_set(json.dumps(row, ensure_ascii=False), where)
             sets[one.id] = one
-        except FeedbackError as error:
-            bad.append(error)
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:  # FeedbackError is a ValueError
+            bad.append(_at(where, error))
     known = store.sets() | sets
     held = {j.id: j for j in store.judgements()}
     judgements = []
     for where, row in said:
         try:
-            j = Judgement.from_row(row, where)
+            j = _typed(Judgement.from_row(row, where))
             if j.set_id not in known:
                 raise FeedbackError(f"its set {j.set_id!r} is neither in the file nor in {store.path}.")
             j.check(known[j.set_id])
@@ -167,9 +179,26 @@ def _own_file(rows: Rows, store: Store, bad: list[FeedbackError]) -> tuple[dict[
                 raise FeedbackError(f"the id {j.id!r} belongs to another judgement already.")
             judgements.append(j)
         except (FeedbackError, TypeError, AttributeError) as error:
-            text = str(error)
-            bad.append(FeedbackError(text if text.startswith(where) else f"{where}: {text}"))
+            bad.append(_at(where, error))
     return sets, judgements
+
+
+def _at(where: str, error: Exception) -> FeedbackError:
+    return FeedbackError(str(error) if str(error).startswith(where) else f"{where}: {error}")
+
+
+def _typed(j: Judgement) -> Judgement:
+    """Itself, if the fields that no set decides on are what they should be."""
+    for name in ("set_id", "annotator", "kind", "question", "source", "scale", "comment", "page", "time", "id"):
+        if not isinstance(getattr(j, name), str):
+            raise FeedbackError(f"{name} must be text, not {getattr(j, name)!r}.")
+    if j.source not in get_args(Source):
+        raise FeedbackError(f"there is no source {j.source!r}.{nearest(j.source, get_args(Source))}")
+    if not j.id:
+        raise FeedbackError("the id is empty; without one, the same judgement could not be told from another.")
+    if j.seconds is not None and not (isinstance(j.seconds, int | float) and math.isfinite(j.seconds)):
+        raise FeedbackError(f"seconds must be a number, not {j.seconds!r}.")
+    return j
 
 
 # -- the account ------------------------------------------------------------------------------------------------------

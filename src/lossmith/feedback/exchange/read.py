@@ -194,7 +194,7 @@ def _messages(value: Any, where: str, field: str) -> list[dict[str, str]]:
         role, text = (
             (m.get("role", m.get("from")), m.get("content", m.get("value"))) if isinstance(m, Mapping) else ("", 0)
         )
-        if role not in _ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
             raise FeedbackError(
                 f"{where}: a message of {field} has role (or from) {', '.join(_ROLES)} and a text as content (or "
                 f"value), not {str(m)[:80]}."
