@@ -56,7 +56,8 @@ def _items(of: OutputSet, question: Question) -> list[tuple[Output, ...]]:
         return []
     if question == "ranking":
         return [of.outputs]
-    return [(a, b) for a, b in itertools.combinations(of.outputs, 2)][:PAIRS]
+    pairs: list[tuple[Output, ...]] = list(itertools.combinations(of.outputs, 2))
+    return pairs[:PAIRS]
 
 
 def _ids(outputs: tuple[Output, ...]) -> frozenset[str]:
