@@ -61,6 +61,8 @@ class Judgement:
         """Itself, if it makes sense about this set. FeedbackError says what does not."""
         if self.kind not in get_args(Kind) or self.question not in get_args(Question):
             raise FeedbackError(f"there is no judgement of kind {self.kind!r}.{nearest(self.kind, get_args(Kind))}")
+        if self.source not in get_args(Source):
+            raise FeedbackError(f"there is no source {self.source!r}.{nearest(self.source, get_args(Source))}")
         if not self.annotator.strip():
             raise FeedbackError("a judgement needs an annotator's name.")
         known = {output.id for output in of.outputs}
@@ -95,7 +97,16 @@ class Judgement:
         for key in ("set_id", "kind", "outputs", "value", "annotator", "question"):
             if key not in row:
                 raise FeedbackError(f"{where}: the field {key!r} is missing.")
+        for key, kinds in _TYPES.items():
+            if key in row and not isinstance(row[key], kinds):
+                raise FeedbackError(f"{where}: {key} = {row[key]!r} is of the wrong type.")
         return cls(**{**row, "outputs": tuple(row["outputs"]), "schema": SCHEMA})
+
+
+_TYPES: dict[str, Any] = {
+    "set_id": str, "kind": str, "outputs": list | tuple, "annotator": str, "question": str, "source": str,
+    "scale": str, "comment": str, "seconds": int | float | None, "page": str, "time": str, "id": str,
+}  # fmt: skip
 
 
 def _rating(j: Judgement, of: OutputSet) -> None:

@@ -18,7 +18,18 @@ from lossmith.policy import SamplingSettings
 from lossmith.prompts import Prompt, load_prompts
 from lossmith.rollouts import Rollout
 
-__all__ = ["Output", "OutputSet", "named", "prompt_content", "read_set", "read_sets", "set_of_rollouts", "write_sets"]
+__all__ = [
+    "Output",
+    "OutputSet",
+    "json_line",
+    "named",
+    "prompt_content",
+    "read_set",
+    "read_sets",
+    "set_of_rollouts",
+    "write_rows",
+    "write_sets",
+]
 
 _PROVENANCE = ("model", "policy_checksum", "policy_version", "temperature", "top_p", "top_k", "max_tokens", "seed")
 
@@ -130,10 +141,20 @@ def prompt_content(prompt: Prompt) -> str | list[dict[str, str]]:
 
 def write_sets(path: Path, sets: Iterable[OutputSet]) -> None:
     """One line a set; the file is whole or absent."""
-    text = "".join(json.dumps(s.as_row(), ensure_ascii=False) + "\n" for s in sets)
+    write_rows(path, (s.as_row() for s in sets))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file, whole or absent."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text("".join(json_line(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Readable, but for half a surrogate pair (a completion may hold one), which no file can hold unescaped."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(row)
 
 
 def read_sets(path: str | Path) -> list[OutputSet]:
@@ -181,7 +202,10 @@ def read_set(line: str, where: str) -> OutputSet:
     outputs = tuple(_read_output(o, prompt, made, f"{where}: output {k}") for k, o in enumerate(row["outputs"], 1))
     if len({o.id for o in outputs}) < len(outputs):
         raise FeedbackError(f"{where}: two outputs are the same; a set holds different ones.")
-    return OutputSet(prompt, outputs, made, int(row.get("near_duplicates", 0)))
+    near = row.get("near_duplicates", 0)
+    if not isinstance(near, int) or near < 0:
+        raise FeedbackError(f"{where}: near_duplicates = {near!r} is no number of outputs.")
+    return OutputSet(prompt, outputs, made, near)
 
 
 def _read_output(item: Any, prompt: Prompt, made: dict[str, Any], where: str) -> Output:

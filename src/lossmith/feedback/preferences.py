@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lossmith.errors import FeedbackError, PromptError, nearest
-from lossmith.feedback.output_set import Output, named, prompt_content
+from lossmith.feedback.output_set import Output, named, prompt_content, write_rows
 from lossmith.prompts import Prompt, load_prompts, read_rows
 
 __all__ = [
@@ -129,10 +129,7 @@ def split_by_prompt(
 
 def write_preferences(path: Path, preferences: Iterable[Preference]) -> None:
     """One line a preference; the file is whole or absent."""
-    text = "".join(json.dumps(p.as_row(), ensure_ascii=False) + "\n" for p in preferences)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_rows(path, (p.as_row() for p in preferences))
 
 
 def read_preferences(source: str | Path) -> list[Preference]:

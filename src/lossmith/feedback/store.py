@@ -12,11 +12,10 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judgement import SCHEMA, Judgement
-from lossmith.feedback.output_set import OutputSet, read_set
+from lossmith.feedback.output_set import OutputSet, json_line, read_set
 
 __all__ = ["Store"]
 
@@ -73,7 +72,7 @@ class Store:
 
         FeedbackError: a set that could not be read again, for its outputs were named otherwise than by what they hold.
         """
-        rows = [(s.id, _json(s.as_row())) for s in sets]
+        rows = [(s.id, json_line(s.as_row())) for s in sets]
         for name, row in rows:
             read_set(row, f"set {name}")
         with self._writing():
@@ -103,7 +102,7 @@ class Store:
                     f"the judgement is about the set {j.set_id!r}, which {self.path} does not hold. Add its sets first."
                 )
             j.check(known[j.set_id])
-            rows.append((j.id, j.set_id, j.annotator, _json(j.as_row())))
+            rows.append((j.id, j.set_id, j.annotator, json_line(j.as_row())))
         with self._writing():
             before = self._db.total_changes
             self._db.executemany(
@@ -167,12 +166,6 @@ class Store:
             text = str(error)
             cure = next((cure for sign, cure in _CURES.items() if sign in text), "Nothing was written.")
             raise FeedbackError(f"{self.path} cannot be {done}: {text}. {cure}") from None
-
-
-def _json(row: dict[str, Any]) -> str:
-    """Readable, but for half a surrogate pair (a completion may hold one), which no file can hold unescaped."""
-    text = json.dumps(row, ensure_ascii=False)
-    return text if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(row)
 
 
 _CURES = {

@@ -35,6 +35,7 @@ Loss = Literal["auto", "bradley_terry", "plackett_luce", "all_pairs", "mean_squa
 DEFAULT_LOSS: dict[Form, str] = {
     "pairs": "bradley_terry", "rankings": "plackett_luce", "ratings": "mean_squared", "labels": "logistic",
 }  # fmt: skip
+_Trained = tuple[list[Tensor], list[Example], dict[str, Any]]
 READS: dict[str, set[Form]] = {
     "bradley_terry": {"pairs"}, "plackett_luce": {"pairs", "rankings"}, "all_pairs": {"pairs", "rankings"},
     "mean_squared": {"ratings"}, "logistic": {"labels"},
@@ -164,78 +165,71 @@ def train_reward_model(
     if report:
         on_step(f"{source}: {report}")
     on_step(f"{len(train)} {form_of(preferences)} to train on, {len(held_out)} held out (by prompt); loss {name}")
-    if recipe.ensemble == 1:
-        scores, examples, manifest = _train_one(train, held_out, partial, recipe, name, shared, on_step)
-    else:
-        scores, examples, manifest = _train_ensemble(train, held_out, partial, recipe, name, shared, on_step)
+    training = _Training(recipe, name, shared, on_step)
+    run = training.one if recipe.ensemble == 1 else training.ensemble
+    scores, examples, manifest = run(train, held_out, partial)
     plot_measured(measure(examples, scores), partial / "report.svg", target.name)
     os.replace(partial, target)
     return manifest
 
 
-def _train_ensemble(
-    train: list[Preference],
-    held_out: list[Preference],
-    folder: Path,
-    recipe: RewardRecipe,
-    name: str,
-    shared: dict[str, Any],
-    on_step: Callable[[str], None],
-) -> tuple[list[Tensor], list[Example], dict[str, Any]]:
-    """Members that differ by seed or by the prompts they saw, and a manifest over them."""
-    members, everything = [], []
-    for k in range(recipe.ensemble):
-        on_step(f"member {k + 1} of {recipe.ensemble}")
-        seen = train if recipe.ensemble_by == "seeds" else _subset(train, recipe.seed, k)
-        (folder / f"member-{k}").mkdir()
-        own = dataclasses.replace(recipe, seed=recipe.seed + k)
-        alike = shared | {"normalise": True}  # or the member with the largest numbers would decide
-        scores, examples, manifest = _train_one(seen, held_out, folder / f"member-{k}", own, name, alike, on_step)
-        scale = manifest["scale"]
-        everything.append([(s - scale["mean"]) / scale["std"] for s in scores])
-        members.append(f"member-{k}")
-    mean = [torch.stack(several).mean(0) for several in zip(*everything, strict=True)]
-    manifest = shared | {
-        "ensemble": members,
-        "combine": recipe.combine,
-        "penalty": recipe.penalty,
-        "held_out": measure(examples, mean).as_dict(),
-        "files": {},
-    }
-    _write_manifest(folder, manifest)
-    return mean, examples, manifest
+@dataclass(frozen=True)
+class _Training:
+    """What all members of a reward model have in common. Both ways give (held-out scores, examples, manifest)."""
 
+    recipe: RewardRecipe
+    loss: str
+    shared: dict[str, Any]  # what every manifest says
+    say: Callable[[str], None]
 
-def _train_one(
-    train: list[Preference],
-    held_out: list[Preference],
-    folder: Path,
-    recipe: RewardRecipe,
-    name: str,
-    shared: dict[str, Any],
-    on_step: Callable[[str], None],
-) -> tuple[list[Tensor], list[Example], dict[str, Any]]:
-    """(held-out scores, held-out examples, manifest) of one model, saved in the folder."""
-    scoring = load_scoring(recipe.model, recipe.seed, device=recipe.device, dtype=recipe.dtype)
-    reads = min(recipe.max_length or scoring.max_length, scoring.max_length)
-    learn, left = make_examples(train, scoring.tokenizer, reads, skip_bad=recipe.skip_bad)
-    unseen, lost = make_examples(held_out, scoring.tokenizer, reads, skip_bad=recipe.skip_bad)
-    if left + lost:
-        on_step(f"{left + lost} left out: longer than {reads} tokens")
-    for line in fit(scoring, learn, recipe, name):
-        on_step(line)
-    scores = scoring.all_scores(unseen, recipe.micro_batch_tokens)
-    found = torch.cat(scoring.all_scores(learn, recipe.micro_batch_tokens))
-    scoring.save(folder)
-    measured = measure(unseen, scores)
-    manifest = shared | {
-        "held_out": measured.as_dict(),
-        "scale": {"mean": float(found.mean()), "std": max(float(found.std()), 1e-6)},
-        "files": checksums(folder),
-    }
-    _write_manifest(folder, manifest)
-    on_step(summary(measured))
-    return scores, unseen, manifest
+    def ensemble(self, train: list[Preference], held_out: list[Preference], folder: Path) -> _Trained:
+        """Members that differ by seed or by the prompts they saw, and a manifest over them."""
+        recipe, members, everything = self.recipe, [], []
+        for k in range(recipe.ensemble):
+            self.say(f"member {k + 1} of {recipe.ensemble}")
+            seen = train if recipe.ensemble_by == "seeds" else _subset(train, recipe.seed, k)
+            (folder / f"member-{k}").mkdir()
+            own = dataclasses.replace(recipe, seed=recipe.seed + k)
+            alike = self.shared | {"normalise": True}  # or the member with the largest numbers would decide
+            member = _Training(own, self.loss, alike, self.say)
+            scores, examples, manifest = member.one(seen, held_out, folder / f"member-{k}")
+            scale = manifest["scale"]
+            everything.append([(s - scale["mean"]) / scale["std"] for s in scores])
+            members.append(f"member-{k}")
+        mean = [torch.stack(several).mean(0) for several in zip(*everything, strict=True)]
+        manifest = self.shared | {
+            "ensemble": members,
+            "combine": recipe.combine,
+            "penalty": recipe.penalty,
+            "held_out": measure(examples, mean).as_dict(),
+            "files": {},
+        }
+        _write_manifest(folder, manifest)
+        return mean, examples, manifest
+
+    def one(self, train: list[Preference], held_out: list[Preference], folder: Path) -> _Trained:
+        """One model, saved in the folder."""
+        recipe = self.recipe
+        scoring = load_scoring(recipe.model, recipe.seed, device=recipe.device, dtype=recipe.dtype)
+        reads = min(recipe.max_length or scoring.max_length, scoring.max_length)
+        learn, left = make_examples(train, scoring.tokenizer, reads, skip_bad=recipe.skip_bad)
+        unseen, lost = make_examples(held_out, scoring.tokenizer, reads, skip_bad=recipe.skip_bad)
+        if left + lost:
+            self.say(f"{left + lost} left out: longer than {reads} tokens")
+        for line in fit(scoring, learn, recipe, self.loss):
+            self.say(line)
+        scores = scoring.all_scores(unseen, recipe.micro_batch_tokens)
+        found = torch.cat(scoring.all_scores(learn, recipe.micro_batch_tokens))
+        scoring.save(folder)
+        measured = measure(unseen, scores)
+        manifest = self.shared | {
+            "held_out": measured.as_dict(),
+            "scale": {"mean": float(found.mean()), "std": max(float(found.std()), 1e-6)},
+            "files": checksums(folder),
+        }
+        _write_manifest(folder, manifest)
+        self.say(summary(measured))
+        return scores, unseen, manifest
 
 
 def fit(scoring: Scoring, examples: list[Example], recipe: RewardRecipe, name: str) -> Iterator[str]:

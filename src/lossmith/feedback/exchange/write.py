@@ -12,6 +12,7 @@ from typing import Any
 from lossmith.errors import FeedbackError, nearest
 from lossmith.feedback.convert import Converted, convert, standing
 from lossmith.feedback.judgement import Judgement
+from lossmith.feedback.output_set import write_rows
 from lossmith.feedback.preferences import Label, Pair, Preference, Rating, write_preferences
 from lossmith.feedback.store import Store
 
@@ -41,7 +42,7 @@ def export_file(store: Store, path: str | Path, *, form: str = "pairs", ties: bo
     judgements, sets = store.judgements(), store.sets()
     if form == "judgements":
         rows = [s.as_row() for s in sets.values()] + [j.as_row() for j in judgements]
-        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(path, rows)
         return f"{len(judgements)} judgements of {len(sets)} sets written to {path}"
     made = convert(form, judgements, sets, **({"ties": ties} if form == "pairs" else {}))
     if not made.preferences:
