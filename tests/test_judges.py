@@ -71,9 +71,10 @@ class Api(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, better, lean=0.0, logprobs=True, fail=()):
+    def __init__(self, better, lean=0.0, logprobs=True, fail=(), redirect=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.better, self.lean, self.logprobs = better, lean, logprobs
+        self.redirect = redirect
         self.fail, self.requests, self.lock = list(fail), [], threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -84,7 +85,7 @@ class Api(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         api = self.server
         with api.lock:
             api.requests.append((self.path, dict(self.headers), body))
@@ -97,13 +98,23 @@ class Handler(BaseHTTPRequestHandler):
         p = 1 / (1 + math.exp(-(api.better(a, b) + api.lean)))
         top = [{"token": " A", "logprob": math.log(0.9 * p)}, {"token": "B", "logprob": math.log(0.9 * (1 - p))}]
         choice = {"message": {"content": "A" if p > 0.5 else "B"}}
-        if api.logprobs:
+        if api.redirect:
+            self.send_response(302)
+            self.send_header("Location", api.redirect + "/chat/completions")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if api.logprobs is None:
+            choice["logprobs"] = {"content": [{"top_logprobs": None}]}
+        elif api.logprobs:
             choice["logprobs"] = {"content": [{"top_logprobs": [*top, {"token": "The", "logprob": -3.0}]}]}
         reply = json.dumps({"choices": [choice]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
         self.wfile.write(reply)
+
+    do_GET = do_POST  # what urllib makes of a redirected POST
 
     def log_message(self, *_):
         pass
@@ -139,12 +150,13 @@ def test_a_soft_label_is_the_softmax_over_the_two_letters(serve, store):
     assert j.value == pytest.approx(1 / (1 + math.exp(-1.0))) and (j.source, j.annotator) == ("model", "judge-1")
 
 
-def test_a_lean_to_the_first_cancels_and_is_reported(serve, store):
-    one = made("same", "size")
-    store.add_sets([one])
-    said = ask(serve(longer, lean=2.0), [one], store)
-    assert store.judgements()[0].value == pytest.approx(0.5)
-    assert f"leans {1 / (1 + math.exp(-2)) - 0.5:+.3f} to what stands first" in said
+def test_a_lean_to_a_place_cancels_exactly_and_is_reported(serve, store):
+    sets = [made("same", "size"), made("aaaaaaa", "bb", prompt="How?")]
+    store.add_sets(sets)
+    said = ask(serve(longer, lean=-3.0), sets[:1], store)
+    assert f"leans {1 / (1 + math.exp(3)) - 0.5:+.3f} to what stands first" in said
+    ask(serve(longer, lean=-3.0), sets[1:], store)
+    assert [j.value for j in store.judgements()] == pytest.approx([0.5, 1 / (1 + math.exp(-2.5))])
 
 
 def test_without_probabilities_letters_count_and_disagreement_is_a_tie(serve, store):
@@ -164,6 +176,29 @@ def test_a_busy_server_is_asked_again_and_a_dead_item_is_skipped(serve, store):
     before = len(api.requests)
     assert "1 judged before" in ask(api, sets[:1], store)
     assert len(api.requests) == before  # nothing is asked twice
+
+
+def test_the_key_does_not_follow_a_redirection(serve, store, monkeypatch):
+    monkeypatch.setenv("LOSSMITH_JUDGE_KEY", "secret")
+    one = made("a", "b")
+    store.add_sets([one])
+    other = serve(longer)
+    ask(serve(longer, redirect=other.url), [one], store)
+    assert all("Authorization" not in headers for _, headers, _ in other.requests)
+
+
+def test_a_server_without_token_probabilities_is_asked_for_letters(serve, store):
+    one = made("aaaa", "bb")
+    store.add_sets([one])
+    ask(serve(longer, logprobs=None, fail=[400]), [one], store)
+    assert store.judgements()[0].value == "first"
+
+
+def test_a_dead_server_is_not_asked_for_ever(serve, store):
+    sets = [made("never", "cc", prompt=f"q{i}") for i in range(30)]
+    store.add_sets(sets)
+    said = ask(serve(longer), sets, store)
+    assert "8 skipped" in said and "22 not asked, for the server does not answer" in said
 
 
 def test_a_refusal_stops_and_says_what_to_do(serve, store, monkeypatch):

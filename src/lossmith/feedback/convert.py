@@ -37,10 +37,10 @@ class Converted:
 
 def standing(judgements: Sequence[Judgement]) -> list[Judgement]:
     """What still holds: without what was undone or answered again, and without the undos themselves."""
-    undone = {j.value for j in judgements if j.kind == "undo"}
+    undone = {(j.annotator, j.value) for j in judgements if j.kind == "undo"}  # nobody takes back another's
     latest: dict[tuple[Any, ...], Judgement] = {}
     for j in judgements:
-        if j.kind != "undo" and j.id not in undone:
+        if j.kind != "undo" and (j.annotator, j.id) not in undone:
             latest.pop(_asked(j), None)  # so that the order is that of the answers that hold
             latest[_asked(j)] = j
     return list(latest.values())
@@ -66,24 +66,30 @@ def to_pairs(judgements: Sequence[Judgement], sets: Sets, *, ties: bool = False)
     """
     found: list[Preference] = []
     left: Counter[str] = Counter()
-    rated: dict[tuple[str, str, str], list[Judgement]] = {}
+    rated: dict[tuple[str, ...], list[Judgement]] = {}
     for j in standing(judgements):
         if j.kind == "pair":
-            _one_pair(j, sets[j.set_id], ties, found, left)
+            _one_pair(j, _set(sets, j), ties, found, left)
         elif j.kind == "ranking":
             levels = {name: -float(k) for k, tier in enumerate(j.value) for name in tier}
-            _all_pairs(levels, j, sets[j.set_id], ties, 0.0, found, left)
+            _all_pairs(levels, j, _set(sets, j), ties, 0.0, found, left)
         elif j.kind == "rating":
-            rated.setdefault((j.annotator, j.set_id, j.scale), []).append(j)
+            rated.setdefault((j.annotator, j.source, j.set_id, j.scale), []).append(j)
         else:
             left[_PLURAL[j.kind]] += 1
-    for (_, set_id, scale), ratings in rated.items():
+    for (*_, set_id, scale), ratings in rated.items():
         if len(ratings) == 1:
             left["ratings with no other of the same set and annotator"] += 1
         low, high = SCALES[scale]
         levels = {j.outputs[0]: float(j.value) for j in ratings}
         _all_pairs(levels, ratings[0], sets[set_id], ties, 1 / (high - low), found, left)
     return Converted(found, dict(+left))
+
+
+def _set(sets: Sets, j: Judgement) -> OutputSet:
+    if j.set_id not in sets:
+        raise FeedbackError(f"the judgement {j.id!r} is about the set {j.set_id!r}, which is not among the sets given.")
+    return sets[j.set_id]
 
 
 def _one_pair(j: Judgement, of: OutputSet, ties: bool, found: list[Preference], left: Counter[str]) -> None:
@@ -128,25 +134,27 @@ def to_rankings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     """
     found: list[Preference] = []
     left: Counter[str] = Counter()
-    rated: dict[tuple[str, str, str], list[Judgement]] = {}
+    rated: dict[tuple[str, ...], list[Judgement]] = {}
     for j in standing(judgements):
-        of = sets[j.set_id]
+        of = _set(sets, j)
         if j.kind == "ranking" and len(j.value) > 1:
             found.append(Ranking(of.prompt, tuple(tuple(of.output(n) for n in t) for t in j.value), j.annotator))
         elif j.kind == "pair" and j.value in ("first", "second"):
             best_first = j.outputs if j.value == "first" else j.outputs[::-1]
             found.append(Ranking(of.prompt, tuple((of.output(n),) for n in best_first), j.annotator))
         elif j.kind == "rating":
-            rated.setdefault((j.annotator, j.set_id, j.scale), []).append(j)
+            rated.setdefault((j.annotator, j.source, j.set_id, j.scale), []).append(j)
         else:
             left[_reason(j)] += 1
-    for (annotator, set_id, _), ratings in rated.items():
+    for (annotator, _, set_id, _), ratings in rated.items():
         of = sets[set_id]
         tiers: dict[float, list[Output]] = {}
         for j in sorted(ratings, key=lambda j: -j.value):
             tiers.setdefault(j.value, []).append(of.output(j.outputs[0]))
         if len(tiers) > 1:
             found.append(Ranking(of.prompt, tuple(map(tuple, tiers.values())), annotator))
+        elif len(ratings) == 1:
+            left["ratings with no other of the same set and annotator"] += 1
         else:
             left["sets whose ratings are all equal"] += 1
     return Converted(found, dict(+left))
@@ -160,7 +168,7 @@ def to_ratings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
         if j.kind != "rating":
             left[_PLURAL[j.kind]] += 1
             continue
-        of, (low, high) = sets[j.set_id], SCALES[j.scale]
+        of, (low, high) = _set(sets, j), SCALES[j.scale]
         found.append(Rating(of.prompt, of.output(j.outputs[0]), float(j.value), low, high, j.annotator))
     return Converted(found, dict(+left))
 
@@ -170,7 +178,7 @@ def to_labels(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     found: list[Preference] = []
     left: Counter[str] = Counter()
     for j in standing(judgements):
-        of = sets[j.set_id]
+        of = _set(sets, j)
         if j.kind == "rating":
             low, high = SCALES[j.scale]
             middle = (low + high) / 2

@@ -192,8 +192,10 @@ def read_set(line: str, where: str) -> OutputSet:
         if isinstance(row, dict) and "completion" in row:
             hint = " It holds one completion, not a set of them: sample again with --n 2 or more."
         raise FeedbackError(f'{where}: a set is {{"prompt": ..., "outputs": [...]}}.{hint}')
+    columns = row.get("columns") or {}
+    if not isinstance(columns, dict) or "prompt" in columns:
+        raise FeedbackError(f"{where}: columns must be an object that names the prompt's columns, and not 'prompt'.")
     try:
-        columns = dict(row.get("columns") or {})
         content = load_prompts([{"prompt": row.get("prompt", ""), **columns}], pass_columns=tuple(columns))[0]
     except PromptError as error:
         raise FeedbackError(f"{where}: {str(error).removeprefix('memory:1: ')}") from None
@@ -215,7 +217,8 @@ def _read_output(item: Any, prompt: Prompt, made: dict[str, Any], where: str) ->
     tokens, logp = row.get("tokens"), row.get("behavior_logp")
     if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
         raise FeedbackError(f"{where}: tokens must be a list of token ids.")
-    if logp is not None and not (isinstance(logp, list) and tokens is not None and len(logp) == len(tokens)):
+    numbers = isinstance(logp, list) and all(isinstance(x, int | float) for x in logp)
+    if logp is not None and not (numbers and tokens is not None and len(logp) == len(tokens)):
         raise FeedbackError(f"{where}: behavior_logp must hold one number for each of tokens.")
     sample = row.get("sample")
     ours = made if sample is None else made | {"sample": sample}

@@ -56,7 +56,7 @@ class Pair:
     def as_row(self) -> dict[str, Any]:
         # Every row has every field: a column with gaps breaks the trainers that read margins.
         said = {"probability": self.probability, "margin": self.margin, "weight": self.weight}
-        texts = _text("chosen", self.chosen) | _text("rejected", self.rejected)
+        texts = _text(self.prompt, "chosen", self.chosen) | _text(self.prompt, "rejected", self.rejected)
         return _row(self.prompt, self.annotator) | texts | said
 
 
@@ -88,7 +88,7 @@ class Rating:
 
     def as_row(self) -> dict[str, Any]:
         scale = {"rating": self.rating, "low": self.low, "high": self.high}
-        return _row(self.prompt, self.annotator) | _text("completion", self.output) | scale
+        return _row(self.prompt, self.annotator) | _text(self.prompt, "completion", self.output) | scale
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Label:
     annotator: str = ""
 
     def as_row(self) -> dict[str, Any]:
-        return _row(self.prompt, self.annotator) | _text("completion", self.output) | {"label": self.good}
+        return _row(self.prompt, self.annotator) | _text(self.prompt, "completion", self.output) | {"label": self.good}
 
 
 Preference = Pair | Ranking | Rating | Label
@@ -144,6 +144,7 @@ def read_preferences(source: str | Path) -> list[Preference]:
 
 def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
     """A line in whichever of the four forms its fields say."""
+    row = _of_table(row)
     who = str(row.get("annotator") or "")
     if "chosen" in row and "rejected" in row:
         return _pair(row, where, who)
@@ -165,6 +166,32 @@ def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
         f"{where}: a preference has chosen and rejected, or ranking, or completion with rating or label; this row has "
         f"{', '.join(row) or 'nothing'}.{nearest('chosen', row) if row else ''}"
     )
+
+
+_OPTIONAL = ("annotator", "probability", "margin", "weight", "low", "high")
+
+
+def _of_table(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without a table's empty cells, and with the messages and tokens that a cell holds as JSON."""
+    made: dict[str, Any] = {}
+    for key, value in row.items():
+        held = key.endswith(("_tokens", "_id")) or key in _OPTIONAL
+        if held and value in ("", None):
+            continue
+        if isinstance(value, str) and value.startswith("["):
+            value = _unpacked(value, key.endswith("_tokens"))
+        made[key] = value
+    return made
+
+
+def _unpacked(text: str, tokens: bool) -> Any:
+    """The list in a text, if it is one of token ids or of chat messages; any other text is a text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    chat = bool(found) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
+    return found if tokens or chat else text
 
 
 def _pair(row: Mapping[str, Any], where: str, who: str) -> Pair:
@@ -281,6 +308,9 @@ def _row(prompt: Prompt, annotator: str) -> dict[str, Any]:
     return {"prompt": prompt_content(prompt)} | ({"annotator": annotator} if annotator else {})
 
 
-def _text(field: str, output: Output) -> dict[str, Any]:
+def _text(prompt: Prompt, field: str, output: Output) -> dict[str, Any]:
+    """The text; as a message where the prompt is messages, since TRL takes a row whose fields are all of one kind."""
+    chat = not isinstance(prompt.content, str)
+    text: Any = [{"role": "assistant", "content": output.text}] if chat else output.text
     tokens = {} if output.tokens is None else {f"{field}_tokens": list(output.tokens)}
-    return {field: output.text, f"{field}_id": output.id} | tokens
+    return {field: text, f"{field}_id": output.id} | tokens

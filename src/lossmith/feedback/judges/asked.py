@@ -1,7 +1,8 @@
 """A language model as an annotator, asked at an OpenAI-compatible endpoint which of two outputs is better.
 
 The answer is one letter; softmax over the two letters' probabilities makes a soft label ("Foundations of Large Language
-Models", arXiv:2501.09223, 4.4.3). Both orders are asked, and averaged: what a judge likes for its place cancels out.
+Models", arXiv:2501.09223, 4.4.3). Both orders are asked, and their log-odds averaged: a lean to a place, which adds to
+the log-odds of whatever stands there, cancels exactly.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ __all__ = ["Endpoint", "judge_by_model"]
 PAIRS = 6  # of a set, at most
 TRIES = 4
 AT_ONCE = 4
+IN_A_ROW = 8  # pairs without an answer after which the server is taken for dead
+LARGEST = 1 << 20  # bytes of a reply
 CRITERIA = "Clarity, relevance and accuracy; accuracy weighs most. Length alone is no merit."
 SYSTEM = (
     "You compare two answers to a request. Judge by these criteria: {criteria}\n"
@@ -45,56 +48,57 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, criteria: str | None = None, wait: Callable[[float], None] = time.sleep):
         self.url, self.model, self.criteria, self.wait = url.rstrip("/"), model, criteria or CRITERIA, wait
+        self.soft = True  # until the server refuses token probabilities
 
     def prefers_first(self, prompt: str, first: str, second: str) -> tuple[float, bool]:
-        """(probability that A is named, whether it is one and not only the letter).
+        """(log-odds that A is named, whether they are real ones and not only of the letter).
 
         _Unanswered: no answer after several tries, or none of the two letters. FeedbackError: the endpoint refuses.
         """
         # A mark that the texts cannot hold: it is made of them.
         mark = "== " + hashlib.sha256("\0".join((prompt, first, second)).encode("utf-8", "replace")).hexdigest()[:12]
         data = f"{mark} request\n{prompt}\n{mark} answer A\n{first}\n{mark} answer B\n{second}\n{mark} end"
-        reply = self._post(
-            {
-                "model": self.model,
-                "messages": [
-                    {"role": "system", "content": SYSTEM.format(criteria=self.criteria)},
-                    {"role": "user", "content": data + "\nWhich answer is better, A or B?"},
-                ],
-                "max_tokens": 1,
-                "temperature": 0,
-                "logprobs": True,
-                "top_logprobs": 20,
-            }
-        )
+        body = {
+            "model": self.model,
+            "messages": [
+                {"role": "system", "content": SYSTEM.format(criteria=self.criteria)},
+                {"role": "user", "content": data + "\nWhich answer is better, A or B?"},
+            ],
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+        reply = self._post(body | ({"logprobs": True, "top_logprobs": 20} if self.soft else {}))
         try:
             choice = reply["choices"][0]
-            letter = str(choice["message"]["content"] or "").strip().upper()[:1]
+            said = str(choice["message"]["content"] or "")
         except (KeyError, IndexError, TypeError):
             raise _Unanswered("the reply holds no choice") from None
-        soft = _softmax(choice)
-        if soft is not None:
-            return soft, True
+        odds = _log_odds(choice)
+        if odds is not None:
+            return odds, True
+        letter = said.strip().strip(".()*\"'").upper()
         if letter not in ("A", "B"):
-            raise _Unanswered(f"it answered {letter!r}, not A or B")
-        return float(letter == "A"), False
+            raise _Unanswered(f"it answered {said[:40]!r}, not A or B")
+        return math.inf if letter == "A" else -math.inf, False
 
     def _post(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get("LOSSMITH_JUDGE_KEY")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
         address = f"{self.url}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        key = os.environ.get("LOSSMITH_JUDGE_KEY")
+        if key:  # unredirected: a server that sends us elsewhere does not send the key along
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         why = ""
         for attempt in range(TRIES):
             if attempt:
                 self.wait(2.0**attempt)
             try:
                 with urllib.request.urlopen(request, timeout=60) as reply:
-                    return json.loads(reply.read())
+                    return json.loads(reply.read(LARGEST))
             except urllib.error.HTTPError as error:
                 error.close()
+                if error.code == 400 and "logprobs" in body:  # not every server knows them
+                    self.soft = False
+                    return self._post({k: v for k, v in body.items() if "logprobs" not in k})
                 if error.code != 429 and error.code < 500:
                     hint = "Set LOSSMITH_JUDGE_KEY." if error.code in (401, 403) else "Is it an address up to /v1?"
                     raise FeedbackError(f"{address} refuses: HTTP {error.code}. {hint}") from None
@@ -111,7 +115,7 @@ class _Unanswered(Exception):
 @dataclass(frozen=True)
 class _Answer:
     first: float  # probability that the pair's first is better, from both orders
-    lean: float  # how much the place decided: mean of both orders' "A", minus one half
+    lean: float  # how much the place decided: mean probability of "A" in both orders, minus one half
     soft: bool
 
 
@@ -142,17 +146,24 @@ def judge_by_model(
     counts: Counter[str] = Counter({"judged before": len(everything) - len(todo)})
     failures: list[str] = []
     leans: list[float] = []
-    hard = 0
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = pool.map(lambda item: _both_orders(endpoint, *item), todo)
-        for (of, pair), answer in zip(todo, answers, strict=True):
+    hard = in_a_row = 0
+    for start in range(0, len(todo), AT_ONCE):
+        part = todo[start : start + AT_ONCE]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = list(pool.map(lambda item: _both_orders(endpoint, *item), part))
+        for (of, pair), answer in zip(part, answers, strict=True):
             if isinstance(answer, str):
-                counts["skipped"] += 1
                 failures.append(answer)
+                in_a_row += 1
                 continue
+            in_a_row = 0
             counts["judged"] += store.add([_judgement(of, pair, answer, model)], mine)
             leans.append(answer.lean)
             hard += not answer.soft
+        if in_a_row >= IN_A_ROW:
+            counts["not asked, for the server does not answer"] = len(todo) - start - len(part)
+            break
+    counts["skipped"] = len(failures)
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no pair to judge"
     lines = [f"{model} (a language model, recorded as one): {said}"]
     if leans:
@@ -169,11 +180,23 @@ def judge_by_model(
 def _both_orders(endpoint: Endpoint, of: OutputSet, pair: tuple[Output, Output]) -> _Answer | str:
     first, second = pair
     try:
-        ahead, soft = endpoint.prefers_first(of.prompt.text, first.text, second.text)
-        behind, also = endpoint.prefers_first(of.prompt.text, second.text, first.text)
+        ahead, soft = endpoint.prefers_first(_conversation(of), first.text, second.text)
+        behind, also = endpoint.prefers_first(_conversation(of), second.text, first.text)
     except _Unanswered as reason:
         return str(reason)
-    return _Answer((ahead + 1 - behind) / 2, (ahead + behind) / 2 - 0.5, soft and also)
+    both = 0.0 if ahead == behind else (ahead - behind) / 2  # two letters that contradict each other are a tie
+    return _Answer(_sigmoid(both), (_sigmoid(ahead) + _sigmoid(behind)) / 2 - 0.5, soft and also)
+
+
+def _conversation(of: OutputSet) -> str:
+    """The whole prompt: the text, or every message under its role."""
+    if isinstance(of.prompt.content, str):
+        return of.prompt.content
+    return "\n".join(f"[{message['role']}] {message['content']}" for message in of.prompt.messages)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
 def _judgement(of: OutputSet, pair: tuple[Output, Output], answer: _Answer, model: str) -> Judgement:
@@ -184,16 +207,19 @@ def _judgement(of: OutputSet, pair: tuple[Output, Output], answer: _Answer, mode
     return Judgement(of.id, "pair", names, value, model, "pair", source="model", page=f"lossmith {__version__}")
 
 
-def _softmax(choice: Any) -> float | None:
-    """P(A) / (P(A) + P(B)) of the first token's alternatives; None where they are not given."""
+def _log_odds(choice: Any) -> float | None:
+    """log P(A) - log P(B) of the first token; None where no alternatives are given, or neither letter is one.
+
+    A letter that is not among the alternatives is at most as likely as the last of them.
+    """
     try:
-        alternatives = choice["logprobs"]["content"][0]["top_logprobs"]
-    except (KeyError, IndexError, TypeError):
+        listed = choice["logprobs"]["content"][0]["top_logprobs"]
+        pairs = [(str(one["token"]).strip().upper(), float(one["logprob"])) for one in listed]
+    except (KeyError, IndexError, TypeError, ValueError):
         return None
-    mass = {"A": 0.0, "B": 0.0}
-    for one in alternatives:
-        letter = str(one.get("token", "")).strip().upper()
-        if letter in mass:
-            mass[letter] += math.exp(float(one["logprob"]))
-    total = mass["A"] + mass["B"]
-    return mass["A"] / total if total > 0 else None
+    found = {x: [value for token, value in pairs if token == x] for x in ("A", "B")}
+    if not found["A"] and not found["B"]:
+        return None
+    least = min(value for _, value in pairs)
+    a, b = (math.log(sum(map(math.exp, found[x]))) if found[x] else least for x in ("A", "B"))
+    return a - b
