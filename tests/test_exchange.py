@@ -413,7 +413,7 @@ def spoilt(full, tmp_path, **change):
         ({"set_id": "elsewhere"}, "neither in the file nor in"),
         ({"mood": "good"}, "no field 'mood'"),
         ({"source": "persona"}, "no source 'persona'.*'person'"),
-        ({"source": [{}]}, "source must be text"),
+        ({"source": [{}]}, "source = .* is of the wrong type"),
         ({"id": ""}, "id is empty"),
         ({"seconds": float("nan")}, "seconds must be a number"),
     ],
@@ -550,7 +550,10 @@ def test_judge_report_and_accounts_are_asked_for_what_was_given(tmp_path, stub, 
     sets = write(tmp_path / "s.jsonl", [{"prompt": "Why?", "outputs": ["a", "b"]}])
     stub("judges", judge=lambda spec, sets, store, **o: f"{spec} {len(sets)} {sorted(o.items())}")
     annotate(sets, judge="length", judge_model="m", question="ranking")
-    assert "length 1 [('criteria', None), ('model', 'm'), ('question', 'ranking')]" in capsys.readouterr().out
+    assert (
+        "length 1 [('criteria', None), ('model', 'm'), ('question', 'ranking'), ('scale', '1-5')]"
+        in capsys.readouterr().out
+    )
 
     report = types.SimpleNamespace(as_dict=lambda: {"alpha": 0.5}, render=lambda: "alpha [0.5]")
     stub("agreement", agreement_report=lambda judgements, sets: report)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -192,8 +194,6 @@ def test_figures_by_hand():
 
 
 def test_a_changed_file_is_noticed_when_loading_and_while_running(trained, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(trained[0] / "RM", folder)
     scorer = load_scorer(str(folder))
@@ -203,7 +203,12 @@ def test_a_changed_file_is_noticed_when_loading_and_while_running(trained, tmp_p
     assert scorer.score(rows)[0].value == before
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
+    look = (folder / "model.safetensors").stat()
     (folder / "model.safetensors").write_bytes(bytes(weights))
+    os.utime(folder / "model.safetensors", ns=(look.st_atime_ns, look.st_mtime_ns))
+    with pytest.raises(ScorerError, match=r"model\.safetensors"):
+        scorer.verify()  # as a run does at its end, whatever the time of change says
+    (folder / "model.safetensors").touch()
     with pytest.raises(ScorerError, match=r"frozen, but its model\.safetensors is not the file that was trained"):
         scorer.score(rows)
     with pytest.raises(ScorerError, match=r"model\.safetensors"):
@@ -234,8 +239,13 @@ def test_an_ensemble_of_models_and_its_caution(tmp_path):
         assert len(set(members)) == 3  # they do differ
         assert low.value == min(members) and middle.value == pytest.approx(sum(members) / 3)
         assert low.parts["disagreement"] == pytest.approx(torch.tensor(members).std(correction=0).item(), abs=1e-5)
+    load_scorer(str(tmp_path / "RM")).verify()
     settings = json.loads((tmp_path / "RM" / "member-1" / "config.json").read_text())
     assert settings["architectures"] == ["LlamaForSequenceClassification"]
+    shutil.rmtree(tmp_path / "RM" / "member-2")
+    shutil.copytree(tmp_path / "RM" / "member-0", tmp_path / "RM" / "member-2")  # a valid model, but another
+    with pytest.raises(ScorerError, match=r"member-2/reward_model\.json is not the file that was trained"):
+        load_scorer(str(tmp_path / "RM"))
 
 
 class Fixed:

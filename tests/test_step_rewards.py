@@ -46,6 +46,8 @@ def test_segments_end_where_sentences_lines_and_token_counts_do():
     assert segment_ends(ids, 8, policy.decode) == [8, 16, 19]
     lines = policy.tokenizer("a\nbc\n\nd")["input_ids"]
     assert segment_ends(lines, "line", policy.decode) == [2, 6, 7]
+    ended = [*policy.tokenizer("One. Two.")["input_ids"], policy.tokenizer.eos_token_id]
+    assert segment_ends(ended, "sentence", policy.decode) == [4, 10]  # the end token is no third step
 
 
 def test_differences_add_up_to_the_score_of_the_whole_and_stand_at_the_ends():

@@ -1,8 +1,12 @@
 """The preference files that Lossmith writes are read by TRL's trainers, and TRL learns a step from them."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py stands one folder up
 
 import tiny
 from lossmith.feedback.output_set import named

@@ -29,6 +29,7 @@ class Example:
     probability: float = 1.0
     margin: float = 0.0
     weight: float = 1.0
+    annotator: str = ""
 
 
 def make_examples(
@@ -50,7 +51,9 @@ def make_examples(
             left += 1
             continue
         lengths = tuple(len(o.text.split()) for o in outputs)
-        made.append(Example(preference.prompt.id, tuple(map(tuple, rows)), lengths, **said))
+        made.append(
+            Example(preference.prompt.id, tuple(map(tuple, rows)), lengths, **said, annotator=preference.annotator)
+        )
     if not made:
         raise FeedbackError("no preference is left to train on.")
     return made, left

@@ -82,18 +82,18 @@ def measure(examples: Sequence[Example], scores: Sequence[Tensor]) -> Measured:
 
 
 def _pairs(examples: Sequence[Example], scores: list[list[float]]) -> list[tuple[str, float, float]]:
-    """(prompt id, score of the better, score of the worse); ratings and labels are paired within a prompt."""
+    """(prompt id, score of the better, score of the worse); ratings are paired within a prompt and annotator."""
     found: list[tuple[str, float, float]] = []
-    rated: dict[str, list[tuple[float, float]]] = {}
+    rated: dict[tuple[str, str], list[tuple[float, float]]] = {}  # by prompt and annotator: scales are their own
     for e, s in zip(examples, scores, strict=True):
         if e.target is not None:
-            rated.setdefault(e.prompt_id, []).append((e.target, s[0]))
+            rated.setdefault((e.prompt_id, e.annotator), []).append((e.target, s[0]))
         elif e.probability != 0.5:
             levels = zip(e.tiers, s, strict=True)
             found += [(e.prompt_id, x, y) for (i, x), (j, y) in itertools.combinations(levels, 2) if i < j]
-    everyone = {"labels": [pair for values in rated.values() for pair in values]}
+    everyone = {("labels", ""): [pair for values in rated.values() for pair in values]}
     several = any(len({target for target, _ in values}) > 1 for values in rated.values())
-    for name, values in (rated if several else everyone).items():  # thumbs on one text a prompt: across prompts
+    for (name, _), values in (rated if several else everyone).items():  # thumbs on one text a prompt: across prompts
         for (i, x), (j, y) in itertools.combinations(values, 2):
             if i != j:
                 found.append((name, *((x, y) if i > j else (y, x))))

@@ -27,7 +27,7 @@ from lossmith.reward_training import losses
 from lossmith.reward_training.examples import Example, make_examples, said_nothing
 from lossmith.reward_training.measure import Measured, measure, plot_measured
 from lossmith.reward_training.model import Scoring, load_scoring, token_parts
-from lossmith.rewards.seal import MANIFEST, checksums
+from lossmith.rewards.seal import MANIFEST, checksums, sha256
 
 __all__ = ["RewardRecipe", "gather", "loss_of", "train_reward_model"]
 
@@ -167,9 +167,13 @@ def train_reward_model(
     on_step(f"{len(train)} {form_of(preferences)} to train on, {len(held_out)} held out (by prompt); loss {name}")
     training = _Training(recipe, name, shared, on_step)
     run = training.one if recipe.ensemble == 1 else training.ensemble
-    scores, examples, manifest = run(train, held_out, partial)
-    plot_measured(measure(examples, scores), partial / "report.svg", target.name)
-    os.replace(partial, target)
+    try:
+        scores, examples, manifest = run(train, held_out, partial)
+        plot_measured(measure(examples, scores), partial / "report.svg", target.name)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return manifest
 
 
@@ -202,7 +206,7 @@ class _Training:
             "combine": recipe.combine,
             "penalty": recipe.penalty,
             "held_out": measure(examples, mean).as_dict(),
-            "files": {},
+            "files": {f"{name}/{MANIFEST}": sha256(folder / name / MANIFEST) for name in members},
         }
         _write_manifest(folder, manifest)
         return mean, examples, manifest
@@ -218,6 +222,7 @@ class _Training:
             self.say(f"{left + lost} left out: longer than {reads} tokens")
         for line in fit(scoring, learn, recipe, self.loss):
             self.say(line)
+        scoring.dtype = torch.float32  # what a scorer computes in
         scores = scoring.all_scores(unseen, recipe.micro_batch_tokens)
         found = torch.cat(scoring.all_scores(learn, recipe.micro_batch_tokens))
         scoring.save(folder)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from lossmith.errors import ScorerError, nearest
-from lossmith.rewards.scorer import Scorer, ask, close_scorer
+from lossmith.rewards.scorer import Scorer, ask, close_scorer, verify_scorer
 from lossmith.rollouts import Rollout, Score
 
 __all__ = ["COMBINE", "Ensemble", "WeightedSum"]
@@ -57,6 +57,11 @@ class WeightedSum:
         for scorer in self.scorers:
             close_scorer(scorer)
 
+    def verify(self) -> None:
+        """Have every member look whether it is still what was trained."""
+        for scorer in self.scorers:
+            verify_scorer(scorer)
+
     def _combine(self, scores: tuple[Score, ...], values: tuple[float | None, ...]) -> Score:
         """One completion: each member's score, and the value that goes into the sum."""
         parts = {name: s.value for name, s in zip(self.members, scores, strict=True) if s.value is not None}
@@ -98,6 +103,11 @@ class Ensemble:
         """Close every member."""
         for scorer in self.scorers:
             close_scorer(scorer)
+
+    def verify(self) -> None:
+        """Have every member look whether it is still what was trained."""
+        for scorer in self.scorers:
+            verify_scorer(scorer)
 
     def _combine(self, scores: tuple[Score, ...]) -> Score:
         parts = {name: s.value for name, s in zip(self.members, scores, strict=True) if s.value is not None}

@@ -15,7 +15,7 @@ from lossmith.rewards.combine import Ensemble, WeightedSum
 from lossmith.rewards.http import HttpScorer
 from lossmith.rewards.reward_model import RewardModel, check_reward_model
 from lossmith.rewards.scorer import Scorer, close_scorer
-from lossmith.rewards.seal import MANIFEST
+from lossmith.rewards.seal import MANIFEST, Seal
 from lossmith.rewards.steps import StepReward
 
 __all__ = ["check_scorer", "list_scorers", "load_scorer"]
@@ -142,6 +142,10 @@ def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequen
         members, defaults = _members(str(spec["ensemble"]))
     if not isinstance(members, Sequence) or isinstance(members, str) or not members:
         raise ScorerError(f'a combined scorer is {{"scorers": [...], "weights": [...]}}, not {dict(spec)!r}. {FORMS}')
+    if any(isinstance(member, Mapping) and "steps" in member for member in members):
+        raise ScorerError(
+            "rewards by step cannot be summed with others: combine the scorers inside of `steps` instead."
+        )
     if known is _ENSEMBLE:
         settings = {key: spec.get(key, defaults.get(key)) for key in ("combine", "penalty")}
         return list(members), lambda scorers: Ensemble(scorers, **{k: v for k, v in settings.items() if v is not None})
@@ -157,6 +161,7 @@ def _members(folder: str) -> tuple[list[str], dict[str, Any]]:
     manifest = _manifest(folder)
     if "ensemble" not in manifest:
         raise ScorerError(f"{folder!r} is no ensemble of reward models: train one with `lossmith reward train`.")
+    Seal.of(folder)  # its members are those that were trained together
     return [str(Path(folder) / name) for name in manifest["ensemble"]], manifest
 
 

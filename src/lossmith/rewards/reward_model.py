@@ -63,6 +63,11 @@ class RewardModel:
             scores += self._score_batch([self.encode(r) for r in rollouts[start : start + self.batch_size]])
         return scores if self.seal is None else [self.seal.rescaled(score) for score in scores]
 
+    def verify(self) -> None:
+        """ScorerError if any file of a frozen model is not what was trained: every byte is read again."""
+        if self.seal is not None:
+            self.seal.check(full=True)
+
     def encode(self, rollout: Rollout) -> list[int]:
         """The token ids [T] that are scored."""
         return encode_conversation(self.tokenizer, rollout.prompt, rollout.completion)

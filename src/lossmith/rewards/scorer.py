@@ -28,7 +28,7 @@ from lossmith.rewards.deadline import DeadlinePassed, DeadlineThread
 from lossmith.rewards.function import ABSTAIN, describe_error
 from lossmith.rollouts import Rollout, Score
 
-__all__ = ["OnError", "Scorer", "TimedScorer", "ask", "close_scorer", "score_rollouts"]
+__all__ = ["OnError", "Scorer", "TimedScorer", "ask", "close_scorer", "score_rollouts", "verify_scorer"]
 
 OnError = Literal["stop", "drop"]
 
@@ -94,6 +94,13 @@ def close_scorer(scorer: Any) -> None:
     close = getattr(scorer, "close", None)
     if callable(close):
         close()
+
+
+def verify_scorer(scorer: Any) -> None:
+    """ScorerError if the scorer is frozen and was changed: what a run says at its end is about one scorer."""
+    verify = getattr(scorer, "verify", None)
+    if callable(verify):
+        verify()
 
 
 def _in_thread(scorer: Scorer, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:

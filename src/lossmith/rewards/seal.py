@@ -12,7 +12,7 @@ from typing import Any
 from lossmith.errors import ScorerError
 from lossmith.rollouts import Score
 
-__all__ = ["MANIFEST", "Seal", "checksums"]
+__all__ = ["MANIFEST", "Seal", "checksums", "sha256"]
 
 MANIFEST = "reward_model.json"
 
@@ -44,10 +44,10 @@ class Seal:
             seal._check_file(name)
         return seal
 
-    def check(self) -> None:
-        """ScorerError if a file was changed since: by size and time, then by content."""
+    def check(self, *, full: bool = False) -> None:
+        """ScorerError if a file was changed since: by size and time, then by content; `full` reads every file."""
         for name in self.manifest["files"]:
-            if self.looks.get(name) != _look(self.folder / name):
+            if full or self.looks.get(name) != _look(self.folder / name):
                 self._check_file(name)
 
     def rescaled(self, score: Score) -> Score:
@@ -60,7 +60,7 @@ class Seal:
     def _check_file(self, name: str) -> None:
         path = self.folder / name
         look = _look(path)
-        if look is None or _sha256(path) != self.manifest["files"][name]:
+        if look is None or sha256(path) != self.manifest["files"][name]:
             what = "is missing" if look is None else "is not the file that was trained"
             raise ScorerError(
                 f"reward model {str(self.folder)!r} is frozen, but its {name} {what}. Scores before and after would "
@@ -72,7 +72,7 @@ class Seal:
 def checksums(folder: Path) -> dict[str, str]:
     """sha256 of every file that decides a score, by its name."""
     kinds = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-    return {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != MANIFEST}
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != MANIFEST}
 
 
 def _look(path: Path) -> tuple[int, int] | None:
@@ -83,6 +83,7 @@ def _look(path: Path) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

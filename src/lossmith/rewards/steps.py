@@ -100,7 +100,10 @@ def segment_ends(ids: Sequence[int], segments: str | int, decode: Callable[[Sequ
     """How many tokens there are up to the end of each segment, the last one being all of them."""
     if isinstance(segments, int):
         return [*range(segments, len(ids), segments), len(ids)]
+    text = decode(ids)
     lengths = [len(decode(ids[: k + 1])) for k in range(len(ids))]
-    marks = [m.end() for m in _ENDS[segments].finditer(decode(ids))]
+    marks = [m.end() for m in _ENDS[segments].finditer(text)]
+    if marks and not text[marks[-1] :].strip():
+        marks.pop()  # an end token or white space after the last sentence is no step of its own
     found = {next((k + 1 for k, n in enumerate(lengths) if n >= mark), len(ids)) for mark in marks}
     return sorted(found | {len(ids)})

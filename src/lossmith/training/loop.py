@@ -17,6 +17,7 @@ from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.policy import Policy, check_model, load_policy, sample
 from lossmith.prompts import PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
+from lossmith.rewards.scorer import verify_scorer
 from lossmith.rollouts import Rollout
 from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from lossmith.training.evaluate import Evaluation, comparison, evaluate
@@ -126,6 +127,7 @@ class Run:
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
         self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe)
+        verify_scorer(self.scorer)
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self.policy.save(self.folder.path / "policy")
         more = {
