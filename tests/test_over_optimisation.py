@@ -1,5 +1,6 @@
 """A chatbot optimised for a proxy, in small: the proxy rises, what it stood for falls, and every guard notices."""
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,8 @@ import lossmith as ls
 import tiny
 from lossmith.errors import RecipeError, RunError
 from lossmith.report.frontier import plot_frontier
+from lossmith.rollouts import Score
+from lossmith.training.evaluate import Evaluation, preferred
 from lossmith.training.guards import Guard, kl_of_completion
 
 PROMPTS = [f"Prompt number {i}?" for i in range(40)]
@@ -106,3 +109,22 @@ def test_the_kl_of_a_completion_is_a_tokens_times_its_tokens():
 def test_a_window_without_a_watch_is_refused():
     with pytest.raises(RecipeError, match="has nothing to average: give watch too"):
         ls.Recipe.make(watch_window=3)
+
+
+# -- how often the trained policy is preferred ------------------------------------------------------------------------
+
+
+def evaluation(*scores):
+    made = [
+        dataclasses.replace(tiny.rollouts()[0], prompt=prompt, score=Score(value=x))
+        for prompt, x in zip(tiny.prompts(*"abcdefgh"[: len(scores)]), scores, strict=True)
+    ]
+    return Evaluation(made)
+
+
+def test_preferred_is_a_share_with_an_interval_of_shares():
+    before, after = evaluation(0.0, 0.0, 0.0, 1.0), evaluation(1.0, 1.0, 0.0, 0.0)
+    found = preferred(before, after)
+    assert found.mean == (1 + 1 + 0.5 + 0) / 4 and found.n == 4
+    assert found.low >= 0.0 and found.high == 1.0  # Student's t alone would say 1.39
+    assert math.isnan(preferred(evaluation(0.0), evaluation(1.0)).low)

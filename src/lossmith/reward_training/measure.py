@@ -129,7 +129,8 @@ def _interval(values: Sequence[float]) -> dict[str, float | None]:
     n = len(values)
     mean = statistics.fmean(values) if n else math.nan
     half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return {"mean": _finite(mean), "ci95_low": _finite(mean - half), "ci95_high": _finite(mean + half), "n": n}
+    low, high = max(mean - half, 0.0), min(mean + half, 1.0)  # a share; NaN stays
+    return {"mean": _finite(mean), "ci95_low": _finite(low), "ci95_high": _finite(high), "n": n}
 
 
 def _finite(x: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -82,7 +83,8 @@ def paired(before: Evaluation, after: Evaluation) -> Interval:
 def preferred(before: Evaluation, after: Evaluation) -> Interval:
     """How often the completion after is scored higher than the one before, prompt by prompt; a tie counts half."""
     first, second = before.scores, after.scores
-    return interval([(second[k] > first[k]) + 0.5 * (second[k] == first[k]) for k in first if k in second])
+    found = interval([(second[k] > first[k]) + 0.5 * (second[k] == first[k]) for k in first if k in second])
+    return dataclasses.replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))  # a share; NaN stays
 
 
 def comparison(before: Evaluation, after: Evaluation) -> dict[str, Any]:
