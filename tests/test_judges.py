@@ -9,7 +9,7 @@ import pytest
 
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judges import judge
-from lossmith.feedback.judges.asked import judge_by_model
+from lossmith.feedback.judges.asked import LEAST, _log_odds, judge_by_model
 from lossmith.feedback.output_set import OutputSet, named
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
@@ -63,6 +63,28 @@ def test_what_a_scorer_has_no_opinion_on_is_left_out(store, tmp_path):
     assert "1 judged, 1 left out: no score" in said
 
 
+def test_what_a_scorer_fails_at_is_left_out_and_said(store, tmp_path):
+    (tmp_path / "s.py").write_text(
+        "def boom(completions, **_):\n    return [float('nan') if 'x' in t else 1.0 for t in completions]\n"
+    )
+    sets = [made("a", "bb"), made("a", "x", prompt="How?")]
+    store.add_sets(sets)
+    said = judge(f"{tmp_path / 's.py'}:boom", sets, store, question="ranking")
+    assert "1 judged, 1 left out: no score\noutputs with an error" in said and "nan" in said
+
+
+def test_what_is_secret_in_an_address_is_not_recorded(store):
+    one = made("a", "b")
+    store.add_sets([one])
+    said = judge("http://127.0.0.1:9/score?token=secret", [one], store, question="ranking")
+    assert said.startswith("127.0.0.1:9/score (a scorer") and "secret" not in said
+
+
+def test_an_unknown_scale_is_said(store):
+    with pytest.raises(FeedbackError, match="no scale '1-7'"):
+        judge("length", [made("a")], store, question="rating", scale="1-7")
+
+
 # -- a language model -------------------------------------------------------------------------------------------------
 
 
@@ -71,10 +93,10 @@ class Api(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, better, lean=0.0, logprobs=True, fail=(), redirect=None):
+    def __init__(self, better, lean=0.0, logprobs=True, fail=(), redirect=None, garbage=False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.better, self.lean, self.logprobs = better, lean, logprobs
-        self.redirect = redirect
+        self.redirect, self.garbage = redirect, garbage
         self.fail, self.requests, self.lock = list(fail), [], threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -98,6 +120,12 @@ class Handler(BaseHTTPRequestHandler):
         p = 1 / (1 + math.exp(-(api.better(a, b) + api.lean)))
         top = [{"token": " A", "logprob": math.log(0.9 * p)}, {"token": "B", "logprob": math.log(0.9 * (1 - p))}]
         choice = {"message": {"content": "A" if p > 0.5 else "B"}}
+        if api.garbage:
+            self.wfile.write(b"no HTTP\r\n\r\n")
+            self.close_connection = True
+            return
+        if "refused" in (a, b):
+            status = 404
         if api.redirect:
             self.send_response(302)
             self.send_header("Location", api.redirect + "/chat/completions")
@@ -230,3 +258,71 @@ def test_outputs_arrive_as_data_between_marks(serve, store):
 def test_a_model_is_asked_to_compare_only(serve, store):
     with pytest.raises(FeedbackError, match="--question pair"):
         ask(serve(longer), [made("a", "b")], store, question="ranking")
+
+
+def alternatives(**tokens):
+    return {"logprobs": {"content": [{"top_logprobs": [{"token": t, "logprob": v} for t, v in tokens.items()]}]}}
+
+
+def test_the_log_odds_of_a_letter_that_is_hardly_there():
+    assert _log_odds(alternatives(A=math.log(0.6), B=math.log(0.2))) == pytest.approx(math.log(3))
+    assert _log_odds(alternatives(A=0.0, B=-9999.0)) == pytest.approx(-LEAST)  # "very unlikely", as OpenAI writes it
+    assert _log_odds(alternatives(A=0.0, B=-math.inf)) == pytest.approx(-LEAST)
+    # Unlisted: at most what is left, .01, and at most the last of the alternatives, .05.
+    assert _log_odds(alternatives(B=math.log(0.99))) == pytest.approx(-math.log(99))
+    assert _log_odds(alternatives(A=math.log(0.5), C=math.log(0.05))) == pytest.approx(math.log(10))
+    assert _log_odds(alternatives(C=-0.1)) is None
+
+
+def test_a_letter_is_not_averaged_with_a_probability(serve, store):
+    one = made("x", "y")
+    store.add_sets([one])
+    api = serve(lambda a, b: 0.2)  # A in both orders
+    soft = iter([True, False])
+
+    def better(a, b):
+        api.logprobs = next(soft)
+        return 0.2
+
+    api.better = better
+    ask(api, [one], store)
+    assert store.judgements()[0].value == "tie"
+
+
+def test_a_server_that_speaks_no_http_is_skipped(serve, store):
+    one = made("a", "b")
+    store.add_sets([one])
+    assert "1 skipped" in ask(serve(longer, garbage=True), [one], store)
+
+
+def test_a_refusal_loses_no_answer_given_beside_it(serve, store):
+    sets = [made("aaaa", "bb"), made("refused", "cc", prompt="How?"), made("ccc", "d", prompt="Who?")]
+    store.add_sets(sets)
+    with pytest.raises(FeedbackError, match="HTTP 404"):
+        ask(serve(longer), sets, store)
+    assert {j.set_id for j in store.judgements()} == {sets[0].id, sets[2].id}
+
+
+@pytest.mark.parametrize("key", ["secret\nkey", "secret\u2019"])
+def test_a_key_that_no_header_can_hold_is_not_shown(serve, store, monkeypatch, key):
+    monkeypatch.setenv("LOSSMITH_JUDGE_KEY", key)
+    one = made("a", "b")
+    store.add_sets([one])
+    with pytest.raises(FeedbackError, match="LOSSMITH_JUDGE_KEY holds") as error:
+        ask(serve(longer), [one], store)
+    assert "secret" not in str(error.value)
+
+
+def test_white_space_around_the_key_is_left_out(serve, store, monkeypatch):
+    monkeypatch.setenv("LOSSMITH_JUDGE_KEY", "secret\r\n")
+    one = made("a", "b")
+    store.add_sets([one])
+    api = serve(longer)
+    ask(api, [one], store)
+    assert api.requests[0][1]["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "api.example/v1", "http:///v1", "file:///etc"])
+def test_an_address_is_checked_before_anything_is_asked(store, url):
+    with pytest.raises(FeedbackError, match="not the address of a judge"):
+        judge_by_model(url, "judge-1", [made("a", "b")], store)

@@ -8,6 +8,7 @@ the log-odds of whatever stands there, cancels exactly.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from lossmith import __version__
 from lossmith.errors import FeedbackError
@@ -35,6 +37,7 @@ TRIES = 4
 AT_ONCE = 4
 IN_A_ROW = 8  # pairs without an answer after which the server is taken for dead
 LARGEST = 1 << 20  # bytes of a reply
+LEAST = math.log(1e-9)  # less cannot be told from rounding; OpenAI's servers write -9999 for "very unlikely"
 CRITERIA = "Clarity, relevance and accuracy; accuracy weighs most. Length alone is no merit."
 SYSTEM = (
     "You compare two answers to a request. Judge by these criteria: {criteria}\n"
@@ -44,9 +47,14 @@ SYSTEM = (
 
 
 class Endpoint:
-    """One question at a time: which of two outputs. The key is read from LOSSMITH_JUDGE_KEY, and never kept."""
+    """One question at a time: which of two outputs. The key is read from LOSSMITH_JUDGE_KEY, and never kept.
+
+    Raises FeedbackError here for an address that is not http:// or https://.
+    """
 
     def __init__(self, url: str, model: str, criteria: str | None = None, wait: Callable[[float], None] = time.sleep):
+        if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
+            raise FeedbackError(f"{url!r} is not the address of a judge; write http://host:port/v1 or https://host/v1.")
         self.url, self.model, self.criteria, self.wait = url.rstrip("/"), model, criteria or CRITERIA, wait
         self.soft = True  # until the server refuses token probabilities
 
@@ -84,7 +92,7 @@ class Endpoint:
     def _post(self, body: dict[str, Any]) -> Any:
         address = f"{self.url}/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        key = os.environ.get("LOSSMITH_JUDGE_KEY")
+        key = _key()
         if key:  # unredirected: a server that sends us elsewhere does not send the key along
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         why = ""
@@ -103,9 +111,17 @@ class Endpoint:
                     hint = "Set LOSSMITH_JUDGE_KEY." if error.code in (401, 403) else "Is it an address up to /v1?"
                     raise FeedbackError(f"{address} refuses: HTTP {error.code}. {hint}") from None
                 why = f"HTTP {error.code}"
-            except (OSError, ValueError) as error:  # no connection, a time-out, a reply that is no JSON
+            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, no HTTP, no JSON
                 why = str(error) or type(error).__name__
         raise _Unanswered(why)
+
+
+def _key() -> str:
+    """The key, without white space around it. FeedbackError: no header can hold it; it is not shown."""
+    key = os.environ.get("LOSSMITH_JUDGE_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):  # http.client's own complaint quotes the header
+        raise FeedbackError("LOSSMITH_JUDGE_KEY holds a line break or another character that no key has. Set it again.")
+    return key
 
 
 class _Unanswered(Exception):
@@ -152,6 +168,8 @@ def judge_by_model(
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(lambda item: _both_orders(endpoint, *item), part))
         for (of, pair), answer in zip(part, answers, strict=True):
+            if isinstance(answer, FeedbackError):
+                continue
             if isinstance(answer, str):
                 failures.append(answer)
                 in_a_row += 1
@@ -160,6 +178,9 @@ def judge_by_model(
             counts["judged"] += store.add([_judgement(of, pair, answer, model)], mine)
             leans.append(answer.lean)
             hard += not answer.soft
+        for refusal in answers:  # after what was answered beside it is written
+            if isinstance(refusal, FeedbackError):
+                raise refusal
         if in_a_row >= IN_A_ROW:
             counts["not asked, for the server does not answer"] = len(todo) - start - len(part)
             break
@@ -177,13 +198,17 @@ def judge_by_model(
     return "\n".join(lines)
 
 
-def _both_orders(endpoint: Endpoint, of: OutputSet, pair: tuple[Output, Output]) -> _Answer | str:
+def _both_orders(endpoint: Endpoint, of: OutputSet, pair: tuple[Output, Output]) -> _Answer | str | FeedbackError:
     first, second = pair
     try:
         ahead, soft = endpoint.prefers_first(_conversation(of), first.text, second.text)
         behind, also = endpoint.prefers_first(_conversation(of), second.text, first.text)
     except _Unanswered as reason:
         return str(reason)
+    except FeedbackError as refusal:
+        return refusal
+    if not (soft and also):  # a letter is compared with a letter
+        ahead, behind = (math.copysign(math.inf, odds) if odds else 0.0 for odds in (ahead, behind))
     both = 0.0 if ahead == behind else (ahead - behind) / 2  # two letters that contradict each other are a tie
     return _Answer(_sigmoid(both), (_sigmoid(ahead) + _sigmoid(behind)) / 2 - 0.5, soft and also)
 
@@ -210,16 +235,17 @@ def _judgement(of: OutputSet, pair: tuple[Output, Output], answer: _Answer, mode
 def _log_odds(choice: Any) -> float | None:
     """log P(A) - log P(B) of the first token; None where no alternatives are given, or neither letter is one.
 
-    A letter that is not among the alternatives is at most as likely as the last of them.
+    A letter that is not among the alternatives is at most as likely as the last of them, and as all that is unlisted.
     """
     try:
         listed = choice["logprobs"]["content"][0]["top_logprobs"]
-        pairs = [(str(one["token"]).strip().upper(), float(one["logprob"])) for one in listed]
+        pairs = [(str(one["token"]).strip().upper(), max(float(one["logprob"]), LEAST)) for one in listed]
     except (KeyError, IndexError, TypeError, ValueError):
         return None
-    found = {x: [value for token, value in pairs if token == x] for x in ("A", "B")}
-    if not found["A"] and not found["B"]:
+    found = {x: sum(math.exp(value) for token, value in pairs if token == x) for x in ("A", "B")}
+    total = sum(found.values())
+    if not 0 < total < math.inf:  # neither letter, or no numbers
         return None
-    least = min(value for _, value in pairs)
-    a, b = (math.log(sum(map(math.exp, found[x]))) if found[x] else least for x in ("A", "B"))
-    return a - b
+    unlisted = max(1 - sum(math.exp(value) for _, value in pairs), math.exp(LEAST))
+    bound = min(unlisted, math.exp(min(value for _, value in pairs)))
+    return math.log(found["A"] or bound) - math.log(found["B"] or bound)

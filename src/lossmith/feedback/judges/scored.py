@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from lossmith import __version__
-from lossmith.errors import FeedbackError
+from lossmith.errors import FeedbackError, nearest
 from lossmith.feedback.convert import standing
 from lossmith.feedback.judgement import SCALES, Judgement, Question
 from lossmith.feedback.output_set import Output, OutputSet
@@ -29,15 +29,19 @@ def judge_by_scorer(spec: str, sets: list[OutputSet], store: Store, *, question:
     ranking: by score, equal scores tied. pair: up to six pairs of a set. rating: the score itself, which has to lie on
     the scale. An output without a score leaves its item out, counted. FeedbackError: a score off the scale.
     """
+    if question == "rating" and scale not in SCALES:
+        raise FeedbackError(f"there is no scale {scale!r}.{nearest(scale, SCALES)}")
     scorer = load_scorer(spec, columns={name for s in sets for name in s.prompt.columns})
-    name = str(spec)
+    # Of an address without what may be secret: a password, a query.
+    name = scorer.name if str(spec).startswith(("http://", "https://")) else str(spec)
     known = {(j.set_id, frozenset(j.outputs)) for j in standing(store.judgements(name)) if j.question == question}
     counts: Counter[str] = Counter()
     mine = {s.id: s for s in sets}
+    errors: list[str] = []
     try:
         for one in sets:
             asked = [outputs for outputs in _items(one, question) if (one.id, _ids(outputs)) not in known]
-            scores = _scores(scorer, one) if asked else {}
+            scores = _scores(scorer, one, errors) if asked else {}
             made = [_judgement(one, outputs, scores, question, scale, name) for outputs in asked]
             counts["judged"] += store.add([j for j in made if j is not None], mine)
             counts["left out: no score"] += sum(j is None for j in made)
@@ -45,7 +49,10 @@ def judge_by_scorer(spec: str, sets: list[OutputSet], store: Store, *, question:
     finally:
         close_scorer(scorer)
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing to judge"
-    return f"{name} (a scorer, recorded as one): {said}"
+    lines = [f"{name} (a scorer, recorded as one): {said}"]
+    if errors:
+        lines.append(f"outputs with an error, which is not an abstention: {len(errors)}; the first: {errors[0]}")
+    return "\n".join(lines)
 
 
 def _items(of: OutputSet, question: Question) -> list[tuple[Output, ...]]:
@@ -64,10 +71,11 @@ def _ids(outputs: tuple[Output, ...]) -> frozenset[str]:
     return frozenset(output.id for output in outputs)
 
 
-def _scores(scorer: Scorer, of: OutputSet) -> dict[str, float]:
-    """{output id: score}, of outputs that have one."""
+def _scores(scorer: Scorer, of: OutputSet, errors: list[str]) -> dict[str, float]:
+    """{output id: score}, of outputs that have one; what went wrong with others is added to `errors`."""
     rollouts = [_rollout(of.prompt, output, k) for k, output in enumerate(of.outputs)]
     scored = score_rollouts(scorer, rollouts, on_error="drop", timeout=None)
+    errors += [r.score.error for r in scored if r.score is not None and r.score.error is not None]
     pairs = zip(of.outputs, scored, strict=True)
     return {o.id: float(r.score.value) for o, r in pairs if r.score is not None and r.score.value is not None}
 
