@@ -25,7 +25,7 @@ import tomli_w
 
 from lossmith.errors import StageError
 from lossmith.feedback.convert import standing
-from lossmith.feedback.output_set import OutputSet, prompt_content, read_sets
+from lossmith.feedback.output_set import OutputSet, prompt_content, read_sets, write_rows
 from lossmith.feedback.store import Store
 from lossmith.prompts import default_prompts_path, load_prompts
 from lossmith.training.recipe import Recipe
@@ -69,7 +69,7 @@ class Project:
         if project.prompts.exists():
             raise StageError(f"{project.prompts} exists, and is not overwritten. Choose another folder.")
         rows = [{"prompt": prompt_content(p), **p.columns} for p in chosen]
-        project.prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        write_rows(project.prompts, rows)
         (folder / MARK).write_text(tomli_w.dumps({"source": str(prompts), "prompts": len(rows)}), "utf-8")
         return project
 

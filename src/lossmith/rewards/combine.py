@@ -16,7 +16,45 @@ __all__ = ["COMBINE", "Ensemble", "WeightedSum"]
 COMBINE = ("mean", "worst", "uncertain")
 
 
-class WeightedSum:
+class _Members:
+    """What every combination of scorers does with its members."""
+
+    def __init__(self, scorers: Sequence[Scorer]) -> None:
+        self.scorers = list(scorers)
+        self.members = _distinct([scorer.name for scorer in scorers])
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return self.score_within(rollouts, None)
+
+    def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close every member."""
+        for scorer in self.scorers:
+            close_scorer(scorer)
+
+    def verify(self) -> None:
+        """Have every member look whether it is still what was trained."""
+        for scorer in self.scorers:
+            verify_scorer(scorer)
+
+    def _ask_all(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[list[Score]]:
+        """Each member's column of scores; one time limit covers them all."""
+        end = None if timeout is None else time.monotonic() + timeout
+        return [ask(s, rollouts, None if end is None else max(0.0, end - time.monotonic())) for s in self.scorers]
+
+    def _parts(self, scores: Sequence[Score]) -> tuple[dict[str, float], Score | None]:
+        """(each member's score of a completion, what it gets where some member has none: an error or an abstention)."""
+        named = list(zip(self.members, scores, strict=True))
+        parts = {name: s.value for name, s in named if s.value is not None}
+        errors = [f"{s.error} [{name}]" for name, s in named if s.error is not None]
+        if errors:
+            return parts, Score(error=errors[0], parts=parts)
+        return parts, Score(abstained=True, parts=parts) if any(s.abstained for s in scores) else None
+
+
+class WeightedSum(_Members):
     """r(x, y) = Σ_k w_k r_k(x, y).
 
     The book's eq. 4.72 divides by the number of scorers K as well, which only rescales the reward.
@@ -37,41 +75,26 @@ class WeightedSum:
             raise ScorerError(f"{len(scorers)} scorers and {len(weights)} weights; give one weight per scorer.")
         if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
             raise ScorerError(f"weights are finite numbers, not {weights}.")
-        self.scorers = list(scorers)
+        super().__init__(scorers)
         self.weights = [float(weight) for weight in weights]
         self.standardise = standardise
-        self.members = _distinct([scorer.name for scorer in scorers])
         self.name = " + ".join(f"{w:g} {name}" for w, name in zip(self.weights, self.members, strict=True))
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return self.score_within(rollouts, None)
-
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
-        columns = _ask_all(self.scorers, rollouts, timeout)
+        columns = self._ask_all(rollouts, timeout)
         scaled = [_standardise(column) if self.standardise else [s.value for s in column] for column in columns]
         by_completion = zip(zip(*columns, strict=True), zip(*scaled, strict=True), strict=True)
         return [self._combine(scores, values) for scores, values in by_completion]
 
-    def close(self) -> None:
-        """Close every member."""
-        for scorer in self.scorers:
-            close_scorer(scorer)
-
-    def verify(self) -> None:
-        """Have every member look whether it is still what was trained."""
-        for scorer in self.scorers:
-            verify_scorer(scorer)
-
     def _combine(self, scores: tuple[Score, ...], values: tuple[float | None, ...]) -> Score:
         """One completion: each member's score, and the value that goes into the sum."""
-        parts = {name: s.value for name, s in zip(self.members, scores, strict=True) if s.value is not None}
-        silent = _silent(self.members, scores, parts)
+        parts, silent = self._parts(scores)
         if silent is not None:
             return silent
         return Score(value=sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None), parts=parts)
 
 
-class Ensemble:
+class Ensemble(_Members):
     """Scorers that mean the same and err differently, as one cautious score.
 
     combine: `mean`; `worst`, min_k r_k; or `uncertain`, mean - penalty · variance over the members. What only one
@@ -88,50 +111,22 @@ class Ensemble:
             raise ScorerError(f"combine is {combine!r}.{nearest(combine, COMBINE)}")
         if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
             raise ScorerError(f"penalty = {penalty!r}, but must be finite and at least 0.")
-        self.scorers, self.combine, self.penalty = list(scorers), combine, float(penalty)
-        self.members = _distinct([scorer.name for scorer in scorers])
+        super().__init__(scorers)
+        self.combine, self.penalty = combine, float(penalty)
         self.name = f"{combine} of {', '.join(self.members)}"
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return self.score_within(rollouts, None)
-
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
-        columns = _ask_all(self.scorers, rollouts, timeout)
+        columns = self._ask_all(rollouts, timeout)
         return [self._combine(scores) for scores in zip(*columns, strict=True)]
 
-    def close(self) -> None:
-        """Close every member."""
-        for scorer in self.scorers:
-            close_scorer(scorer)
-
-    def verify(self) -> None:
-        """Have every member look whether it is still what was trained."""
-        for scorer in self.scorers:
-            verify_scorer(scorer)
-
     def _combine(self, scores: tuple[Score, ...]) -> Score:
-        parts = {name: s.value for name, s in zip(self.members, scores, strict=True) if s.value is not None}
-        silent = _silent(self.members, scores, parts)
+        parts, silent = self._parts(scores)
         if silent is not None:
             return silent
         values = list(parts.values())
         mean, variance = statistics.fmean(values), statistics.pvariance(values)
         value = {"mean": mean, "worst": min(values), "uncertain": mean - self.penalty * variance}[self.combine]
         return Score(value=value, parts=parts | {"disagreement": math.sqrt(variance)})
-
-
-def _ask_all(scorers: Sequence[Scorer], rollouts: Sequence[Rollout], timeout: float | None) -> list[list[Score]]:
-    """Each scorer's column of scores; one time limit covers them all."""
-    end = None if timeout is None else time.monotonic() + timeout
-    return [ask(scorer, rollouts, None if end is None else max(0.0, end - time.monotonic())) for scorer in scorers]
-
-
-def _silent(members: Sequence[str], scores: Sequence[Score], parts: dict[str, float]) -> Score | None:
-    """What a completion gets where some member has no score for it: an error before an abstention."""
-    errors = [f"{s.error} [{name}]" for name, s in zip(members, scores, strict=True) if s.error is not None]
-    if errors:
-        return Score(error=errors[0], parts=parts)
-    return Score(abstained=True, parts=parts) if any(score.abstained for score in scores) else None
 
 
 def _standardise(column: Sequence[Score]) -> list[float | None]:

@@ -6,7 +6,6 @@ Random numbers are keyed by (seed, step, prompt, sample) and prompts by (seed, s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lossmith.errors import RunError
 from lossmith.losses import loss_from_dict
+from lossmith.rewards.seal import sha256
 from lossmith.training.learner import Learner
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -100,7 +100,7 @@ def _restore_optimizer(learner: Learner, tensors: dict[str, torch.Tensor], numbe
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps(files, indent=2), encoding="utf-8")
     for file in folder.iterdir():
         _sync(file)
@@ -110,18 +110,13 @@ def _write_manifest(folder: Path) -> None:
 def _verified(folder: Path) -> bool:
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return all(_sha256(folder / name) == entry["sha256"] for name, entry in files.items())
+        return all(sha256(folder / name) == entry["sha256"] for name, entry in files.items())
     except (OSError, ValueError):
         return False
 
 
 def _complete(folder: Path) -> list[Path]:
     return [p for p in sorted((folder / "checkpoints").glob("step-*")) if not p.name.endswith(".partial")]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
