@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
+from lossmith.policy.attention import Tree, TreeAttention, attending
 from lossmith.policy.load import Policy
 from lossmith.rollouts import Rollout
 
@@ -91,24 +92,19 @@ def select_rows(cache: Any, rows: Tensor) -> Any:
 
 
 def _shared(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
-    """Each distinct prompt once, then all completions on top of their prompt's keys and values."""
-    prompts = list(dict.fromkeys(r.prompt_ids for r in rollouts))
-    number = {ids: i for i, ids in enumerate(prompts)}
-    owner = torch.tensor([number[r.prompt_ids] for r in rollouts], device=policy.device)
-    cache, prompt_mask, last = encode_prompts(policy, prompts, torch.is_grad_enabled())
-    first = last[owner][:, None]  # predicts the first response token
-    inputs, input_mask = _stack([r.completion_ids[:-1] for r in rollouts], policy.device)
-    if input_mask.shape[1]:
-        start = prompt_mask[owner].sum(1, keepdim=True)
+    """Each distinct prompt once, all completions behind it, everything in one row without padding."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, r in enumerate(rollouts):
+        members.setdefault(r.prompt_ids, []).append(i)
+    fed = [(prompt, [rollouts[i].completion_ids[:-1] for i in rows]) for prompt, rows in members.items()]
+    tree = Tree.of(fed, policy.device)
+    with attending(policy.model, TreeAttention(tree)):
         out = policy.model.base_model(
-            input_ids=inputs,
-            attention_mask=torch.cat([prompt_mask[owner], input_mask], 1).long(),
-            position_ids=start + _positions(input_mask),
-            past_key_values=select_rows(cache, owner),
-            use_cache=True,
+            input_ids=tree.ids[None], position_ids=tree.positions[None], attention_mask=None, use_cache=False
         )
-        first = torch.cat([first, out.last_hidden_state], 1)
-    return first[_lengths(rollouts, first.shape[1], policy.device)]
+    order = sorted(range(len(rollouts)), key=[i for rows in members.values() for i in rows].__getitem__)
+    places = [j for k in order for j in (tree.before[k], *range(tree.rows[k][0], sum(tree.rows[k])))]
+    return out.last_hidden_state[0, torch.tensor(places, device=policy.device)]
 
 
 def _padded(policy: Policy, rollouts: Sequence[Rollout], side: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lossmith.errors import PolicyError
 from lossmith.policy.forward import Layout, hidden_states
+from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.rollouts import Measure, Rollout
@@ -64,11 +65,10 @@ def token_outputs(
                 ref_hidden = hidden_states(reference, rollouts, layout)
         ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
         head = _Head(policy, reference, settings, want)
-        pieces = [
-            head(hidden[i : i + chunk], ids[i : i + chunk], None if ref_hidden is None else ref_hidden[i : i + chunk])
-            for i in range(0, len(ids), chunk)
-        ]
-    flat = [torch.cat(columns) for columns in zip(*pieces, strict=True)]
+        if head.names == ["logp"] and head_is_plain(policy, settings):
+            flat = [chosen_log_probs(policy, hidden, ids, settings, chunk)]
+        else:
+            flat = head.in_chunks(hidden, ids, ref_hidden, chunk)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
     found = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
@@ -86,6 +86,13 @@ class _Head:
     ) -> None:
         self.policy, self.reference, self.settings = policy, reference, settings
         self.names = ["logp"] + [name for name in ("entropy", "full_kl") if name in want]
+
+    def in_chunks(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, chunk: int) -> list[Tensor]:
+        pieces = [
+            self(hidden[i : i + chunk], ids[i : i + chunk], None if ref_hidden is None else ref_hidden[i : i + chunk])
+            for i in range(0, len(ids), chunk)
+        ]
+        return [torch.cat(columns) for columns in zip(*pieces, strict=True)]
 
     def __call__(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
