@@ -154,7 +154,7 @@ def test_no_vocabulary_sized_tensor_outlives_its_chunk():
 
 
 def test_models_whose_prompt_cannot_be_shared_are_known():
-    assert sharing_is_exact(tiny.llama()) and sharing_is_exact(tiny.gpt2())
+    assert sharing_is_exact(tiny.policy(tiny.llama())) and sharing_is_exact(tiny.policy(tiny.gpt2()))
     from transformers import MistralConfig, MistralForCausalLM
 
     sliding = MistralConfig(
@@ -164,8 +164,8 @@ def test_models_whose_prompt_cannot_be_shared_are_known():
     )  # fmt: skip
     torch.manual_seed(0)
     model = MistralForCausalLM(sliding).eval()
-    assert not sharing_is_exact(model)
     policy, rollouts = tiny.policy(model, torch.float64), tiny.rollouts()
+    assert not sharing_is_exact(policy)
     out = token_outputs(policy, rollouts, PLAIN)
     for row, r in enumerate(rollouts):
         expected = plain_forward(policy, r)

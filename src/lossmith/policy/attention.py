@@ -137,6 +137,11 @@ class TreeAttention:
         return _TreeProduct.apply(query[0], key[0], value[0], self, scale)[None]
 
 
+def attend_to_own(tree: Tree) -> TreeAttention:
+    """The plan for prompts alone."""
+    return TreeAttention(tree)
+
+
 class _Segments:
     """Stretches of the packed row, as an index into it that pads them to the longest."""
 

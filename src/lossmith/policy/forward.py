@@ -27,8 +27,7 @@ Layout = Literal["shared", "right", "left", "packed", "single"]
 def hidden_states(policy: Policy, rollouts: Sequence[Rollout], layout: Layout) -> Tensor:
     """[M, H], M the number of response tokens of all rollouts together, rollout by rollout."""
     policy.model.eval()  # whatever was done to it in between: dropout would make the ratio differ from 1
-    if layout in ("shared", "packed") and not sharing_is_exact(policy.model):
-        _say_no_sharing(type(policy.model).__name__)
+    if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
     if layout == "shared":
         return _shared(policy, rollouts)
@@ -41,8 +40,19 @@ def hidden_states(policy: Policy, rollouts: Sequence[Rollout], layout: Layout) -
     raise PolicyError(f"layout is {layout!r}; known: shared, right, left, packed, single.")
 
 
-def sharing_is_exact(model: Any) -> bool:
-    """Whether a cached prompt gives what the whole sequence would: full attention in every layer, nothing recurrent."""
+def sharing_is_exact(policy: Policy) -> bool:
+    """Whether completions may share their prompt: full attention in every layer, nothing recurrent, and a trial of it.
+
+    Found out once, by a small tree of prompts and completions beside the same rows one by one.
+    """
+    if policy.shares is None:
+        policy.shares = _attends_fully(policy.model) and _trial(policy)
+        if not policy.shares:
+            _say_no_sharing(type(policy.model).__name__)
+    return policy.shares
+
+
+def _attends_fully(model: Any) -> bool:
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     kinds = kinds or getattr(config, "attention_layers", None)  # GPT-Neo's name for them
@@ -52,10 +62,33 @@ def sharing_is_exact(model: Any) -> bool:
     return not sliding and not getattr(model, "_is_stateful", False)
 
 
+@torch.no_grad()
+def _trial(policy: Policy) -> bool:
+    """Some models attend in a way of their own (position biases, sinks), or not through transformers' interface."""
+    prompts, completions = ((1, 2, 3), (4, 5)), (((6, 7), (8,)), ((9, 10),))
+    tree = Tree.of(list(zip(prompts, completions, strict=True)), policy.device)
+    try:
+        with attending(policy.model, TreeAttention(tree)):
+            shared = policy.model.base_model(
+                input_ids=tree.ids[None], position_ids=tree.positions[None], attention_mask=None, use_cache=False
+            ).last_hidden_state[0]
+    except (PolicyError, TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
+        return False
+    rows = [prompt + done for prompt, group in zip(prompts, completions, strict=True) for done in group]
+    for row, (start, count) in zip(rows, tree.rows, strict=True):
+        ids = torch.tensor([row], device=policy.device)
+        alone = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -count:]
+        if not torch.allclose(shared[start : start + count], alone, rtol=1e-3, atol=1e-3):
+            return False
+    return True
+
+
 @cache
 def _say_no_sharing(name: str) -> None:
     logging.getLogger("lossmith").warning(
-        "%s does not attend fully in every layer: prompts are encoded once per completion, not once per group.", name
+        "%s does not attend to a shared prompt as to one of its own: prompts are encoded once per completion, not once "
+        "per group.",
+        name,
     )
 
 

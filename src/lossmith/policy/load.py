@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lossmith.errors import PolicyError, nearest
 from lossmith.policy.embedded import embedded_model
+from lossmith.policy.memory import keep_freed_memory
 from lossmith.prompts import Prompt
 
 __all__ = ["Policy", "check_model", "find_device", "find_dtype", "load_policy"]
@@ -38,6 +39,7 @@ class Policy:
     compute_dtype: torch.dtype
     version: int = 0
     value_head: nn.Linear | None = None
+    shares: bool | None = None  # whether completions may share their prompt; found out when it is first asked
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +122,7 @@ class Policy:
     def frozen(self) -> Policy:
         """A copy that nothing trains: the reference policy."""
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return Policy(model, self.tokenizer, self.compute_dtype, self.version)
+        return Policy(model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares)
 
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
@@ -166,6 +168,8 @@ def load_policy(
     """
     check_model(model)
     where = find_device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
     tokenizer, network = _read(str(model))
     network = network.to(where).eval().requires_grad_(trainable)
     policy = Policy(network, tokenizer, find_dtype(compute_dtype, where))

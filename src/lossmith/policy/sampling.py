@@ -8,23 +8,26 @@ matrix products, which a different batch shape can change in the last digits).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
-from lossmith.policy.forward import encode_prompts, select_rows, sharing_is_exact
+from lossmith.policy.decode import Cache, PlainCache, SharedCache
+from lossmith.policy.forward import sharing_is_exact
 from lossmith.policy.load import Policy
 from lossmith.policy.log_probs import measure_of
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason, LogProbs, Measure, Rollout
 
-__all__ = ["check_samples", "sample", "uniforms"]
+__all__ = ["check_samples", "inverse_of_cumulative", "sample", "uniforms"]
+
+_CACHED = 32  # rows whose probabilities are worked on at a time: few enough to stay in the processor's cache
 
 
 def sample(
@@ -40,20 +43,31 @@ def sample(
 ) -> list[Rollout]:
     """n completions of each prompt, prompt by prompt.
 
-    batch_rows: completions that are decoded side by side. on_progress(done, of) is called after each batch.
+    batch_rows: completions that are decoded side by side. on_progress(done, of) is called when some have ended.
     PolicyError: n copies of a greedy completion, or a prompt too long for the model's context.
     """
     check_samples(n, settings)
     encoded = [_encoded(policy, prompt, settings) for prompt in prompts]
-    done: dict[tuple[int, int], Rollout] = {}
-    for batch in _batches(encoded, n, batch_rows, sharing_is_exact(policy.model)):
-        rows = [_Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].id, k, settings)) for p, k in batch]
-        _decode(policy, rows, settings)
-        measure = measure_of(policy, settings)
-        done |= {key: _rollout(policy, row, settings, measure) for key, row in zip(batch, rows, strict=True)}
-        if on_progress is not None:
-            on_progress(len(done), len(prompts) * n)
-    return [done[p, k] for p in range(len(prompts)) for k in range(n)]
+    order = sorted(range(len(prompts)), key=lambda p: len(encoded[p]))  # prompts of like length side by side
+    pending = deque(
+        [_Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].id, k, settings)) for k in ks]
+        for p in order
+        for ks in _portions(n, batch_rows)
+    )
+    rows = {(row.prompt.id, row.sample): row for group in pending for row in group}
+    done = 0
+    with policy.autocast():  # around it all: within, weights are narrowed once
+        for ended in _decode(policy, pending, settings, batch_rows):
+            done += ended
+            if on_progress is not None:
+                on_progress(done, len(rows))
+    measure = measure_of(policy, settings)
+    return [_rollout(policy, rows[prompt.id, k], settings, measure) for prompt in prompts for k in range(n)]
+
+
+def _portions(n: int, size: int) -> list[range]:
+    """range(n) in pieces of at most `size`."""
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def check_samples(n: int, settings: SamplingSettings) -> None:
@@ -93,75 +107,120 @@ def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tupl
     return ids
 
 
-def _batches(encoded: list[tuple[int, ...]], n: int, size: int, padding: bool) -> list[list[tuple[int, int]]]:
-    """(prompt, sample) pairs in batches, prompts of like length together. Without `padding`, of equal length only."""
-    order = sorted(range(len(encoded)), key=lambda p: len(encoded[p]))
-    batches: list[list[tuple[int, int]]] = []
-    for pair in ((p, k) for p in order for k in range(n)):
-        fits = batches and len(batches[-1]) < size
-        if fits and not padding:
-            fits = len(encoded[batches[-1][0][0]]) == len(encoded[pair[0]])
-        if fits:
-            batches[-1].append(pair)
-        else:
-            batches.append([pair])
-    return batches
-
-
 @torch.no_grad()
-def _decode(policy: Policy, rows: list[_Row], settings: SamplingSettings) -> None:
-    """Fill in ids, log-probabilities and finish reasons. Finished rows leave the batch."""
-    prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-    number = {ids: i for i, ids in enumerate(prompts)}
-    with policy.autocast():
-        cache, prompt_mask, last = encode_prompts(policy, prompts, grad=False)
-        owner = torch.tensor([number[row.prompt_ids] for row in rows], device=policy.device)
-        cache, mask, hidden = select_rows(cache, owner), prompt_mask[owner], last[owner]
-        position = mask.sum(1)
-        active, ends = list(rows), policy.eos_ids
-        for t in range(settings.max_tokens):
-            chosen = _choose(policy.logits(hidden), active, t, settings)
-            _finish(policy, active, ends, settings)
-            going = [i for i, row in enumerate(active) if row.finish is None]
-            if not going:
-                return
-            if len(going) < len(active):
-                keep = torch.tensor(going, device=policy.device)
-                active = [active[i] for i in going]
-                cache, mask, position, chosen = select_rows(cache, keep), mask[keep], position[keep], chosen[keep]
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            out = _step(policy, chosen, mask, position, cache)
-            cache, hidden, position = out.past_key_values, out.last_hidden_state[:, -1], position + 1
+def _decode(
+    policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int
+) -> Iterator[int]:
+    """Fill in ids, log-probabilities and finish reasons; yields how many rows have just ended.
+
+    Rows that end leave, and rows of the next prompt take their place.
+    """
+    cache = _cache(policy, pending, settings, batch_rows)
+    active: list[_Row] = []
+    hidden, ends = None, policy.eos_ids
+    while active or pending:
+        fresh = _next_groups(cache, pending)
+        if fresh:
+            first = cache.add(*_described(fresh))
+            hidden = first if hidden is None else torch.cat([hidden, first])
+            active += [row for group in fresh for row in group]
+        chosen = _choose(policy.logits(hidden), active, settings)
+        _finish(policy, active, ends, settings)
+        going = _remaining([row.finish is None for row in active])
+        if len(going) < len(active):
+            yield len(active) - len(going)
+            cache.keep(going)
+            active, chosen = [active[i] for i in going], chosen[going]
+        hidden = cache.step(chosen) if active else None
 
 
-def _step(policy: Policy, chosen: Tensor, mask: Tensor, position: Tensor, cache: Any) -> Any:
-    return policy.model.base_model(
-        input_ids=chosen[:, None],
-        attention_mask=mask.long(),
-        position_ids=position[:, None],
-        past_key_values=cache,
-        use_cache=True,
-    )
+def _next_groups(cache: Cache, pending: deque[list[_Row]]) -> list[list[_Row]]:
+    """As many groups as there is room for, taken from those that wait."""
+    taken: list[list[_Row]] = []
+    while pending and cache.room(*_described([*taken, pending[0]])):
+        taken.append(pending.popleft())
+    return taken
 
 
-def _choose(logits: Tensor, rows: list[_Row], t: int, settings: SamplingSettings) -> Tensor:
+def _described(groups: list[list[_Row]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    return [group[0].prompt_ids for group in groups], [len(group) for group in groups]
+
+
+def _cache(policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int) -> Cache:
+    if not sharing_is_exact(policy):
+        return PlainCache(policy, batch_rows)
+    sizes = [len(group) for group in pending]
+    rows = min(batch_rows, sum(sizes))
+    at_once = min(len(pending), 2 * -(-rows // max(sizes)))
+    longest = max(len(group[0].prompt_ids) for group in pending)
+    return SharedCache(policy, rows, at_once, longest, settings.max_tokens - 1)
+
+
+def _remaining(going: list[bool]) -> list[int]:
+    """Which rows go on, in an order that moves few: the last ones take the places of those that ended."""
+    count = sum(going)
+    late = [i for i in range(count, len(going)) if going[i]]
+    return [i if going[i] else late.pop() for i in range(count)]
+
+
+def _choose(logits: Tensor, rows: list[_Row], settings: SamplingSettings) -> Tensor:
     """Append one token to each row, and return their ids [rows]: the inverse of the cumulative distribution at u."""
-    if not torch.isfinite(logits.amax(-1)).all():  # the largest of a row with a NaN is NaN
-        raise PolicyError("the model's logits are not finite: its weights are damaged, or training has diverged.")
     if settings.temperature == 0:
+        _check_finite(logits.amax(-1))
         ids = logits.argmax(-1)
         logp = torch.zeros(len(ids))  # the greedy choice has probability 1
     else:
-        logps = measured_log_softmax(logits, settings)
-        cumulative = logps.double().exp().cumsum(-1)
-        u = torch.tensor([row.uniforms[t] for row in rows], dtype=torch.float64, device=logits.device)[:, None]
-        # right=True: the first id whose cumulative probability exceeds u, so never one with probability 0
-        ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-        logp = logps.gather(1, ids[:, None])[:, 0]
+        u = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float64, device=logits.device)
+        pieces = [_drawn(x, v, settings) for x, v in zip(logits.split(_CACHED), u.split(_CACHED), strict=True)]
+        ids, logp = (torch.cat(column) for column in zip(*pieces, strict=True))
     for row, token, value in zip(rows, ids.tolist(), logp.tolist(), strict=True):
         row.ids.append(token)
         row.logp.append(value)
     return ids
+
+
+def _drawn(logits: Tensor, u: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """([M] ids, [M] log-probabilities). The logits are used up."""
+    if settings.filtered:
+        weights = measured_log_softmax(logits, settings)
+        _check_finite(weights.amax(-1))
+    else:
+        weights = logits if settings.temperature == 1 else logits.div_(settings.temperature)
+        most = weights.amax(-1, keepdim=True)
+        _check_finite(most)
+        weights.sub_(most)
+    weights.exp_()
+    ids, total = inverse_of_cumulative(weights, u)
+    return ids, weights.gather(1, ids[:, None])[:, 0].log() - total.log().to(weights.dtype)
+
+
+def inverse_of_cumulative(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, V] weights and [M] numbers in [0, 1) -> ([M] first ids whose cumulative share exceeds u, [M] sums).
+
+    An id of weight 0 is never taken. Sums of stretches come first, and only one stretch is then gone through: the
+    cumulative sum of a whole vocabulary takes longer than the matrix products of a step.
+    """
+    stretch = 256
+    short = -weights.shape[1] % stretch
+    stretches = (torch.nn.functional.pad(weights, (0, short)) if short else weights).unflatten(1, (-1, stretch))
+    cumulative = stretches.sum(-1).double().cumsum(-1)
+    total = cumulative[:, -1]
+    mark = torch.minimum(u * total, _just_below(total))
+    chosen = torch.searchsorted(cumulative, mark[:, None], right=True)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, chosen)
+    inside = stretches[torch.arange(len(u), device=u.device), chosen[:, 0]].double().cumsum(-1)
+    rest = torch.minimum(mark[:, None] - before, _just_below(inside[:, -1:]))
+    return chosen[:, 0] * stretch + torch.searchsorted(inside, rest, right=True)[:, 0], total
+
+
+def _just_below(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.zeros_like(x))
+
+
+def _check_finite(largest: Tensor) -> None:
+    """The largest of a row with a NaN is NaN."""
+    if not torch.isfinite(largest).all():
+        raise PolicyError("the model's logits are not finite: its weights are damaged, or training has diverged.")
 
 
 def _finish(policy: Policy, rows: list[_Row], ends: frozenset[int], settings: SamplingSettings) -> None:

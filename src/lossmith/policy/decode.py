@@ -1,0 +1,244 @@
+"""Where keys and values live while completions are written.
+
+`SharedCache` keeps those of a prompt once, however many completions it has, and those of the completions in memory that
+is laid out before the first token. `PlainCache` is transformers' own cache, one copy a completion: for models whose
+attention is not known here, and the measure that the other is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lossmith.policy.attention import Tree, attend_to_own, attending, scores
+from lossmith.policy.forward import encode_prompts, select_rows
+from lossmith.policy.load import Policy
+
+__all__ = ["Cache", "PlainCache", "SharedCache"]
+
+
+class Cache(Protocol):
+    """Keys and values of the rows that are being written. Every method returns last hidden states [N, H]."""
+
+    def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
+        """Encode these prompts and put so many rows of each behind those that are there; those of the new rows."""
+
+    def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
+        """Whether these can be added now."""
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Only these rows go on, in this order."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Feed each row the token that was just chosen for it."""
+
+
+class PlainCache:
+    """transformers' cache. Rows are added only where there are none."""
+
+    def __init__(self, policy: Policy, rows: int) -> None:
+        self.policy, self._most, self._count = policy, rows, 0
+        self._cache: Any = None
+
+    def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
+        cache, mask, last = encode_prompts(self.policy, prompts, grad=False)
+        owner = torch.repeat_interleave(torch.tensor(list(copies))).to(mask.device)
+        self._cache, self._mask, self._count = select_rows(cache, owner), mask[owner], len(owner)
+        self._position = self._mask.sum(1)
+        return last[owner]
+
+    def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
+        fits = self._count == 0 and sum(copies) <= self._most
+        return fits and len({len(ids) for ids in prompts}) == 1  # nothing is padded: not every model bears it
+
+    def keep(self, order: Sequence[int]) -> None:
+        self._count = len(order)
+        if order:
+            rows = torch.tensor(list(order), device=self._mask.device)
+            self._cache, self._mask = select_rows(self._cache, rows), self._mask[rows]
+            self._position = self._position[rows]
+
+    def step(self, ids: Tensor) -> Tensor:
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
+        out = self.policy.model.base_model(
+            input_ids=ids[:, None],
+            attention_mask=self._mask.long(),
+            position_ids=self._position[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache, self._position = out.past_key_values, self._position + 1
+        return out.last_hidden_state[:, -1]
+
+
+class SharedCache:
+    """One copy of each prompt's keys and values; rows that end make room for rows of the next prompt."""
+
+    def __init__(self, policy: Policy, rows: int, prompts: int, longest: int, steps: int) -> None:
+        """rows, prompts: how many there may be at one time; longest: tokens of a prompt; steps: tokens fed to a row."""
+        self.policy = policy
+        self._most, self._most_prompts, self._longest, self._steps = rows, prompts, longest, max(steps, 1)
+        self._prompt: list[tuple[Tensor, Tensor]] = []  # of each layer: keys and values [G, H_kv, P, D]
+        self._own: list[tuple[Tensor, Tensor]] = []  # of each layer: keys and values [N, H_kv, T, D]
+        self._lengths: list[int] = []  # tokens of each prompt
+        self._owner: list[int] = []  # each row's prompt
+        self._fed: list[int] = []  # tokens fed to each row
+
+    def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
+        rows, groups = len(self._owner) + sum(copies), len(self._lengths) + len(prompts)
+        return rows <= self._most and groups <= self._most_prompts
+
+    def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
+        tree = Tree.of([(ids, ()) for ids in prompts], self.policy.device)
+        hidden = self._run(_Encoding(self, tree, len(self._lengths)), tree.ids[None], tree.positions[None])
+        last = torch.tensor([s.stop - 1 for s in tree.prompts], device=hidden.device)
+        for ids, count in zip(prompts, copies, strict=True):
+            self._owner += [len(self._lengths)] * count
+            self._fed += [0] * count
+            self._lengths.append(len(ids))
+        owner = torch.repeat_interleave(torch.tensor(list(copies))).to(hidden.device)
+        self._arrange()
+        return hidden[0, last][owner]
+
+    def keep(self, order: Sequence[int]) -> None:
+        for place, row in enumerate(order):
+            if place != row:
+                for pair in self._own:
+                    for x in pair:
+                        x[place, :, : self._fed[row]] = x[row, :, : self._fed[row]]
+        self._owner = [self._owner[row] for row in order]
+        self._fed = [self._fed[row] for row in order]
+        self._drop_prompts()
+        self._arrange()
+
+    def step(self, ids: Tensor) -> Tensor:
+        lengths = [self._lengths[g] + t for g, t in zip(self._owner, self._fed, strict=True)]
+        positions = torch.tensor(lengths, device=ids.device)[:, None]
+        hidden = self._run(_Step(self, self._fed, ids.device), ids[:, None], positions)[:, -1]
+        self._fed = [t + 1 for t in self._fed]
+        return hidden
+
+    def _run(self, plan: Any, ids: Tensor, positions: Tensor) -> Tensor:
+        with attending(self.policy.model, plan):
+            out = self.policy.model.base_model(
+                input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
+            )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def _drop_prompts(self) -> None:
+        """Prompts without a row leave; the last one takes the free place."""
+        alive = set(self._owner)
+        for place in reversed(range(len(self._lengths))):
+            if place in alive:
+                continue
+            last = len(self._lengths) - 1
+            if place != last:
+                for pair in self._prompt:
+                    for x in pair:
+                        x[place, :, : self._lengths[last]] = x[last, :, : self._lengths[last]]
+                self._lengths[place] = self._lengths[last]
+                self._owner = [place if g == last else g for g in self._owner]
+                alive = set(self._owner)
+            self._lengths.pop()
+
+    def _arrange(self) -> None:
+        """Index tensors for the rows as they are now: which rows belong to each prompt, padded to the largest group."""
+        device = self.policy.device
+        groups: list[list[int]] = [[] for _ in self._lengths]
+        for row, g in enumerate(self._owner):
+            groups[g].append(row)
+        width = max(map(len, groups), default=0)
+        self.members = torch.tensor([rows + [0] * (width - len(rows)) for rows in groups], device=device)
+        place = {row: g * width + i for g, rows in enumerate(groups) for i, row in enumerate(rows)}
+        self.place = torch.tensor([place[row] for row in range(len(self._owner))], device=device)
+        reach = max(self._lengths, default=0)
+        beyond = torch.arange(reach) >= torch.tensor(self._lengths or [0])[:, None]
+        self.hidden = beyond[:, None].to(device) if bool(beyond.any()) else None  # [G, 1, P], padded places
+
+    def layer(self, index: int, key: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """((keys, values) of the prompts, (keys, values) of the rows), made when the first token comes through."""
+        heads, width = key.shape[1], key.shape[-1]
+        if index == len(self._own):
+            prompt = (self._most_prompts, heads, self._longest, width)
+            own = (self._most, heads, self._steps, width)
+            # zeros: a place that is not filled yet has weight 0, and 0 times what memory happens to hold may be NaN
+            self._prompt.append((key.new_zeros(prompt), key.new_zeros(prompt)))
+            self._own.append((key.new_zeros(own), key.new_zeros(own)))
+        return self._prompt[index], self._own[index]
+
+    def prompt_views(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [G * H_kv, P, D] of the prompts that are there."""
+        keys, values = self._prompt[index]
+        count, reach = len(self._lengths), max(self._lengths)
+        return keys[:count].flatten(0, 1)[:, :reach], values[:count].flatten(0, 1)[:, :reach]
+
+
+class _Encoding:
+    """The plan of `add`: each prompt attends to itself, and its keys and values are kept."""
+
+    def __init__(self, cache: SharedCache, tree: Tree, first: int) -> None:
+        self.cache, self.tree, self.first = cache, tree, first
+        self.own = attend_to_own(tree)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        (keys, values), _ = self.cache.layer(layer, key)
+        for i, part in enumerate(self.tree.prompts):
+            length = part.stop - part.start
+            keys[self.first + i, :, :length] = key[0, :, part]
+            values[self.first + i, :, :length] = value[0, :, part]
+        return self.own.attend(layer, query, key, value, scale)
+
+
+class _Step:
+    """The plan of `step`: each row sees its prompt, as one product for all rows of it, and what it wrote itself."""
+
+    def __init__(self, cache: SharedCache, fed: list[int], device: torch.device) -> None:
+        self.cache, self.reach = cache, max(fed) + 1
+        self.rows = torch.arange(len(fed), device=device)
+        self.at = torch.tensor(fed, device=device)
+        even = len(set(fed)) == 1
+        later = torch.arange(self.reach, device=device) > self.at[:, None]
+        self.later = None if even else later[:, None, None]  # [N, 1, 1, T]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        _, (keys, values) = self.cache.layer(layer, key)
+        count, heads, width = len(self.rows), key.shape[1], key.shape[-1]
+        keys[self.rows, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
+        own_keys, own_values = (x[:count].flatten(0, 1)[:, : self.reach] for x in (keys, values))
+        queries = query.reshape(count, heads, -1, width)  # the heads that share keys side by side
+        own = scores(queries.flatten(0, 1), own_keys, scale).view(count, heads, -1, self.reach)
+        if self.later is not None:
+            own.masked_fill_(self.later, -torch.inf)
+        prefix = self._to_prompts(queries, layer, scale)
+        weights = torch.softmax(torch.cat([prefix, own], -1), -1).to(value.dtype)
+        reach = prefix.shape[-1]
+        out = torch.bmm(weights[..., reach:].flatten(0, 1), own_values).view(queries.shape)
+        return (out + self._from_prompts(weights[..., :reach], layer)).view(query.shape)
+
+    def _to_prompts(self, queries: Tensor, layer: int, scale: float) -> Tensor:
+        """[N, H_kv, rep, D] -> scores [N, H_kv, rep, P]."""
+        keys, _ = self.cache.prompt_views(layer)
+        found = scores(self._by_prompt(queries), keys, scale)
+        if self.cache.hidden is not None:
+            heads = queries.shape[1]
+            found.masked_fill_(self.cache.hidden.repeat_interleave(heads, 0), -torch.inf)
+        return self._by_row(found, queries.shape)
+
+    def _from_prompts(self, weights: Tensor, layer: int) -> Tensor:
+        """[N, H_kv, rep, P] weights -> what they take from the prompts' values, [N, H_kv, rep, D]."""
+        _, values = self.cache.prompt_views(layer)
+        return self._by_row(torch.bmm(self._by_prompt(weights), values), weights.shape)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """[N, H_kv, rep, ...] -> [G * H_kv, n * rep, ...], n the rows of the largest group."""
+        return x[self.cache.members].transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def _by_row(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """The reverse: [G * H_kv, n * rep, ...] -> [N, H_kv, rep, ...]."""
+        groups, width = self.cache.members.shape
+        apart = x.view(groups, shape[1], width, shape[2], -1).transpose(1, 2).flatten(0, 1)
+        return apart[self.cache.place]

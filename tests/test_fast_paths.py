@@ -1,0 +1,217 @@
+"""The fast paths give what the plain ones give: the same tokens, log-probabilities and gradients."""
+
+import logging
+
+import hypothesis.strategies as st
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+
+from lossmith.policy import SamplingSettings, sample, token_outputs
+from lossmith.policy import attention as attention_module
+from lossmith.policy import head as head_module
+from lossmith.policy.attention import Tree, TreeAttention
+from lossmith.policy.forward import sharing_is_exact
+from lossmith.policy.head import chosen_log_probs, head_is_plain
+from lossmith.policy.memory import available_bytes, keep_freed_memory
+from lossmith.policy.sampling import inverse_of_cumulative
+
+PLAIN = SamplingSettings()
+groups = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(0, 7), min_size=1, max_size=4)), min_size=1, max_size=3
+)
+
+
+# -- attention over a tree --------------------------------------------------------------------------------------------
+
+
+def dense(q, k, v, tree, scale):
+    """The same with a dense [L, L] mask and a plain softmax."""
+    sees = torch.zeros(len(tree.ids), len(tree.ids), dtype=torch.bool)
+    for prompt, branch in zip(tree.prompts, tree.branches, strict=True):
+        sees[prompt, prompt] = True
+        sees[branch, prompt] = True
+    for start, count in tree.rows:
+        sees[start : start + count, start : start + count] = True
+    rep = q.shape[0] // k.shape[0]
+    found = q @ k.repeat_interleave(rep, 0).transpose(1, 2) * scale
+    return found.masked_fill(~sees.tril(), -torch.inf).softmax(-1) @ v.repeat_interleave(rep, 0)
+
+
+@given(groups, st.sampled_from([(4, 4), (6, 2), (3, 1)]), st.sampled_from([2, 3, 512]), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_attention_over_a_tree_is_masked_attention(shape, heads, block, seed):
+    tree = Tree.of([((1,) * p, [(2,) * r for r in rows]) for p, rows in shape], torch.device("cpu"))
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(h, len(tree.ids), 5, dtype=torch.float64, requires_grad=True) for h in (*heads, heads[1]))
+    before, attention_module._BLOCK = attention_module._BLOCK, block
+    try:
+        ours = TreeAttention(tree).attend(0, q[None], k[None], v[None], 0.4)[0]
+        theirs = dense(q, k, v, tree, 0.4)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        push = torch.randn_like(ours)
+        found, expected = (torch.autograd.grad(x, (q, k, v), push) for x in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    finally:
+        attention_module._BLOCK = before
+
+
+def test_positions_in_a_tree_continue_from_the_prompt():
+    tree = Tree.of([((1, 2, 3), [(4, 5), (), (6,)]), ((7,), [(8,)])], torch.device("cpu"))
+    assert tree.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert tree.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
+    assert tree.before == (2, 2, 2, 6) and tree.rows == ((3, 2), (5, 0), (5, 1), (7, 1))
+
+
+def test_attention_in_bfloat16_is_within_its_rounding():
+    tree = Tree.of([((1,) * 40, [(2,) * 30] * 4)], torch.device("cpu"))
+    torch.manual_seed(0)
+    wide = [torch.randn(1, h, len(tree.ids), 16) for h in (4, 2, 2)]
+    exact = TreeAttention(tree).attend(0, *wide, 0.25)
+    ours = TreeAttention(tree).attend(0, *[x.bfloat16() for x in wide], 0.25)
+    assert ours.dtype == torch.bfloat16
+    assert float((ours.float() - exact).abs().max()) < 0.03  # eight bits of mantissa on numbers up to about 3
+
+
+def test_a_model_that_attends_in_its_own_way_is_found_out_and_said_once(caplog):
+    """ALiBi, written out in the model's own code: it never asks transformers which attention to use."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4, eos_token_id=256, initializer_range=0.3)
+    torch.manual_seed(0)
+    policy = tiny.policy(BloomForCausalLM(config).eval())
+    with caplog.at_level(logging.WARNING, "lossmith"):
+        assert not sharing_is_exact(policy)
+        assert not sharing_is_exact(policy)
+    assert sum("once per completion" in r.message for r in caplog.records) == 1
+    first = sample(policy, tiny.prompts(), 2, SamplingSettings(max_tokens=4), seed=0, step=0)
+    assert [len(r.completion_ids) <= 4 for r in first] == [True] * len(first)
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 7, 33, 512])
+def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(temperature, chunk):
+    policy = tiny.policy(dtype=torch.float64)
+    torch.manual_seed(0)
+    count, weight = 70, policy.model.get_output_embeddings().weight
+    hidden = torch.randn(count, weight.shape[1], dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, len(weight), (count,))
+    ours = chosen_log_probs(policy, hidden, ids, SamplingSettings(temperature=temperature), chunk)
+    theirs = torch.log_softmax(hidden @ weight.T / temperature, -1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    push = torch.randn(count, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(x, (hidden, weight), push) for x in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+def test_a_head_with_a_bias(monkeypatch):
+    monkeypatch.setattr(head_module, "_ROWS", 4)
+    policy = tiny.policy(dtype=torch.float64)
+    head = torch.nn.Linear(32, 264, dtype=torch.float64)
+    policy.model.lm_head = head
+    hidden, ids = torch.randn(11, 32, dtype=torch.float64, requires_grad=True), torch.arange(11)
+    ours = chosen_log_probs(policy, hidden, ids, PLAIN, 8)
+    theirs = torch.log_softmax(head(hidden), -1)[torch.arange(11), ids]
+    push = torch.arange(11, dtype=torch.float64)
+    wanted = (hidden, head.weight, head.bias)
+    found, expected = (torch.autograd.grad(x, wanted, push) for x in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+def test_filters_and_odd_heads_take_the_general_way():
+    policy = tiny.policy()
+    assert head_is_plain(policy, PLAIN)
+    assert not head_is_plain(policy, SamplingSettings(top_p=0.9))
+    policy.model.config.final_logit_softcapping = 30.0
+    assert not head_is_plain(policy, PLAIN)
+
+
+def test_bfloat16_log_probabilities_are_near_those_of_float32():
+    model, rollouts = tiny.llama(), tiny.rollouts()
+    exact = token_outputs(tiny.policy(model), rollouts, PLAIN).logp
+    policy = tiny.policy(model)
+    policy.compute_dtype = torch.bfloat16
+    narrow = token_outputs(policy, rollouts, PLAIN).logp
+    assert narrow.dtype == torch.float32
+    gap = (narrow - exact).detach().abs()
+    assert 0 < float(gap.max()) < 0.2 and float(gap.mean()) < 0.03
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def drawn(policy, sampling, n=4, rows=128, prompts=None):
+    found = sample(policy, prompts or tiny.prompts(), n, sampling, seed=3, step=1, batch_rows=rows)
+    return [(r.prompt.id, r.sample, r.completion_ids, r.finish_reason) for r in found]
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9, "temperature": 0.7}, {"top_k": 20}])
+def test_the_fast_path_draws_the_tokens_of_the_plain_one(model, sampling):
+    fast, plain = (tiny.policy(getattr(tiny, model)()) for _ in range(2))
+    plain.shares = False
+    chosen = SamplingSettings(max_tokens=24, **sampling)
+    assert drawn(fast, chosen) == drawn(plain, chosen)
+    assert fast.shares
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 8])
+def test_rows_that_end_make_room_and_nothing_changes(rows):
+    """An end token that is likely: completions of all lengths, so that rows leave at different times."""
+    policy = tiny.policy()
+    with torch.no_grad():  # every third token or so ends the completion
+        policy.model.generation_config.eos_token_id = list(range(0, 264, 3))
+    chosen = SamplingSettings(max_tokens=12)
+    whole = drawn(policy, chosen, n=5)
+    assert len({len(ids) for _, _, ids, _ in whole}) > 2
+    assert drawn(policy, chosen, n=5, rows=rows) == whole
+
+
+def test_behaviour_log_probabilities_after_a_refill_are_the_learners():
+    policy = tiny.policy(dtype=torch.float64)
+    policy.model.generation_config.eos_token_id = list(range(0, 264, 3))
+    rollouts = sample(policy, tiny.prompts(), 4, SamplingSettings(max_tokens=12), seed=0, step=0, batch_rows=6)
+    out = token_outputs(policy, rollouts, SamplingSettings(max_tokens=12))
+    for row, r in enumerate(rollouts):
+        expected = out.logp[row, : len(r.completion_ids)].float()
+        torch.testing.assert_close(r.behavior_logp.values, expected, rtol=0, atol=1e-6)
+
+
+@given(st.integers(1, 700), st.integers(0, 1000), st.floats(0, 1, exclude_max=True))
+@settings(max_examples=80, deadline=None)
+def test_a_token_is_where_the_cumulative_sum_passes_u(size, seed, u):
+    torch.manual_seed(seed)
+    weights = torch.rand(3, size)
+    weights[torch.rand(3, size) < 0.5] = 0
+    weights[:, seed % size] = 0.25  # never all zero
+    ids, total = inverse_of_cumulative(weights, torch.full((3,), u, dtype=torch.float64))
+    exact = weights.double().cumsum(1)
+    torch.testing.assert_close(total, exact[:, -1], rtol=1e-6, atol=0)
+    for row, i in enumerate(ids.tolist()):
+        assert weights[row, i] > 0
+        before = 0.0 if i == 0 else float(exact[row, i - 1])
+        # sums of stretches are float32: the border may be off by their rounding, and no more
+        slack = 1e-6 * float(exact[row, -1])
+        assert before - slack <= u * float(exact[row, -1]) <= float(exact[row, i]) + slack
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_freed_memory_is_kept_on_linux_alone(monkeypatch):
+    keep_freed_memory.cache_clear()
+    assert isinstance(keep_freed_memory(), bool)
+    keep_freed_memory.cache_clear()
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert keep_freed_memory() is False
+    keep_freed_memory.cache_clear()
+
+
+def test_available_memory_is_known_here():
+    found = available_bytes()
+    assert found is None or 10**8 < found < 10**14
