@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -57,9 +58,9 @@ class Steps(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         phases = dict(seconds)
         phases["total"] = time.perf_counter() - self.start
-        phases["loss_forward"] = phases.get("loss_forward", 0.0)
         lengths = trainer.completion_tokens
-        peak = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM"))
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(x.split()[1]) for x in status if x.startswith("VmHWM"))
         print(json.dumps({"seconds": phases, "tokens": lengths, "peak_gb": peak / 1e6}), file=answers, flush=True)
 
 

@@ -4,10 +4,10 @@ import logging
 
 import hypothesis.strategies as st
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 
+import tiny
 from lossmith.policy import SamplingSettings, sample, token_outputs
 from lossmith.policy import attention as attention_module
 from lossmith.policy import head as head_module
@@ -215,3 +215,37 @@ def test_freed_memory_is_kept_on_linux_alone(monkeypatch):
 def test_available_memory_is_known_here():
     found = available_bytes()
     assert found is None or 10**8 < found < 10**14
+
+
+def test_layers_that_are_run_again_give_the_same_gradients():
+    rollouts = tiny.rollouts()
+    found = []
+    for recompute in (False, True):
+        policy = tiny.policy(dtype=torch.float64)
+        out = token_outputs(policy, rollouts, PLAIN, recompute=recompute)
+        out.logp.sum().backward()
+        found.append([out.logp.detach(), *(p.grad for p in policy.parameters())])
+    for once, again in zip(*found, strict=True):
+        torch.testing.assert_close(once, again, rtol=0, atol=1e-12)
+
+
+def test_layers_that_are_run_again_keep_less():
+    kept = []
+    for recompute in (False, True):
+        policy, sizes = tiny.policy(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
+            token_outputs(policy, tiny.rollouts(), PLAIN, recompute=recompute)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.6 * kept[0]
+
+
+@pytest.mark.parametrize(("memory_gb", "again"), [(1000.0, False), (0.001, True)])
+def test_a_memory_budget_decides_whether_layers_are_run_again(memory_gb, again):
+    from lossmith.report.opening import memory_estimate
+    from lossmith.training import Learner, Recipe
+
+    recipe = Recipe.make(memory_gb=memory_gb)
+    policy = tiny.policy()
+    assert Learner(policy, recipe.policy_loss(), recipe).recompute is again
+    text = memory_estimate(policy, recipe, reference=False)
+    assert ("run again" in text) is again and ("more than there is" in text) is again

@@ -5,6 +5,8 @@ from lossmith.policy.forward import Layout
 from lossmith.policy.load import Policy, check_model, load_policy
 from lossmith.policy.log_probs import TokenOutputs, measure_of, token_outputs
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
+from lossmith.policy.memory import available_bytes
+from lossmith.policy.recompute import can_recompute
 from lossmith.policy.sampling import check_samples, sample
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "Policy",
     "SamplingSettings",
     "TokenOutputs",
+    "available_bytes",
+    "can_recompute",
     "check_model",
     "check_samples",
     "embedded_model",

@@ -203,7 +203,7 @@ class _TreeProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             grad = grad.contiguous()
@@ -228,9 +228,7 @@ def _shared_parts(tree: Tree) -> Iterator[tuple[slice, slice]]:
             yield prompt, slice(start, min(start + 4 * _BLOCK, branch.stop))
 
 
-def _causal(
-    q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, out: Tensor, lse: Tensor
-) -> None:
+def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, out: Tensor, lse: Tensor) -> None:
     """Attention of each stretch to itself, into out and lse."""
     rep = q.shape[0] // k.shape[0]
     queries, keys, values = segments.gather(q, rep), segments.gather(k, 1)[:, 0], segments.gather(v, 1)[:, 0]

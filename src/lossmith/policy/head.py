@@ -24,8 +24,9 @@ def head_is_plain(policy: Policy, settings: SamplingSettings) -> bool:
     """Whether the logits are one linear layer of the hidden states, and every token is in the support."""
     config = policy.model.config.get_text_config()
     odd = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    plain = type(policy.model.get_output_embeddings()) is nn.Linear
-    return plain and settings.temperature > 0 and not settings.filtered and not any(getattr(config, name, None) for name in odd)
+    if type(policy.model.get_output_embeddings()) is not nn.Linear or settings.filtered or settings.temperature == 0:
+        return False
+    return not any(getattr(config, name, None) for name in odd)
 
 
 def chosen_log_probs(policy: Policy, hidden: Tensor, ids: Tensor, settings: SamplingSettings, chunk: int) -> Tensor:
@@ -64,7 +65,7 @@ class _ChosenLogProbs(torch.autograd.Function):
         return logp
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, bias, ids, sums = ctx.saved_tensors
         temperature, narrow, chunk, dtype = ctx.given
         with torch.autocast(h.device.type, enabled=False):

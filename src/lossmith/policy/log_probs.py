@@ -6,6 +6,7 @@ ever kept.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
+from lossmith.policy.recompute import recomputed
 from lossmith.rollouts import Measure, Rollout
 
 __all__ = ["TokenOutputs", "measure_of", "token_outputs"]
@@ -50,15 +52,18 @@ def token_outputs(
     want: frozenset[str] = frozenset(),
     reference: Policy | None = None,
     chunk: int = 512,
+    recompute: bool = False,
 ) -> TokenOutputs:
     """Log-probabilities of the rollouts' tokens, under the distribution they were sampled from.
 
     want: any of "entropy", "full_kl" (with `reference`), "value" (with a value head).
     chunk: response positions whose logits [chunk, V] exist at one time.
+    recompute: keep the inputs of layers only, and run them again in the backward pass.
     """
     _check(policy, rollouts, settings, want, reference)
     with policy.autocast():
-        hidden = hidden_states(policy, rollouts, layout)
+        with recomputed(policy.model) if recompute else contextlib.nullcontext():
+            hidden = hidden_states(policy, rollouts, layout)
         ref_hidden = None
         if "full_kl" in want and reference is not None:
             with torch.no_grad():

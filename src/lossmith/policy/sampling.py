@@ -108,21 +108,19 @@ def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tupl
 
 
 @torch.no_grad()
-def _decode(
-    policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int
-) -> Iterator[int]:
+def _decode(policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int) -> Iterator[int]:
     """Fill in ids, log-probabilities and finish reasons; yields how many rows have just ended.
 
     Rows that end leave, and rows of the next prompt take their place.
     """
     cache = _cache(policy, pending, settings, batch_rows)
     active: list[_Row] = []
-    hidden, ends = None, policy.eos_ids
+    hidden, ends = torch.empty(0), policy.eos_ids
     while active or pending:
         fresh = _next_groups(cache, pending)
         if fresh:
             first = cache.add(*_described(fresh))
-            hidden = first if hidden is None else torch.cat([hidden, first])
+            hidden = torch.cat([hidden, first]) if active else first
             active += [row for group in fresh for row in group]
         chosen = _choose(policy.logits(hidden), active, settings)
         _finish(policy, active, ends, settings)
@@ -131,7 +129,8 @@ def _decode(
             yield len(active) - len(going)
             cache.keep(going)
             active, chosen = [active[i] for i in going], chosen[going]
-        hidden = cache.step(chosen) if active else None
+        if active:
+            hidden = cache.step(chosen)
 
 
 def _next_groups(cache: Cache, pending: deque[list[_Row]]) -> list[list[_Row]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lossmith.policy import Policy
+from lossmith.policy import Policy, can_recompute
 from lossmith.training import Plan, Recipe, Run
+from lossmith.training.memory import estimate
 
 __all__ = ["batch_arithmetic", "memory_estimate", "opening"]
 
@@ -36,15 +37,13 @@ def batch_arithmetic(recipe: Recipe, train_prompts: int) -> list[str]:
 
 def memory_estimate(policy: Policy, recipe: Recipe, reference: bool) -> str:
     """Weights, gradients and optimiser exactly; activations of one micro-batch by a measured rule of thumb."""
-    weights = sum(p.numel() for p in policy.model.parameters())
-    trained = sum(p.numel() for p in policy.parameters())
-    config = policy.model.config.get_text_config()
-    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained)
-    # Measured on the default model: a layer keeps about 52 hidden-size numbers a token for its backward pass, in the
-    # compute type; the libraries themselves take 0.6 GB.
-    per_number = 2 if str(policy.compute_dtype).endswith("bfloat16") else 4
-    round_tokens = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens
-    activations = min(recipe.micro_batch_tokens, round_tokens) * layers * hidden * 52 * per_number
-    parts = f"policy, gradients and AdamW{' and reference' if reference else ''} {fixed / 1e9:.1f} GB"
-    return f"about {(fixed + activations + 6e8) / 1e9:.1f} GB: {parts}, activations {activations / 1e9:.1f} GB"
+    need = estimate(policy, recipe, reference)
+    again = need.recompute and can_recompute(policy.model)
+    activations = need.recomputed if again else need.activations
+    parts = f"policy, gradients and AdamW{' and reference' if reference else ''} {need.fixed / 1e9:.1f} GB"
+    text = f"about {(need.fixed + activations) / 1e9:.1f} GB: {parts}, activations {activations / 1e9:.1f} GB"
+    if again and need.budget is not None:
+        text += f"\n          layers are run again in the backward pass, for {need.budget / 1e9:.1f} GB are to be had"
+    if need.budget is not None and need.fixed + activations > need.budget:
+        text += "\n          this is more than there is: lower micro_batch_tokens, or take a smaller model"
+    return text

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from lossmith.errors import RunError
 from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
 from lossmith.policy import Layout, Policy, TokenOutputs, measure_of, token_outputs
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
+from lossmith.training.clock import Clock
+from lossmith.training.memory import fits_only_recomputed
 from lossmith.training.recipe import Recipe
 
 __all__ = ["Learner", "Update"]
@@ -32,6 +34,7 @@ class Update:
     metrics: dict[str, float]
     dropped: int  # rollouts without a score, left out of everything
     skipped: int  # optimiser steps not taken because a gradient was not finite
+    seconds: dict[str, float] = field(default_factory=dict)  # by part: log_probs, forward, loss, backward, optimizer
 
 
 class Learner:
@@ -47,6 +50,8 @@ class Learner:
         self.reference = policy.frozen() if needed else None
         self.optimizer = _optimizer(policy, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
+        self.recompute = fits_only_recomputed(policy, recipe, self.reference is not None)
+        self._clock = Clock()
         self._bad_in_a_row = 0
 
     def update(self, rollouts: Sequence[Rollout], step: int, given: Mapping[str, Tensor] | None = None) -> Update:
@@ -61,7 +66,8 @@ class Learner:
             )
         rows_scored = [i for i, r in enumerate(rollouts) if r.score is not None and r.score.ok]
         batch = self.formulate(scored, {k: v[rows_scored] for k, v in (given or {}).items()})
-        credit = self.loss.credit(batch)
+        with self._clock("loss"):
+            credit = self.loss.credit(batch)
         metrics: dict[str, float] = {}
         taken = skipped = 0
         for rows in self._parts(batch, step):
@@ -71,14 +77,16 @@ class Learner:
                 share = dataclasses.replace(share, weight=self.loss.token_weights(part), tokens=tokens)
             found = self.accumulate([scored[i] for i in rows], part, share)
             metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
-            moved, norm = self._optimizer_step(step)
+            with self._clock("optimizer"):
+                moved, norm = self._optimizer_step(step)
             metrics["grad_norm"] = metrics.get("grad_norm", 0.0) + norm
             taken += 1
             skipped += not moved
         metrics = {k: v / taken for k, v in metrics.items()} | credit.metrics
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self._adapt(metrics, len(scored))
-        return Update(_with_advantages(rollouts, scored, credit), metrics, len(rollouts) - len(scored), skipped)
+        dropped, seconds = len(rollouts) - len(scored), self._clock.read()
+        return Update(_with_advantages(rollouts, scored, credit), metrics, dropped, skipped, seconds)
 
     # -- the batch --------------------------------------------------------------------------------------------------
 
@@ -153,9 +161,10 @@ class Learner:
         value = torch.zeros(len(rollouts), width, device=policy.device) if "value" in want else None
         mask = torch.zeros(len(rollouts), width, dtype=torch.bool, device=policy.device)
         for rows in self.micro_batches(rollouts):
-            out = token_outputs(
-                policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
-            )
+            with self._clock("log_probs"):
+                out = token_outputs(
+                    policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
+                )
             t = out.logp.shape[1]
             logp, mask = logp.to(out.logp.dtype), mask
             logp[rows, :t], mask[rows, :t] = out.logp, out.mask
@@ -176,14 +185,17 @@ class Learner:
         metrics = {} if pull is None else pull.metrics
         for rows in self.micro_batches(rollouts):
             with torch.enable_grad():
-                graded = self._graded([rollouts[i] for i in rows], batch)
-                if pull is None:
-                    result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
-                    found, total = _found(result), result.loss
-                else:
-                    found, total = {}, pull.along(graded, rows)
+                with self._clock("forward"):
+                    graded = self._graded([rollouts[i] for i in rows], batch)
+                with self._clock("loss"):
+                    if pull is None:
+                        result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
+                        found, total = _found(result), result.loss
+                    else:
+                        found, total = {}, pull.along(graded, rows)
                 if total.requires_grad:
-                    total.backward()
+                    with self._clock("backward"):
+                        total.backward()
             found |= _mismatch(graded["logp"], batch.rows(rows), credit.rows(rows))
             metrics = {k: metrics.get(k, 0.0) + found.get(k, 0.0) for k in {**metrics, **found}}
         return metrics
@@ -198,6 +210,7 @@ class Learner:
             layout=self.layout,
             want=want,
             reference=self.reference if "full_kl" in want else None,
+            recompute=self.recompute,
         )
         width = batch.valid.shape[1]
         graded = {name: getattr(out, name) for name in ("logp", *want)}

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import verify_scorer
 from lossmith.rollouts import Rollout
 from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from lossmith.training.clock import Clock
 from lossmith.training.evaluate import Evaluation, comparison, evaluate
 from lossmith.training.guards import Guard, prompt_means
 from lossmith.training.learner import Learner, Update
@@ -58,6 +58,7 @@ class Step:
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
             **_watch(self.watched),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
+            **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
         }
 
 
@@ -272,20 +273,3 @@ def disk_needed(policy: Policy, recipe: Recipe) -> int:
     weights = sum(p.numel() * 4 for p in policy.model.parameters())
     checkpoints = 2 * 3 * weights if 0 < recipe.checkpoint_every < recipe.steps else 0
     return weights + checkpoints + 50_000_000
-
-
-class Clock:
-    """Wall-clock seconds by part of a step."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[part] = time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        seconds, self._seconds = self._seconds, {}
-        return seconds

@@ -27,10 +27,11 @@ from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.pairs import GIVEN, Paired
 from lossmith.policy import Policy, check_model, load_policy
 from lossmith.rollouts import Rollout
+from lossmith.training.clock import Clock
 from lossmith.training.evaluate import interval
 from lossmith.training.examples import Example, Examples, make_examples
 from lossmith.training.learner import Learner
-from lossmith.training.loop import Clock, disk_needed
+from lossmith.training.loop import disk_needed
 from lossmith.training.recipe import PROVIDED, Recipe, Settings, checked_loss
 from lossmith.training.run import RunFolder, check_disk
 
@@ -82,6 +83,9 @@ class PreferenceRecipe(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
     micro_batch_tokens: int = Field(
         2048, gt=0, description="tokens in one forward and backward pass; changes no result"
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
     )
 
     seed: int = Field(0, ge=0, description="decides order and split")

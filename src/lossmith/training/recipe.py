@@ -125,6 +125,9 @@ class Recipe(Settings):
     micro_batch_tokens: int = Field(
         2048, gt=0, description="tokens in one forward and backward pass; changes no result"
     )
+    memory_gb: float | None = Field(
+        None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
+    )
 
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
     runs: str = Field("runs", description="folder in which the run gets a folder of its own")
