@@ -89,6 +89,13 @@ def test_a_model_that_attends_in_its_own_way_is_found_out_and_said_once(caplog):
     assert [len(r.completion_ids) <= 4 for r in first] == [True] * len(first)
 
 
+def test_the_trial_is_not_misled_by_bfloat16():
+    policy = tiny.policy()
+    policy.compute_dtype = torch.bfloat16
+    with policy.autocast():
+        assert sharing_is_exact(policy)
+
+
 # -- the head ---------------------------------------------------------------------------------------------------------
 
 

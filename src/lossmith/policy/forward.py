@@ -46,7 +46,8 @@ def sharing_is_exact(policy: Policy) -> bool:
     Found out once, by a small tree of prompts and completions beside the same rows one by one.
     """
     if policy.shares is None:
-        policy.shares = _attends_fully(policy.model) and _trial(policy)
+        with torch.autocast(policy.device.type, enabled=False):  # its rounding would hide what the trial looks for
+            policy.shares = _attends_fully(policy.model) and _trial(policy)
         if not policy.shares:
             _say_no_sharing(type(policy.model).__name__)
     return policy.shares

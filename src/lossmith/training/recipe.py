@@ -123,7 +123,7 @@ class Recipe(Settings):
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
     micro_batch_tokens: int = Field(
-        2048, gt=0, description="tokens in one forward and backward pass; changes no result"
+        1024, gt=0, description="tokens in one forward and backward pass; changes no result"
     )
     memory_gb: float | None = Field(
         None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"

@@ -1,0 +1,133 @@
+"""A GRPO step of Lossmith beside one of TRL: same model, prompts, sizes, optimiser and scorer, step by step in turn.
+
+    python benchmarks/versus_trl.py --trl PYTHON [--works short long ...] [--pairs 3] [--out FILE]
+
+PYTHON is the interpreter of an environment with TRL (`pip install trl`); it needs no Lossmith. Each side runs in a
+process of its own; the first step of each warms up and is reported apart. Ratios are medians over pairs of steps that
+ran one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import description
+from works import WORKS, described
+
+from lossmith.policy import embedded_model, load_policy
+
+HERE = Path(__file__).parent
+
+
+class Side:
+    """A worker in its own process, one step at a time."""
+
+    def __init__(self, python: str, script: str, work: dict[str, Any], log: Path) -> None:
+        command = [python, str(HERE / script), json.dumps(work)]
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self.log = log
+
+    def step(self) -> dict[str, Any] | None:
+        """What the worker measured, or None where it died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print("go", file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            return None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line.strip() else None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def measure(name: str, trl_python: str, pairs: int, threads: int, logs: Path) -> dict[str, Any]:
+    model = str(embedded_model())
+    policy = load_policy(model)
+    work = described(policy, WORKS[name], model, threads)
+    lengths = [len(policy.tokenizer(t)["input_ids"]) for t in work["prompts"]]
+    del policy
+    ours = Side(sys.executable, "lossmith_worker.py", work, logs / f"{name}-lossmith.log")
+    theirs = Side(trl_python, "trl_worker.py", work, logs / f"{name}-trl.log")
+    steps: dict[str, list[dict[str, Any]]] = {"lossmith": [], "trl": []}
+    try:
+        for _ in range(pairs + 1):
+            for side, found in (("trl", theirs.step()), ("lossmith", ours.step())):
+                if found is None:
+                    raise SystemExit(f"{name}: {side} died; see {logs}")
+                steps[side].append(found)
+                print(name, side, json.dumps(found), flush=True)
+    finally:
+        ours.end()
+        theirs.end()
+    return {"work": name, "trl_batch": WORKS[name].trl_batch, "prompt_tokens": lengths, "steps": steps}
+
+
+def ratios(result: dict[str, Any], part: str) -> list[float]:
+    """TRL's seconds over ours in each warm pair."""
+    ours, theirs = (result["steps"][side][1:] for side in ("lossmith", "trl"))
+    return [b["seconds"][part] / a["seconds"][part] for a, b in zip(ours, theirs, strict=True)]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| work | TRL s | Lossmith s | ratio (range) | sampling | peak TRL | peak Lossmith | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        ours, theirs = (result["steps"][side][1:] for side in ("lossmith", "trl"))
+        seconds = [statistics.median(x["seconds"]["total"] for x in side) for side in (theirs, ours)]
+        peaks = [max(x["peak_gb"] for x in side) for side in (theirs, ours)]
+        step, sampling = ratios(result, "total"), ratios(result, "sample")
+        lines.append(
+            f"| {result['work']} | {seconds[0]:.1f} | {seconds[1]:.1f} | **{statistics.median(step):.2f}** "
+            f"({min(step):.2f} to {max(step):.2f}) | {statistics.median(sampling):.2f} | {peaks[0]:.1f} GB | "
+            f"{peaks[1]:.1f} GB | {peaks[0] / peaks[1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def phases(results: list[dict[str, Any]]) -> str:
+    """Where a step's seconds go, medians; `rest` is all that no phase counts."""
+    names = ["sample", "log_probs", "forward", "loss_forward", "loss", "backward", "optimizer", "rest"]
+    lines = ["| work | who | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for result in results:
+        for side in ("trl", "lossmith"):
+            steps = [dict(x["seconds"]) for x in result["steps"][side][1:]]
+            for x in steps:
+                x["rest"] = x["total"] - sum(v for k, v in x.items() if k != "total")
+            cells = [f"{statistics.median(x.get(n, 0.0) for x in steps):.2f}" if n in steps[0] else "" for n in names]
+            lines.append(f"| {result['work']} | {side} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", required=True, help="Python of an environment with TRL")
+    parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "versus_trl.json")
+    given = parser.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    logs = given.out.parent / "logs"
+    logs.mkdir(exist_ok=True)
+    results = []
+    for name in given.works:
+        results.append(measure(name, given.trl, given.pairs, given.threads, logs))
+        given.out.write_text(json.dumps({"machine": description(), "results": results}, indent=1))
+    print(table(results), phases(results), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
