@@ -23,6 +23,7 @@ app = cyclopts.App(
 app.command("lossmith.cli.train:train", name="train")
 app.command("lossmith.cli.prefer:prefer", name="prefer")
 app.command("lossmith.cli.sample:sample", name="sample")
+app.command("lossmith.cli.bench:bench", name="bench")
 app.command("lossmith.cli.annotate:annotate", name="annotate")
 losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, weights, parameters, papers.")
 losses.command("lossmith.cli.losses:list_", name="list")

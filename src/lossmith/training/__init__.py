@@ -1,5 +1,6 @@
 """The rollout-to-update loop: recipe, learner, run folder."""
 
+from lossmith.training.bench import Measurement, measure_recipe
 from lossmith.training.evaluate import Evaluation, Interval
 from lossmith.training.learner import Learner, Update
 from lossmith.training.loop import Plan, Run, Step, learn, open_run, plan
@@ -9,12 +10,14 @@ __all__ = [
     "Evaluation",
     "Interval",
     "Learner",
+    "Measurement",
     "Plan",
     "Recipe",
     "Run",
     "Step",
     "Update",
     "learn",
+    "measure_recipe",
     "open_run",
     "plan",
 ]

@@ -1,0 +1,144 @@
+"""A minute's measurement of a recipe on this machine: seconds by phase, the floor, memory, and better settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lossmith.errors import quiet_traps
+from lossmith.policy import Policy, load_policy, sample
+from lossmith.prompts import Prompt
+from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.rollouts import Rollout
+from lossmith.training.clock import Clock
+from lossmith.training.floor import Work, count_work, multiply_rate
+from lossmith.training.learner import Learner
+from lossmith.training.loop import Plan
+from lossmith.training.memory import Need, estimate
+from lossmith.training.recipe import Recipe
+
+__all__ = ["Measurement", "measure_recipe"]
+
+_SECONDS = 12.0  # what one round of the measurement may take; of larger rounds, a share of the prompts is measured
+_STEP = 1 << 30  # random numbers of its own: a measurement is no step of a run
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One step of a recipe, scaled up from the share of its prompts that was measured."""
+
+    recipe: Recipe
+    prompts: int  # that were measured
+    seconds: dict[str, float]  # of a whole step, by phase
+    tokens: float  # response tokens of a whole step
+    work: Work  # operations of a whole step
+    rate: float  # operations a second that this machine reaches
+    peak_bytes: float
+    need: Need
+    update_seconds: dict[int, float]  # {micro_batch_tokens: seconds of a whole step's update}
+    held_out: int  # prompts that are sampled from before and after
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def run_seconds(self) -> float:
+        """All steps, and the two evaluations; loading and saving apart."""
+        a_completion = self.seconds["sample"] / (self.recipe.prompts_per_step * self.recipe.samples_per_prompt)
+        return self.recipe.steps * self.step_seconds + 2 * self.held_out * a_completion
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Seconds of the matrix products of a phase at the machine's rate."""
+        return {name: getattr(self.work, name) / self.rate for name in ("sample", "forward", "backward")}
+
+    @property
+    def best_micro_batch(self) -> int:
+        """The fastest; of those within three percent of it, the smallest, for it takes the least memory."""
+        fastest = min(self.update_seconds.values())
+        return min(size for size, seconds in self.update_seconds.items() if seconds <= 1.03 * fastest)
+
+
+def measure_recipe(plan: Plan) -> Measurement:
+    """Sample, score and update for about a minute. The policy's weights stay as they are."""
+    recipe = plan.recipe.model_copy(update={"learning_rate": 0.0, "value_learning_rate": 0.0})
+    policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
+    columns = {name for prompt in plan.train for name in prompt.columns}
+    scorer = load_scorer(recipe.scorer, columns=columns)
+    try:
+        bind = getattr(scorer, "bind", None)  # a scorer of steps needs the policy's tokenizer
+        if bind is not None:
+            bind(policy)
+        return _measure(plan, recipe, policy, scorer)
+    finally:
+        close_scorer(scorer)
+
+
+def _measure(plan: Plan, recipe: Recipe, policy: Policy, scorer: Scorer) -> Measurement:
+    with quiet_traps():
+        learner = Learner(policy, recipe.policy_loss(), recipe)
+    prompts = plan.train.batch(0, recipe.prompts_per_step, recipe.seed)
+    count = _share(learner, prompts[:1], scorer, len(prompts))
+    clock = Clock()
+    rollouts = _round(learner, prompts[:count], scorer, clock)
+    update = learner.update(rollouts, 0)
+    scale = len(prompts) / count
+    seconds = {name: scale * value for name, value in (clock.read() | update.seconds).items()}
+    seconds["optimizer"] = update.seconds["optimizer"]  # as long for any number of prompts
+    work = count_work(policy, rollouts)
+    return Measurement(
+        recipe=plan.recipe,
+        prompts=count,
+        seconds=seconds,
+        tokens=scale * sum(len(r.completion_ids) for r in rollouts),
+        work=Work(*(scale * getattr(work, f.name) for f in dataclasses.fields(work))),
+        rate=max(multiply_rate(policy), multiply_rate(policy, 256)),
+        peak_bytes=_peak(policy),
+        need=estimate(policy, plan.recipe, learner.reference is not None),
+        update_seconds=_micro_batches(learner, rollouts, scale, sum(update.seconds.values())),
+        held_out=len(plan.held_out),
+    )
+
+
+def _round(learner: Learner, prompts: Sequence[Prompt], scorer: Scorer, clock: Clock) -> list[Rollout]:
+    recipe = learner.recipe
+    with clock("sample"):
+        rollouts = sample(
+            learner.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=_STEP
+        )
+    with clock("score"):
+        return score_rollouts(scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
+
+
+def _share(learner: Learner, one: Sequence[Prompt], scorer: Scorer, most: int) -> int:
+    """How many prompts fit into the time of a round, found with one; everything is warm afterwards."""
+    clock = Clock()
+    learner.update(_round(learner, one, scorer, clock), 0)  # the first touch of memory takes long
+    start = time.perf_counter()
+    learner.update(_round(learner, one, scorer, clock), 0)
+    return max(1, min(most, int(_SECONDS / (time.perf_counter() - start))))
+
+
+def _micro_batches(learner: Learner, rollouts: list[Rollout], scale: float, known: float) -> dict[int, float]:
+    """Seconds of an update with half, once and twice the recipe's tokens in a forward pass."""
+    recipe, found = learner.recipe, {learner.recipe.micro_batch_tokens: scale * known}
+    for size in (recipe.micro_batch_tokens // 2, 2 * recipe.micro_batch_tokens):
+        learner.recipe = recipe.model_copy(update={"micro_batch_tokens": max(size, 1)})
+        found[max(size, 1)] = scale * sum(learner.update(rollouts, 0).seconds.values())
+    learner.recipe = recipe
+    return found
+
+
+def _peak(policy: Policy) -> float:
+    """Bytes: of the device where it counts them, else the most that this process has held."""
+    if policy.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(policy.device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) if sys.platform == "darwin" else 1024.0 * peak
