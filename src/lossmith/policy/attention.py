@@ -156,6 +156,14 @@ class _Segments:
         self._valid = None if bool(valid.all()) else valid.to(device)
         self._length = length
         self._cache: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._later: dict[tuple[int, int], Tensor] = {}
+
+    def later(self, start: int, stop: int) -> Tensor:
+        """[stop - start, stop]: which keys come after each of these queries; made for the first layer only."""
+        if (start, stop) not in self._later:
+            places = torch.arange(stop, device=self._places.device)
+            self._later[start, stop] = places > places[start:, None]
+        return self._later[start, stop]
 
     def gather(self, x: Tensor, rep: int, blank: bool = False) -> Tensor:
         """[H, L, ...] -> [H / rep * n, rep, W, ...]: the heads that share keys side by side. blank: padding is 0."""
@@ -234,9 +242,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, 
     queries, keys, values = segments.gather(q, rep), segments.gather(k, 1)[:, 0], segments.gather(v, 1)[:, 0]
     means, sums = torch.empty_like(queries), torch.empty(queries.shape[:3], dtype=lse.dtype, device=q.device)
     for start, stop in _blocks(segments.width):
-        weights = _causal_scores(queries, keys, start, stop, scale)
-        total = weights.logsumexp(-1)
-        weights.sub_(total[..., None]).exp_()
+        weights = _causal_scores(queries, keys, segments.later(start, stop), start, stop, scale)
+        total = _softmax_(weights)
         shape = queries[:, :, start:stop].shape
         means[:, :, start:stop] = torch.bmm(weights.to(v.dtype), values[:, :stop]).view(shape)
         sums[:, :, start:stop] = total.view(shape[:3])
@@ -244,12 +251,19 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, 
     segments.scatter(lse, sums, rep)
 
 
-def _causal_scores(queries: Tensor, keys: Tensor, start: int, stop: int, scale: float) -> Tensor:
+def _causal_scores(queries: Tensor, keys: Tensor, later: Tensor, start: int, stop: int, scale: float) -> Tensor:
     """[B, rep * (stop - start), stop]: scores of these queries of each stretch, -inf for keys after them."""
-    block = queries[:, :, start:stop].flatten(1, 2)
-    found = scores(block, keys[:, :stop], scale)
-    later = torch.arange(stop, device=keys.device) > torch.arange(start, stop, device=keys.device)[:, None]
-    return found.masked_fill_(later.repeat(queries.shape[1], 1), -torch.inf)
+    found = scores(queries[:, :, start:stop].flatten(1, 2), keys[:, :stop], scale)
+    found.unflatten(1, (queries.shape[1], -1)).masked_fill_(later, -torch.inf)
+    return found
+
+
+def _softmax_(weights: Tensor) -> Tensor:
+    """Scores become weights that sum to one, in place; returns the logarithm of what they were divided by."""
+    most = weights.amax(-1, keepdim=True)
+    total = weights.sub_(most).exp_().sum(-1, keepdim=True)
+    weights.div_(total)
+    return (total.log_() + most)[..., 0]
 
 
 def _blocks(width: int) -> Iterator[tuple[int, int]]:
@@ -262,8 +276,7 @@ def _add_prefix(
     """Let the completions of a group see their prompt too: one product for all of them."""
     queries = _of_group(q, k, branch)
     weights = scores(queries, k[:, prompt], scale)
-    total = weights.logsumexp(-1)
-    weights.sub_(total[..., None]).exp_()
+    total = _softmax_(weights)
     mean = torch.bmm(weights.to(v.dtype), v[:, prompt])
     mine, others = out[:, branch], lse[:, branch]
     shape = mine.shape
@@ -295,7 +308,7 @@ def _causal_backward(
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values))
     for start, stop in _blocks(segments.width):
-        weights = _causal_scores(queries, keys, start, stop, scale)
+        weights = _causal_scores(queries, keys, segments.later(start, stop), start, stop, scale)
         weights.sub_(sums[:, :, start:stop].flatten(1)[..., None]).exp_()
         block, outers = (x[:, :, start:stop].flatten(1, 2) for x in (queries, outer))
         found = _product_backward(

@@ -19,6 +19,8 @@ from lossmith.policy.load import Policy
 
 __all__ = ["Cache", "PlainCache", "SharedCache"]
 
+_FIRST_STEPS = 16  # tokens for which rows have room at first; doubled when they need more
+
 
 class Cache(Protocol):
     """Keys and values of the rows that are being written. Every method returns last hidden states [N, H]."""
@@ -164,11 +166,24 @@ class SharedCache:
         heads, width = key.shape[1], key.shape[-1]
         if index == len(self._own):
             prompt = (self._most_prompts, heads, self._longest, width)
-            own = (self._most, heads, self._steps, width)
+            own = (self._most, heads, min(_FIRST_STEPS, self._steps), width)
             # zeros: a place that is not filled yet has weight 0, and 0 times what memory happens to hold may be NaN
             self._prompt.append((key.new_zeros(prompt), key.new_zeros(prompt)))
             self._own.append((key.new_zeros(own), key.new_zeros(own)))
         return self._prompt[index], self._own[index]
+
+    def make_room(self, reach: int) -> int:
+        """Let rows hold so many tokens; returns how many they can, which is at most twice that.
+
+        All places are gone through in a step, filled or not: products of whole tensors need no copy.
+        """
+        have = self._own[0][0].shape[2]
+        if reach > have:
+            have = min(2 * have, self._steps)
+            for index, pair in enumerate(self._own):
+                grown = tuple(torch.nn.functional.pad(x, (0, 0, 0, have - x.shape[2])) for x in pair)
+                self._own[index] = (grown[0], grown[1])
+        return have
 
     def prompt_views(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values [G * H_kv, P, D] of the prompts that are there."""
@@ -197,22 +212,20 @@ class _Step:
     """The plan of `step`: each row sees its prompt, as one product for all rows of it, and what it wrote itself."""
 
     def __init__(self, cache: SharedCache, fed: list[int], device: torch.device) -> None:
-        self.cache, self.reach = cache, max(fed) + 1
+        self.cache, self.reach = cache, cache.make_room(max(fed) + 1)
         self.rows = torch.arange(len(fed), device=device)
         self.at = torch.tensor(fed, device=device)
-        even = len(set(fed)) == 1
         later = torch.arange(self.reach, device=device) > self.at[:, None]
-        self.later = None if even else later[:, None, None]  # [N, 1, 1, T]
+        self.later = later[:, None, None]  # [N, 1, 1, T], places that are not filled yet
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         _, (keys, values) = self.cache.layer(layer, key)
         count, heads, width = len(self.rows), key.shape[1], key.shape[-1]
         keys[self.rows, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
-        own_keys, own_values = (x[:count].flatten(0, 1)[:, : self.reach] for x in (keys, values))
+        own_keys, own_values = (x[:count].flatten(0, 1) for x in (keys, values))
         queries = query.reshape(count, heads, -1, width)  # the heads that share keys side by side
         own = scores(queries.flatten(0, 1), own_keys, scale).view(count, heads, -1, self.reach)
-        if self.later is not None:
-            own.masked_fill_(self.later, -torch.inf)
+        own.masked_fill_(self.later, -torch.inf)
         prefix = self._to_prompts(queries, layer, scale)
         weights = torch.softmax(torch.cat([prefix, own], -1), -1).to(value.dtype)
         reach = prefix.shape[-1]
