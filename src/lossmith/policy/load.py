@@ -7,7 +7,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Policy:
     compute_dtype: torch.dtype
     version: int = 0
     value_head: nn.Linear | None = None
+    _encoded: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     shares: bool | None = None  # whether completions may share their prompt; found out when it is first asked
 
     @property
@@ -68,10 +69,15 @@ class Policy:
         return 1 << 30
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt: the chat template applied once, special tokens never doubled.
+        """Token ids of a prompt: the chat template applied once, special tokens never doubled. Kept for the next time.
 
         PolicyError: the template refuses the prompt, or its ids are none, or not the model's.
         """
+        if prompt.id not in self._encoded:
+            self._encoded[prompt.id] = self._ids(prompt)
+        return self._encoded[prompt.id]
+
+    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         if self.tokenizer.chat_template:
             ids = self.tokenizer(self._chat_text(prompt), add_special_tokens=False)["input_ids"]
         elif isinstance(prompt.content, str):
