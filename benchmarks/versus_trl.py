@@ -111,9 +111,35 @@ def phases(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: list[dict[str, Any]], path: Path, machine: str) -> None:
+    """Seconds of a step by phase, TRL beside Lossmith, for each work."""
+    from matplotlib import pyplot
+
+    parts = {"sample": "sampling", "log_probs": "old and reference", "forward": "forward", "backward": "backward"}
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.8 * len(results)), layout="constrained")
+    for row, result in enumerate(results):
+        for offset, side in ((-0.2, "trl"), (0.2, "lossmith")):
+            steps = [x["seconds"] for x in result["steps"][side][1:]]
+            left = 0.0
+            for color, (part, label) in enumerate(parts.items()):
+                names = (part, "loss_forward") if part == "forward" else (part,)
+                width = statistics.median(sum(x.get(n, 0.0) for n in names) for x in steps)
+                shown = label if row == 0 and side == "trl" else None
+                axes.barh(row + offset, width, 0.36, left=left, color=f"C{color}", label=shown)
+                left += width
+            axes.text(left, row + offset, f" {side} {left:.0f} s", va="center", fontsize=8)
+    axes.set_yticks(range(len(results)), [result["work"] for result in results])
+    axes.set(xlabel="seconds a step (medians)", title=machine)
+    axes.title.set_fontsize(7)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl", required=True, help="Python of an environment with TRL")
+    parser.add_argument("--trl", help="Python of an environment with TRL; without it, what FILE holds is shown again")
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -122,11 +148,13 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     logs = given.out.parent / "logs"
     logs.mkdir(exist_ok=True)
-    results = []
-    for name in given.works:
+    results: list[dict[str, Any]] = []
+    for name in given.works if given.trl else ():
         results.append(measure(name, given.trl, given.pairs, given.threads, logs))
         given.out.write_text(json.dumps({"machine": description(), "results": results}, indent=1))
-    print(table(results), phases(results), sep="\n\n")
+    record = json.loads(given.out.read_text())
+    plot(record["results"], given.out.with_suffix(".svg"), record["machine"])
+    print(table(record["results"]), phases(record["results"]), sep="\n\n")
 
 
 if __name__ == "__main__":
