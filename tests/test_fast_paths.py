@@ -189,6 +189,44 @@ def test_behaviour_log_probabilities_after_a_refill_are_the_learners():
         torch.testing.assert_close(r.behavior_logp.values, expected, rtol=0, atol=1e-6)
 
 
+def test_groups_are_handed_over_as_they_end():
+    policy = tiny.policy()
+    policy.model.generation_config.eos_token_id = list(range(0, 264, 3))
+    seen = []
+    chosen = SamplingSettings(max_tokens=12)
+    whole = sample(policy, tiny.prompts(), 4, chosen, seed=0, step=0, batch_rows=4, on_group=seen.append)
+    assert len(seen) == len(tiny.prompts())
+    by_prompt = {group[0].prompt.id: group for group in seen}
+    assert [r for prompt in tiny.prompts() for r in by_prompt[prompt.id]] == whole
+    assert all([r.sample for r in group] == [0, 1, 2, 3] for group in seen)
+
+
+def test_a_scorer_that_waits_is_asked_while_others_are_written(tmp_path):
+    """One question a group instead of one a step, and the same run."""
+    import lossmith as ls
+    from lossmith.rollouts import Score
+
+    class Remote:
+        name, waits, asked = "remote", True, 0
+
+        def score(self, rollouts):
+            self.asked += 1
+            return [Score(value=len(r.completion_ids) / 10 + r.sample) for r in rollouts]
+
+    found = []
+    for waits in (True, False):
+        scorer = Remote()
+        scorer.waits = waits
+        run = ls.train(
+            model=str(tiny.folder()), device="cpu", dtype="float32", prompts=[f"Prompt {i}?" for i in range(8)],
+            held_out=2, scorer=scorer, steps=2, prompts_per_step=3, samples_per_prompt=2, max_tokens=6,
+            runs=str(tmp_path), name=f"waits-{waits}", quiet=True,
+        )  # fmt: skip
+        found.append((run.summary["held_out"], run.policy.checksum()))
+        assert scorer.asked == 2 + 2 * (3 if waits else 1)  # two evaluations, two steps
+    assert found[0] == found[1]
+
+
 @given(st.integers(1, 700), st.integers(0, 1000), st.floats(0, 1, exclude_max=True))
 @settings(max_examples=80, deadline=None)
 def test_a_token_is_where_the_cumulative_sum_passes_u(size, seed, u):

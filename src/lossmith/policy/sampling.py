@@ -40,29 +40,40 @@ def sample(
     step: int,
     batch_rows: int = 128,
     on_progress: Callable[[int, int], None] | None = None,
+    on_group: Callable[[list[Rollout]], None] | None = None,
 ) -> list[Rollout]:
     """n completions of each prompt, prompt by prompt.
 
-    batch_rows: completions that are decoded side by side. on_progress(done, of) is called when some have ended.
+    batch_rows: completions that are decoded side by side. on_progress(done, of) is called when some have ended,
+    on_group when all completions of a prompt have, while those of other prompts are still being written.
     PolicyError: n copies of a greedy completion, or a prompt too long for the model's context.
     """
     check_samples(n, settings)
     encoded = [_encoded(policy, prompt, settings) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda p: len(encoded[p]))  # prompts of like length side by side
+    distinct = list({prompt.id: p for p, prompt in enumerate(prompts)}.values())
+    order = sorted(distinct, key=lambda p: len(encoded[p]))  # prompts of like length side by side
     pending = deque(
         [_Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].id, k, settings)) for k in ks]
         for p in order
         for ks in _portions(n, batch_rows)
     )
-    rows = {(row.prompt.id, row.sample): row for group in pending for row in group}
+    total = sum(map(len, pending))
+    measure = measure_of(policy, settings)
+    written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
     done = 0
     with policy.autocast():  # around it all: within, weights are narrowed once
         for ended in _decode(policy, pending, settings, batch_rows):
-            done += ended
+            done += len(ended)
+            for row in ended:
+                group = written[row.prompt.id]
+                group.append(_rollout(policy, row, settings, measure))
+                if len(group) == n:
+                    group.sort(key=lambda r: r.sample)
+                    if on_group is not None:
+                        on_group(group)
             if on_progress is not None:
-                on_progress(done, len(rows))
-    measure = measure_of(policy, settings)
-    return [_rollout(policy, rows[prompt.id, k], settings, measure) for prompt in prompts for k in range(n)]
+                on_progress(done, total)
+    return [rollout for prompt in prompts for rollout in written[prompt.id]]
 
 
 def _portions(n: int, size: int) -> list[range]:
@@ -108,8 +119,10 @@ def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tupl
 
 
 @torch.no_grad()
-def _decode(policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int) -> Iterator[int]:
-    """Fill in ids, log-probabilities and finish reasons; yields how many rows have just ended.
+def _decode(
+    policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int
+) -> Iterator[list[_Row]]:
+    """Fill in ids, log-probabilities and finish reasons; yields the rows that have just ended.
 
     Rows that end leave, and rows of the next prompt take their place.
     """
@@ -126,7 +139,7 @@ def _decode(policy: Policy, pending: deque[list[_Row]], settings: SamplingSettin
         _finish(policy, active, ends, settings)
         going = _remaining([row.finish is None for row in active])
         if len(going) < len(active):
-            yield len(active) - len(going)
+            yield [row for row in active if row.finish is not None]
             cache.keep(going)
             active, chosen = [active[i] for i in going], chosen[going]
         if active:

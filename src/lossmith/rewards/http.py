@@ -42,6 +42,7 @@ class HttpScorer:
         self.url = url
         self.name = parts.netloc.rpartition("@")[2] + parts.path  # a password in the address stays out of reports
         self.timeout = timeout
+        self.waits = True  # on another machine, say: scoring a group need not wait for the next to be written
         self._thread = DeadlineThread()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.policy import Policy, check_model, load_policy, sample
-from lossmith.prompts import PromptSet, default_prompts_path, load_prompts
+from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import verify_scorer
 from lossmith.rollouts import Rollout
@@ -150,14 +151,7 @@ def learn(run: Run) -> Iterator[Step]:
     recipe, clock = run.recipe, Clock()
     for index in run.remaining_steps():
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
-        with clock("sample"):  # y ~ pi_theta(.|x)
-            rollouts = sample(
-                run.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=index
-            )
-        with clock("score"):  # r(x, y)
-            rollouts = score_rollouts(
-                run.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout
-            )
+        rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         with clock("update"):  # theta <- argmin L
             update = run.learner.update(rollouts, index)
         watched: list[float] = []
@@ -170,6 +164,27 @@ def learn(run: Run) -> Iterator[Step]:
         yield step
         if run.stopped:
             return
+
+
+def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clock) -> list[Rollout]:
+    """n scored completions of each prompt. A scorer that merely waits is asked as soon as a group is written."""
+    recipe = run.recipe
+
+    def score(rollouts: list[Rollout]) -> list[Rollout]:
+        return score_rollouts(run.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
+
+    with ThreadPoolExecutor(1) as pool:  # one request at a time, as without it
+        asked: dict[str, Future[list[Rollout]]] = {}
+        ahead = getattr(run.scorer, "waits", False)
+        with clock("sample"):
+            rollouts = sample(
+                run.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=index,
+                on_group=lambda group: asked.update({group[0].prompt.id: pool.submit(score, group)}) if ahead else None,
+            )  # fmt: skip
+        with clock("score"):
+            if not ahead:
+                return score(rollouts)
+            return [rollout for prompt in prompts for rollout in asked[prompt.id].result()]
 
 
 def score_watch(run: Run, rollouts: list[Rollout]) -> list[Rollout]:
