@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 
-__all__ = ["Plan", "Tree", "TreeAttention", "attending", "merge", "scores"]
+__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "scores"]
 
 _NAME = "lossmith"
 _BLOCK = 512  # queries whose scores exist at one time
@@ -51,6 +51,7 @@ def attending(model: Any, plan: Plan) -> Iterator[None]:
 
 
 def current_plan() -> Plan | None:
+    """The plan that attention follows now, or None outside of `attending`."""
     return _current[-1] if _current else None
 
 
@@ -77,7 +78,7 @@ def scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return product.mul_(scale)
 
 
-def merge(lse: Tensor, other: Tensor, out: Tensor, addition: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(lse: Tensor, other: Tensor, out: Tensor, addition: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from that over each: (log of the summed weights, weighted mean)."""
     both = torch.logaddexp(lse, other)
     mean = out * (lse - both).exp_()[..., None] + addition * (other - both).exp_()[..., None]
@@ -135,11 +136,6 @@ class TreeAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return _TreeProduct.apply(query[0], key[0], value[0], self, scale)[None]
-
-
-def attend_to_own(tree: Tree) -> TreeAttention:
-    """The plan for prompts alone."""
-    return TreeAttention(tree)
 
 
 class _Segments:
@@ -280,7 +276,7 @@ def _add_prefix(
     mean = torch.bmm(weights.to(v.dtype), v[:, prompt])
     mine, others = out[:, branch], lse[:, branch]
     shape = mine.shape
-    both, merged = merge(others, total.view(shape[:2]), mine, mean.view(shape))
+    both, merged = _merge(others, total.view(shape[:2]), mine, mean.view(shape))
     lse[:, branch], out[:, branch] = both, merged.to(out.dtype)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lossmith.policy.attention import Tree, attend_to_own, attending, scores
+from lossmith.policy.attention import Tree, TreeAttention, attending, scores
 from lossmith.policy.forward import encode_prompts, select_rows
 from lossmith.policy.load import Policy
 
@@ -159,7 +159,7 @@ class SharedCache:
         self.place = torch.tensor([place[row] for row in range(len(self._owner))], device=device)
         reach = max(self._lengths, default=0)
         beyond = torch.arange(reach) >= torch.tensor(self._lengths or [0])[:, None]
-        self.hidden = beyond[:, None].to(device) if bool(beyond.any()) else None  # [G, 1, P], padded places
+        self.padded = beyond[:, None].to(device) if bool(beyond.any()) else None  # [G, 1, P], padded places
 
     def layer(self, index: int, key: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """((keys, values) of the prompts, (keys, values) of the rows), made when the first token comes through."""
@@ -197,7 +197,7 @@ class _Encoding:
 
     def __init__(self, cache: SharedCache, tree: Tree, first: int) -> None:
         self.cache, self.tree, self.first = cache, tree, first
-        self.own = attend_to_own(tree)
+        self.own = TreeAttention(tree)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         (keys, values), _ = self.cache.layer(layer, key)
@@ -236,9 +236,9 @@ class _Step:
         """[N, H_kv, rep, D] -> scores [N, H_kv, rep, P]."""
         keys, _ = self.cache.prompt_views(layer)
         found = scores(self._by_prompt(queries), keys, scale)
-        if self.cache.hidden is not None:
+        if self.cache.padded is not None:
             heads = queries.shape[1]
-            found.masked_fill_(self.cache.hidden.repeat_interleave(heads, 0), -torch.inf)
+            found.masked_fill_(self.cache.padded.repeat_interleave(heads, 0), -torch.inf)
         return self._by_row(found, queries.shape)
 
     def _from_prompts(self, weights: Tensor, layer: int) -> Tensor:
