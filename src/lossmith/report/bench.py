@@ -13,13 +13,13 @@ from lossmith.training.bench import Measurement
 __all__ = ["as_record", "recommendations", "show_measurement"]
 
 _MEANING = {
-    "sample": "completions are written",
-    "score": "the scorer",
-    "log_probs": "old and reference log-probabilities",
-    "forward": "log-probabilities, with gradient",
-    "loss": "advantages and the loss itself",
-    "backward": "gradients",
-    "optimizer": "clipping and AdamW",
+    "sample": "",
+    "score": "",
+    "log_probs": "old, reference",
+    "forward": "with gradient",
+    "loss": "and advantages",
+    "backward": "",
+    "optimizer": "and clipping",
 }
 
 
@@ -34,7 +34,7 @@ def show_measurement(found: Measurement, console: Console) -> None:
             continue
         seconds, floor = found.seconds[name], found.floors.get(name)
         table.add_row(
-            f"{name}  [dim]{meaning}[/dim]",
+            f"{name} [dim]{meaning}[/dim]",
             f"{seconds:.2f}",
             f"{seconds / found.step_seconds:.1%}",
             f"{found.tokens / max(seconds, 1e-9):,.0f}" if floor is not None else "",
@@ -48,7 +48,7 @@ def show_measurement(found: Measurement, console: Console) -> None:
         f"(measured on {found.prompts} of {recipe.prompts_per_step} prompts)\n"
         f"run       about {_duration(found.run_seconds)} for {recipe.steps} steps and two evaluations of "
         f"{found.held_out} prompts\n"
-        f"machine   {found.rate / 1e9:,.0f} GFLOP/s in matrix products ({recipe.dtype}, {torch.get_num_threads()} "
+        f"machine   {found.rate / 1e9:,.0f} GFLOP/s in matrix products ({found.compute}, {torch.get_num_threads()} "
         f"threads); the floor is a round's products at that rate\n"
         f"memory    {found.peak_bytes / 1e9:.1f} GB at its peak in this measurement",
         highlight=False,

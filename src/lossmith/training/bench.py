@@ -25,7 +25,7 @@ from lossmith.training.recipe import Recipe
 
 __all__ = ["Measurement", "measure_recipe"]
 
-_SECONDS = 12.0  # what one round of the measurement may take; of larger rounds, a share of the prompts is measured
+_SECONDS = 30.0  # what one round of the measurement may take; of larger rounds, a share of the prompts is measured
 _STEP = 1 << 30  # random numbers of its own: a measurement is no step of a run
 
 
@@ -39,6 +39,7 @@ class Measurement:
     tokens: float  # response tokens of a whole step
     work: Work  # operations of a whole step
     rate: float  # operations a second that this machine reaches
+    compute: str  # the type that products are computed in
     peak_bytes: float
     need: Need
     update_seconds: dict[int, float]  # {micro_batch_tokens: seconds of a whole step's update}
@@ -100,6 +101,7 @@ def _measure(plan: Plan, recipe: Recipe, policy: Policy, scorer: Scorer) -> Meas
         tokens=scale * sum(len(r.completion_ids) for r in rollouts),
         work=Work(*(scale * getattr(work, f.name) for f in dataclasses.fields(work))),
         rate=max(multiply_rate(policy), multiply_rate(policy, 256)),
+        compute=str(policy.compute_dtype).removeprefix("torch."),
         peak_bytes=_peak(policy),
         need=estimate(policy, plan.recipe, learner.reference is not None),
         update_seconds=_micro_batches(learner, rollouts, scale, sum(update.seconds.values())),
