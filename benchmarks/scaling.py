@@ -76,7 +76,9 @@ def worker(given: dict[str, int], rounds: int) -> dict[str, Any]:
 def plot(results: dict[str, list[dict[str, Any]]], path: Path, machine: str) -> None:
     from matplotlib import pyplot
 
-    figure, rows = pyplot.subplots(2, len(results), figsize=(3.4 * len(results), 5.6), layout="constrained")
+    figure, rows = pyplot.subplots(
+        2, len(results), figsize=(3.6 * len(results), 5.6), squeeze=False, layout="constrained"
+    )
     for column, (axis, points) in zip(rows.T, results.items(), strict=True):
         values = [p["value"] for p in points]
         for name in ("total", "update", "sample"):
@@ -85,7 +87,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path, machine: str) -> 
         title = f"{axis} (prompts of {LONG})" if axis == "group" else axis
         column[0].set(title=title, ylabel="seconds a step", ylim=(0, None))
         column[1].set(xlabel=axis, ylabel="peak GB", ylim=(0, None))
-    rows[0][0].legend()
+    rows[0, 0].legend()
     figure.suptitle(machine, fontsize=8)
     figure.savefig(path)
 
