@@ -240,7 +240,9 @@ class Learner:
         for i in order:
             r = rollouts[i]
             cost = len(r.completion_ids) + (0 if r.prompt.id in seen else len(r.prompt_ids))
-            if rows and used + cost > self.recipe.micro_batch_tokens:
+            # a quarter more is borne where the prompt would otherwise be encoded once again for its last completions
+            budget = self.recipe.micro_batch_tokens * (1.25 if r.prompt.id in seen else 1.0)
+            if rows and used + cost > budget:
                 yield torch.tensor(rows)
                 rows, seen, used = [], set(), 0
                 cost = len(r.completion_ids) + len(r.prompt_ids)
