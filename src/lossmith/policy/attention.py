@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
+from lossmith.policy.measure import wide
 
-__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "scores"]
+__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "follow", "scores"]
 
 _NAME = "lossmith"
 _BLOCK = 512  # queries whose scores exist at one time
@@ -50,6 +51,14 @@ def attending(model: Any, plan: Plan) -> Iterator[None]:
             config._attn_implementation = name
 
 
+def follow(model: Any, plan: Plan, ids: Tensor, positions: Tensor) -> Tensor:
+    """Last hidden states [B, L, H] of ids [B, L] at these positions, attending as the plan says."""
+    with attending(model, plan):
+        out = model.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
 def current_plan() -> Plan | None:
     """The plan that attention follows now, or None outside of `attending`."""
     return _current[-1] if _current else None
@@ -74,8 +83,7 @@ def _attend(
 def scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """[B, M, D], [B, K, D] -> [B, M, K] scaled products in float32 or wider."""
     product = torch.bmm(query, key.transpose(1, 2))
-    product = product if product.dtype in (torch.float32, torch.float64) else product.float()
-    return product.mul_(scale)
+    return product.to(wide(product.dtype)).mul_(scale)
 
 
 def _merge(lse: Tensor, other: Tensor, out: Tensor, addition: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +205,7 @@ class _TreeProduct(torch.autograd.Function):
         """[H, L, D], [H_kv, L, D], [H_kv, L, D] -> [H, L, D]."""
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=_wide(q.dtype), device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=wide(q.dtype), device=q.device)
         for segments in filter(None, (plan.prompts, plan.branches)):
             _causal(q, k, v, segments, scale, out, lse)
         for prompt, branch in _shared_parts(plan.tree):
@@ -219,10 +227,6 @@ class _TreeProduct(torch.autograd.Function):
                 _prefix_backward(q, k, v, prompt, branch, ctx.scale, grad, lse, pull, grads)
         dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
         return dq, dk, dv, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _shared_parts(tree: Tree) -> Iterator[tuple[slice, slice]]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lossmith.policy.attention import Tree, TreeAttention, attending, scores
+from lossmith.policy.attention import Tree, TreeAttention, follow, scores
 from lossmith.policy.forward import encode_prompts, select_rows
 from lossmith.policy.load import Policy
 
@@ -95,7 +95,9 @@ class SharedCache:
 
     def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
         tree = Tree.of([(ids, ()) for ids in prompts], self.policy.device)
-        hidden = self._run(_Encoding(self, tree, len(self._lengths)), tree.ids[None], tree.positions[None])
+        hidden = follow(
+            self.policy.model, _Encoding(self, tree, len(self._lengths)), tree.ids[None], tree.positions[None]
+        )
         last = torch.tensor([s.stop - 1 for s in tree.prompts], device=hidden.device)
         for ids, count in zip(prompts, copies, strict=True):
             self._owner += [len(self._lengths)] * count
@@ -119,16 +121,8 @@ class SharedCache:
     def step(self, ids: Tensor) -> Tensor:
         lengths = [self._lengths[g] + t for g, t in zip(self._owner, self._fed, strict=True)]
         positions = torch.tensor(lengths, device=ids.device)[:, None]
-        hidden = self._run(_Step(self, self._fed, ids.device), ids[:, None], positions)[:, -1]
+        hidden = follow(self.policy.model, _Step(self, self._fed, ids.device), ids[:, None], positions)[:, -1]
         self._fed = [t + 1 for t in self._fed]
-        return hidden
-
-    def _run(self, plan: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        with attending(self.policy.model, plan):
-            out = self.policy.model.base_model(
-                input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
-            )
-        hidden: Tensor = out.last_hidden_state
         return hidden
 
     def _drop_prompts(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
-from lossmith.policy.attention import Tree, TreeAttention, attending
+from lossmith.policy.attention import Tree, TreeAttention, follow
 from lossmith.policy.load import Policy
 from lossmith.rollouts import Rollout
 
@@ -69,10 +69,7 @@ def _trial(policy: Policy) -> bool:
     prompts, completions = ((1, 2, 3), (4, 5)), (((6, 7), (8,)), ((9, 10),))
     tree = Tree.of(list(zip(prompts, completions, strict=True)), policy.device)
     try:
-        with attending(policy.model, TreeAttention(tree)):
-            shared = policy.model.base_model(
-                input_ids=tree.ids[None], position_ids=tree.positions[None], attention_mask=None, use_cache=False
-            ).last_hidden_state[0]
+        shared = follow(policy.model, TreeAttention(tree), tree.ids[None], tree.positions[None])[0]
     except (PolicyError, TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
         return False
     rows = [prompt + done for prompt, group in zip(prompts, completions, strict=True) for done in group]
@@ -132,13 +129,10 @@ def _shared(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
         members.setdefault(r.prompt_ids, []).append(i)
     fed = [(prompt, [rollouts[i].completion_ids[:-1] for i in rows]) for prompt, rows in members.items()]
     tree = Tree.of(fed, policy.device)
-    with attending(policy.model, TreeAttention(tree)):
-        out = policy.model.base_model(
-            input_ids=tree.ids[None], position_ids=tree.positions[None], attention_mask=None, use_cache=False
-        )
+    hidden = follow(policy.model, TreeAttention(tree), tree.ids[None], tree.positions[None])
     order = sorted(range(len(rollouts)), key=[i for rows in members.values() for i in rows].__getitem__)
     places = [j for k in order for j in (tree.before[k], *range(tree.rows[k][0], sum(tree.rows[k])))]
-    return out.last_hidden_state[0, torch.tensor(places, device=policy.device)]
+    return hidden[0, torch.tensor(places, device=policy.device)]
 
 
 def _padded(policy: Policy, rollouts: Sequence[Rollout], side: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.policy.load import Policy
-from lossmith.policy.measure import SamplingSettings
+from lossmith.policy.measure import SamplingSettings, wide
 
 __all__ = ["chosen_log_probs", "head_is_plain"]
 
@@ -53,7 +53,7 @@ class _ChosenLogProbs(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = hidden.to(narrow), weight.to(narrow)
-            sums = torch.empty(len(ids), dtype=_wide(narrow), device=hidden.device)
+            sums = torch.empty(len(ids), dtype=wide(narrow), device=hidden.device)
             logp = torch.empty_like(sums)
             for rows, logits in _logits(h, w, bias, temperature, chunk):
                 logp[rows] = logits.gather(1, ids[rows, None])[:, 0]
@@ -97,17 +97,13 @@ def _logits(
     """(rows, their logits [R, V] over the temperature) in float32 or wider. The buffer is the next piece's too."""
     size = min(chunk, len(h))
     raw = torch.empty(size, len(w), dtype=h.dtype, device=h.device)
-    wide = torch.empty(min(_ROWS, size), len(w), dtype=_wide(h.dtype), device=h.device)
+    room = torch.empty(min(_ROWS, size), len(w), dtype=wide(h.dtype), device=h.device)
     for start in range(0, len(h), chunk):
         stop = min(start + chunk, len(h))
         torch.mm(h[start:stop], w.t(), out=raw[: stop - start])
         for first in range(start, stop, _ROWS):
             last = min(first + _ROWS, stop)
-            logits = wide[: last - first].copy_(raw[first - start : last - start])
+            logits = room[: last - first].copy_(raw[first - start : last - start])
             if bias is not None:
                 logits += bias
             yield slice(first, last), logits if temperature == 1 else logits.div_(temperature)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

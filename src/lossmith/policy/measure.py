@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 
-__all__ = ["SamplingSettings", "measured_log_softmax"]
+__all__ = ["SamplingSettings", "measured_log_softmax", "wide"]
 
 _HEAD = 1024  # how many of the likeliest tokens are sorted before the whole vocabulary is
 
@@ -42,6 +42,11 @@ class SamplingSettings:
     @property
     def filtered(self) -> bool:
         return self.top_p < 1 or self.top_k > 0
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and exponentials of numbers of this type are made in: float32, or float64 where they are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def measured_log_softmax(logits: Tensor, settings: SamplingSettings, keep: Tensor | None = None) -> Tensor:

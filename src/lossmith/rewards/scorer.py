@@ -28,7 +28,7 @@ from lossmith.rewards.deadline import DeadlinePassed, DeadlineThread
 from lossmith.rewards.function import ABSTAIN, describe_error
 from lossmith.rollouts import Rollout, Score
 
-__all__ = ["OnError", "Scorer", "TimedScorer", "ask", "close_scorer", "score_rollouts", "verify_scorer"]
+__all__ = ["OnError", "Scorer", "TimedScorer", "ask", "bind_scorer", "close_scorer", "score_rollouts", "verify_scorer"]
 
 OnError = Literal["stop", "drop"]
 
@@ -94,6 +94,13 @@ def close_scorer(scorer: Any) -> None:
     close = getattr(scorer, "close", None)
     if callable(close):
         close()
+
+
+def bind_scorer(scorer: Any, policy: Any) -> None:
+    """Give a scorer that reads token ids (one of steps, say) the policy's tokenizer."""
+    bind = getattr(scorer, "bind", None)
+    if callable(bind):
+        bind(policy)
 
 
 def verify_scorer(scorer: Any) -> None:

@@ -15,11 +15,12 @@ from lossmith.errors import quiet_traps
 from lossmith.policy import Policy, load_policy, sample
 from lossmith.prompts import Prompt
 from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.rewards.scorer import bind_scorer
 from lossmith.rollouts import Rollout
 from lossmith.training.clock import Clock
 from lossmith.training.floor import Work, count_work, multiply_rate
 from lossmith.training.learner import Learner
-from lossmith.training.loop import Plan
+from lossmith.training.loop import Plan, columns_of
 from lossmith.training.memory import Need, estimate
 from lossmith.training.recipe import Recipe
 
@@ -71,12 +72,9 @@ def measure_recipe(plan: Plan) -> Measurement:
     """Sample, score and update for about a minute. The policy's weights stay as they are."""
     recipe = plan.recipe.model_copy(update={"learning_rate": 0.0, "value_learning_rate": 0.0})
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
-    columns = {name for prompt in plan.train for name in prompt.columns}
-    scorer = load_scorer(recipe.scorer, columns=columns)
+    scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train))
     try:
-        bind = getattr(scorer, "bind", None)  # a scorer of steps needs the policy's tokenizer
-        if bind is not None:
-            bind(policy)
+        bind_scorer(scorer, policy)
         return _measure(plan, recipe, policy, scorer)
     finally:
         close_scorer(scorer)

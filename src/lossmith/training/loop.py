@@ -17,7 +17,7 @@ from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.policy import Policy, check_model, load_policy, sample
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
-from lossmith.rewards.scorer import verify_scorer
+from lossmith.rewards.scorer import bind_scorer, verify_scorer
 from lossmith.rollouts import Rollout
 from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from lossmith.training.clock import Clock
@@ -27,7 +27,7 @@ from lossmith.training.learner import Learner, Update
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
 
-__all__ = ["Plan", "Run", "Step", "learn", "open_run", "plan"]
+__all__ = ["Plan", "Run", "Step", "columns_of", "learn", "open_run", "plan"]
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def plan(recipe: Recipe) -> Plan:
         )
     for scorer in (recipe.scorer, recipe.watch):
         if scorer is not None:
-            check_scorer(scorer, columns=_columns(prompts))
+            check_scorer(scorer, columns=columns_of(prompts))
     check_model(recipe.model)
     return Plan(recipe, train, held_out, prompts.summary())
 
@@ -239,13 +239,11 @@ def plan(recipe: Recipe) -> Plan:
 def open_run(plan: Plan, resume: Path | None = None) -> Run:
     """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped."""
     recipe = plan.recipe
-    scorer = load_scorer(recipe.scorer, columns=_columns(plan.train))
-    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=_columns(plan.train))
+    scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train))
+    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns_of(plan.train))
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     for one in (scorer, watch):
-        bind = getattr(one, "bind", None)  # a scorer of steps needs the policy's tokenizer
-        if bind is not None:
-            bind(policy)
+        bind_scorer(one, policy)
     check_disk(recipe.runs, disk_needed(policy, recipe))
     _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
@@ -268,7 +266,7 @@ def open_run(plan: Plan, resume: Path | None = None) -> Run:
     )
 
 
-def _columns(prompts: PromptSet) -> set[str]:
+def columns_of(prompts: PromptSet) -> set[str]:
     return {name for prompt in prompts for name in prompt.columns}
 
 
