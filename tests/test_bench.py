@@ -44,7 +44,7 @@ def test_products_are_counted_as_by_hand():
     work = count_work(tiny.policy(), rollouts)
     unique = prompts + responses - len(rollouts)
     assert work.sample == work.forward == 2 * (body * unique + head * responses)
-    assert work.update == 6 * body * unique + 8 * head * responses
+    assert work.update == 6 * body * unique + 6 * head * responses
 
 
 def test_every_phase_is_measured_and_the_step_is_their_sum(found):

@@ -1,5 +1,7 @@
 """The fast paths give what the plain ones give: the same tokens, log-probabilities and gradients."""
 
+import copy
+import dataclasses
 import logging
 
 import hypothesis.strategies as st
@@ -8,14 +10,17 @@ import torch
 from hypothesis import given, settings
 
 import tiny
-from lossmith.policy import SamplingSettings, sample, token_outputs
+from lossmith.errors import PolicyError
+from lossmith.policy import SamplingSettings, measure_of, sample, token_outputs
 from lossmith.policy import attention as attention_module
 from lossmith.policy import head as head_module
 from lossmith.policy.attention import Tree, TreeAttention
 from lossmith.policy.forward import sharing_is_exact
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.memory import available_bytes, keep_freed_memory
+from lossmith.policy.packed import packed_weights
 from lossmith.policy.sampling import inverse_of_cumulative
+from lossmith.rollouts import LogProbs, Score
 
 PLAIN = SamplingSettings()
 groups = st.lists(
@@ -46,6 +51,7 @@ def test_attention_over_a_tree_is_masked_attention(shape, heads, block, seed):
     torch.manual_seed(seed)
     q, k, v = (torch.randn(h, len(tree.ids), 5, dtype=torch.float64, requires_grad=True) for h in (*heads, heads[1]))
     before, attention_module._BLOCK = attention_module._BLOCK, block
+    attention_module._layout_of.cache_clear()  # it is cut into blocks
     try:
         ours = TreeAttention(tree).attend(0, q[None], k[None], v[None], 0.4)[0]
         theirs = dense(q, k, v, tree, 0.4)
@@ -101,7 +107,9 @@ def test_the_trial_is_not_misled_by_bfloat16():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 7, 33, 512])
-def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(temperature, chunk):
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(temperature, chunk, kept, monkeypatch):
+    monkeypatch.setattr(head_module, "_KEPT", kept)
     policy = tiny.policy(dtype=torch.float64)
     torch.manual_seed(0)
     count, weight = 70, policy.model.get_output_embeddings().weight
@@ -115,8 +123,10 @@ def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(tempe
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
-def test_a_head_with_a_bias(monkeypatch):
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_a_head_with_a_bias(kept, monkeypatch):
     monkeypatch.setattr(head_module, "_ROWS", 4)
+    monkeypatch.setattr(head_module, "_KEPT", kept)
     policy = tiny.policy(dtype=torch.float64)
     head = torch.nn.Linear(32, 264, dtype=torch.float64)
     policy.model.lm_head = head
@@ -147,6 +157,91 @@ def test_bfloat16_log_probabilities_are_near_those_of_float32():
     assert narrow.dtype == torch.float32
     gap = (narrow - exact).detach().abs()
     assert 0 < float(gap.max()) < 0.2 and float(gap.mean()) < 0.03
+
+
+# -- compiled layers, packed and narrowed weights ---------------------------------------------------------------------
+
+
+def accumulated(compile_, dtype=torch.float64, compute=None, model=None):
+    """Gradients of one round's loss, by the learner; weights must be the policy's own afterwards."""
+    from lossmith.training import Learner, Recipe
+
+    policy = tiny.policy(copy.deepcopy(model), dtype=dtype)
+    policy.compute_dtype = compute or dtype
+    recipe = Recipe.make(loss="grpo(beta=0)", compile=compile_, micro_batch_tokens=20, temperature=1.0)
+    learner = Learner(policy, recipe.policy_loss(), recipe)
+    assert learner.compiled is compile_
+    own = policy.parameters()
+    rollouts = [
+        dataclasses.replace(
+            r,
+            score=Score(value=float(i % 3)),
+            behavior_logp=LogProbs(
+                torch.full((len(r.completion_ids),), torch.nan), measure_of(policy, recipe.sampling)
+            ),
+        )
+        for i, r in enumerate(tiny.rollouts())
+    ]
+    batch = learner.formulate(rollouts)
+    learner.accumulate(rollouts, batch, learner.loss.credit(batch))
+    assert all(a is b and a.dtype == dtype for a, b in zip(own, policy.parameters(), strict=True))
+    return [p.grad for p in own]
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_layers_give_the_same_gradients():
+    for eager, compiled in zip(accumulated(False), accumulated(True), strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=0, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_layers_with_narrowed_weights_are_as_near_as_autocast():
+    model = tiny.llama()
+    exact, eager, compiled = (
+        torch.cat([g.flatten() for g in accumulated(c, torch.float32, kind, model)])
+        for c, kind in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16))
+    )
+    gaps = [float((x - exact).norm() / exact.norm()) for x in (eager, compiled)]
+    assert 0 < gaps[1] < 1.2 * gaps[0] and gaps[0] < 0.1
+
+
+def test_without_a_compiler_compile_is_refused_before_the_model_is_loaded(monkeypatch):
+    from lossmith.training import Recipe
+    from lossmith.training.loop import plan
+
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PolicyError, match=r"C\+\+ compiler"):
+        plan(Recipe.make(compile=True, model="no such model"))
+
+
+def test_compile_is_said_to_have_no_effect_where_layers_are_run_again(caplog):
+    from lossmith.training import Learner, Recipe
+
+    recipe = Recipe.make(compile=True, memory_gb=0.001)
+    assert not Learner(tiny.policy(), recipe.policy_loss(), recipe).compiled
+    assert "no effect" in caplog.text
+
+
+def test_packed_weights_multiply_as_bfloat16_does_and_leave_nothing_behind():
+    policy = tiny.policy()
+    policy.compute_dtype = torch.bfloat16
+    linear = [m for m in policy.model.modules() if type(m) is torch.nn.Linear]
+    torch.manual_seed(0)
+    for rows in (1, 7, 64, 130):
+        for m in linear:
+            x = torch.randn(rows, m.in_features)
+            expected = torch.nn.functional.linear(x.bfloat16(), m.weight.bfloat16())
+            with packed_weights(policy):
+                found = m(x)
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    assert not any("forward" in m.__dict__ for m in linear)
+
+
+def test_only_bfloat16_is_packed():
+    policy = tiny.policy()
+    with packed_weights(policy):
+        assert not any("forward" in m.__dict__ for m in policy.model.modules())
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -290,7 +385,7 @@ def test_a_memory_budget_decides_whether_layers_are_run_again(memory_gb, again):
     from lossmith.training import Learner, Recipe
 
     recipe = Recipe.make(memory_gb=memory_gb)
-    policy = tiny.policy()
-    assert Learner(policy, recipe.policy_loss(), recipe).recompute is again
-    text = memory_estimate(policy, recipe, reference=False)
+    learner = Learner(tiny.policy(), recipe.policy_loss(), recipe)
+    assert learner.recompute is again
+    text = memory_estimate(learner)
     assert ("run again" in text) is again and ("more than there is" in text) is again

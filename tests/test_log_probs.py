@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, measured_log_softmax, token_outputs
+from lossmith.policy import head as head_module
 from lossmith.policy.forward import sharing_is_exact
 from lossmith.rollouts import LogProbs, Measure
 
@@ -136,8 +138,10 @@ def test_log_probs_measured_differently_cannot_be_subtracted():
             a - LogProbs(values, other)
 
 
-def test_no_vocabulary_sized_tensor_outlives_its_chunk():
-    """What autograd keeps for the backward pass holds nothing with more than one chunk of logits."""
+@pytest.mark.parametrize("room", [0, 1 << 16, 1 << 20])
+def test_of_vocabulary_sized_tensors_no_more_than_the_room_for_slopes_outlives_its_chunk(room, monkeypatch):
+    """What autograd keeps for the backward pass: slopes in the logits where they fit the room, else none."""
+    monkeypatch.setattr(head_module, "_KEPT", room)
     policy, rollouts = tiny.policy(), tiny.rollouts(samples=6)
     kept = []
 
@@ -149,7 +153,10 @@ def test_no_vocabulary_sized_tensor_outlives_its_chunk():
         out = token_outputs(policy, rollouts, PLAIN, chunk=4)
     vocabulary = policy.model.config.vocab_size
     table = (vocabulary, policy.model.config.hidden_size)
-    assert not [shape for shape in kept if vocabulary in shape and shape not in (table, table[::-1])]
+    slopes = [shape for shape in kept if vocabulary in shape and shape not in (table, table[::-1])]
+    size = 4 * vocabulary * sum(len(r.completion_ids) for r in rollouts)
+    assert len(slopes) == (size <= room)
+    assert sum(4 * math.prod(shape) for shape in slopes) <= room
     out.logp.sum().backward()
 
 

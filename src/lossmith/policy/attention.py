@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from lossmith.errors import PolicyError
 from lossmith.policy.measure import wide
 
-__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "follow", "scores"]
+__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "follow"]
 
 _NAME = "lossmith"
 _BLOCK = 512  # queries whose scores exist at one time
@@ -80,19 +81,6 @@ def _attend(
     return out.transpose(1, 2), None
 
 
-def scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """[B, M, D], [B, K, D] -> [B, M, K] scaled products in float32 or wider."""
-    product = torch.bmm(query, key.transpose(1, 2))
-    return product.to(wide(product.dtype)).mul_(scale)
-
-
-def _merge(lse: Tensor, other: Tensor, out: Tensor, addition: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from that over each: (log of the summed weights, weighted mean)."""
-    both = torch.logaddexp(lse, other)
-    mean = out * (lse - both).exp_()[..., None] + addition * (other - both).exp_()[..., None]
-    return both, mean
-
-
 @dataclass(frozen=True)
 class Tree:
     """A packed row: each prompt, then its completions one after the other. Places are those in the row."""
@@ -103,13 +91,14 @@ class Tree:
     branches: tuple[slice, ...]  # all completions of the group together
     rows: tuple[tuple[int, int], ...]  # (first place, length) of each completion; length 0 where nothing is fed
     before: tuple[int, ...]  # place of the last prompt token of each completion
+    shape: Tensor  # what attention needs to know: of each group the prompt's length, its completions, their lengths
 
     @classmethod
     def of(cls, groups: Sequence[tuple[tuple[int, ...], Sequence[tuple[int, ...]]]], device: torch.device) -> Tree:
         """groups: (prompt ids, ids that are fed of each completion)."""
         ids: list[int] = []
         positions: list[int] = []
-        prompts, branches, rows, before = [], [], [], []
+        prompts, branches, rows, before, shape = [], [], [], [], []
         for prompt, completions in groups:
             start = len(ids)
             ids += prompt
@@ -122,6 +111,7 @@ class Tree:
                 positions += range(len(prompt), len(prompt) + len(completion))
             prompts.append(slice(start, end))
             branches.append(slice(end, len(ids)))
+            shape += [len(prompt), len(completions), *map(len, completions)]
         return cls(
             torch.tensor(ids, device=device),
             torch.tensor(positions, device=device),
@@ -129,6 +119,7 @@ class Tree:
             tuple(branches),
             tuple(rows),
             tuple(before),
+            torch.tensor(shape),
         )
 
 
@@ -136,14 +127,43 @@ class TreeAttention:
     """Each token sees its own prompt, and what came before it in its own completion."""
 
     def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-        device = tree.ids.device
-        self.prompts = _Segments([(s.start, s.stop - s.start) for s in tree.prompts], len(tree.ids), device)
-        fed = [row for row in tree.rows if row[1]]
-        self.branches = _Segments(fed, len(tree.ids), device) if fed else None
+        self.shape = tree.shape
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return _TreeProduct.apply(query[0], key[0], value[0], self, scale)[None]
+        out, _ = _attend_tree(query[0], key[0], value[0], self.shape, scale)
+        return out[None]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A tree of some shape, laid out for products."""
+
+    stretches: tuple[_Segments, ...]  # the prompts, and the completions where any feed something
+    shared: tuple[tuple[slice, slice], ...]  # (prompt, completions that see it), in pieces whose scores are bounded
+
+
+def _layout(shape: Tensor, device: torch.device) -> _Layout:
+    return _layout_of(tuple(shape.tolist()), device)
+
+
+@lru_cache(maxsize=8)
+def _layout_of(shape: tuple[int, ...], device: torch.device) -> _Layout:
+    """Kept, for all layers ask for the same."""
+    prompts: list[tuple[int, int]] = []
+    fed: list[tuple[int, int]] = []
+    shared: list[tuple[slice, slice]] = []
+    place = at = 0
+    while at < len(shape):
+        length, count = shape[at : at + 2]
+        prompts.append((place, length))
+        end = place + length
+        for n in shape[at + 2 : at + 2 + count]:
+            fed += [(end, n)] if n else []
+            end += n
+        for start in range(place + length, end, 4 * _BLOCK):
+            shared.append((slice(place, place + length), slice(start, min(start + 4 * _BLOCK, end))))
+        place, at = end, at + 2 + count
+    return _Layout(tuple(_Segments(x, place, device) for x in (prompts, fed) if x), tuple(shared))
 
 
 class _Segments:
@@ -160,14 +180,15 @@ class _Segments:
         self._valid = None if bool(valid.all()) else valid.to(device)
         self._length = length
         self._cache: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._later: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
-    def later(self, start: int, stop: int) -> Tensor:
-        """[stop - start, stop]: which keys come after each of these queries; made for the first layer only."""
-        if (start, stop) not in self._later:
-            places = torch.arange(stop, device=self._places.device)
-            self._later[start, stop] = places > places[start:, None]
-        return self._later[start, stop]
+    def later(self, start: int, stop: int, rep: int, dtype: torch.dtype) -> Tensor:
+        """[1, rep * (stop - start), stop]: -inf for keys after a query, to be added; made for the first layer only."""
+        given = (start, stop, rep, dtype)
+        if given not in self._masks:
+            full = torch.full((stop - start, stop), -torch.inf, dtype=dtype, device=self._places.device)
+            self._masks[given] = full.triu_(start + 1).repeat(1, rep, 1)
+        return self._masks[given]
 
     def gather(self, x: Tensor, rep: int, blank: bool = False) -> Tensor:
         """[H, L, ...] -> [H / rep * n, rep, W, ...]: the heads that share keys side by side. blank: padding is 0."""
@@ -197,43 +218,99 @@ class _Segments:
         return self._cache[rep]
 
 
-class _TreeProduct(torch.autograd.Function):
-    """Attention over the tree. Probabilities are not kept: the backward pass makes them again from their sums."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: TreeAttention, scale: float) -> Tensor:
-        """[H, L, D], [H_kv, L, D], [H_kv, L, D] -> [H, L, D]."""
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=wide(q.dtype), device=q.device)
-        for segments in filter(None, (plan.prompts, plan.branches)):
-            _causal(q, k, v, segments, scale, out, lse)
-        for prompt, branch in _shared_parts(plan.tree):
-            _add_prefix(q, k, v, prompt, branch, scale, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            grad = grad.contiguous()
-            pull = (grad.to(lse.dtype) * out).sum(-1)  # [H, L], what the softmax subtracts
-            grads = [torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v)]
-            for segments in filter(None, (ctx.plan.prompts, ctx.plan.branches)):
-                _causal_backward(q, k, v, segments, ctx.scale, grad, lse, pull, grads)
-            for prompt, branch in _shared_parts(ctx.plan.tree):
-                _prefix_backward(q, k, v, prompt, branch, ctx.scale, grad, lse, pull, grads)
-        dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-        return dq, dk, dv, None, None
+# One operation for the compiler, which cannot look into it, and for autograd. Probabilities are not kept: the backward
+# pass makes them again. A completion's token weighs its own completion and its prompt in two products; what is kept is
+# the share that its own completion has of the weights: softmax over both is share * softmax over the one beside
+# (1 - share) * softmax over the other.
+@torch.library.custom_op("lossmith::attend_tree", mutates_args=())
+def _attend_tree(q: Tensor, k: Tensor, v: Tensor, shape: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[H, L, D], [H_kv, L, D], [H_kv, L, D] and the tree's shape -> (output [H, L, D], share [H, L])."""
+    layout = _layout(shape, q.device)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=wide(q.dtype), device=q.device)
+    share = torch.ones_like(lse)
+    for segments in layout.stretches:
+        _causal(q, k, v, segments, scale, out, lse)
+    for prompt, branch in layout.shared:
+        _add_prefix(q, k, v, prompt, branch, scale, out, lse, share)
+    return out, share
 
 
-def _shared_parts(tree: Tree) -> Iterator[tuple[slice, slice]]:
-    """(prompt, completions) of each group that feeds any, in pieces whose scores are bounded."""
-    for prompt, branch in zip(tree.prompts, tree.branches, strict=True):
-        for start in range(branch.start, branch.stop, 4 * _BLOCK):
-            yield prompt, slice(start, min(start + 4 * _BLOCK, branch.stop))
+@torch.library.custom_op("lossmith::attend_tree_backward", mutates_args=())
+def _attend_tree_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Tensor, out: Tensor, share: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(shape, q.device)
+    grads = [torch.empty(x.shape, dtype=share.dtype, device=x.device) for x in (q, k, v)]
+    pull = (grad.to(share.dtype) * out).sum(-1)  # [H, L], what the softmax subtracts
+    own = _Pass(q, k, v, (grad * share[..., None]).to(q.dtype), pull * share, scale, grads)
+    for segments in layout.stretches:
+        _causal_backward(own, segments)
+    share = 1 - share
+    other = _Pass(q, k, v, (grad * share[..., None]).to(q.dtype), pull * share, scale, grads)
+    for prompt, branch in layout.shared:
+        _prefix_backward(other, prompt, branch)
+    dq, dk, dv = (g.to(x.dtype, copy=True) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+@_attend_tree.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, shape: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+
+
+@_attend_tree_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Tensor, out: Tensor, share: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, shape, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, shape, *output)
+
+
+def _pull_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_attend_tree_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
+
+
+_attend_tree.register_autograd(_pull_back, setup_context=_keep)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A backward pass through one of the two products. All are whole rows: [H, L, ...] or [H_kv, L, ...]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    outer: Tensor  # [H, L, D], the gradient of what this product gave
+    pull: Tensor  # [H, L]
+    scale: float
+    grads: list[Tensor]  # of q, k, v, in float32 or wider: what is found is written or added here
+
+
+def _product(x: Tensor, y: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """scale * x y + mask, for [B, M, K], [B, K, N] and a mask [1, M, N], in one pass."""
+    if mask is None:
+        return torch.baddbmm(x.new_empty(1, 1, 1), x, y, beta=0, alpha=scale)
+    return torch.baddbmm(mask, x, y, alpha=scale)
+
+
+def _softmax(found: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [B, M, K] -> (weights [B, M, K] that sum to one, log of the sum of exp(scores) [B, M]), float32 or wider.
+
+    torch's softmax reads its input once. It does not tell the sum, but any score and its weight do: the first key's,
+    which every query sees. Where that weight is too small to tell, the sum is made apart.
+    """
+    found = found.to(wide(found.dtype))
+    weights = torch.softmax(found, -1)
+    first = weights[..., 0]
+    if found.device.type == "cpu" and float(first.min()) > 1e-30:
+        return weights, found[..., 0] - first.log()
+    return weights, found.logsumexp(-1)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -242,8 +319,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, 
     queries, keys, values = segments.gather(q, rep), segments.gather(k, 1)[:, 0], segments.gather(v, 1)[:, 0]
     means, sums = torch.empty_like(queries), torch.empty(queries.shape[:3], dtype=lse.dtype, device=q.device)
     for start, stop in _blocks(segments.width):
-        weights = _causal_scores(queries, keys, segments.later(start, stop), start, stop, scale)
-        total = _softmax_(weights)
+        weights, total = _softmax(_causal_scores(queries, keys, segments, start, stop, scale))
         shape = queries[:, :, start:stop].shape
         means[:, :, start:stop] = torch.bmm(weights.to(v.dtype), values[:, :stop]).view(shape)
         sums[:, :, start:stop] = total.view(shape[:3])
@@ -251,19 +327,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, 
     segments.scatter(lse, sums, rep)
 
 
-def _causal_scores(queries: Tensor, keys: Tensor, later: Tensor, start: int, stop: int, scale: float) -> Tensor:
+def _causal_scores(queries: Tensor, keys: Tensor, segments: _Segments, start: int, stop: int, scale: float) -> Tensor:
     """[B, rep * (stop - start), stop]: scores of these queries of each stretch, -inf for keys after them."""
-    found = scores(queries[:, :, start:stop].flatten(1, 2), keys[:, :stop], scale)
-    found.unflatten(1, (queries.shape[1], -1)).masked_fill_(later, -torch.inf)
-    return found
-
-
-def _softmax_(weights: Tensor) -> Tensor:
-    """Scores become weights that sum to one, in place; returns the logarithm of what they were divided by."""
-    most = weights.amax(-1, keepdim=True)
-    total = weights.sub_(most).exp_().sum(-1, keepdim=True)
-    weights.div_(total)
-    return (total.log_() + most)[..., 0]
+    mask = segments.later(start, stop, queries.shape[1], queries.dtype)
+    return _product(queries[:, :, start:stop].flatten(1, 2), keys[:, :stop].transpose(1, 2), scale, mask)
 
 
 def _blocks(width: int) -> Iterator[tuple[int, int]]:
@@ -271,17 +338,23 @@ def _blocks(width: int) -> Iterator[tuple[int, int]]:
 
 
 def _add_prefix(
-    q: Tensor, k: Tensor, v: Tensor, prompt: slice, branch: slice, scale: float, out: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt: slice,
+    branch: slice,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    share: Tensor,
 ) -> None:
     """Let the completions of a group see their prompt too: one product for all of them."""
-    queries = _of_group(q, k, branch)
-    weights = scores(queries, k[:, prompt], scale)
-    total = _softmax_(weights)
-    mean = torch.bmm(weights.to(v.dtype), v[:, prompt])
-    mine, others = out[:, branch], lse[:, branch]
-    shape = mine.shape
-    both, merged = _merge(others, total.view(shape[:2]), mine, mean.view(shape))
-    lse[:, branch], out[:, branch] = both, merged.to(out.dtype)
+    weights, total = _softmax(_product(_of_group(q, k, branch), k[:, prompt].transpose(1, 2), scale))
+    mine = out[:, branch]
+    mean = torch.bmm(weights.to(v.dtype), v[:, prompt]).view(mine.shape)
+    own = torch.sigmoid(lse[:, branch] - total.view(mine.shape[:2]))
+    share[:, branch] = own
+    out[:, branch] = torch.lerp(mean.to(own.dtype), mine.to(own.dtype), own[..., None]).to(out.dtype)
 
 
 def _of_group(x: Tensor, k: Tensor, branch: slice) -> Tensor:
@@ -290,62 +363,41 @@ def _of_group(x: Tensor, k: Tensor, branch: slice) -> Tensor:
     return part.reshape(k.shape[0], -1, *x.shape[2:])
 
 
-def _causal_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: _Segments,
-    scale: float,
-    grad: Tensor,
-    lse: Tensor,
-    pull: Tensor,
-    grads: list[Tensor],
-) -> None:
-    rep = q.shape[0] // k.shape[0]
-    queries, keys, values = segments.gather(q, rep), segments.gather(k, 1)[:, 0], segments.gather(v, 1)[:, 0]
-    sums = segments.gather(lse, rep)
-    outer, pulls = (segments.gather(x, rep, blank=True) for x in (grad, pull))
+def _causal_backward(given: _Pass, segments: _Segments) -> None:
+    rep = given.q.shape[0] // given.k.shape[0]
+    queries = segments.gather(given.q, rep)
+    keys, values = segments.gather(given.k, 1)[:, 0], segments.gather(given.v, 1)[:, 0]
+    outer, pulls = (segments.gather(x, rep, blank=True) for x in (given.outer, given.pull))
     dq = torch.empty_like(queries)
-    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values))
+    dk, dv = (torch.zeros(x.shape, dtype=given.pull.dtype, device=x.device) for x in (keys, values))
     for start, stop in _blocks(segments.width):
-        weights = _causal_scores(queries, keys, segments.later(start, stop), start, stop, scale)
-        weights.sub_(sums[:, :, start:stop].flatten(1)[..., None]).exp_()
+        found = _causal_scores(queries, keys, segments, start, stop, given.scale)
         block, outers = (x[:, :, start:stop].flatten(1, 2) for x in (queries, outer))
-        found = _product_backward(
-            block, outers, keys[:, :stop], values[:, :stop], weights, pulls[:, :, start:stop].flatten(1), scale
-        )
-        dq[:, :, start:stop] = found[0].view(dq[:, :, start:stop].shape)
-        dk[:, :stop] += found[1]
-        dv[:, :stop] += found[2]
-    for whole, part, heads in zip(grads, (dq, dk, dv), (rep, 1, 1), strict=True):
+        pull = pulls[:, :, start:stop].flatten(1)
+        parts = _product_backward(found, block, outers, keys[:, :stop], values[:, :stop], pull, given.scale)
+        dq[:, :, start:stop] = parts[0].view(dq[:, :, start:stop].shape)
+        dk[:, :stop] += parts[1]
+        dv[:, :stop] += parts[2]
+    for whole, part, heads in zip(given.grads, (dq, dk, dv), (rep, 1, 1), strict=True):
         segments.scatter(whole, part, heads)
 
 
-def _prefix_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt: slice,
-    branch: slice,
-    scale: float,
-    grad: Tensor,
-    lse: Tensor,
-    pull: Tensor,
-    grads: list[Tensor],
-) -> None:
-    queries, outer, sums, pulls = (_of_group(x, k, branch) for x in (q, grad, lse, pull))
-    weights = scores(queries, k[:, prompt], scale).sub_(sums[..., None]).exp_()
-    dq, dk, dv = _product_backward(queries, outer, k[:, prompt], v[:, prompt], weights, pulls, scale)
-    grads[0][:, branch] += dq.view(q[:, branch].shape)
-    grads[1][:, prompt] += dk
-    grads[2][:, prompt] += dv
+def _prefix_backward(given: _Pass, prompt: slice, branch: slice) -> None:
+    queries, outer, pull = (_of_group(x, given.k, branch) for x in (given.q, given.outer, given.pull))
+    keys, values = given.k[:, prompt], given.v[:, prompt]
+    found = _product(queries, keys.transpose(1, 2), given.scale)
+    dq, dk, dv = _product_backward(found, queries, outer, keys, values, pull, given.scale)
+    given.grads[0][:, branch] += dq.view(given.q[:, branch].shape)
+    given.grads[1][:, prompt] += dk
+    given.grads[2][:, prompt] += dv
 
 
 def _product_backward(
-    queries: Tensor, outer: Tensor, keys: Tensor, values: Tensor, weights: Tensor, pulls: Tensor, scale: float
+    found: Tensor, queries: Tensor, outer: Tensor, keys: Tensor, values: Tensor, pull: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of softmax(q k^T) v for one block of queries, given its weights [B, M, K]."""
+    """Gradients of softmax(q k^T) v for one block of queries, given its scores [B, M, K]."""
     narrow = queries.dtype
+    weights = torch.softmax(found.to(wide(narrow)), -1)
     dv = torch.bmm(weights.to(narrow).transpose(1, 2), outer)
-    slope = scores(outer, values, 1.0).sub_(pulls[..., None]).mul_(weights).mul_(scale).to(narrow)
-    return torch.bmm(slope, keys), torch.bmm(slope.transpose(1, 2), queries), dv
+    slope = torch.bmm(outer, values.transpose(1, 2)).to(weights.dtype).sub_(pull[..., None]).mul_(weights).to(narrow)
+    return _product(slope, keys, scale), _product(slope.transpose(1, 2), queries, scale), dv

@@ -8,14 +8,16 @@ attention is not known here, and the measure that the other is tested against.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lossmith.policy.attention import Tree, TreeAttention, follow, scores
+from lossmith.policy.attention import Tree, TreeAttention, follow
 from lossmith.policy.forward import encode_prompts, select_rows
 from lossmith.policy.load import Policy
+from lossmith.policy.measure import wide
 
 __all__ = ["Cache", "PlainCache", "SharedCache"]
 
@@ -142,18 +144,19 @@ class SharedCache:
             self._lengths.pop()
 
     def _arrange(self) -> None:
-        """Index tensors for the rows as they are now: which rows belong to each prompt, padded to the largest group."""
-        device = self.policy.device
+        """Which rows belong to each prompt, padded to the largest group. What the layers need of it is made later."""
         groups: list[list[int]] = [[] for _ in self._lengths]
         for row, g in enumerate(self._owner):
             groups[g].append(row)
-        width = max(map(len, groups), default=0)
-        self.members = torch.tensor([rows + [0] * (width - len(rows)) for rows in groups], device=device)
-        place = {row: g * width + i for g, rows in enumerate(groups) for i, row in enumerate(rows)}
-        self.place = torch.tensor([place[row] for row in range(len(self._owner))], device=device)
-        reach = max(self._lengths, default=0)
-        beyond = torch.arange(reach) >= torch.tensor(self._lengths or [0])[:, None]
-        self.padded = beyond[:, None].to(device) if bool(beyond.any()) else None  # [G, 1, P], padded places
+        self._groups = groups
+        self._arranged: dict[tuple[int, torch.dtype], _Arrangement] = {}
+
+    def arranged(self, heads: int, dtype: torch.dtype) -> _Arrangement:
+        """Of the rows as they are now, for layers with so many heads of keys."""
+        if (heads, dtype) not in self._arranged:
+            found = _Arrangement.of(self._groups, self._lengths, heads, dtype, self.policy.device)
+            self._arranged[heads, dtype] = found
+        return self._arranged[heads, dtype]
 
     def layer(self, index: int, key: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """((keys, values) of the prompts, (keys, values) of the rows), made when the first token comes through."""
@@ -202,50 +205,81 @@ class _Encoding:
         return self.own.attend(layer, query, key, value, scale)
 
 
+@dataclass(frozen=True)
+class _Arrangement:
+    """From rows to prompts and back. A row has its heads of keys side by side: [N * H_kv, ...]."""
+
+    to_prompts: Tensor  # [G * H_kv * n] places among the rows, n the rows of the largest group
+    to_rows: Tensor  # [N * H_kv] places among those
+    mask: Tensor | None  # [G * H_kv, 1, P]: -inf where a prompt is padded; None where none is
+
+    @classmethod
+    def of(
+        cls, groups: list[list[int]], lengths: list[int], heads: int, dtype: torch.dtype, device: torch.device
+    ) -> _Arrangement:
+        width = max(map(len, groups), default=0)
+        members = torch.tensor([rows + [0] * (width - len(rows)) for rows in groups])
+        place = {row: (g, i) for g, rows in enumerate(groups) for i, row in enumerate(rows)}
+        group, at = torch.tensor([place[row] for row in range(len(place))]).unbind(1)
+        head = torch.arange(heads)
+        there = members[:, None] * heads + head[:, None]  # [G, H_kv, n]
+        back = (group[:, None] * heads + head) * width + at[:, None]  # [N, H_kv]
+        beyond = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+        mask = _minus_infinity(beyond.to(device), heads, dtype) if bool(beyond.any()) else None
+        return cls(there.flatten().to(device), back.flatten().to(device), mask)
+
+
+def _minus_infinity(where: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """[B, K] bool -> [B * heads, 1, K] to be added to scores."""
+    mask = torch.zeros(where.shape, dtype=dtype, device=where.device).masked_fill_(where, -torch.inf)
+    return mask.repeat_interleave(heads, 0)[:, None]
+
+
 class _Step:
-    """The plan of `step`: each row sees its prompt, as one product for all rows of it, and what it wrote itself."""
+    """The plan of `step`: each row sees its prompt, as one product for all rows of it, and what it wrote itself.
+
+    A step has hundreds of these and few numbers in each, so it is the number of operations that counts: scale and mask
+    belong to the products.
+    """
 
     def __init__(self, cache: SharedCache, fed: list[int], device: torch.device) -> None:
         self.cache, self.reach = cache, cache.make_room(max(fed) + 1)
         self.rows = torch.arange(len(fed), device=device)
         self.at = torch.tensor(fed, device=device)
-        later = torch.arange(self.reach, device=device) > self.at[:, None]
-        self.later = later[:, None, None]  # [N, 1, 1, T], places that are not filled yet
+        self.later = torch.arange(self.reach, device=device) > self.at[:, None]  # places that are not filled yet
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         _, (keys, values) = self.cache.layer(layer, key)
         count, heads, width = len(self.rows), key.shape[1], key.shape[-1]
         keys[self.rows, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
         own_keys, own_values = (x[:count].flatten(0, 1) for x in (keys, values))
-        queries = query.reshape(count, heads, -1, width)  # the heads that share keys side by side
-        own = scores(queries.flatten(0, 1), own_keys, scale).view(count, heads, -1, self.reach)
-        own.masked_fill_(self.later, -torch.inf)
-        prefix = self._to_prompts(queries, layer, scale)
-        weights = torch.softmax(torch.cat([prefix, own], -1), -1).to(value.dtype)
+        queries = query.reshape(count * heads, -1, width)  # the heads that share keys side by side
+        way = self.cache.arranged(heads, query.dtype)
+        prefix = self._to_prompts(queries, layer, scale, way)
+        own = torch.baddbmm(self._mask(heads, query.dtype), queries, own_keys.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(torch.cat([prefix, own], -1), -1, dtype=wide(value.dtype)).to(value.dtype)
         reach = prefix.shape[-1]
-        out = torch.bmm(weights[..., reach:].flatten(0, 1), own_values).view(queries.shape)
-        return (out + self._from_prompts(weights[..., :reach], layer)).view(query.shape)
+        out = torch.bmm(weights[..., reach:], own_values)
+        return out.add_(self._from_prompts(weights[..., :reach], layer, way)).view(query.shape)
 
-    def _to_prompts(self, queries: Tensor, layer: int, scale: float) -> Tensor:
-        """[N, H_kv, rep, D] -> scores [N, H_kv, rep, P]."""
+    def _mask(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """[N * H_kv, 1, T]."""
+        if (heads, dtype) not in self._masks:
+            self._masks[heads, dtype] = _minus_infinity(self.later, heads, dtype)
+        return self._masks[heads, dtype]
+
+    def _to_prompts(self, queries: Tensor, layer: int, scale: float, way: _Arrangement) -> Tensor:
+        """[N * H_kv, rep, D] -> scores [N * H_kv, rep, P]."""
         keys, _ = self.cache.prompt_views(layer)
-        found = scores(self._by_prompt(queries), keys, scale)
-        if self.cache.padded is not None:
-            heads = queries.shape[1]
-            found.masked_fill_(self.cache.padded.repeat_interleave(heads, 0), -torch.inf)
-        return self._by_row(found, queries.shape)
+        by_prompt = queries.index_select(0, way.to_prompts).view(len(keys), -1, queries.shape[-1])
+        mask = by_prompt.new_zeros(1, 1, 1) if way.mask is None else way.mask
+        found = torch.baddbmm(mask, by_prompt, keys.transpose(1, 2), alpha=scale)
+        return found.view(-1, queries.shape[1], keys.shape[1]).index_select(0, way.to_rows)
 
-    def _from_prompts(self, weights: Tensor, layer: int) -> Tensor:
-        """[N, H_kv, rep, P] weights -> what they take from the prompts' values, [N, H_kv, rep, D]."""
+    def _from_prompts(self, weights: Tensor, layer: int, way: _Arrangement) -> Tensor:
+        """[N * H_kv, rep, P] weights -> what they take from the prompts' values, [N * H_kv, rep, D]."""
         _, values = self.cache.prompt_views(layer)
-        return self._by_row(torch.bmm(self._by_prompt(weights), values), weights.shape)
-
-    def _by_prompt(self, x: Tensor) -> Tensor:
-        """[N, H_kv, rep, ...] -> [G * H_kv, n * rep, ...], n the rows of the largest group."""
-        return x[self.cache.members].transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-    def _by_row(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """The reverse: [G * H_kv, n * rep, ...] -> [N, H_kv, rep, ...]."""
-        groups, width = self.cache.members.shape
-        apart = x.view(groups, shape[1], width, shape[2], -1).transpose(1, 2).flatten(0, 1)
-        return apart[self.cache.place]
+        by_prompt = weights.index_select(0, way.to_prompts).view(len(values), -1, weights.shape[-1])
+        found = torch.bmm(by_prompt, values)
+        return found.view(-1, weights.shape[1], values.shape[-1]).index_select(0, way.to_rows)

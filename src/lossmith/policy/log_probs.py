@@ -1,7 +1,7 @@
 """Log-probabilities of recorded completions under the policy as it is now, with gradient.
 
-The head runs on response positions only, in chunks that are recomputed in the backward pass: no [N, T, V] tensor is
-ever kept.
+The head runs on response positions only, in chunks: no [N, T, V] tensor of logits is ever kept. What is kept for the
+backward pass, or made again in it, is the business of `head` where that is plain; elsewhere chunks are made again.
 """
 
 from __future__ import annotations

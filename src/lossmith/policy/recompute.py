@@ -15,18 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from lossmith.policy.attention import attending, current_plan
 
-__all__ = ["can_recompute", "recomputed"]
+__all__ = ["can_recompute", "model_layers", "recomputed"]
 
 
 def can_recompute(model: Any) -> bool:
     """Whether the model's layers are of transformers' kind that can be run again."""
-    return bool(_layers(model))
+    return bool(model_layers(model))
 
 
 @contextlib.contextmanager
 def recomputed(model: Any) -> Iterator[None]:
     """Forward passes within keep the inputs of layers only; their backward pass may come after it."""
-    layers = _layers(model)
+    layers = model_layers(model)
     for layer in layers:
         layer.forward = partial(_forward, model, layer.forward)
     try:
@@ -36,7 +36,8 @@ def recomputed(model: Any) -> Iterator[None]:
             del layer.forward  # what the class says is visible again
 
 
-def _layers(model: Any) -> list[Any]:
+def model_layers(model: Any) -> list[Any]:
+    """The repeated blocks of a transformers model; none where it has no such blocks."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

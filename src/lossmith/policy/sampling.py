@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
+from lossmith.policy.compiled import uncompiled
 from lossmith.policy.decode import Cache, PlainCache, SharedCache
 from lossmith.policy.forward import sharing_is_exact
 from lossmith.policy.load import Policy
 from lossmith.policy.log_probs import measure_of
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
+from lossmith.policy.packed import packed_weights
 from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason, LogProbs, Measure, Rollout
 
@@ -61,8 +63,10 @@ def sample(
     measure = measure_of(policy, settings)
     written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
     done = 0
-    with policy.autocast():  # around it all: within, weights are narrowed once
-        for ended in _decode(policy, pending, settings, batch_rows):
+    with uncompiled(), policy.autocast():
+        cache = _cache(policy, pending, settings, batch_rows)
+    with uncompiled(), policy.autocast(), packed_weights(policy):
+        for ended in _decode(policy, cache, pending, settings):
             done += len(ended)
             for row in ended:
                 group = written[row.prompt.id]
@@ -120,13 +124,12 @@ def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tupl
 
 @torch.no_grad()
 def _decode(
-    policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int
+    policy: Policy, cache: Cache, pending: deque[list[_Row]], settings: SamplingSettings
 ) -> Iterator[list[_Row]]:
     """Fill in ids, log-probabilities and finish reasons; yields the rows that have just ended.
 
     Rows that end leave, and rows of the next prompt take their place.
     """
-    cache = _cache(policy, pending, settings, batch_rows)
     active: list[_Row] = []
     hidden, ends = torch.empty(0), policy.eos_ids
     while active or pending:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from lossmith.policy import Policy, can_recompute
-from lossmith.training import Plan, Recipe, Run
-from lossmith.training.memory import estimate
+from lossmith.training import Learner, Plan, Recipe, Run
 
 __all__ = ["batch_arithmetic", "memory_estimate", "opening"]
 
@@ -16,7 +14,7 @@ def opening(plan: Plan, run: Run) -> str:
         "prompts   " + plan.report.replace("\n", "\n          "),
         f"          {len(plan.train)} to train on, {len(plan.held_out)} held out",
         "batch     " + "\n          ".join(batch_arithmetic(recipe, len(plan.train))),
-        "memory    " + memory_estimate(run.policy, recipe, run.learner.reference is not None),
+        "memory    " + memory_estimate(run.learner),
         "loss      " + str(run.learner.loss).replace("\n", "\n          "),
         f"run       {run.folder.path}",
     ]
@@ -35,15 +33,15 @@ def batch_arithmetic(recipe: Recipe, train_prompts: int) -> list[str]:
     ]
 
 
-def memory_estimate(policy: Policy, recipe: Recipe, reference: bool) -> str:
+def memory_estimate(learner: Learner) -> str:
     """Weights, gradients and optimiser exactly; activations of one micro-batch by a measured rule of thumb."""
-    need = estimate(policy, recipe, reference)
-    again = need.recompute and can_recompute(policy.model)
+    need, again = learner.need, learner.recompute
     activations = need.recomputed if again else need.activations
-    parts = f"policy, gradients and AdamW{' and reference' if reference else ''} {need.fixed / 1e9:.1f} GB"
-    text = f"about {(need.fixed + activations) / 1e9:.1f} GB: {parts}, activations {activations / 1e9:.1f} GB"
+    held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
+    total = need.fixed + activations
+    text = f"about {total / 1e9:.1f} GB: {held} {need.fixed / 1e9:.1f} GB, activations {activations / 1e9:.1f} GB"
     if again and need.budget is not None:
         text += f"\n          layers are run again in the backward pass, for {need.budget / 1e9:.1f} GB are to be had"
-    if need.budget is not None and need.fixed + activations > need.budget:
+    if need.budget is not None and total > need.budget:
         text += "\n          this is more than there is: lower micro_batch_tokens, or take a smaller model"
     return text

@@ -21,7 +21,7 @@ from lossmith.training.clock import Clock
 from lossmith.training.floor import Work, count_work, multiply_rate
 from lossmith.training.learner import Learner
 from lossmith.training.loop import Plan, columns_of
-from lossmith.training.memory import Need, estimate
+from lossmith.training.memory import Need
 from lossmith.training.recipe import Recipe
 
 __all__ = ["Measurement", "measure_recipe"]
@@ -101,7 +101,7 @@ def _measure(plan: Plan, recipe: Recipe, policy: Policy, scorer: Scorer) -> Meas
         rate=max(multiply_rate(policy), multiply_rate(policy, 256)),
         compute=str(policy.compute_dtype).removeprefix("torch."),
         peak_bytes=_peak(policy),
-        need=estimate(policy, plan.recipe, learner.reference is not None),
+        need=learner.need,
         update_seconds=_micro_batches(learner, rollouts, scale, sum(update.seconds.values())),
         held_out=len(plan.held_out),
     )

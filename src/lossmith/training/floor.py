@@ -1,7 +1,7 @@
 """The floor: the least time that a round's matrix products can take on this machine.
 
-Counted are the products with weights: 2 operations a weight and token forward, 4 backward, and 2 more in the head,
-whose logits are made twice. Attention over the context is left out, and so is all that moves memory.
+Counted are the products with weights: 2 operations a weight and token forward, 4 backward. Attention over the context
+is left out, and so is all that moves memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def count_work(policy: Policy, rollouts: Sequence[Rollout]) -> Work:
     return Work(
         sample=2.0 * (body * (prompts + fed) + head * responses),
         forward=2.0 * (body * (prompts + fed) + head * responses),
-        backward=4.0 * body * (prompts + fed) + 6.0 * head * responses,
+        backward=4.0 * body * (prompts + fed) + 4.0 * head * responses,
     )
 
 

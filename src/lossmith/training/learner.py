@@ -6,7 +6,9 @@ up to exactly the gradient of the whole, however the round is cut.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +19,25 @@ from torch import Tensor
 
 from lossmith.errors import RunError
 from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
-from lossmith.policy import Layout, Policy, TokenOutputs, measure_of, token_outputs
+from lossmith.policy import (
+    Layout,
+    Policy,
+    TokenOutputs,
+    can_recompute,
+    compile_layers,
+    measure_of,
+    narrowed,
+    sharing_is_exact,
+    token_outputs,
+)
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
 from lossmith.training.clock import Clock
-from lossmith.training.memory import fits_only_recomputed
+from lossmith.training.memory import estimate
 from lossmith.training.recipe import Recipe
 
 __all__ = ["Learner", "Update"]
+
+_log = logging.getLogger("lossmith")
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,17 @@ class Learner:
         self.reference = policy.frozen() if needed else None
         self.optimizer = _optimizer(policy, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        self.recompute = fits_only_recomputed(policy, recipe, self.reference is not None)
+        self.need = estimate(policy, recipe, self.reference is not None)
+        self.recompute = self.need.recompute and can_recompute(policy.model)
+        self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
+        if recipe.compile and not self.compiled:
+            _log.warning(
+                "compile = true has no effect: %s.",
+                "layers are run again in the backward pass" if self.recompute else "the model's layers are not known",
+            )
+        if self.compiled:
+            for each in filter(None, (policy, self.reference)):
+                compile_layers(each)
         self._clock = Clock()
         self._bad_in_a_row = 0
 
@@ -181,6 +205,10 @@ class Learner:
         A loss that is not separable is evaluated once on all rows, over outputs without a graph; each micro-batch's
         forward pass is then given its share of dL/d(outputs). That costs one more forward pass.
         """
+        with narrowed(self.policy) if self.compiled else contextlib.nullcontext():
+            return self._accumulate(rollouts, batch, credit)
+
+    def _accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
         pull = None if self.loss.separable else self._whole(rollouts, batch, credit)
         metrics = {} if pull is None else pull.metrics
         for rows in self.micro_batches(rollouts):

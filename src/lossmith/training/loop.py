@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import RecipeError, RunError, quiet_traps
-from lossmith.policy import Policy, check_model, load_policy, sample
+from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import bind_scorer, verify_scorer
@@ -211,6 +211,8 @@ def record(run: Run, step: Step) -> None:
 def plan(recipe: Recipe) -> Plan:
     """Check all that can be checked before a model is loaded: loss, prompts, scorer, model folder, batch arithmetic."""
     recipe.policy_loss()
+    if recipe.compile:
+        check_compiler()
     source = (
         default_prompts_path() if isinstance(recipe.prompts, str) and recipe.prompts == "default" else recipe.prompts
     )

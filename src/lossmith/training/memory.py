@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lossmith.policy import Policy, available_bytes, can_recompute
+from lossmith.policy import Policy, available_bytes
 from lossmith.training.recipe import Recipe
 
-__all__ = ["Need", "estimate", "fits_only_recomputed"]
+__all__ = ["Need", "estimate"]
 
 # Measured on the default model in bfloat16 with 512 to 2048 tokens: libraries and what the allocator leaves unused take
 # 1.3 GB, and a layer keeps so many numbers of the hidden size a token for its backward pass; layers that are run again
@@ -30,6 +30,7 @@ class Need:
 
     @property
     def recompute(self) -> bool:
+        """Whether it is too much, unless layers are run again in the backward pass."""
         return self.budget is not None and self.fixed + self.activations > self.budget
 
 
@@ -56,8 +57,3 @@ def _budget(policy: Policy, recipe: Recipe) -> float | None:
         return float(torch.cuda.mem_get_info(policy.device)[0])
     free = available_bytes() if policy.device.type == "cpu" else None
     return None if free is None else free + 4 * sum(p.numel() for p in policy.model.parameters())  # they are loaded
-
-
-def fits_only_recomputed(policy: Policy, recipe: Recipe, reference: bool) -> bool:
-    """Whether layers are to be run again in the backward pass."""
-    return estimate(policy, recipe, reference).recompute and can_recompute(policy.model)

@@ -125,6 +125,9 @@ class Recipe(Settings):
     micro_batch_tokens: int = Field(
         1024, gt=0, description="tokens in one forward and backward pass; changes no result"
     )
+    compile: bool = Field(
+        False, description="update through torch.compile: the first steps take longer, later ones less time and memory"
+    )
     memory_gb: float | None = Field(
         None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
     )

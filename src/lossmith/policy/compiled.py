@@ -1,0 +1,78 @@
+"""The update's layers through torch.compile: the small operations between matrix products become a few kernels.
+
+Their linear layers multiply by weights that are narrowed once an update. Under autocast alone, a compiled layer would
+narrow its weights in every forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lossmith.errors import PolicyError
+from lossmith.policy.load import Policy
+from lossmith.policy.recompute import model_layers
+
+__all__ = ["check_compiler", "compile_layers", "narrowed", "uncompiled"]
+
+
+def check_compiler() -> None:
+    """PolicyError: torch.compile writes C++ on a CPU, and there is nothing here that translates it."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
+        raise PolicyError(
+            "compile = true needs a C++ compiler, and neither g++ nor clang++ is on the PATH: install one (on Debian "
+            "or Ubuntu, the package g++), or leave compile = false."
+        )
+
+
+def compile_layers(policy: Policy) -> None:
+    """Let the model's layers be compiled when they are first run. All layers share what is made for the first."""
+    for layer in model_layers(policy.model):
+        layer.compile(dynamic=True)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within, compiled layers run as they were written: decoding has faster ways of its own."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def narrowed(policy: Policy) -> Iterator[None]:
+    """Within, the layers' linear weights are copies in the compute type; their gradients are added to the weights' own.
+
+    Forward and backward pass both belong inside.
+    """
+    linear = [m for layer in model_layers(policy.model) for m in layer.modules() if type(m) is nn.Linear]
+    own = [m.weight for m in linear]
+    if policy.compute_dtype == torch.bfloat16:
+        for module in linear:
+            module.weight = _narrow(cast(nn.Parameter, module.weight))
+    try:
+        yield
+    finally:
+        for module, weight in zip(linear, own, strict=True):
+            module.weight = weight
+
+
+def _narrow(weight: nn.Parameter) -> nn.Parameter:
+    copy = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=weight.requires_grad)
+
+    def hand_over(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        if weight.grad is None:
+            weight.grad = leaf.grad.to(weight.dtype)
+        else:
+            weight.grad.add_(leaf.grad)
+        leaf.grad = None
+
+    if copy.requires_grad:
+        copy.register_post_accumulate_grad_hook(hand_over)
+    return copy
