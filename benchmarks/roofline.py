@@ -1,6 +1,6 @@
 """The machine's rates, the floor of a round's work, and the fraction of it that each phase reaches.
 
-    python benchmarks/roofline.py [--works short long] [--rounds 5] [--out FILE]
+    python benchmarks/roofline.py [--works short long] [--rounds 5] [--compile] [--out FILE]
 
 The floor counts products with weights alone (see lossmith.training.floor); the rate is that of a product of the
 model's own shape in the type it computes in.
@@ -41,17 +41,17 @@ def copy_rate() -> float:
     return 2 * x.numel() / statistics.median(seconds)
 
 
-def measure(policy: Policy, name: str, rounds: int) -> dict[str, Any]:
+def measure(policy: Policy, name: str, rounds: int, compiled: bool) -> dict[str, Any]:
     work = WORKS[name]
     recipe = Recipe.make(
         loss=f"grpo(beta={work.beta})", prompts_per_step=work.prompts, samples_per_prompt=work.samples,
-        max_tokens=work.max_tokens, temperature=1.0, learning_rate=0.0,
+        max_tokens=work.max_tokens, temperature=1.0, learning_rate=0.0, compile=compiled,
     )  # fmt: skip
     learner = Learner(policy, recipe.policy_loss(), recipe)
     prompts, scorer = [Prompt(text) for text in prompt_texts(policy, work)], load_scorer(letters)
     seconds: dict[str, list[float]] = {"sample": [], "forward": [], "backward": [], "update": []}
     fractions: dict[str, list[float]] = {name: [] for name in seconds}
-    for step in range(rounds + 1):
+    for step in range(rounds + 2):
         rate = multiply_rate(policy)  # beside each round: what the machine gives changes from minute to minute
         start = time.perf_counter()
         rollouts = sample(policy, prompts, work.samples, recipe.sampling, seed=0, step=step)
@@ -60,7 +60,7 @@ def measure(policy: Policy, name: str, rounds: int) -> dict[str, Any]:
         found |= {name: update[name] for name in ("forward", "backward")}
         found["update"] = found["forward"] + found["backward"]
         floors = count_work(policy, rollouts)
-        if step:  # the first warms up
+        if step > 1:  # the first two warm up
             for part, value in found.items():
                 seconds[part].append(value)
                 fractions[part].append(getattr(floors, part) / rate / value)
@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", default=["short", "long"], choices=list(WORKS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="with compile = true in the recipe")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "roofline.json")
     given = parser.parse_args()
     policy = load_policy(str(embedded_model()))
@@ -84,7 +85,7 @@ def main() -> None:
         "float32 GFLOP/s": multiply_rate(wide) / 1e9,
         "copy GB/s": copy_rate() / 1e9,
     }
-    results = {name: measure(policy, name, given.rounds) for name in given.works}
+    results = {name: measure(policy, name, given.rounds, given.compile) for name in given.works}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": description(), "rates": rates, "works": results, "peak_gb": peak_gb()}
     given.out.write_text(json.dumps(record, indent=1))
