@@ -140,6 +140,17 @@ def test_a_head_with_a_bias(kept, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_log_probabilities_are_the_same_to_the_bit_with_and_without_gradient(compute):
+    """So that a reference equal to the policy is at distance 0."""
+    policy = tiny.policy()
+    policy.compute_dtype = compute
+    hidden, ids = 3 * torch.randn(90, 32), torch.randint(0, 264, (90,))
+    graded = chosen_log_probs(policy, hidden, ids, PLAIN, 40)
+    with torch.no_grad():
+        assert torch.equal(graded, chosen_log_probs(policy, hidden, ids, PLAIN, 40))
+
+
 def test_filters_and_odd_heads_take_the_general_way():
     policy = tiny.policy()
     assert head_is_plain(policy, PLAIN)

@@ -104,10 +104,11 @@ class _ChosenLogProbs(torch.autograd.Function):
             sums = torch.empty(len(ids), dtype=wide(narrow), device=hidden.device)
             logp = torch.empty_like(sums)
             for rows, logits in _logits(h, w, bias, temperature, chunk):
-                logp[rows] = logits.gather(1, ids[rows, None])[:, 0]
                 most = logits.amax(1, keepdim=True)
-                sums[rows] = logits.sub_(most).exp_().sum(1).log_() + most[:, 0]
-            logp -= sums
+                at = logits.sub_(most).gather(1, ids[rows, None])
+                total = logits.exp_().sum(1, keepdim=True).log_()
+                logp[rows] = (at - total)[:, 0]  # to the bit what _KeptSlopes gives
+                sums[rows] = (total + most)[:, 0]
         ctx.save_for_backward(h, weight, bias, ids, sums)
         ctx.given = (temperature, narrow, chunk, hidden.dtype)
         return logp
