@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import description
-from versus_trl import HERE, Side
+from versus_trl import HERE, Side, in_turn
 from works import WORKS, described
 
 from lossmith.policy import embedded_model, load_policy
@@ -37,19 +37,7 @@ def measure(name: str, pairs: int, threads: int, logs: Path) -> dict[str, Any]:
         way: Side(sys.executable, "lossmith_worker.py", {**work, "lossmith": more}, logs / f"{name}-{i}.log")
         for i, (way, more) in enumerate(WAYS.items())
     }
-    steps: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    try:
-        for _ in range(pairs + WARM):
-            for way, side in sides.items():
-                found = side.step()
-                if found is None:
-                    raise SystemExit(f"{name}, {way}: died; see {logs}")
-                steps[way].append(found)
-                print(name, way, json.dumps(found), flush=True)
-    finally:
-        for side in sides.values():
-            side.end()
-    return {"work": name, "steps": steps}
+    return {"work": name, "steps": in_turn(name, sides, pairs + WARM)}
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -51,25 +51,34 @@ class Side:
         self.process.wait()
 
 
+def in_turn(name: str, sides: dict[str, Side], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """What each side measured in so many rounds, one step of each a round; all are ended afterwards."""
+    steps: dict[str, list[dict[str, Any]]] = {who: [] for who in sides}
+    try:
+        for _ in range(rounds):
+            for who, side in sides.items():
+                found = side.step()
+                if found is None:
+                    raise SystemExit(f"{name}: {who} died; see {side.log}")
+                steps[who].append(found)
+                print(name, who, json.dumps(found), flush=True)
+    finally:
+        for side in sides.values():
+            side.end()
+    return steps
+
+
 def measure(name: str, trl_python: str, pairs: int, threads: int, logs: Path) -> dict[str, Any]:
     model = str(embedded_model())
     policy = load_policy(model)
     work = described(policy, WORKS[name], model, threads)
     lengths = [len(policy.tokenizer(t)["input_ids"]) for t in work["prompts"]]
     del policy
-    ours = Side(sys.executable, "lossmith_worker.py", work, logs / f"{name}-lossmith.log")
-    theirs = Side(trl_python, "trl_worker.py", work, logs / f"{name}-trl.log")
-    steps: dict[str, list[dict[str, Any]]] = {"lossmith": [], "trl": []}
-    try:
-        for _ in range(pairs + 1):
-            for side, found in (("trl", theirs.step()), ("lossmith", ours.step())):
-                if found is None:
-                    raise SystemExit(f"{name}: {side} died; see {logs}")
-                steps[side].append(found)
-                print(name, side, json.dumps(found), flush=True)
-    finally:
-        ours.end()
-        theirs.end()
+    sides = {
+        "trl": Side(trl_python, "trl_worker.py", work, logs / f"{name}-trl.log"),
+        "lossmith": Side(sys.executable, "lossmith_worker.py", work, logs / f"{name}-lossmith.log"),
+    }
+    steps = in_turn(name, sides, pairs + 1)
     return {"work": name, "trl_batch": WORKS[name].trl_batch, "prompt_tokens": lengths, "steps": steps}
 
 

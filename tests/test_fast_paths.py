@@ -34,9 +34,9 @@ groups = st.lists(
 def dense(q, k, v, tree, scale):
     """The same with a dense [L, L] mask and a plain softmax."""
     sees = torch.zeros(len(tree.ids), len(tree.ids), dtype=torch.bool)
-    for prompt, branch in zip(tree.prompts, tree.branches, strict=True):
-        sees[prompt, prompt] = True
-        sees[branch, prompt] = True
+    ends = [*(following.start for following in tree.prompts[1:]), len(tree.ids)]
+    for prompt, end in zip(tree.prompts, ends, strict=True):
+        sees[prompt.start : end, prompt] = True
     for start, count in tree.rows:
         sees[start : start + count, start : start + count] = True
     rep = q.shape[0] // k.shape[0]

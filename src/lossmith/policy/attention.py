@@ -19,7 +19,7 @@ from torch import Tensor
 from lossmith.errors import PolicyError
 from lossmith.policy.measure import wide
 
-__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "follow"]
+__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "follow", "scaled_product"]
 
 _NAME = "lossmith"
 _BLOCK = 512  # queries whose scores exist at one time
@@ -88,7 +88,6 @@ class Tree:
     ids: Tensor  # [L]
     positions: Tensor  # [L], of each token in its own sequence
     prompts: tuple[slice, ...]  # one for each group
-    branches: tuple[slice, ...]  # all completions of the group together
     rows: tuple[tuple[int, int], ...]  # (first place, length) of each completion; length 0 where nothing is fed
     before: tuple[int, ...]  # place of the last prompt token of each completion
     shape: Tensor  # what attention needs to know: of each group the prompt's length, its completions, their lengths
@@ -98,7 +97,7 @@ class Tree:
         """groups: (prompt ids, ids that are fed of each completion)."""
         ids: list[int] = []
         positions: list[int] = []
-        prompts, branches, rows, before, shape = [], [], [], [], []
+        prompts, rows, before, shape = [], [], [], []
         for prompt, completions in groups:
             start = len(ids)
             ids += prompt
@@ -110,13 +109,11 @@ class Tree:
                 ids += completion
                 positions += range(len(prompt), len(prompt) + len(completion))
             prompts.append(slice(start, end))
-            branches.append(slice(end, len(ids)))
             shape += [len(prompt), len(completions), *map(len, completions)]
         return cls(
             torch.tensor(ids, device=device),
             torch.tensor(positions, device=device),
             tuple(prompts),
-            tuple(branches),
             tuple(rows),
             tuple(before),
             torch.tensor(shape),
@@ -251,7 +248,7 @@ def _attend_tree_backward(
     other = _Pass(q, k, v, (grad * share[..., None]).to(q.dtype), pull * share, scale, grads)
     for prompt, branch in layout.shared:
         _prefix_backward(other, prompt, branch)
-    dq, dk, dv = (g.to(x.dtype, copy=True) for g, x in zip(grads, (q, k, v), strict=True))
+    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
 
 
@@ -292,8 +289,8 @@ class _Pass:
     grads: list[Tensor]  # of q, k, v, in float32 or wider: what is found is written or added here
 
 
-def _product(x: Tensor, y: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """scale * x y + mask, for [B, M, K], [B, K, N] and a mask [1, M, N], in one pass."""
+def scaled_product(x: Tensor, y: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """scale * x y + mask, for [B, M, K], [B, K, N] and a mask that is broadcast to [B, M, N], in one pass."""
     if mask is None:
         return torch.baddbmm(x.new_empty(1, 1, 1), x, y, beta=0, alpha=scale)
     return torch.baddbmm(mask, x, y, alpha=scale)
@@ -330,7 +327,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, 
 def _causal_scores(queries: Tensor, keys: Tensor, segments: _Segments, start: int, stop: int, scale: float) -> Tensor:
     """[B, rep * (stop - start), stop]: scores of these queries of each stretch, -inf for keys after them."""
     mask = segments.later(start, stop, queries.shape[1], queries.dtype)
-    return _product(queries[:, :, start:stop].flatten(1, 2), keys[:, :stop].transpose(1, 2), scale, mask)
+    return scaled_product(queries[:, :, start:stop].flatten(1, 2), keys[:, :stop].transpose(1, 2), scale, mask)
 
 
 def _blocks(width: int) -> Iterator[tuple[int, int]]:
@@ -349,7 +346,7 @@ def _add_prefix(
     share: Tensor,
 ) -> None:
     """Let the completions of a group see their prompt too: one product for all of them."""
-    weights, total = _softmax(_product(_of_group(q, k, branch), k[:, prompt].transpose(1, 2), scale))
+    weights, total = _softmax(scaled_product(_of_group(q, k, branch), k[:, prompt].transpose(1, 2), scale))
     mine = out[:, branch]
     mean = torch.bmm(weights.to(v.dtype), v[:, prompt]).view(mine.shape)
     own = torch.sigmoid(lse[:, branch] - total.view(mine.shape[:2]))
@@ -385,7 +382,7 @@ def _causal_backward(given: _Pass, segments: _Segments) -> None:
 def _prefix_backward(given: _Pass, prompt: slice, branch: slice) -> None:
     queries, outer, pull = (_of_group(x, given.k, branch) for x in (given.q, given.outer, given.pull))
     keys, values = given.k[:, prompt], given.v[:, prompt]
-    found = _product(queries, keys.transpose(1, 2), given.scale)
+    found = scaled_product(queries, keys.transpose(1, 2), given.scale)
     dq, dk, dv = _product_backward(found, queries, outer, keys, values, pull, given.scale)
     given.grads[0][:, branch] += dq.view(given.q[:, branch].shape)
     given.grads[1][:, prompt] += dk
@@ -400,4 +397,4 @@ def _product_backward(
     weights = torch.softmax(found.to(wide(narrow)), -1)
     dv = torch.bmm(weights.to(narrow).transpose(1, 2), outer)
     slope = torch.bmm(outer, values.transpose(1, 2)).to(weights.dtype).sub_(pull[..., None]).mul_(weights).to(narrow)
-    return _product(slope, keys, scale), _product(slope.transpose(1, 2), queries, scale), dv
+    return scaled_product(slope, keys, scale), scaled_product(slope.transpose(1, 2), queries, scale), dv

@@ -37,11 +37,9 @@ def compile_layers(policy: Policy) -> None:
         layer.compile(dynamic=True)
 
 
-@contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
+def uncompiled() -> contextlib.AbstractContextManager[None]:
     """Within, compiled layers run as they were written: decoding has faster ways of its own."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    return cast("contextlib.AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
 
 
 @contextlib.contextmanager
@@ -50,11 +48,11 @@ def narrowed(policy: Policy) -> Iterator[None]:
 
     Forward and backward pass both belong inside.
     """
-    linear = [m for layer in model_layers(policy.model) for m in layer.modules() if type(m) is nn.Linear]
+    layers = model_layers(policy.model) if policy.compute_dtype == torch.bfloat16 else []
+    linear = [m for layer in layers for m in layer.modules() if type(m) is nn.Linear]
     own = [m.weight for m in linear]
-    if policy.compute_dtype == torch.bfloat16:
-        for module in linear:
-            module.weight = _narrow(cast(nn.Parameter, module.weight))
+    for module in linear:
+        module.weight = _narrow(cast(nn.Parameter, module.weight))
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lossmith.policy.attention import Tree, TreeAttention, follow
+from lossmith.policy.attention import Tree, TreeAttention, follow, scaled_product
 from lossmith.policy.forward import encode_prompts, select_rows
 from lossmith.policy.load import Policy
 from lossmith.policy.measure import wide
@@ -257,7 +257,7 @@ class _Step:
         queries = query.reshape(count * heads, -1, width)  # the heads that share keys side by side
         way = self.cache.arranged(heads, query.dtype)
         prefix = self._to_prompts(queries, layer, scale, way)
-        own = torch.baddbmm(self._mask(heads, query.dtype), queries, own_keys.transpose(1, 2), alpha=scale)
+        own = scaled_product(queries, own_keys.transpose(1, 2), scale, self._mask(heads, query.dtype))
         weights = torch.softmax(torch.cat([prefix, own], -1), -1, dtype=wide(value.dtype)).to(value.dtype)
         reach = prefix.shape[-1]
         out = torch.bmm(weights[..., reach:], own_values)
@@ -273,8 +273,7 @@ class _Step:
         """[N * H_kv, rep, D] -> scores [N * H_kv, rep, P]."""
         keys, _ = self.cache.prompt_views(layer)
         by_prompt = queries.index_select(0, way.to_prompts).view(len(keys), -1, queries.shape[-1])
-        mask = by_prompt.new_zeros(1, 1, 1) if way.mask is None else way.mask
-        found = torch.baddbmm(mask, by_prompt, keys.transpose(1, 2), alpha=scale)
+        found = scaled_product(by_prompt, keys.transpose(1, 2), scale, way.mask)
         return found.view(-1, queries.shape[1], keys.shape[1]).index_select(0, way.to_rows)
 
     def _from_prompts(self, weights: Tensor, layer: int, way: _Arrangement) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 from lossmith.policy.attention import Tree, TreeAttention, follow
+from lossmith.policy.compiled import uncompiled
 from lossmith.policy.load import Policy
 from lossmith.rollouts import Rollout
 
@@ -46,7 +47,8 @@ def sharing_is_exact(policy: Policy) -> bool:
     Found out once, by a small tree of prompts and completions beside the same rows one by one.
     """
     if policy.shares is None:
-        with torch.autocast(policy.device.type, enabled=False):  # its rounding would hide what the trial looks for
+        # rounding by autocast would hide what the trial looks for; compiling for it would take longer than it
+        with torch.autocast(policy.device.type, enabled=False), uncompiled():
             policy.shares = _attends_fully(policy.model) and _trial(policy)
         if not policy.shares:
             _say_no_sharing(type(policy.model).__name__)

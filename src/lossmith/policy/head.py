@@ -8,6 +8,7 @@ a temperature); filters, entropies and full-vocabulary KL take the general way i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,95 +37,82 @@ def chosen_log_probs(policy: Policy, hidden: Tensor, ids: Tensor, settings: Samp
     head = policy.model.get_output_embeddings()
     narrow = policy.compute_dtype if policy.compute_dtype == torch.bfloat16 else head.weight.dtype
     few = len(ids) * len(head.weight) * narrow.itemsize <= _KEPT
-    way = _KeptSlopes if few and torch.is_grad_enabled() else _ChosenLogProbs
-    found: Tensor = way.apply(hidden, head.weight, head.bias, ids, settings.temperature, narrow, chunk)
+    way = _KeptSlopes if few and torch.is_grad_enabled() else _RemadeSlopes
+    found: Tensor = way.apply(hidden, head.weight, head.bias, _Task(ids, settings.temperature, narrow, chunk))
     return found
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked of the head, beside its tensors with gradient."""
+
+    ids: Tensor  # [M]
+    temperature: float
+    narrow: torch.dtype  # of the products
+    chunk: int  # rows of a product
 
 
 class _KeptSlopes(torch.autograd.Function):
     """log softmax(h W^T / temperature)[id], its slopes in the logits kept in the place of the logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        temperature: float,
-        narrow: torch.dtype,
-        chunk: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            h, w = hidden.to(narrow), weight.to(narrow)
-            logp = torch.empty(len(ids), dtype=wide(narrow), device=hidden.device)
-            kept = torch.empty(len(ids), len(w), dtype=narrow, device=hidden.device)
-            for rows, logits in _logits(h, w, bias, temperature, chunk, kept):
-                chosen = ids[rows, None]
-                logits.sub_(logits.amax(1, keepdim=True))
-                at = logits.gather(1, chosen)
-                total = logits.exp_().sum(1, keepdim=True)
-                logp[rows] = (at - total.log())[:, 0]
-                logits.div_(total).scatter_add_(1, chosen, torch.full_like(at, -1.0))
+            h, w = hidden.to(task.narrow), weight.to(task.narrow)
+            logp = torch.empty(len(h), dtype=wide(h.dtype), device=h.device)
+            kept = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)
+            for rows, logits in _logits(h, w, bias, task, kept):
+                chosen = task.ids[rows, None]
+                found, _, total = _exponentials_(logits, chosen)
+                logp[rows] = found[:, 0]
+                logits.div_(total).scatter_add_(1, chosen, torch.full_like(total, -1.0))
                 kept[rows] = logits  # p - 1 for the chosen token, p for the others: the negative slope
         ctx.save_for_backward(h, weight, bias, kept)
-        ctx.given = (temperature, narrow, hidden.dtype)
+        ctx.temperature, ctx.dtype = task.temperature, hidden.dtype
         return logp
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, bias, kept = ctx.saved_tensors
-        temperature, narrow, dtype = ctx.given
         with torch.autocast(h.device.type, enabled=False):
-            pull = (grad / -temperature).to(wide(narrow))[:, None]
-            dh = (kept @ weight.to(narrow)).to(dtype).mul_(pull)
-            dw = (kept.t() @ (h * pull).to(narrow)).to(weight.dtype) if ctx.needs_input_grad[1] else None
-            db = (
-                (pull.to(narrow).t() @ kept)[0].to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
-            )
-        return dh, dw, db, None, None, None, None
+            pull = (grad / -ctx.temperature).to(wide(h.dtype))[:, None]
+            dh = (kept @ weight.to(h.dtype)).to(ctx.dtype).mul_(pull)
+            dw = db = None
+            if ctx.needs_input_grad[1]:
+                dw = (kept.t() @ (h * pull).to(h.dtype)).to(weight.dtype)
+            if bias is not None and ctx.needs_input_grad[2]:
+                db = (pull.to(h.dtype).t() @ kept)[0].to(bias.dtype)
+        return dh, dw, db, None
 
 
-class _ChosenLogProbs(torch.autograd.Function):
+class _RemadeSlopes(torch.autograd.Function):
     """log softmax(h W^T / temperature)[id], the logits made once more in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        temperature: float,
-        narrow: torch.dtype,
-        chunk: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            h, w = hidden.to(narrow), weight.to(narrow)
-            sums = torch.empty(len(ids), dtype=wide(narrow), device=hidden.device)
+            h, w = hidden.to(task.narrow), weight.to(task.narrow)
+            sums = torch.empty(len(h), dtype=wide(h.dtype), device=h.device)
             logp = torch.empty_like(sums)
-            for rows, logits in _logits(h, w, bias, temperature, chunk):
-                most = logits.amax(1, keepdim=True)
-                at = logits.sub_(most).gather(1, ids[rows, None])
-                total = logits.exp_().sum(1, keepdim=True).log_()
-                logp[rows] = (at - total)[:, 0]  # to the bit what _KeptSlopes gives
-                sums[rows] = (total + most)[:, 0]
-        ctx.save_for_backward(h, weight, bias, ids, sums)
-        ctx.given = (temperature, narrow, chunk, hidden.dtype)
+            for rows, logits in _logits(h, w, bias, task):
+                found, most, total = _exponentials_(logits, task.ids[rows, None])
+                logp[rows], sums[rows] = found[:, 0], (total.log_() + most)[:, 0]
+        ctx.save_for_backward(h, weight, bias, sums)
+        ctx.task, ctx.dtype = task, hidden.dtype
         return logp
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, bias, ids, sums = ctx.saved_tensors
-        temperature, narrow, chunk, dtype = ctx.given
+        h, weight, bias, sums = ctx.saved_tensors
+        ids, chunk = ctx.task.ids, ctx.task.chunk
         with torch.autocast(h.device.type, enabled=False):
-            w = weight.to(narrow)
-            pull = (grad / temperature).to(sums.dtype)
+            w = weight.to(h.dtype)
+            pull = (grad / ctx.task.temperature).to(sums.dtype)
             dw = torch.zeros_like(weight, dtype=sums.dtype) if ctx.needs_input_grad[1] else None
             db = torch.zeros_like(bias, dtype=sums.dtype) if bias is not None and ctx.needs_input_grad[2] else None
             dh = torch.empty_like(h)
-            slopes = torch.empty(min(chunk, len(ids)), len(w), dtype=narrow, device=h.device)
-            for rows, logits in _logits(h, w, bias, temperature, chunk):
+            slopes = torch.empty(min(chunk, len(ids)), len(w), dtype=h.dtype, device=h.device)
+            for rows, logits in _logits(h, w, bias, ctx.task):
                 at = rows.start % chunk
                 slope = logits.sub_(sums[rows, None]).exp_().mul_(-pull[rows, None])
                 slope.scatter_add_(1, ids[rows, None], pull[rows, None])
@@ -137,21 +125,33 @@ class _ChosenLogProbs(torch.autograd.Function):
                     torch.mm(part, w, out=dh[whole])
                     if dw is not None:
                         dw += part.t() @ h[whole]
-        return dh.to(dtype), None if dw is None else dw.to(weight.dtype), db, None, None, None, None
+        return dh.to(ctx.dtype), None if dw is None else dw.to(weight.dtype), db, None
+
+
+def _exponentials_(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [R, V] become exp(logits - their largest), in place; chosen [R, 1].
+
+    Returns [R, 1] each: log-probabilities of the chosen, the largest logits, the sums of the exponentials. With and
+    without gradient they must be the same to the bit, so that a reference equal to the policy is at distance 0.
+    """
+    most = logits.amax(1, keepdim=True)
+    at = logits.sub_(most).gather(1, chosen)
+    total = logits.exp_().sum(1, keepdim=True)
+    return at - total.log(), most, total
 
 
 def _logits(
-    h: Tensor, w: Tensor, bias: Tensor | None, temperature: float, chunk: int, into: Tensor | None = None
+    h: Tensor, w: Tensor, bias: Tensor | None, task: _Task, into: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits [R, V] over the temperature) in float32 or wider. The buffer is the next piece's too.
 
     into [M, V]: where the products themselves are left; without it they share a chunk's memory.
     """
-    size = min(chunk, len(h))
+    size = min(task.chunk, len(h))
     raw = torch.empty(size, len(w), dtype=h.dtype, device=h.device) if into is None else into
     room = torch.empty(min(_ROWS, size), len(w), dtype=wide(h.dtype), device=h.device)
-    for start in range(0, len(h), chunk):
-        stop = min(start + chunk, len(h))
+    for start in range(0, len(h), task.chunk):
+        stop = min(start + task.chunk, len(h))
         part = raw[: stop - start] if into is None else raw[start:stop]
         torch.mm(h[start:stop], w.t(), out=part)
         for first in range(start, stop, _ROWS):
@@ -159,4 +159,4 @@ def _logits(
             logits = room[: last - first].copy_(part[first - start : last - start])
             if bias is not None:
                 logits += bias
-            yield slice(first, last), logits if temperature == 1 else logits.div_(temperature)
+            yield slice(first, last), logits if task.temperature == 1 else logits.div_(task.temperature)

@@ -39,7 +39,7 @@ def _can_pack(policy: Policy) -> bool:
 
 
 def _linear_layers(policy: Policy) -> list[nn.Linear]:
-    """Those that are nothing but a product: a subclass, or a hook on its call, may do more."""
+    """Those that are nothing but a product: a subclass, or a forward that somebody replaced, may do more."""
     return [m for m in policy.model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
 
 

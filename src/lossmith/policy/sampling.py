@@ -63,8 +63,7 @@ def sample(
     measure = measure_of(policy, settings)
     written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
     done = 0
-    with uncompiled(), policy.autocast():
-        cache = _cache(policy, pending, settings, batch_rows)
+    cache = _cache(policy, pending, settings, batch_rows)
     with uncompiled(), policy.autocast(), packed_weights(policy):
         for ended in _decode(policy, cache, pending, settings):
             done += len(ended)
