@@ -15,6 +15,7 @@ ROOT = Path(lossmith.__file__).parent
 # Each may import only what stands before it (and itself).
 ORDER = [
     "errors",
+    "files",
     "losses",
     "show",
     "proofs",

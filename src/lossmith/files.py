@@ -1,0 +1,136 @@
+"""Files: read whatever wrote them, written whole or not at all, and a failure is one sentence.
+
+Everything that Lossmith reads or writes for a user goes through here, so that a byte order mark, a `~`, a full disk or
+an unwritable folder means the same at every door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lossmith.errors import LossmithError, RunError
+
+__all__ = ["add_line", "at_home", "check_writable", "read_text", "replacing", "said_plainly", "sync", "write_whole"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def at_home(path: str | Path, error: type[LossmithError] = RunError) -> Path:
+    """The path, `~` being the home folder. `error`: there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise error(f"{str(path)!r}: no home folder is known for its '~'. Write the path out.") from None
+
+
+def read_text(path: str | Path, error: type[LossmithError], what: str) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark; `what` it is ("recipe file"), for the message.
+
+    `error`: it is missing, a folder, unreadable, or not UTF-8 (and in which line).
+    """
+    place = at_home(path, error)
+    try:
+        data = place.read_bytes()
+    except FileNotFoundError:
+        raise error(f"there is no {what} {str(path)!r}.") from None
+    except IsADirectoryError:
+        raise error(f"{str(path)!r} is a folder, and a {what} is a file.") from None
+    except (OSError, ValueError) as found:  # ValueError: a NUL in the name
+        raise error(f"the {what} {str(path)!r} cannot be read: {getattr(found, 'strerror', None) or found}.") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as found:
+        line = found.object.count(b"\n", 0, found.start) + 1
+        raise error(f"{path}:{line}: not UTF-8 (byte {found.start}). Save the {what} as UTF-8.") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; it takes the name of `path`, flushed to disk, once the block is done.
+
+    RunError: it cannot be written (a full disk, say). Then `path` is what it was before.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with said_plainly(path):
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all, as readable as the user's umask says. RunError: it cannot be written."""
+    with replacing(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def add_line(path: Path, line: str) -> None:
+    """Append one line, flushed to disk; one that does not fit is taken back. RunError: it cannot be written."""
+    with said_plainly(path), path.open("ab") as file:
+        before = file.tell()
+        try:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), before)
+            raise
+
+
+@contextlib.contextmanager
+def said_plainly(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with writing inside the block is a RunError of one sentence that names `path`.
+
+    Libraries wrap what the system said in errors of their own: those of safetensors, pyarrow and tokenizers are known
+    by their text.
+    """
+    try:
+        yield
+    except LossmithError:
+        raise
+    except Exception as found:
+        number = found.errno if isinstance(found, OSError) else None
+        if number in _FULL or "No space left on device" in str(found) or "os error 28" in str(found):
+            raise RunError(
+                f"the disk is full: {str(path)!r} could not be written. Nothing that was written before is lost; "
+                "free some space and go on."
+            ) from None
+        if not isinstance(found, OSError):
+            raise
+        raise RunError(f"{str(path)!r} cannot be written: {found.strerror or found}.") from None
+
+
+def check_writable(path: str | Path, error: type[LossmithError] = RunError) -> Path:
+    """The path with its folder made, tried before any work is done for it. `error`: nothing can be written there."""
+    place = at_home(path, error)
+    if place.is_dir():
+        raise error(f"{str(path)!r} is a folder; give the name of a file in it.")
+    probe = place.with_name(f".{place.name}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as found:
+        reason = getattr(found, "strerror", None) or found
+        raise error(f"nothing can be written to {str(path)!r}: {reason}. Choose another place.") from None
+    return place
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's list of names to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle of a folder to flush
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
