@@ -1,0 +1,8 @@
+"""One thread a process: tiny models gain nothing from more, and threads that wait for each other are what load slows."""
+
+import os
+
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+torch.set_num_threads(1)
