@@ -12,9 +12,9 @@ from lossmith.cli.annotate import annotate
 from lossmith.errors import FeedbackError
 from lossmith.feedback.exchange import export_file, import_file
 from lossmith.feedback.exchange.foreign import pick
+from lossmith.feedback.gather import gather
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named
-from lossmith.feedback.preferences import read_preferences
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
 from test_cli import lossmith
@@ -36,7 +36,7 @@ def pairs(store, tmp_path, **options):
     """(prompt, chosen, rejected, probability) of what the store gives a loss."""
     out = tmp_path / f"out{random.random()}.jsonl"
     export_file(store, out, **options)
-    return [(p.prompt.content, p.chosen.text, p.rejected.text, p.probability) for p in read_preferences(out)]
+    return [(p.prompt.content, p.chosen.text, p.rejected.text, p.probability) for p in gather(out).preferences]
 
 
 USER = [{"role": "user", "content": "Why?"}]
@@ -74,12 +74,12 @@ def test_the_same_from_a_table(store, tmp_path):
     with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["prompt", "chosen", "rejected", "annotator"])
-        table.writerow(["Why,\nthough?", '[1] "because"', "", "ann"])  # a text that begins with a bracket is a text
+        table.writerow(["Why,\nthough?", '[1] "because"', "[{", "ann"])  # a text that begins with a bracket is a text
         table.writerow([json.dumps(USER), json.dumps(BECAUSE), json.dumps(NO), ""])
     import_file(store, tmp_path / "in.csv", annotator="bo")
     assert [j.annotator for j in store.judgements()] == ["ann", "bo"]
     assert pairs(store, tmp_path) == [
-        ("Why,\nthough?", '[1] "because"', "", 1.0),
+        ("Why,\nthough?", '[1] "because"', "[{", 1.0),
         (tuple(USER), "Because.", "No.", 1.0),
     ]
 
@@ -131,7 +131,7 @@ def test_another_scale_is_refused_not_stretched(store, tmp_path):
 def test_thumbs(store, tmp_path, row):
     import_file(store, write(tmp_path / "in.json", [row]))
     export_file(store, tmp_path / "out.jsonl", form="labels")
-    (label,) = read_preferences(tmp_path / "out.jsonl")
+    (label,) = gather(tmp_path / "out.jsonl").preferences
     assert (label.prompt.content, label.output.text, label.good) == (tuple(USER), "Because.", False)
 
 
@@ -161,7 +161,7 @@ GOOD = {"prompt": "Why?", "chosen": "a", "rejected": "b"}
 )
 def test_one_bad_row_keeps_the_file_out_and_says_where(store, tmp_path, row, message):
     path = write(tmp_path / "in.jsonl", [GOOD, row])
-    with pytest.raises(FeedbackError, match=rf"nothing was imported(.|\n)*in\.jsonl:2: .*{message}"):
+    with pytest.raises(FeedbackError, match=rf"nothing was taken(.|\n)*in\.jsonl:2: .*{message}"):
         import_file(store, path)
     assert not store.judgements() and not store.sets()
     said = import_file(store, path, skip_bad=True)
@@ -178,8 +178,9 @@ def test_only_the_first_three_bad_rows_are_shown(store, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("in.txt", "Why?", "files to import are"),
-        ("in.jsonl", "", "holds no judgement"),
+        ("in.txt", "Why?", "are read from"),
+        ("in.jsonl", "", "is empty"),
+        ("in.json", "[]", "holds no judgement"),
         ("in.json", "{", "not JSON"),
         ("in.jsonl", b"\xff\xfe", "not UTF-8"),
         ("in.csv", "prompt,chosen\n", "header"),
@@ -189,7 +190,7 @@ def test_files_that_cannot_be_read(store, tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FeedbackError, match=message):
         import_file(store, tmp_path / name)
-    with pytest.raises(FeedbackError, match="is no file"):
+    with pytest.raises(FeedbackError, match="there is no preferences file"):
         import_file(store, tmp_path / "absent.jsonl")
     with pytest.raises(FeedbackError, match=r"no format 'argila'.*argilla"):
         import_file(store, tmp_path / name, format="argila")

@@ -7,9 +7,9 @@ import pytest
 
 import lossmith as ls
 from lossmith.errors import FeedbackError, PromptError, StageError
+from lossmith.feedback.gather import gather
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named, read_sets, write_sets
-from lossmith.feedback.preferences import read_preferences
 from lossmith.feedback.store import Store
 from lossmith.project import Project, check_order, check_recipe_order
 
@@ -92,7 +92,7 @@ def test_candidates_never_slip_into_fine_tuning(project):
     with pytest.raises(PromptError, match="Candidates are there to be judged"):
         ls.load_prompts(project.outputs, pass_columns=("outputs",))
     with pytest.raises(FeedbackError, match="Candidates are no training targets"):
-        read_preferences(project.outputs)
+        gather(project.outputs)
 
 
 def test_sets_of_other_prompts_are_noticed(project):

@@ -150,6 +150,8 @@ def load_prompts(
     duplicates: list[str] = []
     seen: set[str] = set()
     for where, row in rows:
+        if isinstance(row, PromptError):
+            raise row
         prompt = _prompt(row, where, column, pass_columns)
         seen |= row.keys()
         if prompt.id in prompts:
@@ -245,17 +247,18 @@ def _keyed(*key: Any) -> bytes:
     return hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
 
 
-def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Rows:
     """(where, row) of each row of a file or of memory, targets and all: for files that are no input-only data set.
 
-    PromptError names the file and the line.
+    In place of a row that cannot be read by itself stands its PromptError, so that it can be left out and counted.
+    PromptError is raised, and names the file and the line, where nothing behind it can be read either.
     """
     yield from _rows(source, "train", "prompt")[1]
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
 
-Rows = Iterable[tuple[str, Mapping[str, Any]]]
+Rows = Iterable[tuple[str, Mapping[str, Any] | PromptError]]
 
 
 def _rows(source: Any, split: str, column: str) -> tuple[str, Rows]:
@@ -290,15 +293,16 @@ def _rows(source: Any, split: str, column: str) -> tuple[str, Rows]:
 
 
 def _checked(rows: Iterable[tuple[str, Any]], column: str) -> Rows:
-    """Rows whose keys are texts; a bare text is a row of `column` alone."""
+    """Rows whose keys are texts, or what is wrong with them; a bare text is a row of `column` alone."""
     for where, row in rows:
         if isinstance(row, str):
             row = {column: row}
-        if not isinstance(row, Mapping):
-            raise PromptError(f"{where}: a row must be an object with a prompt, not {type(row).__name__}.")
-        for key in row:
-            if not isinstance(key, str):
-                raise PromptError(f"{where}: the column name {key!r} is {type(key).__name__}, not text; rename it.")
+        strange = [key for key in row if not isinstance(key, str)] if isinstance(row, Mapping) else []
+        if strange:
+            kind = type(strange[0]).__name__
+            row = PromptError(f"{where}: the column name {strange[0]!r} is {kind}, not text; rename it.")
+        elif not isinstance(row, Mapping | PromptError):
+            row = PromptError(f"{where}: a row must be an object with a prompt, not {type(row).__name__}.")
         yield where, row
 
 
@@ -329,9 +333,9 @@ def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise PromptError(f"{where}: not JSON: {error.msg} at column {error.colno}. One object a line.") from None
+            row = PromptError(f"{where}: not JSON: {error.msg} at column {error.colno}. One object a line.")
         except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
-            raise PromptError(f"{where}: not JSON that can be read: {error}.") from None
+            row = PromptError(f"{where}: not JSON that can be read: {error}.")
         yield where, row
 
 
@@ -371,12 +375,16 @@ def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
                     if header.count(name) > 1:
                         raise PromptError(f"{where}: two columns are named {name!r}; rename one in the header.")
             elif fields:
-                if len(fields) != len(header):
-                    raise PromptError(
-                        f"{where}: the row has not as many fields as the header: {len(fields)}, not {len(header)} "
-                        f"({', '.join(header)}). Quote a field that holds a separator or a line break."
-                    )
                 has_rows = True
+                if len(fields) != len(header):
+                    yield (
+                        where,
+                        PromptError(
+                            f"{where}: the row has not as many fields as the header: {len(fields)}, not {len(header)} "
+                            f"({', '.join(header)}). Quote a field that holds a separator or a line break."
+                        ),
+                    )
+                    continue
                 yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise PromptError(

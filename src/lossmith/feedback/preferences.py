@@ -7,7 +7,8 @@
 | `Rating`   | {"prompt": ..., "completion": text, "rating": 4, "low": 1, "high": 5}                             |
 | `Label`    | {"prompt": ..., "completion": text, "label": true}                                                |
 
-The texts may also be chat messages (the last one is the assistant's), as TRL, KTO files and others write them.
+The texts may also be chat messages (the last one is the assistant's). What other tools write is brought into these
+forms by `layouts.py`.
 `tokens` travel beside a text where a policy of ours wrote it: training then sees the tokens that were judged, not a
 second tokenisation of their text.
 """
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lossmith.errors import FeedbackError, PromptError, nearest
+from lossmith.feedback.layouts import FIELDS, our_rows
 from lossmith.feedback.output_set import Output, named, prompt_content, write_rows
-from lossmith.prompts import Prompt, load_prompts, read_rows
+from lossmith.prompts import Prompt, load_prompts
 
 __all__ = [
     "Label",
@@ -32,8 +34,7 @@ __all__ = [
     "Ranking",
     "Rating",
     "form_of",
-    "parse_preference",
-    "read_preferences",
+    "parse_preferences",
     "split_by_prompt",
     "write_preferences",
 ]
@@ -132,19 +133,17 @@ def write_preferences(path: Path, preferences: Iterable[Preference]) -> None:
     write_rows(path, (p.as_row() for p in preferences))
 
 
-def read_preferences(source: str | Path) -> list[Preference]:
-    """The preferences of a JSONL, JSON, CSV or parquet file. FeedbackError names file, line and field."""
-    try:
-        found = [parse_preference(row, where) for where, row in read_rows(source)]
-    except PromptError as error:
-        raise FeedbackError(str(error)) from None
-    form_of(found, str(source))
-    return found
+def parse_preferences(row: Mapping[str, Any], where: str) -> tuple[list[Preference], set[str]]:
+    """(what a row says, whichever tool wrote it; its columns that no preference has, which are not read).
+
+    FeedbackError names the line and the field.
+    """
+    ours = our_rows(row, where)
+    return [_parse(one, where) for one in ours], {str(key) for one in ours for key in one.keys() - FIELDS}
 
 
-def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
-    """A line in whichever of the four forms its fields say."""
-    row = _of_table(row)
+def _parse(row: Mapping[str, Any], where: str) -> Preference:
+    """A row of our own form, in whichever of the four its fields say."""
     who = str(row.get("annotator") or "")
     if "chosen" in row and "rejected" in row:
         return _pair(row, where, who)
@@ -168,37 +167,14 @@ def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
     )
 
 
-_OPTIONAL = ("annotator", "probability", "margin", "weight", "low", "high")
-
-
-def _of_table(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without a table's empty cells, and with the messages and tokens that a cell holds as JSON."""
-    made: dict[str, Any] = {}
-    for key, value in row.items():
-        held = key.endswith(("_tokens", "_id")) or key in _OPTIONAL
-        if held and value in ("", None):
-            continue
-        if isinstance(value, str) and value.startswith("["):
-            value = _unpacked(value, key.endswith("_tokens"))
-        made[key] = value
-    return made
-
-
-def _unpacked(text: str, tokens: bool) -> Any:
-    """The list in a text, if it is one of token ids or of chat messages; any other text is a text."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    chat = bool(found) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
-    return found if tokens or chat else text
-
-
 def _pair(row: Mapping[str, Any], where: str, who: str) -> Pair:
     prompt, chosen = _split_chat(row.get("prompt"), row["chosen"], where, "chosen")
     other, rejected = _split_chat(row.get("prompt"), row["rejected"], where, "rejected")
     if prompt.id != other.id:
-        raise FeedbackError(f"{where}: chosen and rejected answer different prompts.")
+        raise FeedbackError(
+            f"{where}: chosen and rejected answer different prompts: they part before the last message. One answer of "
+            "each is compared."
+        )
     if chosen == rejected:
         raise FeedbackError(f"{where}: chosen and rejected are the same text: there is nothing to prefer.")
     return Pair(
@@ -215,8 +191,11 @@ def _pair(row: Mapping[str, Any], where: str, who: str) -> Pair:
 def _ranking(row: Mapping[str, Any], prompt: Prompt, where: str, who: str) -> Ranking:
     tiers = [tier if isinstance(tier, list) else [tier] for tier in _list(row["ranking"], where, "ranking")]
     tokens = row.get("ranking_tokens") or [[None] * len(tier) for tier in tiers]
-    if [len(tier) for tier in tokens] != [len(tier) for tier in tiers]:
+    lists = isinstance(tokens, list) and all(isinstance(tier, list) for tier in tokens)
+    if not lists or [len(tier) for tier in tokens] != [len(tier) for tier in tiers]:
         raise FeedbackError(f"{where}: ranking_tokens has not the shape of ranking.")
+    for ids in (ids for tier in tokens for ids in tier if ids is not None):
+        _check_ids(ids, where, "ranking_tokens")
     made = tuple(
         tuple(named(prompt, _plain(text, where, "ranking"), ids) for text, ids in zip(tier, its, strict=True))
         for tier, its in zip(tiers, tokens, strict=True)
@@ -245,14 +224,19 @@ def _split_chat(prompt: Any, text: Any, where: str, field: str) -> tuple[Prompt,
     before = messages[:-1]
     if prompt in (None, "", []):
         prompt = before
-    elif before and before != (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]):
+    elif before and [dict(m) for m in _prompt(prompt, where).messages] != [
+        {"role": m["role"], "content": m["content"]} for m in before
+    ]:
         raise FeedbackError(f"{where}: the messages of {field} begin with another prompt than the field prompt.")
     return _prompt(prompt, where), _plain(messages[-1].get("content"), where, field)
 
 
 def _prompt(content: Any, where: str) -> Prompt:
-    if content is None:
-        raise FeedbackError(f"{where}: the field prompt is missing.")
+    if content is None or content == []:
+        raise FeedbackError(
+            f"{where}: the field prompt is missing, and the texts do not begin with the conversation that they end "
+            "(chat messages, or turns of Human: and Assistant:). Add a column prompt."
+        )
     try:
         checked = load_prompts([{"prompt": content}])[0]
     except PromptError as error:
@@ -263,16 +247,26 @@ def _prompt(content: Any, where: str) -> Prompt:
 def _output(row: Mapping[str, Any], field: str, prompt: Prompt, text: str, where: str) -> Output:
     """The output of a field, under the name that it was judged by where the row says it."""
     tokens, name = row.get(f"{field}_tokens"), row.get(f"{field}_id")
-    if tokens is not None and not (isinstance(tokens, list) and tokens and all(type(t) is int for t in tokens)):
-        raise FeedbackError(f"{where}: {field}_tokens must be a list of token ids.")
+    if tokens is not None:
+        _check_ids(tokens, where, f"{field}_tokens")
+    if not text.strip() and tokens is None and not name:
+        raise FeedbackError(
+            f"{where}: {field} is empty. A text that a model left empty has its tokens ({field}_tokens) or its name "
+            f"({field}_id) beside it; without them it is taken for one that was lost."
+        )
     output = named(prompt, text, tokens)
     return output if not name else dataclasses.replace(output, id=str(name))
 
 
+def _check_ids(ids: Any, where: str, field: str) -> None:
+    if not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
+        raise FeedbackError(f"{where}: {field} must be a list of token ids.")
+
+
 def _number(value: Any, where: str, field: str, low: float = -float("inf"), high: float = float("inf")) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
         raise FeedbackError(f"{where}: {field} = {value!r} is not a number.") from None
     if not low <= number <= high or number in (float("inf"), -float("inf")):  # the first also refuses NaN
         raise FeedbackError(f"{where}: {field} = {number:g} is not from {low:g} to {high:g}.")
@@ -291,7 +285,7 @@ def _list(value: Any, where: str, field: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV cell
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise FeedbackError(f"{where}: {field} is not a JSON list.") from None
     if not isinstance(value, list | tuple):
         raise FeedbackError(f"{where}: {field} must be a list, not {type(value).__name__}.")

@@ -2,12 +2,17 @@
 
 WAL with synchronous=FULL: a process that is killed, or a machine that loses power, loses at most what was in flight.
 The sets stand in the same file, so judgements and the texts that were read can never part. Triggers refuse to change
-or delete a judgement; an undo is a judgement of its own.
+or delete a judgement; an undo is a judgement of its own. A checksum beside each judgement tells one that the disk
+spoilt; sets are named by what they hold.
+
+The file is as readable as the umask says, until it holds the hashes of passwords: then its owner alone may read it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +21,7 @@ from pathlib import Path
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judgement import SCHEMA, Judgement
 from lossmith.feedback.output_set import OutputSet, json_line, read_set
+from lossmith.files import at_home
 
 __all__ = ["Store"]
 
@@ -25,7 +31,7 @@ INSERT OR IGNORE INTO meta VALUES ('schema', '{SCHEMA}');
 CREATE TABLE IF NOT EXISTS sets (number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS judgements (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, set_id TEXT NOT NULL REFERENCES sets(id),
-    annotator TEXT NOT NULL, row TEXT NOT NULL);
+    annotator TEXT NOT NULL, row TEXT NOT NULL, checksum TEXT);
 CREATE INDEX IF NOT EXISTS by_annotator ON judgements (annotator, number);
 CREATE TABLE IF NOT EXISTS accounts (annotator TEXT PRIMARY KEY, secret TEXT NOT NULL);
 CREATE TRIGGER IF NOT EXISTS no_change BEFORE UPDATE ON judgements BEGIN
@@ -40,19 +46,25 @@ class Store:
 
     def __init__(self, path: str | Path, *, create: bool = True, patience: float = 5.0) -> None:
         """patience: seconds to wait for another process that is writing."""
-        self.path = Path(path)
+        self.path = at_home(path, FeedbackError)
         if not create and not self.path.exists():
             raise FeedbackError(f"there is no judgement file {str(path)!r}. Annotate first: lossmith annotate SETS.")
+        if self.path.is_dir():
+            raise FeedbackError(f"{str(path)!r} is a folder; give the name of a judgement file.")
         with self._explained("opened"):
             self._db = sqlite3.connect(self.path, timeout=patience, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.executescript(_TABLES)
-            schema = int(self._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
-        if schema > SCHEMA:
+            if "checksum" not in {row[1] for row in self._db.execute("PRAGMA table_info(judgements)")}:
+                self._db.execute("ALTER TABLE judgements ADD COLUMN checksum TEXT")  # an older file's have none
+            row = self._db.execute("SELECT CAST(value AS BLOB) FROM meta WHERE key = 'schema'").fetchone()
+        if not row[0].isdigit():
+            raise FeedbackError(f"{self.path} is damaged: its version is {row[0]!r}. Restore a copy of it.")
+        if int(row[0]) > SCHEMA:
             raise FeedbackError(
-                f"{self.path} was written by a newer version of lossmith (schema {schema}; this one reads up to "
+                f"{self.path} was written by a newer version of lossmith (schema {int(row[0])}; this one reads up to "
                 f"{SCHEMA}). Update lossmith."
             )
 
@@ -80,11 +92,20 @@ class Store:
             self._db.executemany("INSERT OR IGNORE INTO sets (id, row) VALUES (?, ?)", rows)
             return self._db.total_changes - before
 
-    def sets(self) -> dict[str, OutputSet]:
-        """{set id: set}, in the order in which they came."""
+    def sets(self, bad: list[FeedbackError] | None = None) -> dict[str, OutputSet]:
+        """{set id: set}, in the order in which they came. A damaged one is a FeedbackError, or goes to `bad`."""
         with self._explained("read"):
-            rows = self._db.execute("SELECT id, row FROM sets ORDER BY number").fetchall()
-        return {name: read_set(row, f"{self.path.name}: set {name}") for name, row in rows}
+            rows = self._db.execute("SELECT id, CAST(row AS BLOB) FROM sets ORDER BY number").fetchall()
+        found: dict[str, OutputSet] = {}
+        for name, row in rows:
+            try:
+                one = read_set(_text(row), f"{self.path.name}: set {name}")
+                if one.id != name:
+                    raise FeedbackError(f"{self.path.name}: set {name} holds another prompt or other outputs.")
+                found[name] = one
+            except (FeedbackError, UnicodeDecodeError) as error:
+                self._damaged(f"{self.path.name}: set {name}", error, bad)
+        return found
 
     # -- judgements ---------------------------------------------------------------------------------------------------
 
@@ -102,25 +123,60 @@ class Store:
                     f"the judgement is about the set {j.set_id!r}, which {self.path} does not hold. Add its sets first."
                 )
             j.check(known[j.set_id])
-            rows.append((j.id, j.set_id, j.annotator, json_line(j.as_row())))
+            row = json_line(j.as_row())
+            rows.append((j.id, j.set_id, j.annotator, row, _checksum(row)))
         with self._writing():
             before = self._db.total_changes
             self._db.executemany(
-                "INSERT OR IGNORE INTO judgements (id, set_id, annotator, row) VALUES (?, ?, ?, ?)", rows
+                "INSERT OR IGNORE INTO judgements (id, set_id, annotator, row, checksum) VALUES (?, ?, ?, ?, ?)", rows
             )
             return self._db.total_changes - before
 
-    def judgements(self, annotator: str | None = None) -> list[Judgement]:
-        """All, or one annotator's, in the order in which they came; undone ones and their undos included."""
+    def judgements(self, annotator: str | None = None, bad: list[FeedbackError] | None = None) -> list[Judgement]:
+        """All, or one annotator's, in the order in which they came; undone ones and their undos included.
+
+        A damaged one is a FeedbackError, or goes to `bad`.
+        """
         where, values = ("WHERE annotator = ?", (annotator,)) if annotator is not None else ("", ())
         with self._explained("read"):
-            rows = self._db.execute(f"SELECT number, row FROM judgements {where} ORDER BY number", values).fetchall()
-        return [Judgement.from_row(json.loads(row), f"{self.path.name}: judgement {number}") for number, row in rows]
+            rows = self._db.execute(
+                f"SELECT number, CAST(row AS BLOB), checksum FROM judgements {where} ORDER BY number", values
+            ).fetchall()
+        found = []
+        for number, row, checksum in rows:
+            name = f"{self.path.name}: judgement {number}"
+            try:
+                text = _text(row)
+                if checksum is not None and checksum != _checksum(text):
+                    raise FeedbackError(f"{name}: its checksum is another than when it was written.")
+                found.append(Judgement.from_row(json.loads(text), name))
+            except (ValueError, RecursionError) as error:  # FeedbackError, and what json and Unicode raise
+                self._damaged(name, error, bad)
+        return found
+
+    def _damaged(self, name: str, error: Exception, bad: list[FeedbackError] | None) -> None:
+        what = str(error).removeprefix(f"{name}: ") if isinstance(error, FeedbackError) else "it cannot be read."
+        if bad is None:
+            raise FeedbackError(
+                f"{name} is damaged: {what} Restore a copy of {self.path}, or bring what is whole into a new file: "
+                f"lossmith annotate --db NEW.db --import {self.path} --skip-bad"
+            ) from None
+        bad.append(FeedbackError(f"{name} is damaged: {what}"))
 
     # -- accounts -----------------------------------------------------------------------------------------------------
 
     def set_account(self, annotator: str, secret: str) -> None:
-        """`secret` is a hash of a password, never the password."""
+        """`secret` is a hash of a password, never the password. From now on only the file's owner can read it."""
+        try:
+            for suffix in ("", "-wal", "-shm"):
+                beside = self.path.with_name(self.path.name + suffix)
+                if beside.exists():
+                    os.chmod(beside, 0o600)  # SQLite gives those that it makes later the rights of the first
+        except OSError as error:
+            raise FeedbackError(
+                f"{self.path} would hold the hash of a password, and cannot be kept from others: {error.strerror}. "
+                "Let its owner make the account."
+            ) from None
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO accounts VALUES (?, ?)", (annotator, secret))
 
@@ -166,6 +222,14 @@ class Store:
             text = str(error)
             cure = next((cure for sign, cure in _CURES.items() if sign in text), "Nothing was written.")
             raise FeedbackError(f"{self.path} cannot be {done}: {text}. {cure}") from None
+
+
+def _text(cell: bytes | None) -> str:
+    return "" if cell is None else cell.decode()
+
+
+def _checksum(row: str) -> str:
+    return hashlib.blake2b(row.encode(), digest_size=8).hexdigest()
 
 
 _CURES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,21 +35,23 @@ class Example:
 
 def make_examples(
     preferences: Sequence[Preference], tokenizer: Any, max_length: int, *, skip_bad: bool = False
-) -> tuple[list[Example], int]:
-    """(examples, how many were left out). FeedbackError names the line of a text too long for the model."""
+) -> tuple[list[Example], Counter[str]]:
+    """(examples, how many were left out and why).
+
+    FeedbackError names the line of a text too long for the model, or of two that are the same to it.
+    """
     made: list[Example] = []
-    left = 0
+    left: Counter[str] = Counter()
     for preference in preferences:
         outputs, said = _said(preference)
         rows = tuple(encode_conversation(tokenizer, preference.prompt, o.text) for o in outputs)
-        longest = max(map(len, rows))
-        if longest > max_length:
+        kind, wrong = _wrong(rows, said.get("tiers", (0,)), max_length)
+        if wrong:
             if not skip_bad:
                 raise FeedbackError(
-                    f"{preference.prompt.source}: a text of {longest} tokens, and the reward model reads {max_length}. "
-                    "Cutting it would judge another text: shorten it, or leave such lines out with --skip-bad."
+                    f"{preference.prompt.source}: {wrong}: mend it, or leave such lines out with --skip-bad."
                 )
-            left += 1
+            left[kind] += 1
             continue
         lengths = tuple(len(o.text.split()) for o in outputs)
         made.append(
@@ -57,6 +60,20 @@ def make_examples(
     if not made:
         raise FeedbackError("no preference is left to train on.")
     return made, left
+
+
+def _wrong(rows: Sequence[Sequence[int]], tiers: Sequence[int], max_length: int) -> tuple[str, str]:
+    """(what it is counted as, what to say) of texts that no reward model could be taught from; else ("", "")."""
+    longest = max(map(len, rows))
+    if longest > max_length:
+        return (
+            f"longer than {max_length} tokens",
+            f"a text of {longest} tokens, and the reward model reads {max_length}. Cutting it would judge another text",
+        )
+    texts = [tuple(row) for row in rows]
+    if len(set(zip(texts, tiers, strict=True))) > len(set(texts)):
+        return "the same tokens judged better and worse", "two texts that were told apart are the same tokens"
+    return "", ""
 
 
 def _said(preference: Preference) -> tuple[list[Output], dict[str, Any]]:

@@ -20,16 +20,15 @@ from torch import Tensor
 
 from lossmith import __version__
 from lossmith.errors import FeedbackError, RecipeError, RunError, nearest
-from lossmith.feedback.convert import convert
-from lossmith.feedback.preferences import Form, Preference, form_of, read_preferences, split_by_prompt
-from lossmith.feedback.store import Store
+from lossmith.feedback.gather import gather
+from lossmith.feedback.preferences import Form, Preference, form_of, split_by_prompt
 from lossmith.reward_training import losses
 from lossmith.reward_training.examples import Example, make_examples, said_nothing
 from lossmith.reward_training.measure import Measured, measure, plot_measured
 from lossmith.reward_training.model import Scoring, load_scoring, token_parts
 from lossmith.rewards.seal import MANIFEST, checksums, sha256
 
-__all__ = ["RewardRecipe", "gather", "loss_of", "train_reward_model"]
+__all__ = ["RewardRecipe", "loss_of", "train_reward_model"]
 
 Loss = Literal["auto", "bradley_terry", "plackett_luce", "all_pairs", "mean_squared", "logistic"]
 DEFAULT_LOSS: dict[Form, str] = {
@@ -86,35 +85,6 @@ class RewardRecipe:
             raise RecipeError(f"loss = {self.loss!r}.{nearest(self.loss, [*READS, 'auto'])}")
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
-
-
-def gather(source: str | Path, form: Form | None = None) -> tuple[list[Preference], str]:
-    """(preferences of a file, or made of a judgement database's judgements; what was left out).
-
-    form: what judgements are turned into; without it rankings, or ratings where there is nothing else.
-    FeedbackError: nothing to learn from, and why.
-    """
-    if Path(source).suffix != ".db":
-        found, report = read_preferences(source), ""
-    else:
-        with Store(source, create=False) as store:
-            judgements, sets = store.judgements(), store.sets()
-        converted = convert(form or _best_form({j.kind for j in judgements}), judgements, sets)
-        found, report = converted.preferences, converted.report()
-    if not found:
-        raise FeedbackError(f"{source}: no judgement makes a preference. {report}")
-    nothing = said_nothing(found)
-    if nothing:
-        raise FeedbackError(f"{source} holds no signal: {nothing}. A reward model could only learn a constant.")
-    return found, report
-
-
-def _best_form(kinds: set[str]) -> Form:
-    """What keeps most of what was said."""
-    return "rankings" if "ranking" in kinds else "pairs" if "pair" in kinds else "ratings"
-
-
 def loss_of(scores: Tensor, example: Example, name: str, centring: float) -> Tensor:
     """The loss of one example's scores [rows], its centring included; not yet weighted."""
     if example.target is not None:
@@ -141,7 +111,11 @@ def train_reward_model(
     """
     if target.exists():
         raise RunError(f"{target} exists, and a reward model is never overwritten. Choose another folder with -o.")
-    preferences, report = gather(source, recipe.form)
+    gathered = gather(source, recipe.form, skip_bad=recipe.skip_bad)
+    preferences, report = gathered.preferences, "\n".join(gathered.notes)
+    nothing = said_nothing(preferences)
+    if nothing:
+        raise FeedbackError(f"{source} holds no signal: {nothing}. A reward model could only learn a constant.")
     name = _loss_name(recipe.loss, form_of(preferences, str(source)))
     train, held_out = split_by_prompt(preferences, recipe.held_out, recipe.seed)
     partial = target.with_name(target.name + ".partial")
@@ -218,8 +192,8 @@ class _Training:
         reads = min(recipe.max_length or scoring.max_length, scoring.max_length)
         learn, left = make_examples(train, scoring.tokenizer, reads, skip_bad=recipe.skip_bad)
         unseen, lost = make_examples(held_out, scoring.tokenizer, reads, skip_bad=recipe.skip_bad)
-        if left + lost:
-            self.say(f"{left + lost} left out: longer than {reads} tokens")
+        for why, count in sorted((left + lost).items()):
+            self.say(f"{count} left out: {why}")
         for line in fit(scoring, learn, recipe, self.loss):
             self.say(line)
         scoring.dtype = torch.float32  # what a scorer computes in

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,9 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lossmith.errors import FeedbackError, PromptError, RecipeError, quiet_traps
-from lossmith.feedback.convert import convert
-from lossmith.feedback.preferences import Preference, form_of, read_preferences, split_by_prompt
-from lossmith.feedback.store import Store
+from lossmith.feedback.gather import gather
+from lossmith.feedback.preferences import Form, Preference, split_by_prompt
 from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.pairs import GIVEN, Paired
 from lossmith.policy import Policy, check_model, load_policy
@@ -57,9 +55,9 @@ class PreferenceRecipe(Settings):
 
     live: ClassVar[tuple[str, ...]] = ("preferences",)
 
-    preferences: Any = Field(None, description="a preferences file, a judgement database (.db), or a list")
+    preferences: Any = Field(None, description="a preferences file of any tool, a judgement database (.db), or a list")
     form: Literal["auto", "pairs", "rankings", "ratings", "labels"] = Field(
-        "auto", description="what is made of a database's judgements; auto: labels for KTO, otherwise pairs"
+        "auto", description="what is made of judgements; auto: labels for KTO, otherwise pairs"
     )
     held_out: int | float = Field(0.2, gt=0, description="prompts kept for before and after: number or share")
     skip_bad: bool = Field(False, description="leave out and count what cannot be used, instead of stopping at it")
@@ -129,40 +127,28 @@ class PreferencePlan:
     recipe: PreferenceRecipe
     train: list[Preference]
     held_out: list[Preference]
-    left_out: dict[str, int]  # judgements of a database that made no preference
+    notes: list[str]  # what was left out on the way, and what was not read
 
 
 def plan_preferences(recipe: PreferenceRecipe) -> PreferencePlan:
     """Read and split. FeedbackError names file and line; RecipeError where too few prompts are held out."""
     recipe.policy_loss()
     check_model(recipe.model)
-    preferences, left = _read(recipe)
-    form_of(preferences)
+    gathered = gather(recipe.preferences, _form(recipe), skip_bad=recipe.skip_bad)
     try:
-        train, held_out = split_by_prompt(preferences, recipe.held_out, recipe.seed)
+        train, held_out = split_by_prompt(gathered.preferences, recipe.held_out, recipe.seed)
     except PromptError as error:
         raise RecipeError(str(error).replace("memory:", "the preferences:", 1)) from None
     if len({p.prompt.id for p in held_out}) < 2:
         raise RecipeError(f"held_out = {recipe.held_out} keeps one prompt, and an interval needs at least two.")
-    return PreferencePlan(recipe, train, held_out, left)
+    return PreferencePlan(recipe, train, held_out, gathered.notes)
 
 
-def _read(recipe: PreferenceRecipe) -> tuple[list[Preference], dict[str, int]]:
-    source = recipe.preferences
-    if not isinstance(source, str | Path):
-        return list(source), {}
-    if Path(source).suffix != ".db":
-        if not Path(source).exists():
-            raise FeedbackError(f"there is no preferences file {str(source)!r}.")
-        return read_preferences(source), {}
-    form = recipe.form
-    if form == "auto":
-        form = "labels" if isinstance(recipe.policy_loss().term, KTO | OnlineKTO) else "pairs"
-    with Store(source, create=False) as store:
-        found = convert(form, store.judgements(), store.sets())
-    if not found.preferences:
-        raise FeedbackError(f"{source}: no judgement makes one of the {form}. {found.report()}.")
-    return found.preferences, found.left_out
+def _form(recipe: PreferenceRecipe) -> Form:
+    """What is made of judgements."""
+    if recipe.form != "auto":
+        return recipe.form
+    return "labels" if isinstance(recipe.policy_loss().term, KTO | OnlineKTO) else "pairs"
 
 
 @dataclass
@@ -209,8 +195,7 @@ def open_preferences(plan: PreferencePlan) -> PreferenceRun:
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     train, held_out = (make_examples(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)
-    if plan.left_out:
-        notes.append("judgements left out: " + ", ".join(f"{n} {why}" for why, n in sorted(plan.left_out.items())))
+    notes += plan.notes
     batches = _batches(len(train.examples), recipe)
     if recipe.warmup_steps > len(batches):
         raise RecipeError(f"warmup_steps = {recipe.warmup_steps} exceeds the {len(batches)} steps of this run.")

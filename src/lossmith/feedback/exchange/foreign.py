@@ -221,7 +221,9 @@ def argilla_row(row: Mapping[str, Any], where: str, aside: Counter[str]) -> list
 
 def _responses(row: Mapping[str, Any], where: str, aside: Counter[str]) -> Iterator[tuple[str, Any, str]]:
     """(question, value, user) of what was submitted."""
-    responses = row["responses"] or {}
+    responses = row.get("responses") or {}
+    if not responses:
+        aside["records without a response"] += 1
     flat: list[tuple[str, Any, Any, Any]] = []
     if isinstance(responses, Mapping):  # {question: [{"value": ..., "user_id": ...}]}
         for question, given in responses.items():

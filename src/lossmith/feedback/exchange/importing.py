@@ -15,10 +15,12 @@ from typing import Any, get_args
 from lossmith.errors import FeedbackError, nearest
 from lossmith.feedback.convert import standing
 from lossmith.feedback.exchange.foreign import argilla_row, label_studio_row
-from lossmith.feedback.exchange.read import FORMATS, Said, format_of, preference_row, read_file
+from lossmith.feedback.exchange.read import FORMATS, Said, format_of, preference_row
 from lossmith.feedback.judgement import SCALES, Judgement, Source, now
 from lossmith.feedback.output_set import Output, OutputSet, read_set
+from lossmith.feedback.rows import is_database, listed, read_file, refuse
 from lossmith.feedback.store import Store
+from lossmith.files import at_home
 
 __all__ = ["import_file"]
 
@@ -36,22 +38,23 @@ def import_file(
 ) -> str:
     """Put the judgements of a file, and the texts they are about, into the store. Returns an account of it.
 
-    format: auto, or one of `FORMATS`. annotator: who judged, where the file does not say it. skip_bad: leave out the
-    rows that cannot be read; without it one such row keeps the whole file out. The same file again adds nothing.
+    path: a file of rows, or another judgement database. format: auto, or one of `FORMATS`. annotator: who judged,
+    where the file does not say it. skip_bad: leave out the rows that cannot be read; without it one such row keeps the
+    whole file out. The same file again adds nothing.
     """
     if format not in ("auto", *FORMATS):
         raise FeedbackError(f"there is no format {format!r} to import.{nearest(format, ('auto', *FORMATS))}")
-    path = Path(path)
+    path = at_home(path, FeedbackError)
     bad: list[FeedbackError] = []
     rows: Rows = []
-    for where, row in read_file(path):
+    found = _rows_of_database(path, store, bad) if is_database(path) else read_file(path)
+    for where, row in found:
         if isinstance(row, FeedbackError):
             bad.append(row)
-        elif not _is_text(row):
-            bad.append(FeedbackError(f"{where}: holds half of a surrogate pair, which is no text. Write it as UTF-8."))
         else:
             rows.append((where, row))
-    kind = format if format != "auto" else format_of(rows[0][1]) if rows else "preferences"
+    formats = Counter(format_of(row) for _, row in rows).most_common(1)
+    kind = format if format != "auto" else formats[0][0] if formats else "preferences"
     notes: Counter[str] = Counter()
     if kind == "judgements":
         sets, judgements = _own_file(rows, store, bad)
@@ -59,30 +62,23 @@ def import_file(
         said = _all_said(rows, kind, bad, notes)
         sets, judgements = _judged(said, annotator or "import", bad)
     if bad and not skip_bad:
-        raise FeedbackError(
-            f"{path.name}: {len(bad)} of its rows cannot be read, and nothing was imported.\n{_first(bad)}\nCorrect "
-            "the file, or leave such rows out with --skip-bad."
-        )
+        raise refuse(path.name, bad)
     if not judgements and not sets:
         raise FeedbackError(
-            f"{path.name} holds no judgement that can be read as {kind}.{_counted(notes)}\n{_first(bad)}"
+            f"{path.name} holds no judgement that can be read as {kind}.{_counted(notes)}\n{listed(bad)}".rstrip()
         )
     store.add_sets(sets.values())
     new = store.add(judgements, store.sets())
     return _account(path, kind, judgements, new, bad, notes, store)
 
 
-def _is_text(row: Mapping[str, Any]) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _first(bad: list[FeedbackError]) -> str:
-    more = [f"... and {len(bad) - 3} more"] if len(bad) > 3 else []
-    return "\n".join([f"  {error}" for error in bad[:3]] + more)
+def _rows_of_database(path: Path, store: Store, bad: list[FeedbackError]) -> Rows:
+    """Sets and judgements of another judgement file."""
+    if path.absolute() == store.path.absolute():
+        raise FeedbackError(f"{path} is the judgement file itself; give another to bring in.")
+    with Store(path, create=False) as other:
+        said: list[Any] = [*other.sets(bad).values(), *other.judgements(bad=bad)]
+    return [(f"{path.name}: {number}", one.as_row()) for number, one in enumerate(said, 1)]
 
 
 def _counted(notes: Mapping[str, int]) -> str:
@@ -94,14 +90,19 @@ def _counted(notes: Mapping[str, int]) -> str:
 
 def _all_said(rows: Rows, kind: str, bad: list[FeedbackError], notes: Counter[str]) -> list[Said]:
     found: list[Said] = []
+    unread: set[str] = set()
     for where, row in rows:
         try:
             if kind == "preferences":
-                found += preference_row(row, where)
+                said, columns = preference_row(row, where)
+                found += said
+                unread |= columns
             else:
                 found += (label_studio_row if kind == "label-studio" else argilla_row)(row, where, notes)
         except FeedbackError as error:
             bad.append(error)
+    if unread:
+        notes[f"columns not read, which no preference has: {', '.join(sorted(unread))}"] = len(unread)
     unscaled = [s.value for s in found if s.kind == "rating" and not s.scale]
     if unscaled:  # an export of stars does not say how many there were
         most = max((value for value in unscaled if value <= SCALES["1-10"][1]), default=0)  # more is a bad row
@@ -223,7 +224,7 @@ def _account(
         lines.append(f"replaced: {replaced} answers by a later one of the same annotator to the same question")
     lines += [f"{count} {what}" for what, count in sorted((+notes).items())]
     if bad:
-        lines.append(f"left out: {len(bad)} rows that cannot be read\n{_first(bad)}")
+        lines.append(f"left out: {len(bad)} rows that cannot be read\n{listed(bad)}")
     return "\n".join(lines)
 
 
