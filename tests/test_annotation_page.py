@@ -1,12 +1,17 @@
 """The annotation page, without a browser: who comes in, what is written, what is refused, and that nothing is lost."""
 
+import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
+import socket
 import sqlite3
+import struct
 import threading
 import time
 from html import unescape
@@ -20,8 +25,8 @@ from fastapi.testclient import TestClient
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named, write_sets
-from lossmith.feedback.page import add_account, make_app, serve
-from lossmith.feedback.page.accounts import Throttle
+from lossmith.feedback.page import add_account, connections, make_app, serve
+from lossmith.feedback.page.accounts import Throttle, matches
 from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
 from lossmith.feedback.store import Store
@@ -41,9 +46,9 @@ SETS = [a_set(f"Question {k}?", (f"first {k}", f"second {k}", f"third {k}")) for
 class Person:
     """A browser without scripts."""
 
-    def __init__(self, app, name=None, enter=True):
+    def __init__(self, app, name=None, enter=True, address="testclient"):
         self.app, self.page = app, app.state.page
-        self.client = TestClient(app, base_url=HOST, follow_redirects=True)
+        self.client = TestClient(app, base_url=HOST, follow_redirects=True, client=(address, 50000))
         if enter:
             self.client.get("/", params={"token": self.page.sessions.token})
         if name:
@@ -251,20 +256,60 @@ def test_with_accounts_people_sign_in(store):
 
 def test_wrong_passwords_are_throttled(store):
     add_account(store, "Ada", "correct horse")
-    person = Person(app_of(store, accounts=True), enter=False)
+    app = app_of(store, accounts=True)
+    person = Person(app, enter=False)
     for _ in range(5):
         assert person.post("/login", name="Ada", password="guess").status_code == 200
-    assert person.post("/login", name="Ada", password="correct horse").status_code == 429
+    late = person.post("/login", name="Ada", password="correct horse")
+    assert late.status_code == 429 and "in 12 seconds" in late.text  # one try comes back every 12 seconds
+    assert person.post("/login", name="Bob", password="guess").status_code == 200  # another account
+    ada = Person(app, enter=False, address="192.0.2.7")
+    assert "Question" in ada.post("/login", name="Ada", password="correct horse").text  # the right one is not kept out
 
 
-def test_a_throttle_opens_again():
-    throttle = Throttle(limit=2, window=0.05)
-    throttle.failed("a")
-    assert not throttle.closed("a")
-    throttle.failed("a")
-    assert throttle.closed("a") and throttle.closed("b", "a") and not throttle.closed("b")
+def test_guesses_at_the_same_time_count_as_well(store, monkeypatch):
+    add_account(store, "Ada", "correct horse")
+    app, tried = app_of(store, accounts=True), []
+    monkeypatch.setattr(app.state.page, "knows", lambda *given: tried.append(given) or time.sleep(0.02))
+
+    async def guess(client):
+        html = (await client.get("/")).text
+        csrf = re.search(r'name="csrf" value="([^"]*)"', html)[1]
+        form = {"csrf": csrf, "name": "Ada", "password": "guess"}
+        return (await client.post("/login", data=form, headers={"origin": HOST})).status_code
+
+    async def all_at_once():
+        transport = httpx.ASGITransport(app=app)
+        clients = [httpx.AsyncClient(transport=transport, base_url=HOST, follow_redirects=True) for _ in range(40)]
+        return await asyncio.gather(*map(guess, clients))
+
+    codes = asyncio.run(all_at_once())
+    assert len(tried) == 5 and codes.count(429) == 35
+
+
+def test_a_throttle_counts_by_account_by_address_and_all_in_all():
+    throttle = Throttle(account=2, address=3, everyone=5, window=600)
+    enter = throttle.enter
+    assert not enter("a", "ada") and not enter("a", "ada") and enter("a", "ada") == pytest.approx(300, abs=1)
+    assert not enter("a", "bob") and enter("a", "bob") == pytest.approx(200, abs=1)  # the address
+    throttle.right("a", "ada")
+    assert not enter("a", "ada") and enter("a", "ada")
+    assert not enter("b", "ada") and not enter("2001:db8::1", "ada") and enter("c", "ada")  # everyone
+    several = Throttle(account=1, address=1)
+    assert not several.enter("2001:db8::1", "ada") and several.enter("2001:db8::2", "bob")  # one network
+    assert not several.enter("2001:db8:0:1::1", "ada")
+
+
+def test_a_throttle_opens_again_bit_by_bit():
+    throttle = Throttle(account=2, window=0.1)
+    assert not throttle.enter("a", "ada") and not throttle.enter("a", "ada") and throttle.enter("a", "ada") > 0
     time.sleep(0.06)
-    assert not throttle.closed("a")
+    assert not throttle.enter("a", "ada") and throttle.enter("a", "ada") > 0
+
+
+def test_an_account_that_is_damaged_lets_nobody_in(store):
+    for secret in ("", "x", "16384$8$1$$", "-1$8$1$AAAA$AAAA", "1$1$1$1$1$1"):
+        assert not matches("correct horse", secret)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
@@ -497,7 +542,7 @@ def test_skips_and_flags_are_kept_as_what_they_are(store):
 @pytest.mark.parametrize("scale, good, wrong", [("1-5", "5", "6"), ("1-10", "10", "0"), ("binary", "0", "2")])
 def test_a_rating_off_the_scale_is_refused(store, scale, good, wrong):
     person = Person(app_of(store, scale=scale), "Ada")
-    for value in (wrong, "-1", "3.5", "nan", "", "1" * 5000, "true"):
+    for value in (wrong, "-1", "3.5", "nan", "", "1" * 5000, "true", "\u0663", "\uff13"):
         answer = person.answer(value=value)
         assert answer.status_code == 422 and store.judgements() == []
     assert person.answer(value=good).status_code == 200
@@ -594,8 +639,14 @@ def test_a_sets_file_that_changed_is_said(store, tmp_path):
 # -- a real server ----------------------------------------------------------------------------------------------------
 
 
-def _serve(path, sets, links, question="rating", port=0):
-    serve(sets, path, question=question, port=port, on_ready=links.put)
+def _serve(path, sets, links, question="rating", limits=None, files=None):
+    with (path.parent / "stderr").open("w") as said:
+        os.dup2(said.fileno(), 2)
+    for name, value in (limits or {}).items():
+        setattr(connections, name, value)
+    if files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    serve(sets, path, question=question, on_ready=links.put)
 
 
 class Server:
@@ -603,12 +654,14 @@ class Server:
 
     context = multiprocessing.get_context("forkserver")
 
-    def __init__(self, path, sets=SETS, question="rating"):
+    def __init__(self, path, sets=SETS, question="rating", **more):
         self.context.set_forkserver_preload(["lossmith.feedback.page"])
-        self.links = self.context.Queue()
-        self.process = self.context.Process(target=_serve, args=(path, sets, self.links, question), daemon=True)
+        self.links, self.path = self.context.Queue(), path
+        args = (path, sets, self.links, question, more.get("limits"), more.get("files"))
+        self.process = self.context.Process(target=_serve, args=args, daemon=True)
         self.process.start()
         self.link = self.links.get(timeout=60)
+        self.address = "127.0.0.1", urlsplit(self.link).port
 
     def stop(self, how=signal.SIGINT):
         os.kill(self.process.pid, how)
@@ -616,6 +669,15 @@ class Server:
         self.links.close()
         self.links.join_thread()
         return self.process.exitcode
+
+    def said(self):
+        """What stood on its terminal besides the links."""
+        return (self.path.parent / "stderr").read_text()
+
+    def connect(self, sent=b""):
+        client = socket.create_connection(self.address, timeout=20)
+        client.sendall(sent)
+        return client
 
 
 def test_ctrl_c_stops_it_cleanly(tmp_path):
@@ -631,6 +693,91 @@ def test_ctrl_c_stops_it_cleanly(tmp_path):
     with pytest.raises(FeedbackError, match="port"):
         serve(SETS, tmp_path / "other.db", question="rating", port=urlsplit(server.link).port)
     assert server.stop() == 0
+
+
+HEAD = b"POST /answer HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
+STALLED = {
+    "nothing": b"",
+    "half a line": b"GET / HT",
+    "half a head": HEAD,
+    "half a body": HEAD + b"Content-Length: 100\r\n\r\nid=1",
+    "half a chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\n100\r\nid=1",
+}
+
+
+def gone(client):
+    """Whether the server has closed the connection."""
+    try:
+        while client.recv(65536):
+            pass
+    except ConnectionResetError:
+        pass
+    client.close()
+    return True
+
+
+def test_stalled_clients_are_dropped_and_nothing_is_printed(tmp_path):
+    server = Server(tmp_path / "j.db", limits={"READ": 0.5})
+    clients = [server.connect(sent) for sent in STALLED.values()]
+    slow = server.connect(b"GET / HT")
+    began = time.monotonic()
+    with contextlib.suppress(OSError):
+        while time.monotonic() - began < 5:  # a byte now and then buys no time
+            time.sleep(0.1)
+            slow.sendall(b"T")
+    assert 0.4 < time.monotonic() - began < 3
+    slow.close()
+    assert all(map(gone, clients))
+    assert httpx.get(server.link).status_code == 303
+    assert server.stop() == 0 and server.said() == ""
+
+
+def test_vanishing_clients_and_garbage_print_nothing(tmp_path):
+    server = Server(tmp_path / "j.db")
+    whole = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    for sent in (*STALLED.values(), whole, b"\0\xff\r\n\r\n", whole + b"\0\xff\r\n\r\n", HEAD + b"\xff: 1\r\n\r\n",
+                 HEAD + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"G" * 200_000):  # fmt: skip
+        for reset in (False, True):
+            client = server.connect()
+            with contextlib.suppress(ConnectionError):
+                client.sendall(sent)
+                time.sleep(0.01)
+            if reset:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+    assert httpx.get(server.link).status_code == 303
+    assert server.stop() == 0 and server.said() == ""
+
+
+def test_an_endless_body_is_cut_and_the_client_is_told(tmp_path):
+    server = Server(tmp_path / "j.db")
+    client = server.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    sent, chunk = 0, b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    with contextlib.suppress(ConnectionError):
+        while sent < 500_000_000:
+            client.sendall(chunk)
+            sent += len(chunk)
+    assert sent < 50_000_000  # what the two ends' buffers hold
+    client.close()
+    polite = server.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk + chunk)
+    assert polite.recv(65536).startswith(b"HTTP/1.1 413 ")
+    assert gone(polite)
+    assert server.stop() == 0 and server.said() == ""
+
+
+@pytest.mark.parametrize("given", [{"limits": {"MOST": 40}}, {"files": 300}], ids=["places", "open files"])
+def test_more_stalled_clients_than_places_leave_room_for_those_who_work(tmp_path, given):
+    server = Server(tmp_path / "j.db", **given)
+    clients = [server.connect(sent) for sent in (*STALLED.values(),) * 70]
+    with httpx.Client(timeout=5) as working:
+        assert working.get(server.link).status_code == 303
+        for _ in range(3):
+            clients += [server.connect(b"GET") for _ in range(50)]
+            assert "Who is judging?" in working.get(server.link.split("?")[0]).text
+    assert gone(clients[0])
+    assert server.stop() == 0 and server.said() == ""
+    for client in clients:
+        client.close()
 
 
 def clicking(link, seed, acknowledged, until):
@@ -657,10 +804,12 @@ def test_kill_9_at_twenty_moments_loses_no_acknowledged_answer(tmp_path):
     path, acknowledged, moments = tmp_path / "j.db", {}, random.Random(20)
     sets = [a_set(f"q{k}", [f"{k} {n}" for n in range(8)]) for k in range(60)]
     for k in range(20):
-        server = Server(path, sets)
-        clicks = threading.Thread(target=clicking, args=(server.link, k, acknowledged, time.monotonic() + 10))
+        server, enough = Server(path, sets), len(acknowledged) + moments.randint(1, 12)
+        clicks = threading.Thread(target=clicking, args=(server.link, k, acknowledged, time.monotonic() + 20))
         clicks.start()
-        time.sleep(moments.uniform(0.15, 0.7))
+        while len(acknowledged) < enough and clicks.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
         clicks.join(20)
         with Store(path) as store:

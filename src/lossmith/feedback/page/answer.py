@@ -60,8 +60,8 @@ def undo_of(last: Judgement, version: str) -> Judgement:
 def _value(question: str, given: str) -> Any:
     if question == "rating":
         try:
-            return int(given)
-        except ValueError:
+            return int(given.encode("ascii"))
+        except ValueError:  # UnicodeEncodeError is one: other scripts' digits
             raise FeedbackError(f"a rating is a whole number, not {given[:20]!r}.") from None
     if question == "pair":
         if given not in PAIR_VALUES:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import math
 import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from statistics import median
@@ -17,6 +20,7 @@ import jinja2
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lossmith import __version__
 from lossmith.errors import FeedbackError, nearest
@@ -67,6 +71,7 @@ class Page:
         self.items = items_of(sets, question)
         self.sessions = Sessions(announce)
         self.throttle = Throttle()
+        self.hashing = ThreadPoolExecutor(2)  # passwords never take the threads that answers need
         self.file = _Watched(sets_path)
         self.cookie = "lossmith_" + hashlib.blake2b(str(store.path.resolve()).encode(), digest_size=4).hexdigest()
         self.static = {name: (_HERE / "static" / name).read_bytes() for name in _STATIC}
@@ -94,9 +99,11 @@ class Page:
             judged = {j.annotator for j in self.store.judgements() if j.source == "person"}
             return sorted(judged | set(self._desks), key=str.casefold)
 
-    def secret(self, annotator: str) -> str | None:
+    def knows(self, annotator: str, password: str) -> bool:
+        """Whether there is such an account with this password. Slow on purpose."""
         with self._lock:
-            return self.store.accounts().get(annotator)
+            secret = self.store.accounts().get(annotator)
+        return matches(password, secret)
 
     def write(self, desk: Desk, j: Judgement) -> None:
         """On the disk when it returns. FeedbackError: it could not be written, and nothing changed."""
@@ -171,6 +178,7 @@ def make_app(
     app.add_middleware(Guard, hosts=host_names(host), remote=accounts)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _no_such_page)
+    app.add_exception_handler(ClientDisconnect, _gone)
     return app
 
 
@@ -249,6 +257,11 @@ def _no_such_page(request: Request, error: Exception) -> Response:
     return _page(request).html("message.html", status, **values)
 
 
+def _gone(request: Request, error: Exception) -> Response:
+    """The client went away in the middle of its request: nobody reads this, and nothing went wrong here."""
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
+
+
 def _home() -> RedirectResponse:
     return RedirectResponse("/", HTTPStatus.SEE_OTHER)
 
@@ -313,18 +326,24 @@ def name(request: Request, form: Form) -> Response:
 
 
 @_routes.post("/login")
-def login(request: Request, form: Form) -> Response:
+async def login(request: Request, form: Form) -> Response:
     page, session = _page(request), _session(request)
     if not page.accounts or session is None:
         raise _signed_out()
     who, password = " ".join(form.get("name", "").split()), form.get("password", "")
-    keys = f"name {who[:LONGEST_NAME]}", f"address {request.client.host if request.client else ''}"
-    if page.throttle.closed(*keys):
-        raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Wait a minute", "Too many wrong passwords. Then try again.")
-    if not matches(password, page.secret(who)):
-        page.throttle.failed(*keys)
+    caller = request.client.host if request.client else "", who[:LONGEST_NAME]
+    wait = page.throttle.enter(*caller)
+    if wait:
+        raise Refused(
+            HTTPStatus.TOO_MANY_REQUESTS,
+            "Wait a little",
+            f"Too many wrong passwords. Try again in {math.ceil(wait)} seconds.",
+        )
+    good = await asyncio.get_running_loop().run_in_executor(page.hashing, page.knows, who, password)
+    if not good:
         session.notice = "No account has this name and password."
         return _home()
+    page.throttle.right(*caller)
     page.sessions.end(request.cookies.get(page.cookie))  # a cookie planted before is worth nothing after
     return _with_cookie(_home(), page, page.sessions.open(who)[0])
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import ipaddress
+import logging
+import math
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -14,10 +20,14 @@ from lossmith.errors import FeedbackError
 from lossmith.feedback.judgement import Question
 from lossmith.feedback.output_set import OutputSet
 from lossmith.feedback.page.app import DEFAULT_CRITERIA, make_app
+from lossmith.feedback.page.connections import BACKLOG, Connection, Crowd, most_connections
 from lossmith.feedback.page.guard import is_loopback
 from lossmith.feedback.store import Store
 
 __all__ = ["serve"]
+
+_QUEUE = 1024  # connections that the system holds until they are accepted
+_LOG = logging.getLogger(__name__)
 
 
 def serve(
@@ -59,8 +69,12 @@ def serve(
                 announce=lambda token: ready(f"{base}?token={token}"),
             )
             ready(base if accounts else f"{base}?token={app.state.page.sessions.token}")
+            protocol: Any = functools.partial(Connection, Crowd(most_connections()))
             settings = uvicorn.Config(
                 app,
+                loop="asyncio",
+                http=protocol,
+                backlog=BACKLOG,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -69,8 +83,44 @@ def serve(
                 ws="none",
                 timeout_graceful_shutdown=3,
             )
-            with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped cleanly by then, and passes it on
-                uvicorn.Server(settings).run(sockets=[listener])
+            with (
+                _quiet(),
+                contextlib.suppress(KeyboardInterrupt),
+            ):  # uvicorn has stopped cleanly by then, and passes it on
+                _Server(settings).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, whose terminal belongs to the annotator: what goes wrong with connections is a line a minute."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_QUEUE)  # BACKLOG is how many are taken out of it at once
+        self._said = -math.inf
+        asyncio.get_running_loop().set_exception_handler(self._say)
+
+    def _say(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._said > 60:
+            self._said = time.monotonic()
+            _LOG.warning(
+                f"a connection was refused: {error.strerror or error}. Every answer that was acknowledged is kept."
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """uvicorn's errors are ours; its warnings are of what strangers send, and no annotator can do anything about it."""
+    logger = logging.getLogger("uvicorn.error")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _may_be_remote(host: str, allowed: bool, store: Store) -> None:
@@ -90,7 +140,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(128)  # so that the link can be opened from now on
+        listener.listen(_QUEUE)  # so that the link can be opened from now on
     except (OSError, OverflowError) as error:
         listener.close()
         raise FeedbackError(
