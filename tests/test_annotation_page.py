@@ -12,10 +12,13 @@ import signal
 import socket
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 import time
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 import httpx
@@ -817,3 +820,12 @@ def test_kill_9_at_twenty_moments_loses_no_acknowledged_answer(tmp_path):
             assert acknowledged.items() <= written.items()
             assert len(written) <= len(acknowledged) + k + 1  # and at most the click in flight besides
     assert len(acknowledged) > 100
+
+
+@pytest.mark.slow
+def test_twenty_annotators_beside_a_thousand_stalled_connections(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "annotation.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path / "found.json"], check=True, timeout=300)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["acknowledged"] == found["stored"] == 800 and found["lost_or_wrong"] == 0
+    assert found["stalled_held"] > 900 and found["answer_ms"]["p95"] < 200 and found["lines_on_the_terminal"] == 0
