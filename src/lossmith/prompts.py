@@ -420,6 +420,10 @@ def _from_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _undecodable(table: Any) -> str:
     """Which cell of a parquet table cannot be decoded; pyarrow itself does not say."""
+    try:
+        table.column_names  # noqa: B018
+    except UnicodeDecodeError:
+        return "the name of a column"
     for name, cells in zip(table.column_names, table.columns, strict=True):
         for number, cell in enumerate(cells, 1):
             try:

@@ -40,6 +40,8 @@ _RENAMED = {
     "rejected_messages": "rejected", "non_preferred_output": "rejected", "kto_tag": "label",
 }  # fmt: skip
 _CHATS = ("conversations", "messages")
+_TEXTS = {"prompt", "input", *_SIDES, *_CHATS, *_RENAMED}  # what may be chat messages
+_LISTS = ("ranking", "history", "completions")
 _QUESTIONS = ("instruction", "question", "query")
 _ANSWERS = ("output", "response")
 _ROLES = {
@@ -84,32 +86,35 @@ def _cells(row: Row, where: str) -> dict[str, Any]:
         if missing or (optional and value == ""):
             continue
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-            value = _unpacked(value, key, where)
+            if key.endswith("_tokens") or key in _LISTS:
+                value = _json(value)
+            elif key in _TEXTS:
+                value = _chat(value, key, where)
         made[key] = value
     return made
 
 
-def _unpacked(text: str, key: str, where: str) -> Any:
-    """The list in a text, if it is one of tokens or of chat messages; any other text is a text."""
-    lists = key.endswith("_tokens") or key in ("ranking", "history")
-    found: Any = None
-    begun = _BEGUN.match(text)
+def _json(text: str) -> Any:
+    """What the text is JSON of; the text itself where it is none."""
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        if begun:  # pandas writes a list into a table as Python spells it
-            found = _literal(text)
+        return text
+
+
+def _chat(text: str, key: str, where: str) -> Any:
+    """The chat messages that a text is JSON of; any other text is a text."""
+    found, begun = _json(text), _BEGUN.match(text)
+    if found is text and begun:
+        found = _literal(text)  # pandas writes a list into a table as Python spells it
+        if found is None:
+            raise FeedbackError(
+                f"{where}: {key} begins like chat messages, but is no JSON that can be read. Write the column as JSON "
+                "(json.dumps)."
+            )
     messages = found if isinstance(found, list) else [found]
-    if (lists and isinstance(found, list)) or (messages and all(_is_message(m) for m in messages)):
-        return found
-    if isinstance(found, dict) and key == "input" and "messages" in found:
-        return found
-    if found is None and begun:
-        raise FeedbackError(
-            f"{where}: {key} begins like chat messages, but is no JSON that can be read. Write the column as JSON "
-            "(json.dumps)."
-        )
-    return text
+    whole = isinstance(found, Mapping) and key == "input" and "messages" in found
+    return found if whole or (messages and all(_is_message(m) for m in messages)) else text
 
 
 def _literal(text: str) -> Any:
