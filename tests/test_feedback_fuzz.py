@@ -208,6 +208,39 @@ def test_spoilt_files_are_refused_in_words_or_read_whole(tmp_path):
     assert 50 < fuzz(300, 0, tmp_path) < 290, "the inputs are all fine, or all hopeless"
 
 
+def spoilt_databases(count, folder):
+    """How many of them were read, each whole or in words. None is read as something else."""
+    path = folder / "whole.db"
+    with Store(path) as store:
+        prompts = [Prompt(f"{k}?") for k in range(20)]
+        sets = [OutputSet(p, (named(p, "Air."), named(p, "No."))) for p in prompts]
+        store.add_sets(sets)
+        names = {s.id: tuple(o.id for o in s.outputs) for s in sets}
+        store.add([Judgement(s.id, "pair", names[s.id], "first", "ada", "pair", comment="why " * 9) for s in sets])
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole, read = path.read_bytes(), 0
+    for k in range(count):
+        rng, data = random.Random(f"db {k}"), bytearray(whole)
+        for _ in range(rng.choice((1, 1, 3, 30))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        spoilt = folder / f"{k}.db"
+        spoilt.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data)
+        for skip in (False, True):
+            try:
+                found = gather(spoilt, skip_bad=skip).preferences
+            except FeedbackError as error:
+                assert str(error).strip()
+            else:
+                assert {(p.chosen.text, p.rejected.text) for p in found} == {("Air.", "No.")}
+                assert len(found) == 20 or skip
+                read += 1
+    return read
+
+
+def test_spoilt_judgement_files_are_read_rightly_or_not_at_all(tmp_path):
+    assert 10 < spoilt_databases(60, tmp_path) < 110
+
+
 @pytest.mark.slow
 def test_ten_thousand_spoilt_files(tmp_path):
     fuzz(10_000, 1, tmp_path)

@@ -218,8 +218,8 @@ class Store:
         """SQLite's errors with what to do about them."""
         try:
             yield
-        except sqlite3.Error as error:
-            text = str(error)
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: SQLite quotes what is damaged
+            text = "the file is malformed" if isinstance(error, UnicodeDecodeError) else str(error)
             cure = next((cure for sign, cure in _CURES.items() if sign in text), "Nothing was written.")
             raise FeedbackError(f"{self.path} cannot be {done}: {text}. {cure}") from None
 
