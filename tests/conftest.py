@@ -1,4 +1,4 @@
-"""One thread a process: tiny models gain nothing from more, and threads that wait for each other are what load slows."""
+"""One thread a process: tiny models gain nothing from more, and waiting for each other is what load slows."""
 
 import os
 
