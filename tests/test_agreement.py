@@ -93,12 +93,13 @@ def test_what_is_not_defined_is_nan_without_a_warning():
     assert math.isnan(fleiss([[3, 0], [3, 0]])) and math.isnan(fleiss([])) and math.isnan(fleiss([[1, 0], [0, 1]]))
     assert math.isnan(ordinal_alpha([])) and math.isnan(ordinal_alpha([{"a": 1.0, "b": 1.0}]))
     assert math.isnan(ordinal_alpha([{"a": 1.0}, {"b": 2.0}])) and math.isnan(agreed([{"a": 1}]))
-    assert all(map(math.isnan, share_of_first(0, 0)))
+    none, p = share_of_first(0, 0)
+    assert all(map(math.isnan, (none.mean, none.low, none.high, p)))
 
 
-def test_the_interval_is_wilsons():
-    share, low, high, p = share_of_first(8, 10)
-    assert share == 0.8 and (round(low, 3), round(high, 3)) == (0.490, 0.943)
+def test_the_interval_of_what_is_shown_first_is_exact():
+    share, p = share_of_first(8, 10)
+    assert share.mean == 0.8 and (round(share.low, 3), round(share.high, 3)) == (0.444, 0.975)
     assert p == pytest.approx(2 * (45 + 10 + 1) / 1024)  # the upper tail of ten fair coins, twice
 
 

@@ -224,9 +224,13 @@ def _position_bias(holding: list[Judgement]) -> Iterable[PositionBias]:
         if j.kind == "pair" and (choice := _choice(j)) in _SWAPPED:
             shown[j.source][choice] += 1
     for source, sides in sorted(shown.items()):
-        share, low, high, p = share_of_first(sides["first"], sides.total())
-        words = "no bias to be seen" if p >= 0.05 else f"prefers what is shown {'first' if share > 0.5 else 'second'}"
-        yield PositionBias(source, sides.total(), sides["first"], share, low, high, p, words)
+        share, p = share_of_first(sides["first"], sides.total())
+        words = (
+            "no bias to be seen" if p >= 0.05 else f"prefers what is shown {'first' if share.mean > 0.5 else 'second'}"
+        )
+        if sides.total() < FEW:
+            words = f"too few to say: {FEW} are needed"
+        yield PositionBias(source, sides.total(), sides["first"], share.mean, share.low, share.high, p, words)
 
 
 # -- what to look at ---------------------------------------------------------------------------------------------------
@@ -301,7 +305,7 @@ def _sentences(
         yield (
             f"Of {count(b.decided, 'decided pair')} ({b.source}), the output shown first was preferred in "
             f"{b.share:.0%} (95% interval {b.low:.0%} to {b.high:.0%}): {b.words}"
-            + (". This holds if the order was drawn at random." if b.p_value < 0.05 else ".")
+            + (". This holds if the order was drawn at random." if b.p_value < 0.05 and b.decided >= FEW else ".")
         )
     yield from itertools.chain.from_iterable(map(_own_sentences, annotators))
 

@@ -62,7 +62,7 @@ class PositionBias:
     decided: int
     first: int
     share: float
-    low: float  # 95% Wilson interval
+    low: float  # 95% interval (Clopper-Pearson)
     high: float
     p_value: float  # two-sided, against one half
     words: str
