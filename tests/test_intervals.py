@@ -130,7 +130,7 @@ def test_pairs_between_prompts_hold_theirs_though_a_prompt_is_in_many(good, bad)
     def contributions(pairs):
         return mean_of(list(share_across(pairs)[1].values()))
 
-    assert coverage(draw, truth, lambda pairs: share_across(pairs)[0], 250) > 0.93
+    assert coverage(draw, truth, lambda pairs: share_across(pairs)[0], 250) > 0.91
     assert coverage(draw, truth, contributions, 250) > 0.88
     assert coverage(draw, truth, rows, 250) < 0.85  # a mistake that such figures invite
 
