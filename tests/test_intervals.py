@@ -193,8 +193,8 @@ def test_below_the_fewest_even_a_unanimous_sample_can_be_turned_by_one():
         ({"mean": 0.55, "n": 60}, "no better than chance"),
         ({"mean": 0.9}, "unknown number of prompts"),
         (0.33, "unknown number of prompts"),
-        (None, "nothing is known"),
-        ({}, "nothing is known"),
+        (share_of([]).as_dict(), "no held-out prompt says"),
+        (None, ""),  # no figures at all: nothing is claimed
     ],
 )
 def test_a_model_is_doubted_unless_it_is_surely_better_than_a_coin(accuracy, says):

@@ -160,12 +160,15 @@ def verdict(change: Mapping[str, Any], what: str) -> str:
 def doubt(accuracy: Any) -> str:
     """Why a held-out accuracy is not known to be better than a coin's; "" where it is.
 
-    accuracy: as reward_model.json holds it. Older ones may hold a bare number, or no interval.
+    accuracy: as reward_model.json holds it. Older ones may hold a bare number, or no interval; one that holds nothing
+    claims nothing, and is not doubted.
     """
+    if accuracy is None:
+        return ""
     row = accuracy if isinstance(accuracy, Mapping) else {"mean": accuracy}
     mean, n, low = row.get("mean"), row.get("n"), row.get("ci95_low")
     if not isinstance(mean, int | float):
-        return "nothing is known of its accuracy on held-out prompts"
+        return "no held-out prompt says how accurate it is"
     said = f"its held-out accuracy {mean:.2f}"
     if not isinstance(n, int):
         return f"{said} is that of an unknown number of prompts"

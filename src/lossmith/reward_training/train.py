@@ -23,6 +23,7 @@ from lossmith.errors import FeedbackError, RecipeError, RunError, nearest
 from lossmith.feedback.convert import convert
 from lossmith.feedback.preferences import Form, Preference, form_of, read_preferences, split_by_prompt
 from lossmith.feedback.store import Store
+from lossmith.intervals import doubt, in_words
 from lossmith.reward_training import losses
 from lossmith.reward_training.examples import Example, make_examples, said_nothing
 from lossmith.reward_training.measure import Measured, measure, plot_measured
@@ -169,7 +170,16 @@ def train_reward_model(
     run = training.one if recipe.ensemble == 1 else training.ensemble
     try:
         scores, examples, manifest = run(train, held_out, partial)
-        plot_measured(measure(examples, scores), partial / "report.svg", target.name)
+        measured = measure(examples, scores)
+        if recipe.ensemble > 1:
+            on_step(f"the {recipe.ensemble} together: {summary(measured)}")
+        doubted = doubt(measured.accuracy.as_dict())
+        if doubted:
+            on_step(
+                f"! {doubted}.\n  `lossmith train` refuses it unless told to accept a weak scorer. Judge more outputs, "
+                "and train it again."
+            )
+        plot_measured(measured, partial / "report.svg", target.name)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -303,7 +313,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def summary(measured: Measured) -> str:
-    """The held-out figures, in words."""
+    """The held-out figures in words, in lines that a terminal of 80 columns shows whole."""
     said = measured.as_dict()
     accuracy = said["accuracy"]
 
@@ -311,9 +321,9 @@ def summary(measured: Measured) -> str:
         return "?" if x is None else format(x, form)
 
     return (
-        f"held-out accuracy {number(accuracy['mean'])} (95% {number(accuracy['ci95_low'])} to "
-        f"{number(accuracy['ci95_high'])}, {accuracy['n']} prompts, {said['pairs']} pairs); log-loss "
-        f"{number(said['log_loss'])}; calibration error {number(said['calibration_error'])}; rank correlation of score "
-        f"and length {number(said['length_correlation'], '+.2f')}; scores {said['score_mean']:+.2f} ± "
-        f"{said['score_std']:.2f}"
+        f"held-out accuracy {number(accuracy['mean'])} (95% {in_words(accuracy)}; {accuracy['n']} prompts, "
+        f"{said['pairs']} pairs)\n"
+        f"  log-loss {number(said['log_loss'])} nats a pair; calibration error {number(said['calibration_error'])}\n"
+        f"  rank correlation of score and length {number(said['length_correlation'], '+.2f')}; scores "
+        f"{said['score_mean']:+.2f} ± {said['score_std']:.2f}"
     )

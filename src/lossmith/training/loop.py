@@ -18,6 +18,7 @@ from lossmith.policy import Policy, check_compiler, check_model, load_policy, sa
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import bind_scorer, verify_scorer
+from lossmith.rewards.weak import refuse_weak
 from lossmith.rollouts import Rollout
 from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from lossmith.training.clock import Clock
@@ -244,6 +245,8 @@ def plan(recipe: Recipe) -> Plan:
     for scorer in (recipe.scorer, recipe.watch):
         if scorer is not None:
             check_scorer(scorer, columns=columns_of(prompts))
+            if not recipe.accept_weak_scorer:
+                refuse_weak(scorer)
     check_model(recipe.model)
     return Plan(recipe, train, held_out, prompts.summary())
 
