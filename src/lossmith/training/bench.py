@@ -1,4 +1,4 @@
-"""A minute's measurement of a recipe on this machine: seconds by phase, the floor, memory, and better settings."""
+"""A short measurement of a recipe on this machine: seconds by phase, the floor, memory, and better settings."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Measurement:
 
 
 def measure_recipe(plan: Plan) -> Measurement:
-    """Sample, score and update for about a minute. The policy's weights stay as they are."""
+    """Sample, score and update, several times. The policy's weights stay as they are."""
     recipe = plan.recipe.model_copy(update={"learning_rate": 0.0, "value_learning_rate": 0.0})
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train))
