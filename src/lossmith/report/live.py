@@ -96,7 +96,7 @@ class LiveView:
 
     def __enter__(self) -> LiveView:
         self.busy.__enter__()
-        self.run.busy = self.busy
+        self.run.tell = self.busy
         self.busy.about("held-out prompts before training")
         return self
 

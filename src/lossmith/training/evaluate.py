@@ -51,17 +51,17 @@ def evaluate(
     prompts: PromptSet,
     scorer: Scorer,
     recipe: Recipe,
-    busy: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Evaluation:
     """One completion of each prompt, scored. Random numbers depend on the recipe's seed and the prompt alone.
 
-    busy: told what is being done, and how much of it is done.
+    tell: told what is being done, and how much of it is done.
     """
     rollouts = sample(
         policy, list(prompts), 1, recipe.sampling, seed=recipe.seed, step=EVALUATION_STEP,
-        on_progress=lambda done, total: busy("sampling", done, total),
+        on_progress=lambda done, total: tell("sampling", done, total),
     )  # fmt: skip
-    busy("scoring", 0, len(rollouts))
+    tell("scoring", 0, len(rollouts))
     return Evaluation(score_rollouts(scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout))
 
 

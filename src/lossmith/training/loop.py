@@ -104,13 +104,13 @@ class Run:
     watched_before: Evaluation | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # what summary.json holds, once the run is finished
     started: float = field(default_factory=time.perf_counter)
-    busy: Callable[[str, int, int], None] = lambda what, done, total: None  # told what is done, and how far it is
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None  # told what is done, and how far it is
 
     def start(self) -> None:
         """Measure the untrained policy on the held-out prompts; then, in a resumed run, load the checkpoint."""
         if self.before is not None:
             return
-        self.before = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.busy)
+        self.before = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
         self.folder.add_rollouts("held-out-before", self.before.rollouts)
         self.watched_before = self._watched(self.before)
         if self.checkpoint is not None:
@@ -131,7 +131,7 @@ class Run:
     def finish(self) -> None:
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
-        self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.busy)
+        self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
         verify_scorer(self.scorer)
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self.policy.save(self.folder.path / "policy")
@@ -157,7 +157,7 @@ def learn(run: Run) -> Iterator[Step]:
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         with clock("update"):  # theta <- argmin L
-            run.busy("updating", 0, 0)
+            run.tell("updating", 0, 0)
             update = run.learner.update(rollouts, index)
         watched: list[float] = []
         if run.watch is not None:
@@ -185,15 +185,15 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
             rollouts = sample(
                 run.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=index,
                 on_group=lambda group: asked.update({group[0].prompt.id: pool.submit(score, group)}) if ahead else None,
-                on_progress=lambda done, total: run.busy("sampling", done, total),
+                on_progress=lambda done, total: run.tell("sampling", done, total),
             )  # fmt: skip
         with clock("score"):
             if not ahead:
-                run.busy("scoring", 0, len(rollouts))
+                run.tell("scoring", 0, len(rollouts))
                 return score(rollouts)
             found: list[Rollout] = []
             for prompt in prompts:
-                run.busy("scoring", len(found), len(rollouts))
+                run.tell("scoring", len(found), len(rollouts))
                 found += asked[prompt.id].result()
             return found
 

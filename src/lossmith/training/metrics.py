@@ -23,6 +23,7 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "ended": ("share of completions that ended within max_tokens", "0 to 1"),
             "dropped": ("completions without a score, left out of the update", "completions"),
             "watch": ("mean over the prompts of what the watching scorer says", "of that scorer"),
+            "scorer/*": ("what the scorer logged under that name, averaged over the completions", "of the scorer"),
             "watch_variance": ("variance of that mean", "squared"),
         },
     ),
@@ -88,7 +89,7 @@ METRICS = {name: what for _, part in SECTIONS.values() for name, what in part.it
 
 def documented(key: str) -> bool:
     """Whether a key of metrics.jsonl is in the list, a pattern (`seconds_*`) included."""
-    return any(re.fullmatch(name.replace("*", r"\w+"), key) for name in METRICS)
+    return any(re.fullmatch(re.escape(name).replace(r"\*", ".+"), key) for name in METRICS)
 
 
 def in_completions(metrics: Mapping[str, float]) -> dict[str, float]:
