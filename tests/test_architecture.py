@@ -16,6 +16,7 @@ ROOT = Path(lossmith.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "intervals",
     "losses",
     "show",
     "proofs",

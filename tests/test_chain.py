@@ -53,11 +53,13 @@ def test_policy_learning_waits_for_the_frozen_reward_model_then_runs(project):
     manifest = json.loads((project / "reward_model" / "reward_model.json").read_text())
     assert manifest["trained"] and "accuracy" in json.dumps(manifest)
 
-    said = lossmith(*train).stdout
-    assert "Preferred to the untrained policy on" in said
+    assert manifest["held_out"]["accuracy"]["n"] == 5  # too few to tell it from a coin
+    assert "too few to tell it from chance" in lossmith(*train, code=2).stderr
+    assert "lossmith reward train" in lossmith("status", project).stdout.split("next:")[1]
+    said = lossmith(*train, "--accept-weak-scorer").stdout
+    assert "Too few held-out prompts (6) to say" in said
     summary = json.loads((project / "runs" / "first" / "summary.json").read_text())
     assert summary["held_out"]["preferred"]["n"] == 6
-    assert "The chain is complete" in lossmith("status", project).stdout
 
 
 def test_a_reward_model_that_changed_after_training_scores_nothing(project):

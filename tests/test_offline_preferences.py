@@ -104,7 +104,7 @@ def test_the_folder_holds_what_a_run_holds(tmp_path, capsys):
     assert said["folder"] == str(folder) and json.loads((folder / "summary.json").read_text())["loss"] == said["loss"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [0, 1]
-    wanted = {"loss", "margin", "accuracy", "chosen_log_ratio", "rejected_log_ratio", "chosen_logp", "kl_ref"}
+    wanted = {"loss", "margin", "accuracy", "chosen_log_ratio", "rejected_log_ratio", "chosen_logp", "kl"}
     assert wanted < metrics[0].keys()
     assert metrics[0]["margin"] == pytest.approx(0, abs=1e-4) and metrics[0]["accuracy"] == pytest.approx(0.5, abs=0.5)
     again = PreferenceRecipe.make("recipe", **PreferenceRecipe.read(folder / "recipe.toml"))

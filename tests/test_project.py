@@ -2,16 +2,19 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
 import lossmith as ls
-from lossmith.errors import FeedbackError, PromptError, StageError
+from lossmith.cli.project import status
+from lossmith.errors import FeedbackError, PromptError, ScorerError, StageError
 from lossmith.feedback.gather import gather
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named, read_sets, write_sets
 from lossmith.feedback.store import Store
 from lossmith.project import Project, check_order, check_recipe_order
+from lossmith.rewards.weak import doubts, refuse_weak
 
 ORDER = ["prompts", "sample", "annotate", "reward", "policy"]
 
@@ -104,3 +107,50 @@ def test_sets_of_other_prompts_are_noticed(project):
 def test_a_project_is_begun_once(project, tmp_path):
     with pytest.raises(StageError, match="is a project already"):
         Project.create(project.folder, str(tmp_path / "p.txt"))
+
+
+# -- a reward model that may be no better than a coin -----------------------------------------------------------------
+
+
+def trained(folder, accuracy, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out = {} if accuracy is None else {"held_out": {"accuracy": accuracy}}
+    (folder / "reward_model.json").write_text(json.dumps({"trained": True, "files": {}} | held_out | more))
+    return str(folder)
+
+
+WEAK = {"mean": 0.33, "ci95_low": None, "ci95_high": None, "n": 2}
+COIN = {"mean": 0.55, "ci95_low": 0.41, "ci95_high": 0.68, "n": 53}
+GOOD = {"mean": 0.652, "ci95_low": 0.591, "ci95_high": 0.713, "n": 53}
+
+
+@pytest.mark.parametrize(("accuracy", "says"), [(WEAK, "2 prompts: too few"), (COIN, "no better than chance")])
+def test_status_neither_ticks_a_weak_reward_model_nor_sends_on_to_training(project, capsys, accuracy, says):
+    for step in ("sample", "annotate"):
+        do(project, step)
+    trained(project.reward_model, accuracy)
+    status(project.folder)
+    said = capsys.readouterr().out
+    (row,) = [line for line in said.splitlines() if " reward " in line and "next" not in line]
+    words = " ".join(said.split())
+    assert row.split()[0] == "!" and f"{accuracy['n']} prompts)" in words and says in words
+    following = said[said.index("next:") :]
+    assert "lossmith annotate" in following and "lossmith reward train" in following and "lossmith train" not in said
+    trained(project.reward_model, GOOD)
+    status(project.folder)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "accuracy 0.65 (95% 0.59 to 0.71, 53 prompts)" in said and "next: lossmith train" in said and "!" not in said
+
+
+def test_training_on_a_weak_reward_model_is_asked_about_wherever_it_stands(tmp_path):
+    weak, coin, good = (trained(tmp_path / n, a) for n, a in (("weak", WEAK), ("coin", COIN), ("good", GOOD)))
+    old = trained(tmp_path / "old", {"mean": 0.5, "n": 20})  # without an interval
+    bare = trained(tmp_path / "bare", 0.33)
+    for spec in (weak, coin, old, bare, Path(weak), [good, weak], {"scorers": [good, coin], "combine": "worst"},
+                 {"ensemble": weak}, {"steps": coin}, {"scorers": ["length", [weak]]}):  # fmt: skip
+        with pytest.raises(ScorerError, match="accept_weak_scorer = true"):
+            refuse_weak(spec)
+    assert doubts({"scorers": [weak, good, coin]}) == doubts(weak) + doubts(coin)
+    for spec in (good, "helpfulness", "http://localhost/x", "a.py:f", lambda completions: completions, [good, "length"],
+                 trained(tmp_path / "silent", None), str(tmp_path), str(tmp_path / "nothing")):  # fmt: skip
+        refuse_weak(spec)

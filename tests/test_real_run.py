@@ -16,8 +16,8 @@ def test_step_0_identities_and_movement_on_the_default_model(tmp_path):
     )
     first, second = (json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines())
     assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clip_fraction"] == 0
-    assert first["kl_ref"] == 0  # the reference computes in the same way, so not a bit differs
-    assert second["kl_ref"] > 0
+    assert first["kl"] == 0  # the reference computes in the same way, so not a bit differs
+    assert second["kl"] > 0
     groups: dict[str, float] = {}
     for row in pyarrow.parquet.read_table(run.folder.path / "rollouts" / "step-00000.parquet").to_pylist():
         groups[row["prompt_id"]] = groups.get(row["prompt_id"], 0.0) + row["advantage"]

@@ -11,6 +11,7 @@ import tiny
 from lossmith.errors import printable
 from lossmith.report.closing import closing
 from lossmith.report.opening import batch_arithmetic, opening
+from lossmith.training.evaluate import comparison
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,67 @@ def test_the_closing_shows_the_figures_of_the_summary(run):
 )
 def test_the_verdict_follows_the_interval(run, low, high, verdict):
     difference = run.summary["held_out"]["difference"] | {"ci95_low": low, "ci95_high": high}
-    summary = run.summary | {"held_out": run.summary["held_out"] | {"difference": difference}}
-    assert verdict in printed(run, summary=summary)
+    for n, said in ((12, verdict), (3, "Too few held-out prompts (3) to say")):
+        held_out = run.summary["held_out"] | {"difference": difference | {"n": n}}
+        text = printed(run, summary=run.summary | {"held_out": held_out})
+        assert said in text and text.count("Preferred to the untrained policy") == (n == 12)
+
+
+def train(tmp_path, scorer, **changes):
+    fixed = dict(
+        model=str(tiny.folder()), device="cpu", dtype="float32", prompts=[f"Prompt {i}?" for i in range(16)], steps=2,
+        held_out=12, prompts_per_step=2, samples_per_prompt=3, max_tokens=6, runs=str(tmp_path), quiet=True,
+        loss="rloo", save_rollouts=False, learning_rate=3e-3,
+    )  # fmt: skip
+    return ls.train(scorer=scorer, **fixed | changes)
+
+
+def test_where_every_completion_has_one_score_there_is_no_verdict_and_no_advice_to_go_on(tmp_path):
+    run = train(tmp_path, lambda completions, **_: [0.5] * len(completions))
+    text = " ".join(printed(run).split())
+    assert "No verdict: the scorer gave every completion the same score (0.5), so nothing was learned" in text
+    assert not any(word in text for word in ("No clear change", "would tell", "Preferred", "rose"))
+    assert run.summary["held_out"]["difference"]["ci95_low"] is None  # not 0 to 0
+    assert run.summary["training"]["steps_without_signal"] == 2
+
+
+def test_where_only_the_prompt_decides_the_score_nothing_was_learned(tmp_path):
+    def by_prompt(prompts, completions, **_):
+        return [float(sum(map(ord, p))) for p in prompts]
+
+    run = train(tmp_path, by_prompt)
+    assert "No verdict: in none of the 2 steps did the scores" in " ".join(printed(run).split())
+    learns = train(tmp_path, by_prompt, loss="reinforce")
+    assert learns.summary["training"]["steps_without_signal"] == 0  # it compares nothing, and learns from any reward
+
+
+def test_one_text_for_every_prompt_is_no_success(tmp_path):
+    run = train(tmp_path, lambda completions, **_: [float(len(set(c))) for c in completions])
+    same = [
+        dataclasses.replace(r, completion="yes", score=dataclasses.replace(r.score, value=99.0))
+        for r in run.after.rollouts
+    ]
+    after = ls.training.Evaluation(same)
+    summary = run.summary | {"held_out": comparison(run.before, after)}
+    assert summary["held_out"]["difference"]["ci95_low"] > 0  # the figures alone would say that it rose
+    text = " ".join(printed(run, summary=summary, after=after).split())
+    assert "answers all 12 held-out prompts with one and the same text" in text
+    assert "rose" not in text and "Preferred" not in text
+    few = [dataclasses.replace(r, completion="yes" if i else "no") for i, r in enumerate(same)]
+    summary = run.summary | {"held_out": comparison(run.before, ls.training.Evaluation(few))}
+    text = " ".join(printed(run, summary=summary).split())
+    assert "rose" in text and "2 different texts, and were 12 before" in text
+
+
+def test_what_was_dropped_is_said_with_its_share_and_what_the_interval_rests_on(tmp_path):
+    def half(completions, **_):
+        return [len(c) / 10 if i % 2 else None for i, c in enumerate(completions)]
+
+    run = train(tmp_path, half, scorer_errors="drop")
+    text = " ".join(printed(run).split())
+    assert "6 of 12 completions (50%) had no score and were dropped" in text
+    assert "6 of 12 held-out prompts have a score both before and after: the interval is from 6 prompts" in text
+    assert "Too few held-out prompts (6) to say" in text
 
 
 def test_a_hostile_completion_is_shown_and_never_obeyed(run):

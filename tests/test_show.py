@@ -62,6 +62,30 @@ def test_three_grpos_and_why_they_differ():
     assert "standard deviation" in words[0] and "as the estimator gives it" in words[2]
 
 
+def test_columns_are_headed_by_what_was_changed(tmp_path, capsys, monkeypatch):
+    changes = [
+        ("grpo", {}),
+        ("grpo", {"beta": 0.1}),
+        ("grpo", {"clip_high": 0.3, "kl_estimator": "k2"}),
+        ("dpo", {"beta": 0.3}),
+    ]
+    losses = [quiet_loss(name, **changed) for name, changed in changes]
+    names = compare(losses).names
+    assert names == ("grpo", "grpo(beta=0.1)", "grpo(clip_high=0.3, kl_estimator='k2')", "dpo(beta=0.3)")
+    for name, loss in zip(names, losses, strict=True):
+        assert L.parse_loss(name) == loss  # one can ask for it by its heading
+    assert compare([quiet_loss("grpo"), quiet_loss("grpo")]).names == ("grpo #1", "grpo #2")
+    monkeypatch.setenv("COLUMNS", "100")
+    run("losses", "compare", "grpo", "grpo(beta=0.1)")
+    text = capsys.readouterr().out
+    assert re.search(r"^ +grpo  grpo\(beta=0\.1\)", text, re.M) and text.count("grpo(beta=0.1)") >= 4
+    file = tmp_path / "my.py"
+    file.write_text("def mine(batch, *, beta=0.1):\n    return beta * batch.logp.sum()\n")
+    run("losses", "compare", f"{file}:mine", f"{file}:mine(beta=0.3)")
+    text = capsys.readouterr().out
+    assert "mine(beta=0.1)" in text and "mine(beta=0.3)" in text
+
+
 def test_the_same_composition_is_recognised():
     found = compare([quiet_loss("reinforce"), quiet_loss("reinforce").replace(name="again"), quiet_loss("opo")])
     assert found.same == (("reinforce", "again"),)

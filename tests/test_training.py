@@ -14,7 +14,6 @@ import lossmith as ls
 import tiny
 from lossmith.errors import LossError, PolicyError, PromptError, RecipeError, RunError, ScorerError
 from lossmith.training.checkpoint import latest_checkpoint
-from lossmith.training.evaluate import interval, student_t
 from lossmith.training.learner import rate_factor
 from lossmith.training.run import check_disk
 
@@ -108,9 +107,9 @@ def test_the_summary_follows_from_the_held_out_rollouts(finished):
 def test_the_first_step_is_on_policy(finished):
     first = metrics(finished)[0]
     assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clip_fraction"] == 0
-    assert first["kl_ref"] == pytest.approx(0, abs=1e-9)
+    assert first["kl"] == pytest.approx(0, abs=1e-8)
     assert first["sampler_gap"] < 1e-5
-    assert metrics(finished)[-1]["kl_ref"] > 0
+    assert metrics(finished)[-1]["kl"] > 0
 
 
 def test_training_raises_the_held_out_score(tmp_path):
@@ -283,7 +282,7 @@ def test_too_few_scores_to_compare_are_said_and_written_as_json_can(tmp_path, ca
         return [None] * len(completions) if len(completions) == 4 else [len(c) / 10 for c in completions]
 
     run = ls.train(**settings(tmp_path, scorer=only_in_training, scorer_errors="drop", quiet=False))
-    assert "Too few held-out prompts with a score (0)" in " ".join(capsys.readouterr().out.split())
+    assert "Too few held-out prompts (0)" in " ".join(capsys.readouterr().out.split())
     summary = json.loads((run.folder.path / "summary.json").read_text(), parse_constant=lambda _: pytest.fail("NaN"))
     assert summary["held_out"]["difference"] == {"mean": None, "ci95_low": None, "ci95_high": None, "n": 0}
 
@@ -301,17 +300,6 @@ def test_a_loss_is_carried_whole_by_the_recipe(tmp_path):
     run = ls.train(**settings(tmp_path, loss=loss, steps=1))
     written = tomllib.loads((run.folder.path / "recipe.toml").read_text())["loss"]
     assert ls.PolicyLoss.from_dict(written) == loss
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (3, 3.1824), (10, 2.2281), (24, 2.0639), (47, 2.0117), (120, 1.9799)]
-)
-def test_intervals_use_students_t(freedom, quantile):
-    assert student_t(freedom) == pytest.approx(quantile, abs=1e-3)
-    values = [float(i % 3) for i in range(freedom + 1)]
-    found = interval(values)
-    deviation = torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(len(values))
-    assert found.high - found.mean == pytest.approx(quantile * deviation, rel=2e-3)
 
 
 def test_schedules():

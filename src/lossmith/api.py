@@ -51,12 +51,12 @@ def run_recipe(recipe: Recipe, *, folder: Path | None = None, console: Console |
     run = open_run(checked, resume=folder)
     try:
         console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
-        with console.status("measuring the untrained policy on the held-out prompts"):
-            run.start()
         with LiveView(run, console) as view:
+            run.start()
+            view.begin()
             for step in learn(run):
                 view.show(step)
-        with console.status("measuring the trained policy on the held-out prompts"):
+            view.end()
             run.finish()
     finally:
         close_scorer(run.scorer)

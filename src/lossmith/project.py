@@ -27,6 +27,7 @@ from lossmith.errors import StageError
 from lossmith.feedback.convert import standing
 from lossmith.feedback.output_set import OutputSet, prompt_content, read_sets, write_rows
 from lossmith.feedback.store import Store
+from lossmith.intervals import doubt, in_words
 from lossmith.prompts import default_prompts_path, load_prompts
 from lossmith.training.recipe import Recipe
 
@@ -45,6 +46,7 @@ class Stage:
     found: str
     command: str
     problem: str = ""  # something that holds the next step up, or makes this one stale
+    advice: str = ""  # what to do about a step that is done, but that the next ones should not be built on
 
 
 class Project:
@@ -102,13 +104,18 @@ class Project:
         )  # fmt: skip
 
         manifest = self.manifest()
-        found = "none" if manifest is None else _describe_model(manifest)
-        problem = ""
+        found, problem = ("none", "") if manifest is None else _describe_model(manifest)
+        advice = ""
+        if problem:
+            advice = (
+                f"judge more: lossmith annotate {q['outputs']} --db {q['judgements']}; then put {q['reward_model']} "
+                f"aside and train it again: lossmith reward train {q['judgements']} -o {q['reward_model']}"
+            )
         if manifest is None and self.reward_model.exists():
             problem = f"{self.reward_model} holds a model that was not trained by `lossmith reward train`"
         yield Stage(
             "reward", manifest is not None, found,
-            f"lossmith reward train {q['judgements']} -o {q['reward_model']}", problem,
+            f"lossmith reward train {q['judgements']} -o {q['reward_model']}", problem, advice,
         )  # fmt: skip
 
         runs = self._policies()
@@ -139,8 +146,8 @@ class Project:
         return [path.parent.name for path in done if (path.parent / "policy").is_dir()]
 
     def next_stage(self) -> Stage | None:
-        """The first step that is not done."""
-        return next((stage for stage in self._stages() if not stage.done), None)
+        """The first step that is not done, or that should be done again before the next."""
+        return next((stage for stage in self._stages() if not stage.done or stage.advice), None)
 
     def require(self, step: Step) -> None:
         """StageError unless every step before this one is done."""
@@ -200,11 +207,17 @@ def _describe_sets(sets: list[OutputSet], known: set[str]) -> tuple[str, str]:
     return found + (f", {alike} near-duplicates" if alike else ""), problem
 
 
-def _describe_model(manifest: dict[str, Any]) -> str:
+def _describe_model(manifest: dict[str, Any]) -> tuple[str, str]:
+    """(its held-out accuracy, why it is not known to be better than chance)."""
     held_out = manifest.get("held_out", {})
     accuracy = held_out.get("accuracy") if isinstance(held_out, dict) else None
-    value = accuracy.get("mean") if isinstance(accuracy, dict) else accuracy
-    return "trained and frozen" + (f", held-out accuracy {value:.2f}" if isinstance(value, float) else "")
+    row = accuracy if isinstance(accuracy, dict) else {"mean": accuracy}
+    said = "trained and frozen"
+    if isinstance(row.get("mean"), float):
+        rests = [f"95% {in_words(row, '.2f')}"] if row.get("ci95_low") is not None else []
+        rests += [f"{row['n']} prompts"] if "n" in row else []
+        said += f", held-out accuracy {row['mean']:.2f}" + (f" ({', '.join(rests)})" if rests else "")
+    return said, doubt(accuracy)
 
 
 def _columns(path: Path) -> tuple[str, ...]:

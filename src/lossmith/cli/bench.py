@@ -1,4 +1,4 @@
-"""`lossmith bench`: how fast a recipe would run on this machine, in about a minute."""
+"""`lossmith bench`: how fast a recipe would run on this machine, in a minute or two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bench(
 ) -> None:
     """Measure a recipe on this machine: seconds by phase, the floor, memory, and the settings that would be better.
 
-    Takes about a minute on the default recipe; writes nothing, and trains nothing.
+    Takes a minute or two on the default recipe; writes nothing, and trains nothing.
 
     Parameters
     ----------

@@ -10,6 +10,8 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from lossmith.intervals import in_words
+from lossmith.report.live import Busy, step_line
 from lossmith.training.preferences import (
     PreferenceRecipe,
     PreferenceRun,
@@ -59,16 +61,18 @@ def prefer(
     with console.status("reading the preferences into the model's tokens"):
         run = open_preferences(plan)
     console.print(_opening(run), highlight=False, soft_wrap=True, markup=False)
-    with console.status("measuring the untrained policy on the held-out preferences"):
+    with Busy(console) as busy:
+        busy.about("held-out preferences before training")
         run.start()
-    for step in learn_preferences(run):
-        figures = "  ".join(
-            f"{name} {form.format(step.record[key])}" for key, name, form in _FIGURES if key in step.record
-        )
-        skipped = "  ! update skipped: gradient not finite" if step.record["skipped_updates"] else ""
-        line = f"step {step.index + 1:>3}/{len(run.batches)}  {figures}{skipped}"
-        console.print(line, highlight=False, soft_wrap=True)
-    with console.status("measuring the trained policy on the held-out preferences"):
+        busy.about("training")
+        for step in learn_preferences(run):
+            figures = [(name, form.format(step.record[key])) for key, name, form in _FIGURES if key in step.record]
+            console.print(step_line(step.index + 1, len(run.batches), figures), highlight=False, soft_wrap=True)
+            if step.record["skipped_updates"]:
+                console.print("  ! update skipped: gradient not finite", highlight=False)
+            busy.told()
+            busy(f"step {min(step.index + 2, len(run.batches))}", step.index + 1, len(run.batches))
+        busy.about("held-out preferences after training")
         run.finish()
     console.print(_table(run.summary["held_out"]))
     for sentence in verdict(run.summary):
@@ -111,4 +115,4 @@ def _interval(row: dict[str, Any], sign: str) -> tuple[str, str]:
     def figure(x: float | None) -> str:
         return "?" if x is None else f"{x:{sign}.3f}"
 
-    return figure(row["mean"]), f"{figure(row['ci95_low'])} to {figure(row['ci95_high'])}"
+    return figure(row["mean"]), in_words(row, f"{sign}.3f")

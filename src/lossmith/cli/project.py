@@ -74,10 +74,14 @@ def _show(folder: Path, stages: list[Stage]) -> None:
         table.add_column(name)
     for stage in stages:
         problem = f"\n! {stage.problem}" if stage.problem else ""
-        table.add_row("✓" if stage.done else "·", stage.step, (stage.found if stage.done else "-") + problem)
+        table.add_row(
+            "!" if stage.advice else "✓" if stage.done else "·",
+            stage.step,
+            (stage.found if stage.done else "-") + problem,
+        )
     console.print(table, markup=False)
-    following = next((stage for stage in stages if not stage.done), None)
+    following = next((stage for stage in stages if not stage.done or stage.advice), None)
     if following is None:
         console.print("The chain is complete. Sample from the new policy and judge again, or see docs/feedback.md.")
     else:
-        console.print(f"next: {following.command}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"next: {following.advice or following.command}", highlight=False, soft_wrap=True, markup=False)

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from lossmith.project import check_order
+from lossmith.report.live import Busy
 from lossmith.reward_training.train import RewardRecipe, train_reward_model
 
 __all__ = ["train"]
@@ -97,9 +98,14 @@ def train(
     fields = {key: given[key] for key in RewardRecipe.__dataclass_fields__}
     check_order("reward", preferences, output)
     console = Console(stderr=as_json)
-    manifest = train_reward_model(
-        preferences, output, RewardRecipe(**fields), lambda line: console.print(line, highlight=False, soft_wrap=True)
-    )
+    with Busy(console) as busy:
+
+        def say(line: str) -> None:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            busy.told()
+
+        busy.about("reward model")
+        manifest = train_reward_model(preferences, output, RewardRecipe(**fields), say, busy)
     console.print(f"frozen in {output}; the plots: {output / 'report.svg'}", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(manifest))

@@ -19,6 +19,7 @@ from lossmith.project import check_order
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
 from lossmith.rewards import check_scorer, close_scorer, load_scorer
 from lossmith.rewards.best_of import best_of
+from lossmith.rewards.weak import doubts
 
 __all__ = ["sample"]
 
@@ -142,4 +143,4 @@ def _best(
         (best.tied, "prompts with several best; the first was taken"),
     ):
         said += f"; {count} {what}" if count else ""
-    return sets, said
+    return sets, "\n".join([said, *(f"! {doubted}" for doubted in doubts(scorer))])

@@ -37,6 +37,7 @@ from lossmith.feedback.agreement_tables import (
 from lossmith.feedback.convert import standing
 from lossmith.feedback.judgement import SCALES, Judgement
 from lossmith.feedback.output_set import OutputSet, prompt_content
+from lossmith.intervals import FEWEST
 
 __all__ = ["Agreement", "AgreementReport", "AnnotatorSummary", "LookAgain", "PositionBias", "agreement_report"]
 
@@ -196,9 +197,14 @@ def _agreements(holding: list[Judgement]) -> Iterable[Agreement]:
             names = dict.fromkeys(coder for unit in used for coder in unit)
             shown = [name if source == "person" else f"{name} ({source})" for name, source in names]
             yield Agreement(
-                question, scale, among, measure, value, in_words(value), agreed(used), len(used),
+                question, scale, among, measure, value, _words(value, len(used)), agreed(used), len(used),
                 len(common) - len(used), tuple(sorted(shown)),
             )  # fmt: skip
+
+
+def _words(value: float, items: int) -> str:
+    """The usual word for an agreement; none where a few more items might turn it into another."""
+    return in_words(value) if items >= FEWEST or math.isnan(value) else f"too few items to say, {FEWEST} are needed"
 
 
 def _alpha(common: list[dict[Coder, Any]]) -> tuple[str, float, list[dict[Coder, Any]]]:
@@ -224,9 +230,13 @@ def _position_bias(holding: list[Judgement]) -> Iterable[PositionBias]:
         if j.kind == "pair" and (choice := _choice(j)) in _SWAPPED:
             shown[j.source][choice] += 1
     for source, sides in sorted(shown.items()):
-        share, low, high, p = share_of_first(sides["first"], sides.total())
-        words = "no bias to be seen" if p >= 0.05 else f"prefers what is shown {'first' if share > 0.5 else 'second'}"
-        yield PositionBias(source, sides.total(), sides["first"], share, low, high, p, words)
+        share, p = share_of_first(sides["first"], sides.total())
+        words = (
+            "no bias to be seen" if p >= 0.05 else f"prefers what is shown {'first' if share.mean > 0.5 else 'second'}"
+        )
+        if sides.total() < FEWEST:
+            words = f"too few to say, {FEWEST} are needed"
+        yield PositionBias(source, sides.total(), sides["first"], share.mean, share.low, share.high, p, words)
 
 
 # -- what to look at ---------------------------------------------------------------------------------------------------
@@ -301,7 +311,7 @@ def _sentences(
         yield (
             f"Of {count(b.decided, 'decided pair')} ({b.source}), the output shown first was preferred in "
             f"{b.share:.0%} (95% interval {b.low:.0%} to {b.high:.0%}): {b.words}"
-            + (". This holds if the order was drawn at random." if b.p_value < 0.05 else ".")
+            + (". This holds if the order was drawn at random." if b.p_value < 0.05 and b.decided >= FEWEST else ".")
         )
     yield from itertools.chain.from_iterable(map(_own_sentences, annotators))
 
@@ -317,7 +327,7 @@ def _agreement_sentence(a: Agreement) -> str:
     said += f"; {count(a.items, 'common item')}, {len(a.annotators)} annotators, {a.same:.0%} of the answers the same."
     if a.left_out:
         said += f" Left out: {count(a.left_out, 'common item')} judged by another number of annotators."
-    return said + (" So few items may mislead." if a.items < FEW else "")
+    return said + (" So few items may mislead." if FEWEST <= a.items < FEW else "")
 
 
 def _own_sentences(a: AnnotatorSummary) -> Iterable[str]:

@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lossmith.intervals import Interval, share_of
+
 __all__ = ["agreed", "cohen", "cycles", "fleiss", "in_words", "ordinal_alpha", "share_of_first", "spread"]
 
 _CELLS = 8_000_000  # of the library's table of units by values by values, of which it holds several
@@ -88,15 +90,14 @@ def spread(units: Iterable[Mapping[Any, float]], width: float) -> float:
     return sum(apart) / len(apart) / width if apart and width else math.nan
 
 
-def share_of_first(first: int, decided: int) -> tuple[float, float, float, float]:
-    """The share, its 95% Wilson interval, and the two-sided binomial p-value against one half."""
+def share_of_first(first: int, decided: int) -> tuple[Interval, float]:
+    """The share with its 95% interval (Clopper-Pearson), and the two-sided binomial p-value against one half."""
+    found = share_of([1.0] * first + [0.0] * (decided - first))
     if not decided:
-        return (math.nan,) * 4
+        return found, math.nan
     from scipy.stats import binomtest
 
-    found = binomtest(first, decided, 0.5)
-    interval = found.proportion_ci(0.95, method="wilson")
-    return first / decided, float(interval.low), float(interval.high), float(found.pvalue)
+    return found, float(binomtest(first, decided, 0.5).pvalue)
 
 
 def cycles(better: Iterable[tuple[str, str]]) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lossmith.intervals import FEWEST
+
 __all__ = ["FEW", "Agreement", "AgreementReport", "AnnotatorSummary", "LookAgain", "PositionBias", "count", "short"]
 
 FEW = 20  # common items; a measure of fewer may be far from what more would give
@@ -62,7 +64,7 @@ class PositionBias:
     decided: int
     first: int
     share: float
-    low: float  # 95% Wilson interval
+    low: float  # 95% interval (Clopper-Pearson)
     high: float
     p_value: float  # two-sided, against one half
     words: str
@@ -149,7 +151,11 @@ def _agreement_table(rows: Sequence[Agreement]) -> Table:
     cells = [
         (
             *(f"{r.question} {r.scale}".strip(), r.among, len(r.annotators), r.items, r.measure),
-            *(_number(r.value, ".3f"), r.words + (", few items" if r.items < FEW else ""), _number(r.same, ".0%")),
+            *(
+                _number(r.value, ".3f"),
+                r.words + (", few items" if FEWEST <= r.items < FEW else ""),
+                _number(r.same, ".0%"),
+            ),
         )
         for r in rows
     ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from lossmith.training.bench import Measurement
+from lossmith.training.bench import ROUNDS, Measurement
 
 __all__ = ["as_record", "recommendations", "show_measurement"]
 
@@ -44,7 +46,8 @@ def show_measurement(found: Measurement, console: Console) -> None:
     console.print(table)
     steps = f"{recipe.prompts_per_step} x {recipe.samples_per_prompt} completions"
     console.print(
-        f"\nstep      {found.step_seconds:.1f} s for {steps}, {found.tokens / found.step_seconds:,.0f} tokens/s "
+        f"\nstep      {found.step_seconds:.1f} s ({found.step_range[0]:.1f} to {found.step_range[1]:.1f} in {ROUNDS} "
+        f"rounds) for {steps}, {found.tokens / found.step_seconds:,.0f} tokens/s "
         f"(measured on {found.prompts} of {recipe.prompts_per_step} prompts)\n"
         f"run       about {_duration(found.run_seconds)} for {recipe.steps} steps and two evaluations of "
         f"{found.held_out} prompts\n"
@@ -63,24 +66,44 @@ def recommendations(found: Measurement) -> list[str]:
     recipe, lines = found.recipe, []
     best, now = found.best_micro_batch, recipe.micro_batch_tokens
     if best != now:
-        gain = found.update_seconds[now] / found.update_seconds[best] - 1
-        why = f"the update is {gain:.0%} faster" if gain > 0 else "as fast, in less memory"
-        lines.append(f"micro_batch_tokens = {best}: {why} than with {now}")
+        gain = statistics.median(found.update_seconds[now]) / statistics.median(found.update_seconds[best]) - 1
+        lines.append(
+            f"micro_batch_tokens = {best}: the update is {gain:.0%} faster than with {now} "
+            f"({_range(found.update_seconds[best])} against {_range(found.update_seconds[now])} s, {ROUNDS} times each)"
+        )
     if found.need.recompute:
         lines.append("more memory, or a smaller micro_batch_tokens: layers are run again in the backward pass")
-    share = found.seconds.get("score", 0.0) / found.step_seconds
-    if share > 0.2:
-        lines.append(f"a faster scorer: it takes {share:.0%} of a step")
-    share = found.seconds.get("log_probs", 0.0) / found.step_seconds
-    if share > 0.15:
-        lines.append(f"a loss without a reference or old policy, where it serves you: they take {share:.0%} of a step")
-    return lines or ["nothing that was tried: the recipe's settings are the best of them"]
+    least, most = found.share("score")
+    if least > 0.2:
+        lines.append(f"a faster scorer: it takes {least:.0%} to {most:.0%} of a step")
+    least, most = found.share("log_probs")
+    if least > 0.15:
+        lines.append(
+            f"a loss without a reference or old policy, where it serves you: they take {least:.0%} to {most:.0%} of a "
+            "step"
+        )
+    return lines or [_nothing(found)]
+
+
+def _nothing(found: Measurement) -> str:
+    """That no setting was better beyond the noise, and how large that is."""
+    now = found.recipe.micro_batch_tokens
+    others = ", ".join(f"{_range(s)} with {size}" for size, s in sorted(found.update_seconds.items()) if size != now)
+    return (
+        f"nothing that was tried: differences are within the noise. An update takes {_range(found.update_seconds[now])}"
+        f" s with micro_batch_tokens = {now}, {others} ({ROUNDS} times each)"
+    )
+
+
+def _range(seconds: Sequence[float]) -> str:
+    return f"{min(seconds):.3g} to {max(seconds):.3g}"
 
 
 def as_record(found: Measurement) -> dict[str, Any]:
     """The measurement for JSON: seconds, bytes, operations a second."""
     return {
         "seconds": found.seconds,
+        "seconds_of_rounds": found.rounds,
         "floor_seconds": found.floors,
         "step_seconds": found.step_seconds,
         "run_seconds": found.run_seconds,

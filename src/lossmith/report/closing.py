@@ -10,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lossmith.errors import printable
+from lossmith.intervals import in_words, verdict
 from lossmith.rollouts import Rollout
 from lossmith.training import Run
+from lossmith.training.evaluate import sentences
 
 __all__ = ["closing"]
 
@@ -22,11 +24,11 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     if "stopped" in summary:
         console.print(f"Stopped early: {summary['stopped']}.", highlight=False, soft_wrap=True)
     console.print(_table(held_out, "Held-out prompts"))
-    console.print(_verdict(held_out["difference"]), highlight=False)
-    console.print(_preferred(held_out["preferred"]), highlight=False)
+    for sentence in sentences(summary):
+        console.print(sentence, highlight=False, markup=False)
     if "watch" in summary:
         console.print(_table(summary["watch"], "The same completions, by the scorer that watches"))
-        console.print(_verdict(summary["watch"]["difference"]).replace("Held-out", "Watched"), highlight=False)
+        console.print(verdict(summary["watch"]["difference"], "watched score"), highlight=False)
     assert run.before is not None and run.after is not None
     pairs = list(zip(run.before.rollouts, run.after.rollouts, strict=True))
     for first, second in pairs[:examples]:
@@ -47,29 +49,11 @@ def _table(held_out: dict[str, Any], title: str) -> Table:
 
 
 def _range(row: dict[str, Any], sign: str = "") -> str:
-    return f"{_figure(row['ci95_low'], sign)} to {_figure(row['ci95_high'], sign)}"
+    return in_words(row, f"{sign}.3f")
 
 
 def _figure(x: float | None, sign: str = "") -> str:
     return "?" if x is None else f"{x:{sign}.3f}"
-
-
-def _verdict(change: dict[str, Any]) -> str:
-    if change["ci95_low"] is None:
-        return f"Too few held-out prompts with a score ({change['n']}) to compare before and after."
-    if change["ci95_low"] > 0:
-        return "Held-out score rose: the interval of the paired difference lies above 0."
-    if change["ci95_high"] < 0:
-        return "Held-out score FELL: the interval of the paired difference lies below 0."
-    return "No clear change: the interval of the paired difference holds 0. More steps or more prompts would tell."
-
-
-def _preferred(share: dict[str, Any]) -> str:
-    if share["ci95_low"] is None:
-        return ""
-    return (
-        f"Preferred to the untrained policy on {share['mean']:.0%} of the prompts ({_range(share)}; ties count half)."
-    )
 
 
 def _example(before: Rollout, after: Rollout) -> Panel:

@@ -15,6 +15,7 @@ def opening(plan: Plan, run: Run) -> str:
         f"          {len(plan.train)} to train on, {len(plan.held_out)} held out",
         "batch     " + "\n          ".join(batch_arithmetic(recipe, len(plan.train))),
         "memory    " + memory_estimate(run.learner),
+        "figures   reward: mean score; KL: nats a completion from the untrained policy; entropy: nats a token",
         "loss      " + str(run.learner.loss).replace("\n", "\n          "),
         f"run       {run.folder.path}",
     ]

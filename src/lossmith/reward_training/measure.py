@@ -12,18 +12,20 @@ from typing import Any
 
 from torch import Tensor
 
+from lossmith.intervals import Interval, share_across, share_of
 from lossmith.reward_training.examples import Example
 
 __all__ = ["Measured", "measure", "plot_measured"]
 
 BINS = 5  # of confidence, from 0.5 to 1
+_Pair = tuple[str, str, float, float]  # prompt and score of the better text, then of the worse: (p, q, a, b)
 
 
 @dataclass(frozen=True)
 class Measured:
     """Figures over held-out preferences. Pairs are those said, and those that rankings and ratings imply.
 
-    accuracy    {prompt id: share of its pairs that the scores order as they were judged}; an equal score counts half
+    accuracy    share of the pairs that the scores order as they were judged, by prompt; an equal score counts half
     log_loss    mean -ln σ(d) of the judged order, nats a pair
     calibration a row for each bin of confidence max(σ(d), σ(-d)): (mean confidence, share right, pairs)
     error       expected calibration error: mean |confidence - share right|, weighted by pairs
@@ -31,7 +33,7 @@ class Measured:
     scores      of every text, best-judged first in each comparison
     """
 
-    accuracy: dict[str, float]
+    accuracy: Interval
     log_loss: float
     calibration: list[tuple[float, float, int]]
     error: float
@@ -43,10 +45,9 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        values = list(self.accuracy.values())
         spread = statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
         return {
-            "accuracy": _interval(values),
+            "accuracy": self.accuracy.as_dict(),
             "log_loss": _finite(self.log_loss),
             "calibration_error": _finite(self.error),
             "calibration": [list(row) for row in self.calibration],
@@ -60,43 +61,51 @@ class Measured:
 def measure(examples: Sequence[Example], scores: Sequence[Tensor]) -> Measured:
     """Hold scores [rows of each example] against what was said."""
     pairs = _pairs(examples, [s.tolist() for s in scores])
-    by_prompt: dict[str, list[float]] = {}
-    for prompt_id, a, b in pairs:
-        by_prompt.setdefault(prompt_id, []).append((a > b) + 0.5 * (a == b))
-    gaps = [a - b for _, a, b in pairs]
+    gaps = [a - b for _, _, a, b in pairs]
     flat = [x for s in scores for x in s.tolist()]
     words = [n for e in examples for n in e.lengths]
     bins = _calibration(gaps)
     total = sum(count for _, _, count in bins)
     return Measured(
-        {name: statistics.fmean(values) for name, values in by_prompt.items()},
+        _accuracy(pairs),
         statistics.fmean(_softplus(-gap) for gap in gaps) if gaps else math.nan,
         bins,
         sum(abs(said - right) * count for said, right, count in bins) / total if total else math.nan,
         _spearman(flat, words),
         flat,
-        [a for _, a, _ in pairs],
-        [b for _, _, b in pairs],
+        [a for _, _, a, _ in pairs],
+        [b for _, _, _, b in pairs],
         words,
     )
 
 
-def _pairs(examples: Sequence[Example], scores: list[list[float]]) -> list[tuple[str, float, float]]:
-    """(prompt id, score of the better, score of the worse); ratings are paired within a prompt and annotator."""
-    found: list[tuple[str, float, float]] = []
+def _accuracy(pairs: Sequence[_Pair]) -> Interval:
+    outcomes = [(p, q, (a > b) + 0.5 * (a == b)) for p, q, a, b in pairs]
+    if any(p != q for p, q, _ in outcomes):
+        return share_across(outcomes)[0]
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, _, value in outcomes:
+        by_prompt.setdefault(prompt, []).append(value)
+    return share_of([statistics.fmean(values) for values in by_prompt.values()], len(outcomes))
+
+
+def _pairs(examples: Sequence[Example], scores: list[list[float]]) -> list[_Pair]:
+    """Pairs of a better and a worse text; ratings are paired within a prompt and annotator."""
+    found: list[_Pair] = []
     rated: dict[tuple[str, str], list[tuple[float, float]]] = {}  # by prompt and annotator: scales are their own
     for e, s in zip(examples, scores, strict=True):
         if e.target is not None:
             rated.setdefault((e.prompt_id, e.annotator), []).append((e.target, s[0]))
         elif e.probability != 0.5:
             levels = zip(e.tiers, s, strict=True)
-            found += [(e.prompt_id, x, y) for (i, x), (j, y) in itertools.combinations(levels, 2) if i < j]
-    everyone = {("labels", ""): [pair for values in rated.values() for pair in values]}
-    several = any(len({target for target, _ in values}) > 1 for values in rated.values())
-    for (name, _), values in (rated if several else everyone).items():  # thumbs on one text a prompt: across prompts
-        for (i, x), (j, y) in itertools.combinations(values, 2):
+            found += [(e.prompt_id, e.prompt_id, x, y) for (i, x), (j, y) in itertools.combinations(levels, 2) if i < j]
+    named = [[(name, *value) for value in values] for (name, _), values in rated.items()]
+    several = any(len({target for _, target, _ in values}) > 1 for values in named)
+    everyone = [[value for values in named for value in values]]
+    for several_texts in named if several else everyone:  # thumbs on one text a prompt: across prompts
+        for (p, i, x), (q, j, y) in itertools.combinations(several_texts, 2):
             if i != j:
-                found.append((name, *((x, y) if i > j else (y, x))))
+                found.append((p, q, x, y) if i > j else (q, p, y, x))
     return found
 
 
@@ -121,16 +130,6 @@ def _spearman(scores: Sequence[float], words: Sequence[int]) -> float:
 
 def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def _interval(values: Sequence[float]) -> dict[str, float | None]:
-    from scipy.stats import t
-
-    n = len(values)
-    mean = statistics.fmean(values) if n else math.nan
-    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    low, high = max(mean - half, 0.0), min(mean + half, 1.0)  # a share; NaN stays
-    return {"mean": _finite(mean), "ci95_low": _finite(low), "ci95_high": _finite(high), "n": n}
 
 
 def _finite(x: float) -> float | None:

@@ -22,6 +22,7 @@ from lossmith import __version__
 from lossmith.errors import FeedbackError, RecipeError, RunError, nearest
 from lossmith.feedback.gather import gather
 from lossmith.feedback.preferences import Form, Preference, form_of, split_by_prompt
+from lossmith.intervals import doubt, in_words
 from lossmith.reward_training import losses
 from lossmith.reward_training.examples import Example, make_examples, said_nothing
 from lossmith.reward_training.measure import Measured, measure, plot_measured
@@ -102,12 +103,16 @@ def loss_of(scores: Tensor, example: Example, name: str, centring: float) -> Ten
 
 
 def train_reward_model(
-    source: str | Path, target: Path, recipe: RewardRecipe, on_step: Callable[[str], None] = lambda line: None
+    source: str | Path,
+    target: Path,
+    recipe: RewardRecipe,
+    on_step: Callable[[str], None] = lambda line: None,
+    busy: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Train, measure on held-out prompts, and write `target`; returns the manifest.
 
-    The folder is complete or absent. RunError: it exists already. FeedbackError: preferences that cannot be learned
-    from. PolicyError: the model.
+    on_step is given lines for people, busy what is being done and how far it is. The folder is complete or absent.
+    RunError: it exists already. FeedbackError: preferences that cannot be learned from. PolicyError: the model.
     """
     if target.exists():
         raise RunError(f"{target} exists, and a reward model is never overwritten. Choose another folder with -o.")
@@ -139,11 +144,20 @@ def train_reward_model(
     if report:
         on_step(f"{source}: {report}")
     on_step(f"{len(train)} {form_of(preferences)} to train on, {len(held_out)} held out (by prompt); loss {name}")
-    training = _Training(recipe, name, shared, on_step)
+    training = _Training(recipe, name, shared, on_step, busy)
     run = training.one if recipe.ensemble == 1 else training.ensemble
     try:
         scores, examples, manifest = run(train, held_out, partial)
-        plot_measured(measure(examples, scores), partial / "report.svg", target.name)
+        measured = measure(examples, scores)
+        if recipe.ensemble > 1:
+            on_step(f"the {recipe.ensemble} together: {summary(measured)}")
+        doubted = doubt(measured.accuracy.as_dict())
+        if doubted:
+            on_step(
+                f"! {doubted}.\n  `lossmith train` refuses it unless told to accept a weak scorer. Judge more outputs, "
+                "and train it again."
+            )
+        plot_measured(measured, partial / "report.svg", target.name)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -159,6 +173,7 @@ class _Training:
     loss: str
     shared: dict[str, Any]  # what every manifest says
     say: Callable[[str], None]
+    busy: Callable[[str, int, int], None]
 
     def ensemble(self, train: list[Preference], held_out: list[Preference], folder: Path) -> _Trained:
         """Members that differ by seed or by the prompts they saw, and a manifest over them."""
@@ -169,7 +184,7 @@ class _Training:
             (folder / f"member-{k}").mkdir()
             own = dataclasses.replace(recipe, seed=recipe.seed + k)
             alike = self.shared | {"normalise": True}  # or the member with the largest numbers would decide
-            member = _Training(own, self.loss, alike, self.say)
+            member = _Training(own, self.loss, alike, self.say, self.busy)
             scores, examples, manifest = member.one(seen, held_out, folder / f"member-{k}")
             scale = manifest["scale"]
             everything.append([(s - scale["mean"]) / scale["std"] for s in scores])
@@ -194,8 +209,11 @@ class _Training:
         unseen, lost = make_examples(held_out, scoring.tokenizer, reads, skip_bad=recipe.skip_bad)
         for why, count in sorted((left + lost).items()):
             self.say(f"{count} left out: {why}")
-        for line in fit(scoring, learn, recipe, self.loss):
-            self.say(line)
+        for done, total, line in fit(scoring, learn, recipe, self.loss):
+            self.busy("training, step", done, total)
+            if line:
+                self.say(line)
+        self.busy("scoring what was held out, and what was trained on", 0, 0)
         scoring.dtype = torch.float32  # what a scorer computes in
         scores = scoring.all_scores(unseen, recipe.micro_batch_tokens)
         found = torch.cat(scoring.all_scores(learn, recipe.micro_batch_tokens))
@@ -211,8 +229,8 @@ class _Training:
         return scores, unseen, manifest
 
 
-def fit(scoring: Scoring, examples: list[Example], recipe: RewardRecipe, name: str) -> Iterator[str]:
-    """Minimise the weighted mean loss of the examples; yields a line now and then."""
+def fit(scoring: Scoring, examples: list[Example], recipe: RewardRecipe, name: str) -> Iterator[tuple[int, int, str]]:
+    """Minimise the weighted mean loss; yields (steps done, of how many, a line for people now and then)."""
     scoring.freeze_below(recipe.train_layers)
     trained = [p for p in scoring.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
@@ -233,9 +251,11 @@ def fit(scoring: Scoring, examples: list[Example], recipe: RewardRecipe, name: s
                 group["lr"] = recipe.learning_rate * rate
             optimizer.step()
             done += 1
+            line = ""
             if done % max(1, total // 10) == 0 or done == total:
-                yield f"step {done:>4}/{total}  loss {sum(recent) / len(recent):.4f}"
+                line = f"step {done:>4}/{total}  loss {sum(recent) / len(recent):.4f}"
                 recent = []
+            yield done, total, line
 
 
 def accumulate(scoring: Scoring, examples: Sequence[Example], recipe: RewardRecipe, name: str) -> float:
@@ -277,7 +297,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def summary(measured: Measured) -> str:
-    """The held-out figures, in words."""
+    """The held-out figures in words, in lines that a terminal of 80 columns shows whole."""
     said = measured.as_dict()
     accuracy = said["accuracy"]
 
@@ -285,9 +305,9 @@ def summary(measured: Measured) -> str:
         return "?" if x is None else format(x, form)
 
     return (
-        f"held-out accuracy {number(accuracy['mean'])} (95% {number(accuracy['ci95_low'])} to "
-        f"{number(accuracy['ci95_high'])}, {accuracy['n']} prompts, {said['pairs']} pairs); log-loss "
-        f"{number(said['log_loss'])}; calibration error {number(said['calibration_error'])}; rank correlation of score "
-        f"and length {number(said['length_correlation'], '+.2f')}; scores {said['score_mean']:+.2f} ± "
-        f"{said['score_std']:.2f}"
+        f"held-out accuracy {number(accuracy['mean'])} (95% {in_words(accuracy)}; {accuracy['n']} prompts, "
+        f"{said['pairs']} pairs)\n"
+        f"  log-loss {number(said['log_loss'])} nats a pair; calibration error {number(said['calibration_error'])}\n"
+        f"  rank correlation of score and length {number(said['length_correlation'], '+.2f')}; scores "
+        f"{said['score_mean']:+.2f} ± {said['score_std']:.2f}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,20 +51,46 @@ def compare(losses: Sequence[Loss]) -> Comparison:
     """What is the same in these losses and what is not. LossError: fewer than two."""
     if len(losses) < 2:
         raise LossError("comparing takes at least two losses: lossmith losses compare grpo dr_grpo")
+    names = _headings(losses)
     by_weight = [weights(loss) for loss in losses]
     return Comparison(
-        names=tuple(loss.name for loss in losses),
+        names=names,
         formulas=tuple(loss.formula() for loss in losses),
         weights={sign: tuple(None if w is None else w[sign] for w in by_weight) for sign in ("A > 0", "A < 0")},
         advantages={rewards: tuple(advantages(loss, rewards) for loss in losses) for rewards in REWARDS},
         differences=tuple(_differences(losses)),
         same=tuple(
-            (a.name, b.name)
-            for i, a in enumerate(losses)
-            for b in losses[i + 1 :]
+            (names[i], names[j])
+            for (i, a), (j, b) in itertools.combinations(enumerate(losses), 2)
             if type(a) is type(b) and a.to_dict() | {"name": ""} == b.to_dict() | {"name": ""}
         ),
     )
+
+
+def _headings(losses: Sequence[Loss]) -> tuple[str, ...]:
+    """The losses' names with what was changed in them, as one would ask for them: grpo, grpo(beta=0.1)."""
+    found: list[str] = []
+    for loss in losses:
+        changes = ", ".join(
+            f"{key}={value!r}" if isinstance(value, str) else f"{key}={_value(value)}"
+            for key, value in _changed(loss, losses).items()
+        )
+        found.append(f"{loss.name}({changes})" if changes else loss.name)
+    twice = {name for name in found if found.count(name) > 1}  # one and the same loss: numbered
+    return tuple(f"{name} #{found[: i + 1].count(name)}" if name in twice else name for i, name in enumerate(found))
+
+
+def _changed(loss: Loss, losses: Sequence[Loss]) -> dict[str, Any]:
+    """Flat parameters that are not as the catalogue's entry of this name has them.
+
+    Of a loss without an entry (a file's, say), those that differ between the compared losses of its name.
+    """
+    flat = {key: value for key, value in loss.to_dict().items() if key != "name"}
+    try:
+        usual = [example_loss(loss.name).to_dict()]
+    except LossError:
+        usual = [other.to_dict() for other in losses if other.name == loss.name]
+    return {key: value for key, value in flat.items() if any(one.get(key, ABSENT) != value for one in usual)}
 
 
 def weights(loss: Loss) -> dict[str, tuple[float, ...]] | None:

@@ -1,7 +1,8 @@
 """The rollout-to-update loop: recipe, learner, run folder."""
 
+from lossmith.intervals import Interval
 from lossmith.training.bench import Measurement, measure_recipe
-from lossmith.training.evaluate import Evaluation, Interval
+from lossmith.training.evaluate import Evaluation
 from lossmith.training.learner import Learner, Update
 from lossmith.training.loop import Plan, Run, Step, learn, open_run, plan
 from lossmith.training.recipe import Recipe

@@ -1,9 +1,10 @@
-"""A minute's measurement of a recipe on this machine: seconds by phase, the floor, memory, and better settings."""
+"""A short measurement of a recipe on this machine: seconds by phase, the floor, memory, and better settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from lossmith.training.recipe import Recipe
 
 __all__ = ["Measurement", "measure_recipe"]
 
-_SECONDS = 30.0  # what one round of the measurement may take; of larger rounds, a share of the prompts is measured
+ROUNDS = 4  # each thing is measured so often: of two alike, one is always the faster once in 70 (4!·4!/8!)
+_SECONDS = 8.0  # what one round of the measurement may take; of larger rounds, a share of the prompts is measured
 _STEP = 1 << 30  # random numbers of its own: a measurement is no step of a run
 
 
@@ -36,14 +38,15 @@ class Measurement:
 
     recipe: Recipe
     prompts: int  # that were measured
-    seconds: dict[str, float]  # of a whole step, by phase
+    seconds: dict[str, float]  # of a whole step, by phase: the median of the rounds
+    rounds: list[dict[str, float]]  # the same of each round
     tokens: float  # response tokens of a whole step
     work: Work  # operations of a whole step
     rate: float  # operations a second that this machine reaches
     compute: str  # the type that products are computed in
     peak_bytes: float
     need: Need
-    update_seconds: dict[int, float]  # {micro_batch_tokens: seconds of a whole step's update}
+    update_seconds: dict[int, list[float]]  # {micro_batch_tokens: seconds of a whole step's update, each time}
     held_out: int  # prompts that are sampled from before and after
 
     @property
@@ -62,14 +65,28 @@ class Measurement:
         return {name: getattr(self.work, name) / self.rate for name in ("sample", "forward", "backward")}
 
     @property
+    def step_range(self) -> tuple[float, float]:
+        """Seconds of the fastest and of the slowest round."""
+        sums = [sum(one.values()) for one in self.rounds]
+        return min(sums), max(sums)
+
+    @property
     def best_micro_batch(self) -> int:
-        """The fastest; of those within three percent of it, the smallest, for it takes the least memory."""
-        fastest = min(self.update_seconds.values())
-        return min(size for size, seconds in self.update_seconds.items() if seconds <= 1.03 * fastest)
+        """The recipe's, unless another was faster every time than the recipe's ever was: then the fastest of those."""
+        now = self.update_seconds[self.recipe.micro_batch_tokens]
+        faster = {
+            statistics.median(seconds): size for size, seconds in self.update_seconds.items() if max(seconds) < min(now)
+        }
+        return faster[min(faster)] if faster else self.recipe.micro_batch_tokens
+
+    def share(self, phase: str) -> tuple[float, float]:
+        """Least and greatest share of a step that a phase took in a round."""
+        shares = [one.get(phase, 0.0) / sum(one.values()) for one in self.rounds]
+        return min(shares), max(shares)
 
 
 def measure_recipe(plan: Plan) -> Measurement:
-    """Sample, score and update for about a minute. The policy's weights stay as they are."""
+    """Sample, score and update, several times. The policy's weights stay as they are."""
     recipe = plan.recipe.model_copy(update={"learning_rate": 0.0, "value_learning_rate": 0.0})
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train))
@@ -85,24 +102,27 @@ def _measure(plan: Plan, recipe: Recipe, policy: Policy, scorer: Scorer) -> Meas
         learner = Learner(policy, recipe.policy_loss(), recipe)
     prompts = plan.train.batch(0, recipe.prompts_per_step, recipe.seed)
     count = _share(learner, prompts[:1], scorer, len(prompts))
-    clock = Clock()
-    rollouts = _round(learner, prompts[:count], scorer, clock)
-    update = learner.update(rollouts, 0)
     scale = len(prompts) / count
-    seconds = {name: scale * value for name, value in (clock.read() | update.seconds).items()}
-    seconds["optimizer"] = update.seconds["optimizer"]  # as long for any number of prompts
+    rounds = []
+    for _ in range(ROUNDS):
+        clock = Clock()
+        rollouts = _round(learner, prompts[:count], scorer, clock)
+        update = learner.update(rollouts, 0)
+        seconds = {name: scale * value for name, value in (clock.read() | update.seconds).items()}
+        rounds.append(seconds | {"optimizer": update.seconds["optimizer"]})  # as long for any number of prompts
     work = count_work(policy, rollouts)
     return Measurement(
         recipe=plan.recipe,
         prompts=count,
-        seconds=seconds,
+        seconds={name: statistics.median(one[name] for one in rounds) for name in rounds[0]},
+        rounds=rounds,
         tokens=scale * sum(len(r.completion_ids) for r in rollouts),
         work=Work(*(scale * getattr(work, f.name) for f in dataclasses.fields(work))),
         rate=max(multiply_rate(policy), multiply_rate(policy, 256)),
         compute=str(policy.compute_dtype).removeprefix("torch."),
         peak_bytes=_peak(policy),
         need=learner.need,
-        update_seconds=_micro_batches(learner, rollouts, scale, sum(update.seconds.values())),
+        update_seconds=_micro_batches(learner, rollouts, scale),
         held_out=len(plan.held_out),
     )
 
@@ -126,12 +146,18 @@ def _share(learner: Learner, one: Sequence[Prompt], scorer: Scorer, most: int) -
     return max(1, min(most, int(_SECONDS / (time.perf_counter() - start))))
 
 
-def _micro_batches(learner: Learner, rollouts: list[Rollout], scale: float, known: float) -> dict[int, float]:
-    """Seconds of an update with half, once and twice the recipe's tokens in a forward pass."""
-    recipe, found = learner.recipe, {learner.recipe.micro_batch_tokens: scale * known}
-    for size in (recipe.micro_batch_tokens // 2, 2 * recipe.micro_batch_tokens):
-        learner.recipe = recipe.model_copy(update={"micro_batch_tokens": max(size, 1)})
-        found[max(size, 1)] = scale * sum(learner.update(rollouts, 0).seconds.values())
+def _micro_batches(learner: Learner, rollouts: list[Rollout], scale: float) -> dict[int, list[float]]:
+    """Seconds of an update with half, once and twice the recipe's tokens in a forward pass.
+
+    In turns, so that a machine that grows slower or faster meanwhile favours none.
+    """
+    recipe = learner.recipe
+    now = recipe.micro_batch_tokens
+    found: dict[int, list[float]] = {size: [] for size in dict.fromkeys((now, max(now // 2, 1), 2 * now))}
+    for k in range(ROUNDS):
+        for size in list(found)[:: 1 if k % 2 else -1]:
+            learner.recipe = recipe.model_copy(update={"micro_batch_tokens": size})
+            found[size].append(scale * sum(learner.update(rollouts, 0).seconds.values()))
     learner.recipe = recipe
     return found
 

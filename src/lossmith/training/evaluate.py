@@ -1,38 +1,23 @@
-"""Held-out performance: the same prompts and seeds before and after, with intervals."""
+"""Held-out performance: the same prompts and seeds before and after, with intervals and what they bear."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lossmith.intervals import Interval, bears_verdict, in_words, mean_of, share_of, verdict
 from lossmith.policy import Policy, sample
 from lossmith.prompts import PromptSet
 from lossmith.rewards import Scorer, score_rollouts
 from lossmith.rollouts import Rollout
+from lossmith.training.metrics import without_signal
 from lossmith.training.recipe import Recipe
 
-__all__ = ["Evaluation", "Interval", "comparison", "evaluate", "interval", "paired", "preferred"]
+__all__ = ["Evaluation", "comparison", "evaluate", "paired", "preferred", "sentences", "tally"]
 
 EVALUATION_STEP = -1  # its random numbers are those of no training step, and the same before and after
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95% confidence interval (Student's t over `n` prompts)."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def as_dict(self) -> dict[str, float | None]:
-        """For JSON, which has no NaN: None where there are too few prompts to say."""
-        figures = {"mean": self.mean, "ci95_low": self.low, "ci95_high": self.high, "n": self.n}
-        return {name: None if math.isnan(x) else x for name, x in figures.items()}
 
 
 @dataclass(frozen=True)
@@ -47,10 +32,6 @@ class Evaluation:
         return {r.prompt.id: float(r.score.value) for r in self.rollouts if r.score and r.score.value is not None}
 
     @property
-    def reward(self) -> Interval:
-        return interval(list(self.scores.values()))
-
-    @property
     def mean_length(self) -> float:
         return statistics.fmean(len(r.completion_ids) for r in self.rollouts)
 
@@ -59,60 +40,149 @@ class Evaluation:
         """Share of completions that ended by themselves, within the token budget."""
         return statistics.fmean(not r.truncated for r in self.rollouts)
 
+    @property
+    def distinct(self) -> int:
+        """Different texts among the completions."""
+        return len({r.completion for r in self.rollouts})
 
-def evaluate(policy: Policy, prompts: PromptSet, scorer: Scorer, recipe: Recipe) -> Evaluation:
-    """One completion of each prompt, scored. Random numbers depend on the recipe's seed and the prompt alone."""
-    rollouts = sample(policy, list(prompts), 1, recipe.sampling, seed=recipe.seed, step=EVALUATION_STEP)
+
+def evaluate(
+    policy: Policy,
+    prompts: PromptSet,
+    scorer: Scorer,
+    recipe: Recipe,
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Evaluation:
+    """One completion of each prompt, scored. Random numbers depend on the recipe's seed and the prompt alone.
+
+    tell: told what is being done, and how much of it is done.
+    """
+    rollouts = sample(
+        policy, list(prompts), 1, recipe.sampling, seed=recipe.seed, step=EVALUATION_STEP,
+        on_progress=lambda done, total: tell("sampling", done, total),
+    )  # fmt: skip
+    tell("scoring", 0, len(rollouts))
     return Evaluation(score_rollouts(scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout))
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values and its 95% confidence interval; one value or none has no width to give."""
-    n = len(values)
-    mean = statistics.fmean(values) if n else math.nan
-    half = student_t(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return Interval(mean, mean - half, mean + half, n)
+# -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def paired(before: Evaluation, after: Evaluation) -> Interval:
     """The interval of the difference after - before, prompt by prompt."""
     first, second = before.scores, after.scores
-    return interval([second[key] - first[key] for key in first if key in second])
+    span = max(_seen(before, after)) - min(_seen(before, after)) if first or second else 0.0
+    return mean_of([second[key] - first[key] for key in first if key in second], within=(-span, span))
 
 
 def preferred(before: Evaluation, after: Evaluation) -> Interval:
     """How often the completion after is scored higher than the one before, prompt by prompt; a tie counts half."""
     first, second = before.scores, after.scores
-    found = interval([(second[k] > first[k]) + 0.5 * (second[k] == first[k]) for k in first if k in second])
-    return dataclasses.replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))  # a share; NaN stays
+    return share_of([(second[k] > first[k]) + 0.5 * (second[k] == first[k]) for k in first if k in second])
 
 
 def comparison(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """Before, after, the paired difference, and how often after is preferred, as summary.json holds them."""
+    seen = _seen(before, after)
 
     def of(evaluation: Evaluation) -> dict[str, Any]:
-        return evaluation.reward.as_dict() | {"ended": evaluation.ended, "mean_length": evaluation.mean_length}
+        values = list(evaluation.scores.values())
+        found = (
+            share_of(values) if set(seen) == {0.0, 1.0} else mean_of(values, (min(seen), max(seen)) if seen else None)
+        )
+        return found.as_dict() | {
+            "prompts": len(evaluation.rollouts),
+            "ended": evaluation.ended,
+            "mean_length": evaluation.mean_length,
+            "distinct_texts": evaluation.distinct,
+        }
 
     return {
         "before": of(before),
         "after": of(after),
         "difference": paired(before, after).as_dict(),
         "preferred": preferred(before, after).as_dict(),
+        "one_score": seen[0] if seen and len(set(seen)) == 1 else None,
     }
 
 
-_SMALL_T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
+def _seen(*evaluations: Evaluation) -> list[float]:
+    """All scores there were: what is known of those there may be."""
+    return [value for evaluation in evaluations for value in evaluation.scores.values()]
 
 
-def student_t(freedom: int) -> float:
-    """The 97.5% quantile of Student's t: a table to 4 degrees of freedom, then an expansion within 0.2%."""
-    if freedom in _SMALL_T:
-        return _SMALL_T[freedom]
-    z = 1.959963984540054
-    n = float(freedom)
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-    )
+def tally(records: Sequence[Mapping[str, Any]], completions: int) -> dict[str, Any]:
+    """What the steps of a run say together, as summary.json holds it. `completions`: of one step, scored or not."""
+    alike = bool(records) and all(r["reward_std"] == 0 and r["reward"] == records[0]["reward"] for r in records)
+    return {
+        "completions": completions * len(records),
+        "dropped": sum(r["dropped"] for r in records),
+        "steps": len(records),
+        "steps_without_signal": sum(map(without_signal, records)),
+        "one_score": records[0]["reward"] if alike else None,
+    }
+
+
+# -- in words ---------------------------------------------------------------------------------------------------------
+
+
+def sentences(summary: Mapping[str, Any]) -> list[str]:
+    """What a run's summary says of the policy, and what must be known beside it."""
+    held_out, steps = summary["held_out"], summary.get("training", {})
+    silent = _no_verdict(held_out, steps)
+    said = [silent or verdict(held_out["difference"], "held-out score")]
+    if not silent and bears_verdict(held_out["difference"]):
+        share = held_out["preferred"]
+        said.append(
+            f"Preferred to the untrained policy on {share['mean']:.0%} of the {share['n']} prompts "
+            f"({in_words(share)}; ties count half)."
+        )
+    return said + _beside(held_out, steps)
+
+
+def _no_verdict(held_out: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
+    """Why before and after say nothing of what was learned, however they differ."""
+    count, before, after = steps.get("steps", 0), held_out["before"], held_out["after"]
+    if held_out.get("one_score") is not None and steps.get("one_score", held_out["one_score"]) == held_out["one_score"]:
+        return (
+            f"No verdict: the scorer gave every completion the same score ({held_out['one_score']:g}), so nothing was "
+            "learned from it. More steps or prompts would not change that; a scorer that tells completions apart would."
+        )
+    if count and steps["steps_without_signal"] == count:
+        return (
+            f"No verdict: in none of the {count} steps did the scores of a prompt's completions differ, so nothing was "
+            "learned from them. Look at the completions in rollouts/, and at the scorer."
+        )
+    if after.get("distinct_texts") == 1 and after["prompts"] > 1:
+        was = "as before training" if before["distinct_texts"] == 1 else "where it wrote several before training"
+        return (
+            f"No verdict: the policy answers all {after['prompts']} held-out prompts with one and the same text, {was}"
+            ". Its score is what that text earns. A lower learning rate or a stronger KL term may hold it."
+        )
+    return ""
+
+
+def _beside(held_out: Mapping[str, Any], steps: Mapping[str, Any]) -> list[str]:
+    before, after, n = held_out["before"], held_out["after"], held_out["difference"]["n"]
+    said = []
+    if 1 < after.get("distinct_texts", 0) < 0.5 * before.get("distinct_texts", 0):
+        said.append(
+            f"The held-out completions are {after['distinct_texts']} different texts, and were "
+            f"{before['distinct_texts']} before training: look at what it repeats."
+        )
+    if steps.get("dropped"):
+        said.append(
+            f"{steps['dropped']} of {steps['completions']} completions ({steps['dropped'] / steps['completions']:.0%}) "
+            "had no score and were dropped: nothing was learned from them."
+        )
+    if n < after.get("prompts", n):
+        said.append(
+            f"{n} of {after['prompts']} held-out prompts have a score both before and after: the interval is from "
+            f"{n} prompt{'s' * (n != 1)}, those that the scorer could judge."
+        )
+    if 0 < steps.get("steps_without_signal", 0) < steps.get("steps", 0):
+        said.append(
+            f"In {steps['steps_without_signal']} of {steps['steps']} steps the scores of each prompt's completions "
+            "were all equal: nothing was learned in these."
+        )
+    return said

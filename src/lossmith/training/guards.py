@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lossmith.rollouts import Rollout
+from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import Recipe
 
 __all__ = ["Guard", "kl_of_completion", "prompt_means"]
@@ -60,10 +61,8 @@ def _mean(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def kl_of_completion(record: Mapping[str, Any]) -> float | None:
-    """KL(π_θ || π_ref) of a completion, nats: what a step's record says of a token, times the tokens."""
-    if "kl_ref" not in record or not record.get("completions"):
-        return None
-    return float(record["kl_ref"] * record["tokens"] / record["completions"])
+    """KL(π_θ || π_ref) of a step's record, nats a completion; None where it was not measured."""
+    return in_completions(record).get("kl")
 
 
 def prompt_means(rollouts: Sequence[Rollout]) -> list[float]:

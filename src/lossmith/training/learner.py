@@ -86,7 +86,7 @@ class Learner:
         scored = [r for r in rollouts if r.score is not None and r.score.ok]
         if not scored:
             raise RunError(
-                f"step {step}: none of {len(rollouts)} completions has a score; there is nothing to learn from."
+                f"step {step + 1}: none of {len(rollouts)} completions has a score; there is nothing to learn from."
             )
         rows_scored = [i for i, r in enumerate(rollouts) if r.score is not None and r.score.ok]
         batch = self.formulate(scored, {k: v[rows_scored] for k, v in (given or {}).items()})
@@ -298,7 +298,7 @@ class Learner:
         finite = math.isfinite(norm)
         self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
         if self._bad_in_a_row == 3:
-            raise RunError(f"step {step}: the gradient was not finite three times in a row; lower learning_rate.")
+            raise RunError(f"step {step + 1}: the gradient was not finite three times in a row; lower learning_rate.")
         if finite:
             factor = rate_factor(self.recipe, step)
             for group in self.optimizer.param_groups:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,14 @@ from lossmith.policy import Policy, check_compiler, check_model, load_policy, sa
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import bind_scorer, verify_scorer
+from lossmith.rewards.weak import refuse_weak
 from lossmith.rollouts import Rollout
 from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from lossmith.training.clock import Clock
-from lossmith.training.evaluate import Evaluation, comparison, evaluate
+from lossmith.training.evaluate import Evaluation, comparison, evaluate, tally
 from lossmith.training.guards import Guard, prompt_means
 from lossmith.training.learner import Learner, Update
+from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
 
@@ -55,7 +57,7 @@ class Step:
             "ended": statistics.fmean(not r.truncated for r in self.rollouts),
             "dropped": self.update.dropped,
             "skipped_updates": self.update.skipped,
-            **self.update.metrics,
+            **in_completions(self.update.metrics),
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
             **_watch(self.watched),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
@@ -102,12 +104,13 @@ class Run:
     watched_before: Evaluation | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # what summary.json holds, once the run is finished
     started: float = field(default_factory=time.perf_counter)
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None  # told what is done, and how far it is
 
     def start(self) -> None:
         """Measure the untrained policy on the held-out prompts; then, in a resumed run, load the checkpoint."""
         if self.before is not None:
             return
-        self.before = evaluate(self.policy, self.held_out, self.scorer, self.recipe)
+        self.before = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
         self.folder.add_rollouts("held-out-before", self.before.rollouts)
         self.watched_before = self._watched(self.before)
         if self.checkpoint is not None:
@@ -128,13 +131,14 @@ class Run:
     def finish(self) -> None:
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
-        self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe)
+        self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
         verify_scorer(self.scorer)
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self.policy.save(self.folder.path / "policy")
         more = {
             "steps": self.recipe.steps,
             "loss": str(self.learner.loss),
+            "training": tally(self.folder.metrics(), self.recipe.prompts_per_step * self.recipe.samples_per_prompt),
             "policy_checksum": self.policy.checksum(),
             "seconds": time.perf_counter() - self.started,
             **({"stopped": self.stopped} if self.stopped else {}),
@@ -153,6 +157,7 @@ def learn(run: Run) -> Iterator[Step]:
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         with clock("update"):  # theta <- argmin L
+            run.tell("updating", 0, 0)
             update = run.learner.update(rollouts, index)
         watched: list[float] = []
         if run.watch is not None:
@@ -180,11 +185,17 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
             rollouts = sample(
                 run.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=index,
                 on_group=lambda group: asked.update({group[0].prompt.id: pool.submit(score, group)}) if ahead else None,
+                on_progress=lambda done, total: run.tell("sampling", done, total),
             )  # fmt: skip
         with clock("score"):
             if not ahead:
+                run.tell("scoring", 0, len(rollouts))
                 return score(rollouts)
-            return [rollout for prompt in prompts for rollout in asked[prompt.id].result()]
+            found: list[Rollout] = []
+            for prompt in prompts:
+                run.tell("scoring", len(found), len(rollouts))
+                found += asked[prompt.id].result()
+            return found
 
 
 def score_watch(run: Run, rollouts: list[Rollout]) -> list[Rollout]:
@@ -234,6 +245,8 @@ def plan(recipe: Recipe) -> Plan:
     for scorer in (recipe.scorer, recipe.watch):
         if scorer is not None:
             check_scorer(scorer, columns=columns_of(prompts))
+            if not recipe.accept_weak_scorer:
+                refuse_weak(scorer)
     check_model(recipe.model)
     return Plan(recipe, train, held_out, prompts.summary())
 

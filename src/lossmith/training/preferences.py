@@ -20,16 +20,18 @@ from torch import Tensor
 
 from lossmith.errors import FeedbackError, PromptError, RecipeError, quiet_traps
 from lossmith.feedback.gather import gather
-from lossmith.feedback.preferences import Form, Preference, split_by_prompt
+from lossmith.feedback.preferences import Form, Preference, form_of, split_by_prompt
+from lossmith.intervals import Interval, bears_verdict, mean_of, share_across, share_of
+from lossmith.intervals import verdict as said_of
 from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.pairs import GIVEN, Paired
 from lossmith.policy import Policy, check_model, load_policy
 from lossmith.rollouts import Rollout
 from lossmith.training.clock import Clock
-from lossmith.training.evaluate import interval
 from lossmith.training.examples import Example, Examples, make_examples
 from lossmith.training.learner import Learner
 from lossmith.training.loop import disk_needed
+from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import PROVIDED, Recipe, Settings, checked_loss
 from lossmith.training.run import RunFolder, check_disk
 
@@ -299,10 +301,12 @@ class Standing:
 
     accuracy   share of pairs whose better text has the greater score of the loss (its log-ratio, or what it compares);
                a tie counts one half. Where judgements hold no pairs: of a good and a bad text of any two prompts
+    contributions  {prompt: what it adds to the accuracy}; their mean is the accuracy
     chosen_logp, rejected_logp  log-probability (nats) of the better and the worse texts
     """
 
-    accuracy: dict[str, float]
+    accuracy: Interval
+    contributions: dict[str, float]
     chosen_logp: dict[str, float]
     rejected_logp: dict[str, float]
     loss: float
@@ -320,13 +324,19 @@ def stand(learner: Learner, examples: Examples) -> Standing:
     score = loss.term.score(at) if isinstance(loss.term, Paired) else at.log_ratio
     reward = torch.tensor([_score(r) for r in rollouts], device=score.device)
     pairs = _pairs(examples)
-    accuracy = _of_pairs(score, pairs) if pairs else _over_all(score, reward)
     chosen = {w for w, _ in pairs} if pairs else {i for i, r in enumerate(reward.tolist()) if r > 0.5}
     rejected = {loser for _, loser in pairs} if pairs else set(range(len(rollouts))) - chosen
     logp = batch.require("logp", loss.name).sum(1).tolist()
     ids = [r.prompt.id for r in rollouts]
+    outcomes = _outcomes(score.tolist(), pairs or _ordered(reward.tolist()), ids)
+    if pairs:
+        by_prompt = _by_prompt([(name, value) for name, _, value in outcomes])
+        accuracy = share_of(list(by_prompt.values()), len(outcomes))
+    else:
+        accuracy, by_prompt = share_across(outcomes)
     return Standing(
-        accuracy=_by_prompt([(ids[i], x) for i, x in accuracy]),
+        accuracy=accuracy,
+        contributions=by_prompt,
         chosen_logp=_by_prompt([(ids[i], logp[i]) for i in sorted(chosen)]),
         rejected_logp=_by_prompt([(ids[i], logp[i]) for i in sorted(rejected)]),
         loss=float(loss(batch).loss),
@@ -342,19 +352,16 @@ def _pairs(examples: Examples) -> list[tuple[int, int]]:
     return found
 
 
-def _of_pairs(score: Tensor, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
-    values = score.tolist()
-    return [(w, (values[w] > values[loser]) + 0.5 * (values[w] == values[loser])) for w, loser in pairs]
+def _ordered(reward: Sequence[float]) -> list[tuple[int, int]]:
+    """(better, worse) row numbers of any two texts of which one was found better, whatever their prompts."""
+    return [(i, j) for i, x in enumerate(reward) for j, y in enumerate(reward) if x > y]
 
 
-def _over_all(score: Tensor, reward: Tensor) -> list[tuple[int, float]]:
-    """Of each row: the share of rows with another reward that it stands right to."""
-    found = []
-    for i in range(len(score)):
-        agrees = ((score[i] - score) * (reward[i] - reward))[reward != reward[i]]
-        if len(agrees):
-            found.append((i, float((agrees > 0).double().mean() + 0.5 * (agrees == 0).double().mean())))
-    return found
+def _outcomes(
+    score: Sequence[float], pairs: Sequence[tuple[int, int]], ids: Sequence[str]
+) -> list[tuple[str, str, float]]:
+    """(prompt of the better, prompt of the worse, whether the score says so too; a tie one half)."""
+    return [(ids[w], ids[v], (score[w] > score[v]) + 0.5 * (score[w] == score[v])) for w, v in pairs]
 
 
 def _by_prompt(values: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -367,16 +374,16 @@ def _by_prompt(values: Sequence[tuple[str, float]]) -> dict[str, float]:
 def compare(before: Standing, after: Standing) -> dict[str, Any]:
     """Before, after and the paired difference, prompt by prompt, with 95% intervals."""
 
-    def change(first: dict[str, float], second: dict[str, float]) -> dict[str, Any]:
-        return interval([second[k] - first[k] for k in first if k in second]).as_dict()
+    def change(first: dict[str, float], second: dict[str, float], span: float) -> dict[str, Any]:
+        return mean_of([second[k] - first[k] for k in first if k in second], within=(-span, span)).as_dict()
 
     said: dict[str, Any] = {}
     for when, one in (("before", before), ("after", after)):
-        said[when] = {"accuracy": interval(list(one.accuracy.values())).as_dict(), "loss": one.loss}
+        said[when] = {"accuracy": one.accuracy.as_dict(), "loss": one.loss}
         for side in ("chosen_logp", "rejected_logp"):
-            said[when][side] = interval(list(getattr(one, side).values())).mean
-    said["difference"] = {
-        key: change(getattr(before, key), getattr(after, key)) for key in ("accuracy", "chosen_logp", "rejected_logp")
+            said[when][side] = mean_of(list(getattr(one, side).values())).mean
+    said["difference"] = {"accuracy": change(before.contributions, after.contributions, 1.0)} | {
+        side: change(getattr(before, side), getattr(after, side), 0.0) for side in ("chosen_logp", "rejected_logp")
     }
     return said
 
@@ -400,7 +407,7 @@ def learn_preferences(run: PreferenceRun) -> Iterator[PreferenceStep]:
         rollouts, given = _rows([run.train.examples[i] for i in chosen])
         with clock("update"):
             update = run.learner.update(rollouts, index, given)
-        record = {"step": index, "skipped_updates": update.skipped, **update.metrics}
+        record = {"step": index, "skipped_updates": update.skipped, **in_completions(update.metrics)}
         record |= {f"seconds_{part}": value for part, value in clock.read().items()}
         run.folder.add_metrics(record)
         yield PreferenceStep(index, record)
@@ -423,17 +430,9 @@ def _rows(examples: Sequence[Example]) -> tuple[list[Rollout], dict[str, Tensor]
 def verdict(summary: dict[str, Any]) -> list[str]:
     """What the paired differences say, in sentences."""
     difference = summary["held_out"]["difference"]
-    low, high = (difference["accuracy"][key] for key in ("ci95_low", "ci95_high"))
-    if low is None:
-        said = ["Too few held-out prompts to compare before and after."]
-    elif low > 0:
-        said = ["Held-out preference accuracy rose: the interval of the paired difference lies above 0."]
-    elif high < 0:
-        said = ["Held-out preference accuracy FELL: the interval of the paired difference lies below 0."]
-    else:
-        said = ["No clear change: the interval of the paired difference holds 0. More prompts would tell."]
+    said = [said_of(difference["accuracy"], "held-out preference accuracy")]
     fell = difference["chosen_logp"]
-    if fell["ci95_high"] is not None and fell["ci95_high"] < 0:
+    if bears_verdict(fell) and fell["ci95_high"] < 0:
         said.append(
             f"Warning: the preferred texts themselves became less likely ({fell['mean']:+.2f} nats a text): a margin "
             "grows as well when both sides fall. A smaller learning rate, a larger beta, or a loss that imitates the "

@@ -85,6 +85,9 @@ class Recipe(Settings):
     scorer_errors: Literal["stop", "drop"] = Field(
         "stop", description="a scorer that fails on a completion stops the run, or that rollout is dropped and counted"
     )
+    accept_weak_scorer: bool = Field(
+        False, description="learn from a reward model even if it is not known to be better than chance"
+    )
     scorer_timeout: float = Field(60.0, gt=0, description="seconds that one batch of scores may take")
 
     watch: Any = Field(

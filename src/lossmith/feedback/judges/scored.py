@@ -16,6 +16,7 @@ from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
 from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.rewards.weak import doubts
 from lossmith.rollouts import LogProbs, Measure, Rollout
 
 __all__ = ["judge_by_scorer"]
@@ -52,7 +53,7 @@ def judge_by_scorer(spec: str, sets: list[OutputSet], store: Store, *, question:
     lines = [f"{name} (a scorer, recorded as one): {said}"]
     if errors:
         lines.append(f"outputs with an error, which is not an abstention: {len(errors)}; the first: {errors[0]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"! {doubted}" for doubted in doubts(spec))])
 
 
 def _items(of: OutputSet, question: Question) -> list[tuple[Output, ...]]:
