@@ -109,11 +109,16 @@ def said_plainly(path: str | Path) -> Iterator[None]:
         raise RunError(f"{str(path)!r} cannot be written: {found.strerror or found}.") from None
 
 
-def check_writable(path: str | Path, error: type[LossmithError] = RunError) -> Path:
-    """The path with its folder made, tried before any work is done for it. `error`: nothing can be written there."""
+def check_writable(path: str | Path, error: type[LossmithError] = RunError, *, new: bool = False) -> Path:
+    """The path with its folder made, tried before any work is done for it. `error`: nothing can be written there.
+
+    new: a file that exists is refused, for what it holds may be dear.
+    """
     place = at_home(path, error)
     if place.is_dir():
         raise error(f"{str(path)!r} is a folder; give the name of a file in it.")
+    if new and os.path.lexists(place):
+        raise error(f"{str(path)!r} exists, and is not overwritten. Choose another file.")
     probe = place.with_name(f".{place.name}.partial")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

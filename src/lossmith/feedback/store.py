@@ -16,6 +16,7 @@ from pathlib import Path
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judgement import SCHEMA, Judgement
 from lossmith.feedback.output_set import OutputSet, json_line, read_set
+from lossmith.files import at_home
 
 __all__ = ["Store"]
 
@@ -40,7 +41,7 @@ class Store:
 
     def __init__(self, path: str | Path, *, create: bool = True, patience: float = 5.0) -> None:
         """patience: seconds to wait for another process that is writing."""
-        self.path = Path(path)
+        self.path = at_home(path, FeedbackError)
         if not create and not self.path.exists():
             raise FeedbackError(f"there is no judgement file {str(path)!r}. Annotate first: lossmith annotate SETS.")
         with self._explained("opened"):
