@@ -50,8 +50,10 @@ class Store:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.executescript(_TABLES)
-            schema = int(self._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
-        if schema > SCHEMA:
+            schema = self._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0]
+        if not str(schema).isdecimal():
+            raise FeedbackError(f"{self.path} is damaged: its schema is {schema!r}. Restore a copy of the file.")
+        if int(schema) > SCHEMA:
             raise FeedbackError(
                 f"{self.path} was written by a newer version of lossmith (schema {schema}; this one reads up to "
                 f"{SCHEMA}). Update lossmith."
@@ -85,7 +87,7 @@ class Store:
         """{set id: set}, in the order in which they came."""
         with self._explained("read"):
             rows = self._db.execute("SELECT id, row FROM sets ORDER BY number").fetchall()
-        return {name: read_set(row, f"{self.path.name}: set {name}") for name, row in rows}
+        return {name: read_set(_text(row), f"{self.path.name}: set {name}") for name, row in rows}
 
     # -- judgements ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +118,15 @@ class Store:
         where, values = ("WHERE annotator = ?", (annotator,)) if annotator is not None else ("", ())
         with self._explained("read"):
             rows = self._db.execute(f"SELECT number, row FROM judgements {where} ORDER BY number", values).fetchall()
-        return [Judgement.from_row(json.loads(row), f"{self.path.name}: judgement {number}") for number, row in rows]
+        found = []
+        for number, row in rows:
+            where = f"{self.path.name}: judgement {number}"
+            try:
+                read = json.loads(_text(row))
+            except (ValueError, RecursionError) as error:
+                raise FeedbackError(f"{where} is damaged: {error}. Restore a copy of the file.") from None
+            found.append(Judgement.from_row(read, where))
+        return found
 
     # -- accounts -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +177,11 @@ class Store:
             text = str(error)
             cure = next((cure for sign, cure in _CURES.items() if sign in text), "Nothing was written.")
             raise FeedbackError(f"{self.path} cannot be {done}: {text}. {cure}") from None
+
+
+def _text(row: object) -> str:
+    """A row of a damaged file may be anything; what is no text is no JSON either."""
+    return row if isinstance(row, str) else ""
 
 
 _CURES = {
