@@ -89,7 +89,8 @@ def wounded(rows, rng):
 
 RECIPE = {
     "steps": 3, "held_out": 0.5, "temperature": 0.9, "loss": {"name": "grpo", "beta": 0.1}, "stop": ["a"],
-    "scorer": {"scorers": ["length", "helpfulness"], "weights": [1.0, 2.0]}, "pass_columns": [], "seed": 4, "model": str(tiny.folder()),
+    "scorer": {"scorers": ["length", "helpfulness"], "weights": [1.0, 2.0]}, "pass_columns": [],
+    "seed": 4, "model": str(tiny.folder()),
     "learning_rate": 1e-3, "runs": "r", "name": "n", "prompts": "p.txt", "compile": False, "kl_budget": 3.0,
     "dtype": "auto", "watch": "length", "top_k": 3, "memory_gb": 2.0,
 }  # fmt: skip
@@ -270,13 +271,9 @@ def project(tmp_path, rng):
 
 
 def reward_model(tmp_path, rng):
-    folder = tmp_path / "rm"
+    folder, seal = tmp_path / "rm", hashlib.sha256(b"{}").hexdigest()
     folder.mkdir()
-    manifest = {
-        "trained": True,
-        "files": {"config.json": hashlib.sha256(b"{}").hexdigest()},
-        "scale": {"mean": 0.0, "std": 1.0},
-    }
+    manifest = {"trained": True, "files": {"config.json": seal}, "scale": {"mean": 0.0, "std": 1.0}}
     manifest |= rng.choice(({}, {"ensemble": ["m0", "m1"], "combine": "mean", "penalty": 1.0}))
     (folder / "config.json").write_text("{}")
     (folder / "reward_model.json").write_bytes(wounded([manifest], rng))

@@ -14,7 +14,17 @@ from pathlib import Path
 
 from lossmith.errors import LossmithError, RunError
 
-__all__ = ["add_line", "at_home", "check_writable", "read_text", "replacing", "said_plainly", "sync", "write_whole"]
+__all__ = [
+    "add_line",
+    "at_home",
+    "check_writable",
+    "read_text",
+    "replacing",
+    "said_plainly",
+    "sync",
+    "text_at_home",
+    "write_whole",
+]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -25,6 +35,11 @@ def at_home(path: str | Path, error: type[LossmithError] = RunError) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise error(f"{str(path)!r}: no home folder is known for its '~'. Write the path out.") from None
+
+
+def text_at_home(text: str, error: type[LossmithError]) -> str:
+    """A text that may name a path, or something in a file (`~/a.py:function`); other texts stay as they are."""
+    return str(at_home(text, error)) if text.startswith("~") else text
 
 
 def read_text(path: str | Path, error: type[LossmithError], what: str) -> str:

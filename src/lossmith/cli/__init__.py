@@ -52,7 +52,7 @@ def main() -> None:
     """Run the command. What the user can mend is one message and exit code 2, not a traceback."""
     bear_every_character()
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except (LossmithError, cyclopts.CycloptsError) as error:
         from lossmith.cli.words import said  # torch comes with it, and --help needs none
 

@@ -43,8 +43,10 @@ def said(app: cyclopts.App, error: LossmithError | cyclopts.CycloptsError) -> st
 
 
 def options_of(app: cyclopts.App, words: Sequence[str]) -> dict[str, str]:
-    """{setting: option} of the command that the words name."""
+    """{setting: option} of the command that the words name; {} where they name none."""
     command = app.parse_commands(list(words))[1][-1]
+    if command.default_command is None:
+        return {}
     arguments = command.assemble_argument_collection()
     return {a.field_info.name: a.names[0] for a in arguments if a.names[0].startswith("--")}
 

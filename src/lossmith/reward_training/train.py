@@ -23,6 +23,7 @@ from lossmith.errors import FeedbackError, RecipeError, RunError, nearest
 from lossmith.feedback.convert import convert
 from lossmith.feedback.preferences import Form, Preference, form_of, read_preferences, split_by_prompt
 from lossmith.feedback.store import Store
+from lossmith.files import at_home, check_writable
 from lossmith.reward_training import losses
 from lossmith.reward_training.examples import Example, make_examples, said_nothing
 from lossmith.reward_training.measure import Measured, measure, plot_measured
@@ -95,7 +96,8 @@ def gather(source: str | Path, form: Form | None = None) -> tuple[list[Preferenc
     form: what judgements are turned into; without it rankings, or ratings where there is nothing else.
     FeedbackError: nothing to learn from, and why.
     """
-    if Path(source).suffix != ".db":
+    source = at_home(source, FeedbackError)
+    if source.suffix != ".db":
         found, report = read_preferences(source), ""
     else:
         with Store(source, create=False) as store:
@@ -139,8 +141,10 @@ def train_reward_model(
     The folder is complete or absent. RunError: it exists already. FeedbackError: preferences that cannot be learned
     from. PolicyError: the model.
     """
+    target = at_home(target)
     if target.exists():
         raise RunError(f"{target} exists, and a reward model is never overwritten. Choose another folder with -o.")
+    check_writable(target)
     preferences, report = gather(source, recipe.form)
     name = _loss_name(recipe.loss, form_of(preferences, str(source)))
     train, held_out = split_by_prompt(preferences, recipe.held_out, recipe.seed)

@@ -23,6 +23,7 @@ from lossmith.errors import FeedbackError, PromptError, RecipeError, quiet_traps
 from lossmith.feedback.convert import convert
 from lossmith.feedback.preferences import Preference, form_of, read_preferences, split_by_prompt
 from lossmith.feedback.store import Store
+from lossmith.files import at_home
 from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.pairs import GIVEN, Paired
 from lossmith.policy import Policy, check_model, load_policy
@@ -56,7 +57,7 @@ class PreferenceRecipe(Settings):
     """The settings of a run on preferences. `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("preferences",)
-    places: ClassVar[tuple[str, ...]] = ("model", "loss", "runs")
+    paths: ClassVar[tuple[str, ...]] = ("model", "loss", "runs")
 
     preferences: Any = Field(None, description="a preferences file, a judgement database (.db), or a list")
     form: Literal["auto", "pairs", "rankings", "ratings", "labels"] = Field(
@@ -152,8 +153,9 @@ def _read(recipe: PreferenceRecipe) -> tuple[list[Preference], dict[str, int]]:
     source = recipe.preferences
     if not isinstance(source, str | Path):
         return list(source), {}
-    if Path(source).suffix != ".db":
-        if not Path(source).exists():
+    source = at_home(source, FeedbackError)
+    if source.suffix != ".db":
+        if not source.exists():
             raise FeedbackError(f"there is no preferences file {str(source)!r}.")
         return read_preferences(source), {}
     form = recipe.form

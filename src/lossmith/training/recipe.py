@@ -12,7 +12,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from lossmith.errors import RecipeError, nearest, quiet_traps
-from lossmith.files import at_home, read_text
+from lossmith.files import read_text, text_at_home
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
 from lossmith.training.wanted import wanted
@@ -25,7 +25,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
     live: ClassVar[tuple[str, ...]] = ()  # fields that may hold a Python object
-    places: ClassVar[tuple[str, ...]] = ()  # fields that may name a file or folder; a list of prompts is read elsewhere
+    paths: ClassVar[tuple[str, ...]] = ()  # fields that may name a file or a folder
 
     @classmethod
     def read(cls, path: Path | str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Settings(BaseModel):
         for key in fields:
             if key not in cls.model_fields:
                 raise RecipeError(f"{source}: there is no setting {key!r}.{nearest(key, cls.model_fields)}")
-        fields = {key: _at_home(value) if key in cls.places else value for key, value in fields.items()}
+        fields = {key: _at_home(value) if key in cls.paths else value for key, value in fields.items()}
         try:
             return cls(**fields)
         except pydantic.ValidationError as error:
@@ -61,7 +61,8 @@ class Settings(BaseModel):
         given = next((e["input"] for e in error.errors() if e["loc"] == (key,)), first["input"])
         value = shown(given) if isinstance(given, str) else repr(given).lower()  # true, as TOML has it
         field = cls.model_fields[key]
-        return f"{key} = {value}: {wanted(field, given)} is wanted ({field.description})."
+        at = "".join(f"[{i}]" for i in first["loc"][1:] if isinstance(i, int))  # of a list
+        return f"{key}{at} = {value}: {wanted(field, given)} is wanted ({field.description})."
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
@@ -85,7 +86,7 @@ class Recipe(Settings):
     """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
-    places: ClassVar[tuple[str, ...]] = ("model", "scorer", "watch", "loss", "runs")
+    paths: ClassVar[tuple[str, ...]] = ("model", "scorer", "watch", "loss", "runs")
 
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
     device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
@@ -246,7 +247,7 @@ def _at_home(value: Any) -> Any:
         return {key: _at_home(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_at_home(one) for one in value]
-    return str(at_home(value, RecipeError)) if isinstance(value, str) and value.startswith("~") else value
+    return text_at_home(value, RecipeError) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:
