@@ -48,11 +48,22 @@ _command(losses, "compare", "compare", "compare")
 _command(reward, "train", "train", "reward")
 
 
+def _run() -> None:
+    """The command. BrokenPipeError: whoever read the output is gone, which rich would call an error of its own."""
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):
+            raise BrokenPipeError from None
+        sys.stdout.flush()  # or a broken pipe would be met after the last line of Python
+        raise
+
+
 def main() -> None:
     """Run the command. What the user can mend is one message and exit code 2, not a traceback."""
     bear_every_character()
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        _run()
     except (LossmithError, cyclopts.CycloptsError) as error:
         from lossmith.cli.words import said  # torch comes with it, and --help needs none
 
