@@ -24,6 +24,8 @@ from lossmith.rewards.best_of import best_of
 
 __all__ = ["sample"]
 
+AT_MOST = 1_000_000  # outputs: they are held in memory until all are there
+
 
 def sample(
     prompts: str = "default",
@@ -94,6 +96,8 @@ def sample(
         output = check_writable(output, new=True)
     source = default_prompts_path() if prompts == "default" else prompts
     chosen = list(load_prompts(source, column=prompt_column, pass_columns=pass_columns, limit=limit))
+    if n * len(chosen) > AT_MOST:
+        raise PolicyError(f"n = {n} outputs of {len(chosen)} prompts are more than the {AT_MOST} that fit one file.")
     if best_by is not None:
         check_scorer(best_by, columns={name for prompt in chosen for name in prompt.columns})
     check_model(model)

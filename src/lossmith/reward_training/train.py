@@ -36,6 +36,7 @@ Loss = Literal["auto", "bradley_terry", "plackett_luce", "all_pairs", "mean_squa
 DEFAULT_LOSS: dict[Form, str] = {
     "pairs": "bradley_terry", "rankings": "plackett_luce", "ratings": "mean_squared", "labels": "logistic",
 }  # fmt: skip
+HUGE = 1_000_000_000  # no count of a training reaches it
 _Trained = tuple[list[Tensor], list[Example], dict[str, Any]]
 READS: dict[str, set[Form]] = {
     "bradley_terry": {"pairs"}, "plackett_luce": {"pairs", "rankings"}, "all_pairs": {"pairs", "rankings"},
@@ -77,6 +78,8 @@ class RewardRecipe:
         for key, low in (("epochs", 1), ("comparisons_per_step", 1), ("ensemble", 1), ("micro_batch_tokens", 1)):
             if getattr(self, key) < low:
                 raise RecipeError(f"{key} = {getattr(self, key)}, but must be at least {low}.")
+            if getattr(self, key) >= HUGE:
+                raise RecipeError(f"{key} = {getattr(self, key)} is too large: it must be below {HUGE}.")
         for key in ("centring", "learning_rate", "penalty"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise RecipeError(f"{key} = {getattr(self, key)}, but must be finite and at least 0.")
@@ -228,6 +231,8 @@ class _Training:
             self.say(line)
         scoring.dtype = torch.float32  # what a scorer computes in
         scores = scoring.all_scores(unseen, recipe.micro_batch_tokens)
+        if not all(s.isfinite().all() for s in scores):
+            raise RunError("the trained model's scores are not finite; lower learning_rate.")
         found = torch.cat(scoring.all_scores(learn, recipe.micro_batch_tokens))
         scoring.save(folder)
         measured = measure(unseen, scores)

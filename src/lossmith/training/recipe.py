@@ -19,6 +19,9 @@ from lossmith.training.wanted import wanted
 
 __all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
 
+HUGE = 1_000_000_000  # no count of a run reaches it
+COMPLETIONS = 1_000_000  # of a step, which are held in memory together
+
 
 class Settings(BaseModel):
     """A flat record that a TOML file holds."""
@@ -62,6 +65,8 @@ class Settings(BaseModel):
         value = shown(given) if isinstance(given, str) else repr(given).lower()  # true, as TOML has it
         field = cls.model_fields[key]
         at = "".join(f"[{i}]" for i in first["loc"][1:] if isinstance(i, int))  # of a list
+        if first["type"] == "value_error" and not isinstance(given, bool):
+            return f"{key} = {value} is too large: a whole number below {HUGE} is wanted ({field.description})."
         return f"{key}{at} = {value}: {wanted(field, given)} is wanted ({field.description})."
 
     @pydantic.field_validator("*", mode="before")
@@ -70,6 +75,14 @@ class Settings(BaseModel):
         """true is no number, though Python takes it for 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, Any):
             raise ValueError("a number")
+        return value
+
+    @pydantic.field_validator("*", mode="after")
+    @classmethod
+    def _no_number_without_end(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """A slip of the finger; a seed may be any number."""
+        if isinstance(value, int) and value >= HUGE and info.field_name != "seed":
+            raise ValueError("too large")
         return value
 
     def as_toml(self) -> dict[str, Any]:
@@ -171,6 +184,11 @@ class Recipe(Settings):
             raise RecipeError(
                 f"{source}: temperature = 0 with samples_per_prompt = {recipe.samples_per_prompt} is greedy: every "
                 "sample of a prompt is the same completion, and there is nothing to learn from. Raise the temperature."
+            )
+        if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
+            raise RecipeError(
+                f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "
+                f"{recipe.samples_per_prompt} is more than the {COMPLETIONS} completions that a step can hold."
             )
         if recipe.warmup_steps > recipe.steps:
             raise RecipeError(f"{source}: warmup_steps = {recipe.warmup_steps} exceeds steps = {recipe.steps}.")
