@@ -26,15 +26,26 @@ __all__ = [
     "write_whole",
 ]
 
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EBADF}  # nothing is there, and that is an answer
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def at_home(path: str | Path, error: type[LossmithError] = RunError) -> Path:
-    """The path, `~` being the home folder. `error`: there is no such user."""
+    """The path, `~` being the home folder; whether something is there can then be asked without an exception.
+
+    `error`: there is no such user, the name is too long or holds a NUL, or a folder on the way may not be entered.
+    """
     try:
-        return Path(path).expanduser()
+        place = Path(path).expanduser()
+        place.stat()
     except RuntimeError:
         raise error(f"{str(path)!r}: no home folder is known for its '~'. Write the path out.") from None
+    except (OSError, ValueError) as found:
+        if getattr(found, "errno", None) not in _ABSENT:
+            reason = getattr(found, "strerror", None) or found
+            shown = str(path) if len(str(path)) < 100 else str(path)[:60] + "..."
+            raise error(f"{shown!r} cannot be a path here: {reason}.") from None
+    return place
 
 
 def text_at_home(text: str, error: type[LossmithError]) -> str:

@@ -20,6 +20,7 @@ from lossmith.feedback.output_set import OutputSet, read_sets
 from lossmith.feedback.store import Store
 from lossmith.files import at_home, read_text
 from lossmith.project import Project, check_order
+from lossmith.report.waiting import waiting
 
 __all__ = ["annotate"]
 
@@ -173,7 +174,9 @@ def _report(store: Store, as_json: bool) -> None:
 def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> None:
     from lossmith.feedback.judges import judge
 
-    _say(judge(spec, sets, store, **options))
+    with waiting(Console(stderr=True), "judging") as count:
+        said = judge(spec, sets, store, on_progress=count, **options)
+    _say(said)
 
 
 def _add_account(store: Store, name: str) -> None:

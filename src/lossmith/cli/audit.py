@@ -44,7 +44,8 @@ def audit_(
     """
     if html is not None:
         html = check_writable(html, ProofError)
-    with quiet_traps():  # shown on the page
+    console = Console(stderr=True)
+    with quiet_traps(), console.status("measuring what the loss does"):  # traps are shown on the page
         asked = example(loss)
         found = audit(asked)
     if html is not None:
