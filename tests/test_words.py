@@ -3,11 +3,14 @@
 import io
 import json
 import re
+import runpy
 import sys
 
 import cyclopts
 import pytest
 
+import lossmith
+import tiny
 from lossmith.cli import app, main, streams
 from lossmith.cli.words import in_options, options_of
 from lossmith.errors import RecipeError
@@ -230,3 +233,32 @@ def test_a_reader_who_has_seen_enough_ends_the_command_quietly(monkeypatch, capf
         main()
     assert left.value.code == 141
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_goes_into_a_file_of_an_old_encoding(monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Wärum {k} → π?"}) + "\n" for k in range(5)))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.chdir(tmp_path)
+    options = ["--held-out", "2", "--steps", "1", "--prompts-per-step", "2", "--samples-per-prompt", "2"]
+    options += ["--max-tokens", "2", "--model", str(tiny.folder()), "--name", "a", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["lossmith", "train", "--prompts", "p.jsonl", *options])
+    with pytest.raises(SystemExit) as left:
+        main()
+    out.flush()
+    assert left.value.code == 0
+    assert "pi_theta" in out.buffer.getvalue().decode("ascii") and "step   1/1" in out.buffer.getvalue().decode("ascii")
+    assert (tmp_path / "runs" / "a" / "summary.json").exists()
+
+
+def test_a_name_that_is_no_text_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "train", "fr\udce4.toml")
+    assert code == 2 and "is no text in this terminal's encoding" in err
+
+
+def test_python_dash_m_is_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lossmith", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("lossmith", run_name="__main__")
+    assert left.value.code == 0 and capsys.readouterr().out.strip() == lossmith.__version__

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lossmith import __version__
-from lossmith.cli.streams import bear_every_character
+from lossmith.cli.streams import bear_every_character, check_names
 from lossmith.errors import LossmithError
 
 __all__ = ["app", "main"]
@@ -50,6 +50,7 @@ _command(reward, "train", "train", "reward")
 
 def _run() -> None:
     """The command. BrokenPipeError: whoever read the output is gone, which rich would call an error of its own."""
+    check_names()
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except SystemExit as left:

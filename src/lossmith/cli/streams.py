@@ -5,10 +5,13 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import sys
 from typing import Any
 
-__all__ = ["bear_every_character", "print_json", "write_lines"]
+from lossmith.errors import RunError
+
+__all__ = ["bear_every_character", "check_names", "print_json", "write_lines"]
 
 _SPELLED = {
     "π": "pi", "θ": "theta", "κ": "kappa", "μ": "mu", "σ": "sigma", "ρ": "rho", "λ": "lambda", "β": "beta", "τ": "tau",
@@ -24,6 +27,20 @@ def bear_every_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="lossmith.spelled")
+
+
+def check_names() -> None:
+    """RunError: a word of the command line, or the folder that it is given in, is no text and could not be recorded."""
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise RunError(f"the folder that you are in cannot be entered ({error.strerror}). Go to another one.") from None
+    for name in (*sys.argv[1:], here):
+        if any("\udc80" <= c <= "\udcff" for c in name):  # bytes that Python could not decode
+            raise RunError(
+                f"{name!a} is no text in this terminal's encoding ({sys.getfilesystemencoding()}). Rename it; or, "
+                "where its name is UTF-8, set PYTHONUTF8=1."
+            )
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
