@@ -112,7 +112,7 @@ def test_best_of_n_keeps_what_the_scorer_likes_most(tmp_path):
     ("arguments", "message"),
     [
         (("train", "--stepz", "3"), "Did you mean --steps"),
-        (("train", "missing.toml"), "There is no recipe file 'missing.toml'"),
+        (("train", "missing.toml"), "there is no recipe file 'missing.toml'"),
         (("train", "--loss", "grop"), "Did you mean 'grpo'"),
         (("losses", "show", "grpo(bta=1)"), "Did you mean 'beta'"),
         (("train", "--prompts", "none.jsonl"), "there is no prompt file"),

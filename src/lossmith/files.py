@@ -14,17 +14,43 @@ from pathlib import Path
 
 from lossmith.errors import LossmithError, RunError
 
-__all__ = ["add_line", "at_home", "check_writable", "read_text", "replacing", "said_plainly", "sync", "write_whole"]
+__all__ = [
+    "add_line",
+    "at_home",
+    "check_writable",
+    "read_text",
+    "replacing",
+    "said_plainly",
+    "sync",
+    "text_at_home",
+    "write_whole",
+]
 
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EBADF}  # nothing is there, and that is an answer
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def at_home(path: str | Path, error: type[LossmithError] = RunError) -> Path:
-    """The path, `~` being the home folder. `error`: there is no such user."""
+    """The path, `~` being the home folder; whether something is there can then be asked without an exception.
+
+    `error`: there is no such user, the name is too long or holds a NUL, or a folder on the way may not be entered.
+    """
     try:
-        return Path(path).expanduser()
+        place = Path(path).expanduser()
+        place.stat()
     except RuntimeError:
         raise error(f"{str(path)!r}: no home folder is known for its '~'. Write the path out.") from None
+    except (OSError, ValueError) as found:
+        if getattr(found, "errno", None) not in _ABSENT:
+            reason = getattr(found, "strerror", None) or found
+            shown = str(path) if len(str(path)) < 100 else str(path)[:60] + "..."
+            raise error(f"{shown!r} cannot be a path here: {reason}.") from None
+    return place
+
+
+def text_at_home(text: str, error: type[LossmithError]) -> str:
+    """A text that may name a path, or something in a file (`~/a.py:function`); other texts stay as they are."""
+    return str(at_home(text, error)) if text.startswith("~") else text
 
 
 def read_text(path: str | Path, error: type[LossmithError], what: str) -> str:
@@ -109,11 +135,16 @@ def said_plainly(path: str | Path) -> Iterator[None]:
         raise RunError(f"{str(path)!r} cannot be written: {found.strerror or found}.") from None
 
 
-def check_writable(path: str | Path, error: type[LossmithError] = RunError) -> Path:
-    """The path with its folder made, tried before any work is done for it. `error`: nothing can be written there."""
+def check_writable(path: str | Path, error: type[LossmithError] = RunError, *, new: bool = False) -> Path:
+    """The path with its folder made, tried before any work is done for it. `error`: nothing can be written there.
+
+    new: a file that exists is refused, for what it holds may be dear.
+    """
     place = at_home(path, error)
     if place.is_dir():
         raise error(f"{str(path)!r} is a folder; give the name of a file in it.")
+    if new and os.path.lexists(place):
+        raise error(f"{str(path)!r} exists, and is not overwritten. Choose another file.")
     probe = place.with_name(f".{place.name}.partial")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

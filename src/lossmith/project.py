@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from lossmith.errors import StageError
 from lossmith.feedback.convert import standing
 from lossmith.feedback.output_set import OutputSet, prompt_content, read_sets, write_rows
 from lossmith.feedback.store import Store
+from lossmith.files import at_home, check_writable, write_whole
 from lossmith.intervals import doubt, in_words
-from lossmith.prompts import default_prompts_path, load_prompts
+from lossmith.prompts import default_prompts_path, load_prompts, read_rows
 from lossmith.training.recipe import Recipe
 
 __all__ = ["MARK", "Project", "Stage", "Step", "check_order", "check_recipe_order"]
@@ -62,23 +64,32 @@ class Project:
 
     @classmethod
     def create(cls, folder: Path, prompts: str, **reading: Any) -> Project:
-        """A new project around a copy of these prompts. StageError where the folder is one already."""
+        """A new project around a copy of these prompts. StageError where the folder is one already, or cannot be one.
+
+        A folder that was made here does not stay behind when something fails.
+        """
+        folder = at_home(folder, StageError)
+        if folder.exists() and not folder.is_dir():
+            raise StageError(f"{str(folder)!r} is a file, and a project is a folder. Choose another name.")
         if (folder / MARK).exists():
             raise StageError(f"{folder} is a project already. See where it stands: lossmith status {_quoted(folder)}")
         chosen = load_prompts(default_prompts_path() if prompts == "default" else prompts, **reading)
-        folder.mkdir(parents=True, exist_ok=True)
-        project = cls(folder)
-        if project.prompts.exists():
-            raise StageError(f"{project.prompts} exists, and is not overwritten. Choose another folder.")
         rows = [{"prompt": prompt_content(p), **p.columns} for p in chosen]
-        write_rows(project.prompts, rows)
-        (folder / MARK).write_text(tomli_w.dumps({"source": str(prompts), "prompts": len(rows)}), "utf-8")
+        project, made_here = cls(folder), not folder.exists()
+        try:
+            check_writable(project.prompts, StageError, new=True)
+            write_rows(project.prompts, rows)
+            write_whole(folder / MARK, tomli_w.dumps({"source": str(prompts), "prompts": len(rows)}))
+        except BaseException:
+            if made_here:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         return project
 
     @classmethod
     def around(cls, path: str | Path) -> Project | None:
         """The project that a path lies in, if it lies in one."""
-        place = Path(path).expanduser().absolute()
+        place = at_home(path, StageError).absolute()
         found = next((folder for folder in (place, *place.parents) if (folder / MARK).is_file()), None)
         return None if found is None else cls(_relative(found))
 
@@ -222,11 +233,8 @@ def _describe_model(manifest: dict[str, Any]) -> tuple[str, str]:
 
 def _columns(path: Path) -> tuple[str, ...]:
     """All columns of a project's own prompts file: what was let in when it was made stays let in."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return tuple({key for row in rows for key in row} - {"prompt"})
-    except (OSError, ValueError) as error:
-        raise StageError(f"{path} cannot be read: {error}") from None
+    rows = (row for _, row in read_rows(path))
+    return tuple({key for row in rows for key in row} - {"prompt"})
 
 
 def _relative(path: Path) -> Path:

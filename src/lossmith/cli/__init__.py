@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
+from pathlib import Path
 
 import cyclopts
 from rich.console import Console
 from rich.text import Text
 
 from lossmith import __version__
-from lossmith.errors import LossmithError, printable
+from lossmith.cli.streams import bear_every_character, check_names
+from lossmith.errors import LossmithError
 
 __all__ = ["app", "main"]
+
+
+def _command(group: cyclopts.App, name: str, function: str, module: str | None = None) -> None:
+    """A command that is imported when it is given. Its help is its docstring, read without importing it."""
+    file = Path(__file__).with_name(f"{module or name}.py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    group.command(f"lossmith.cli.{file.stem}:{function}", name=name, help=ast.get_docstring(found))
+
 
 app = cyclopts.App(
     name="lossmith",
     help="Policy learning for RLHF, with a loss that is what its name says.",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # main says that it stopped
     default_parameter=cyclopts.Parameter(negative_iterable=()),
 )
-app.command("lossmith.cli.train:train", name="train")
-app.command("lossmith.cli.prefer:prefer", name="prefer")
-app.command("lossmith.cli.sample:sample", name="sample")
-app.command("lossmith.cli.bench:bench", name="bench")
-app.command("lossmith.cli.annotate:annotate", name="annotate")
 losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, weights, parameters, papers.")
-losses.command("lossmith.cli.losses:list_", name="list")
-losses.command("lossmith.cli.losses:show", name="show")
-losses.command("lossmith.cli.compare:compare", name="compare")
-app.command(losses)
-app.command("lossmith.cli.audit:audit_", name="audit")
 reward = cyclopts.App(name="reward", help="Reward models, trained from preferences.")
-reward.command("lossmith.cli.reward:train", name="train")
+app.command(losses)
 app.command(reward)
-app.command("lossmith.cli.plot:plot", name="plot")
-app.command("lossmith.cli.project:init", name="init")
-app.command("lossmith.cli.project:status", name="status")
+for _name in ("train", "prefer", "sample", "bench", "annotate", "plot"):
+    _command(app, _name, _name)
+_command(app, "audit", "audit_")
+_command(app, "init", "init", "project")
+_command(app, "status", "status", "project")
+_command(losses, "list", "list_", "losses")
+_command(losses, "show", "show", "losses")
+_command(losses, "compare", "compare", "compare")
+_command(reward, "train", "train", "reward")
+
+
+def _run() -> None:
+    """The command. BrokenPipeError: whoever read the output is gone, which rich would call an error of its own."""
+    check_names()
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):
+            raise BrokenPipeError from None
+        sys.stdout.flush()  # or a broken pipe would be met after the last line of Python
+        raise
 
 
 def main() -> None:
-    """Run the command. An error that Lossmith raised on purpose is one message and exit code 2, not a traceback."""
+    """Run the command. What the user can mend is one message and exit code 2, not a traceback."""
+    bear_every_character()
     try:
-        app()
-    except LossmithError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True)
+        _run()
+    except (LossmithError, cyclopts.CycloptsError) as error:
+        from lossmith.cli.words import said  # torch comes with it, and --help needs none
+
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), said(app, error)), soft_wrap=True)
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import os
 import shlex
 from pathlib import Path
@@ -13,12 +12,15 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
+from lossmith.cli.streams import print_json
 from lossmith.errors import FeedbackError
 from lossmith.feedback.convert import standing
 from lossmith.feedback.exchange import export_file, import_file
 from lossmith.feedback.output_set import OutputSet, read_sets
 from lossmith.feedback.store import Store
+from lossmith.files import at_home, read_text
 from lossmith.project import Project, check_order
+from lossmith.report.waiting import waiting
 
 __all__ = ["annotate"]
 
@@ -137,22 +139,19 @@ def _check_options(
 def _judgement_file(sets: Path | None, db: Path | None) -> Path:
     """--db, or the project's, or beside the sets."""
     if db is not None:
-        return db
+        return at_home(db, FeedbackError)
     project = Project.around(sets if sets is not None else Path())
     if project is not None:
         return project.judgements
     if sets is None:
         raise FeedbackError("which judgements? Give the output sets, or the judgement file with --db.")
-    return sets.with_suffix(".db")
+    return at_home(sets, FeedbackError).with_suffix(".db")
 
 
 def _criteria(criteria: str | None) -> str | None:
     if criteria is None or not criteria.startswith("@"):
         return criteria
-    try:
-        return Path(criteria[1:]).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FeedbackError(f"the criteria file {criteria[1:]!r} cannot be read: {error}") from None
+    return read_text(criteria[1:], FeedbackError, "criteria file")
 
 
 def _sets(given: list[OutputSet] | None, store: Store) -> list[OutputSet]:
@@ -167,7 +166,7 @@ def _report(store: Store, as_json: bool) -> None:
 
     found = agreement_report(store.judgements(), store.sets())
     if as_json:
-        print(json.dumps(found.as_dict(), ensure_ascii=False))
+        print_json(found.as_dict())
     else:
         _say(found.render())
 
@@ -175,7 +174,9 @@ def _report(store: Store, as_json: bool) -> None:
 def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> None:
     from lossmith.feedback.judges import judge
 
-    _say(judge(spec, sets, store, **options))
+    with waiting(Console(stderr=True), "judging") as count:
+        said = judge(spec, sets, store, on_progress=count, **options)
+    _say(said)
 
 
 def _add_account(store: Store, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lossmith.cli.losses import example
+from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, ProofError, quiet_traps
+from lossmith.files import check_writable, write_whole
 from lossmith.losses import Loss
 from lossmith.proofs.audit import Audit, audit
 from lossmith.proofs.page import html_page
@@ -41,13 +42,16 @@ def audit_(
     html
         Write the page to this file.
     """
-    with quiet_traps():  # shown on the page
+    if html is not None:
+        html = check_writable(html, ProofError)
+    console = Console(stderr=True)
+    with quiet_traps(), console.status("measuring what the loss does"):  # traps are shown on the page
         asked = example(loss)
         found = audit(asked)
     if html is not None:
-        _write(html, html_page(found, _figure(asked)))
+        write_whole(html, html_page(found, _figure(asked)))
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict(), indent=2)
     elif html is not None:
         Console().print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
     else:
@@ -60,13 +64,6 @@ def _figure(loss: Loss) -> str:
         return weight_plot(loss)
     except LossError:
         return ""
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ProofError(f"cannot write the page to {path}: {error.strerror or error}.") from None
 
 
 def _show(found: Audit) -> None:

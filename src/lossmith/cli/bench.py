@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
+from lossmith.cli.streams import print_json
+from lossmith.cli.words import settings_of
 from lossmith.report.bench import as_record, show_measurement
 from lossmith.training import Recipe, measure_recipe, plan
 
@@ -34,12 +35,10 @@ def bench(
         Print the measurement as JSON on standard output, everything else on standard error.
     """
     console = Console(stderr=as_json)
-    given = {} if settings is None else {k: getattr(settings, k) for k in settings.model_fields_set}
-    fields = {} if recipe is None else Recipe.read(recipe)
-    checked = plan(Recipe.make(str(recipe or "command line"), **fields | given))
+    checked = plan(settings_of(Recipe, recipe, settings))
     with console.status("measuring"):
         found = measure_recipe(checked)
     if as_json:
-        print(json.dumps(as_record(found)))
+        print_json(as_record(found))
     else:
         show_measurement(found, console)

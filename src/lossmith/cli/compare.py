@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lossmith.cli.losses import Json, example
+from lossmith.cli.streams import print_json
 from lossmith.show import RATIOS, Comparison
 from lossmith.show import compare as side_by_side
 
@@ -30,7 +30,7 @@ def compare(*names: str, as_json: Json = False) -> None:
     if as_json:
         plain = asdict(found) | {"ratios": RATIOS}
         plain["advantages"] = [{"rewards": k, "advantages": v} for k, v in found.advantages.items()]
-        print(json.dumps(plain, indent=2, ensure_ascii=False))
+        print_json(plain, indent=2)
         return
     console = Console()
     for a, b in found.same:

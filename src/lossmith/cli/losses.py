@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, quiet_traps
+from lossmith.files import check_writable, write_whole
 from lossmith.losses import Loss, PolicyLoss, describe, example_loss, find_entry, list_losses, parse_loss
 from lossmith.losses.batch import PROVIDERS
 from lossmith.losses.catalogue.entry import Entry
@@ -36,7 +37,7 @@ def list_(*, presets: Annotated[bool, Parameter(negative="")] = False, as_json: 
     """
     entries = list_losses()
     if as_json:
-        print(json.dumps([_summary(entry, _example(entry)) for entry in entries], indent=2, ensure_ascii=False))
+        print_json([_summary(entry, _example(entry)) for entry in entries], indent=2)
         return
     chosen = [e for e in entries if bool(e.preset_of) == presets]
     console = Console()
@@ -100,7 +101,7 @@ def show(
     if as_json:
         extra: dict[str, Any] = {"formula": str(loss), "latex": loss.formula("latex"), "ratios": RATIOS}
         extra |= {"weights": weights(loss), "parameters": loss.to_dict()}
-        print(json.dumps(_summary(entry, loss) | extra, indent=2, ensure_ascii=False))
+        print_json(_summary(entry, loss) | extra, indent=2)
         return
     _show(entry, loss)
 
@@ -112,12 +113,11 @@ def named_loss(name: str) -> Loss:
 
 
 def write_plot(loss: Loss, path: Path) -> None:
-    """The weight's curve as a file. LossError: not an SVG, no such folder, or nothing to plot."""
+    """The weight's curve as a file. LossError: not an SVG, a place that cannot be written, or nothing to plot."""
     if path.suffix.lower() != ".svg":
         raise LossError(f"--plot writes SVG: give a name that ends in .svg, not {path}.")
-    if not path.parent.is_dir():
-        raise LossError(f"--plot {path}: there is no folder {path.parent}.")
-    path.write_text(weight_plot(loss), encoding="utf-8")
+    path = check_writable(path, LossError)
+    write_whole(path, weight_plot(loss))
     Console().print(f"the weight of {loss.name} is drawn in {path}", highlight=False, markup=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,8 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from lossmith.cli.streams import print_json
+from lossmith.cli.words import settings_of
 from lossmith.intervals import in_words
 from lossmith.report.live import Busy, step_line
 from lossmith.training.preferences import (
@@ -53,11 +54,7 @@ def prefer(
         Print the summary as JSON on standard output, everything else on standard error.
     """
     console = Console(stderr=as_json)
-    given = {} if settings is None else {k: getattr(settings, k) for k in settings.model_fields_set}
-    fields = ({} if recipe is None else PreferenceRecipe.read(recipe)) | given
-    if preferences is not None:
-        fields["preferences"] = preferences
-    plan = plan_preferences(PreferenceRecipe.make(str(recipe or "command line"), **fields))
+    plan = plan_preferences(settings_of(PreferenceRecipe, recipe, settings, preferences=preferences))
     with console.status("reading the preferences into the model's tokens"):
         run = open_preferences(plan)
     console.print(_opening(run), highlight=False, soft_wrap=True, markup=False)
@@ -79,7 +76,7 @@ def prefer(
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
     if as_json:
-        print(json.dumps(run.summary | {"folder": str(run.folder.path)}))
+        print_json(run.summary | {"folder": str(run.folder.path)})
 
 
 def _opening(run: PreferenceRun) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from lossmith.cli.streams import print_json
 from lossmith.errors import StageError
 from lossmith.project import MARK, Project, Stage
 
@@ -62,7 +62,7 @@ def status(
         raise StageError(f"{folder} is in no project: no {MARK} in it or above it. Begin one: lossmith init FOLDER")
     stages = project.stages()
     if as_json:
-        print(json.dumps({"folder": str(project.folder), "stages": [dataclasses.asdict(s) for s in stages]}))
+        print_json({"folder": str(project.folder), "stages": [dataclasses.asdict(s) for s in stages]})
     else:
         _show(project.folder, stages)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
 
+from lossmith.cli.streams import print_json
 from lossmith.project import check_order
 from lossmith.report.live import Busy
 from lossmith.reward_training.train import RewardRecipe, train_reward_model
@@ -108,4 +108,4 @@ def train(
         manifest = train_reward_model(preferences, output, RewardRecipe(**fields), say, busy)
     console.print(f"frozen in {output}; the plots: {output / 'report.svg'}", highlight=False, soft_wrap=True)
     if as_json:
-        print(json.dumps(manifest))
+        print_json(manifest)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +10,22 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from lossmith import policy as policies
-from lossmith.errors import RunError
+from lossmith.cli.streams import write_lines
+from lossmith.errors import PolicyError
 from lossmith.feedback.distinct import sample_sets
-from lossmith.feedback.output_set import OutputSet, set_of_rollouts, write_sets
+from lossmith.feedback.output_set import OutputSet, json_line, set_of_rollouts, write_sets
+from lossmith.files import check_writable
 from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
 from lossmith.project import check_order
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
+from lossmith.report.waiting import waiting
 from lossmith.rewards import check_scorer, close_scorer, load_scorer
 from lossmith.rewards.best_of import best_of
 from lossmith.rewards.weak import doubts
 
 __all__ = ["sample"]
+
+AT_MOST = 1_000_000  # outputs: they are held in memory until all are there
 
 
 def sample(
@@ -87,23 +91,29 @@ def sample(
     settings = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, stop=stop)
     check_samples(n, settings)
     check_order("sample", prompts)
-    if output is not None and output.exists():
-        raise RunError(f"{output} exists, and is not overwritten. Choose another file with -o.")
+    if resample < 0:
+        raise PolicyError(f"resample = {resample}, but outputs are drawn again 0 times or more.")
+    if output is not None:
+        output = check_writable(output, new=True)
     source = default_prompts_path() if prompts == "default" else prompts
     chosen = list(load_prompts(source, column=prompt_column, pass_columns=pass_columns, limit=limit))
+    if n * len(chosen) > AT_MOST:
+        raise PolicyError(f"n = {n} outputs of {len(chosen)} prompts are more than the {AT_MOST} that fit one file.")
     if best_by is not None:
         check_scorer(best_by, columns={name for prompt in chosen for name in prompt.columns})
     check_model(model)
     policy = load_policy(model, device=device, compute_dtype=dtype)
     console = Console(stderr=True)
-    with console.status(f"sampling {len(chosen)} x {n} completions"):
+    with waiting(console, f"sampling {len(chosen)} x {n} completions") as count:
         if best_by is None:
-            sets = sample_sets(policy, chosen, n, settings, model=model, seed=seed, resample=resample)
+            sets = sample_sets(
+                policy, chosen, n, settings, model=model, seed=seed, resample=resample, on_progress=count
+            )
             said = _kinds(sets, n)
         else:
-            sets, said = _best(policy, chosen, n, settings, best_by, model, seed)
+            sets, said = _best(policy, chosen, n, settings, best_by, model, seed, count)
     if output is None:
-        sys.stdout.write("".join(json.dumps(s.as_row(), ensure_ascii=False) + "\n" for s in sets))
+        write_lines([json_line(s.as_row()) for s in sets])
     else:
         write_sets(output, sets)
         said = f"{sum(len(s.outputs) for s in sets)} outputs of {len(sets)} prompts written to {output}\n{said}"
@@ -123,12 +133,19 @@ def _kinds(sets: list[OutputSet], n: int) -> str:
 
 
 def _best(
-    policy: Policy, prompts: list[Prompt], n: int, settings: SamplingSettings, scorer: str, model: str, seed: int
+    policy: Policy,
+    prompts: list[Prompt],
+    n: int,
+    settings: SamplingSettings,
+    scorer: str,
+    model: str,
+    seed: int,
+    on_progress: Callable[[int, int], None],
 ) -> tuple[list[OutputSet], str]:
     """Best of n: the output of each prompt that the scorer likes most."""
     judge = load_scorer(scorer, columns={name for prompt in prompts for name in prompt.columns})
     try:
-        rollouts = policies.sample(policy, prompts, n, settings, seed=seed, step=0)
+        rollouts = policies.sample(policy, prompts, n, settings, seed=seed, step=0, on_progress=on_progress)
         best = best_of(rollouts, judge, timeout=None)
     finally:
         close_scorer(judge)

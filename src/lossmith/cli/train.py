@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,8 @@ from rich.console import Console
 
 from lossmith.api import resume as resume_run
 from lossmith.api import run_recipe
+from lossmith.cli.streams import print_json
+from lossmith.cli.words import settings_of
 from lossmith.errors import RecipeError
 from lossmith.training import Recipe
 
@@ -39,15 +40,13 @@ def train(
         Print the summary as JSON on standard output, everything else on standard error.
     """
     console = Console(stderr=as_json)
-    given = {} if settings is None else {k: getattr(settings, k) for k in settings.model_fields_set}
     if resume is not None:
-        if recipe is not None or given:
+        if recipe is not None or settings is not None:
             raise RecipeError(
                 "--resume goes on with the recipe of its run folder: give no other recipe or option with it."
             )
         run = resume_run(resume, console=console)
     else:
-        fields = {} if recipe is None else Recipe.read(recipe)
-        run = run_recipe(Recipe.make(str(recipe or "command line"), **fields | given), console=console)
+        run = run_recipe(settings_of(Recipe, recipe, settings), console=console)
     if as_json:
-        print(json.dumps(run.summary | {"folder": str(run.folder.path)}))
+        print_json(run.summary | {"folder": str(run.folder.path)})

@@ -60,6 +60,7 @@ def agreement_report(judgements: Sequence[Judgement], sets: Mapping[str, OutputS
                 f"a judgement of {j.annotator!r} is about the set {j.set_id!r}, which is not among the sets: the sets "
                 "file is another one than was judged."
             )
+        j.check(sets[j.set_id])
     holding = standing(raw)
     wins = _wins(holding)
     annotators = tuple(_annotators(raw, holding, wins))

@@ -67,12 +67,12 @@ def to_pairs(judgements: Sequence[Judgement], sets: Sets, *, ties: bool = False)
     found: list[Preference] = []
     left: Counter[str] = Counter()
     rated: dict[tuple[str, ...], list[Judgement]] = {}
-    for j in standing(judgements):
+    for j in _holding(judgements, sets):
         if j.kind == "pair":
-            _one_pair(j, _set(sets, j), ties, found, left)
+            _one_pair(j, sets[j.set_id], ties, found, left)
         elif j.kind == "ranking":
             levels = {name: -float(k) for k, tier in enumerate(j.value) for name in tier}
-            _all_pairs(levels, j, _set(sets, j), ties, 0.0, found, left)
+            _all_pairs(levels, j, sets[j.set_id], ties, 0.0, found, left)
         elif j.kind == "rating":
             rated.setdefault((j.annotator, j.source, j.set_id, j.scale), []).append(j)
         else:
@@ -86,10 +86,16 @@ def to_pairs(judgements: Sequence[Judgement], sets: Sets, *, ties: bool = False)
     return Converted(found, dict(+left))
 
 
-def _set(sets: Sets, j: Judgement) -> OutputSet:
-    if j.set_id not in sets:
-        raise FeedbackError(f"the judgement {j.id!r} is about the set {j.set_id!r}, which is not among the sets given.")
-    return sets[j.set_id]
+def _holding(judgements: Sequence[Judgement], sets: Sets) -> list[Judgement]:
+    """What still holds. FeedbackError: a judgement that makes no sense of its set, for a file was damaged."""
+    held = standing(judgements)
+    for j in held:
+        if j.set_id not in sets:
+            raise FeedbackError(
+                f"the judgement {j.id!r} is about the set {j.set_id!r}, which is not among the sets given."
+            )
+        j.check(sets[j.set_id])
+    return held
 
 
 def _one_pair(j: Judgement, of: OutputSet, ties: bool, found: list[Preference], left: Counter[str]) -> None:
@@ -135,8 +141,8 @@ def to_rankings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     found: list[Preference] = []
     left: Counter[str] = Counter()
     rated: dict[tuple[str, ...], list[Judgement]] = {}
-    for j in standing(judgements):
-        of = _set(sets, j)
+    for j in _holding(judgements, sets):
+        of = sets[j.set_id]
         if j.kind == "ranking" and len(j.value) > 1:
             found.append(Ranking(of.prompt, tuple(tuple(of.output(n) for n in t) for t in j.value), j.annotator))
         elif j.kind == "pair" and j.value in ("first", "second"):
@@ -164,11 +170,11 @@ def to_ratings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     """Ratings as they were judged; nothing else is one."""
     found: list[Preference] = []
     left: Counter[str] = Counter()
-    for j in standing(judgements):
+    for j in _holding(judgements, sets):
         if j.kind != "rating":
             left[_PLURAL[j.kind]] += 1
             continue
-        of, (low, high) = _set(sets, j), SCALES[j.scale]
+        of, (low, high) = sets[j.set_id], SCALES[j.scale]
         found.append(Rating(of.prompt, of.output(j.outputs[0]), float(j.value), low, high, j.annotator))
     return Converted(found, dict(+left))
 
@@ -177,8 +183,8 @@ def to_labels(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     """Thumbs: a rating in the upper or lower half of its scale (the middle says neither); "both bad" is two downs."""
     found: list[Preference] = []
     left: Counter[str] = Counter()
-    for j in standing(judgements):
-        of = _set(sets, j)
+    for j in _holding(judgements, sets):
+        of = sets[j.set_id]
         if j.kind == "rating":
             low, high = SCALES[j.scale]
             middle = (low + high) / 2

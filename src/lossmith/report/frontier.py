@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import RunError
+from lossmith.files import read_text
 from lossmith.training.guards import kl_of_completion
 
-__all__ = ["plot_frontier"]
+__all__ = ["plot_frontier", "read_steps"]
 
+_PLOTTED = ("reward", "watch", "kl_ref", "tokens", "completions")  # numbers that the plot reads, where they are
 _COLOURS = ("#0b6e99", "#c4552d", "#3d7a3a", "#7b4fa3", "#8a6d00", "#555555")
 
 
@@ -30,10 +32,11 @@ def plot_frontier(runs: Sequence[Path], target: Path, smooth: int = 3) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.8), sharex=True, layout="constrained")
     try:
         for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
-            records = _records(run)
-            distance = _smooth([math.sqrt(max(0.0, kl_of_completion(r) or 0.0)) for r in records], smooth)
+            records = read_steps(run)
             for axis, key in zip(axes, ("reward", "watch"), strict=True):
-                values = _smooth([r[key] for r in records if key in r], smooth)
+                shown = [r for r in records if key in r]
+                distance = _smooth([math.sqrt(max(0.0, kl_of_completion(r) or 0.0)) for r in shown], smooth)
+                values = _smooth([r[key] for r in shown], smooth)
                 if values:
                     axis.plot(distance, values, color=colour, marker=".", linewidth=1.4, label=run.name)
                     axis.plot(distance[-1], values[-1], color=colour, marker="o", markersize=6)
@@ -48,18 +51,35 @@ def plot_frontier(runs: Sequence[Path], target: Path, smooth: int = 3) -> None:
         pyplot.close(figure)
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise RunError(f"{str(run)!r} is not a run folder with steps: it holds no metrics.jsonl.") from None
-    records = [json.loads(line) for line in lines]
-    if not records or kl_of_completion(records[0]) is None:
+def read_steps(run: Path) -> list[dict[str, Any]]:
+    """The steps of a run whose distance was measured, as metrics.jsonl has them.
+
+    RunError: there are none, or a line is no step. A last line that is still being written is left out.
+    """
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        raise RunError(f"{str(run)!r} is not a run folder with steps: it holds no metrics.jsonl.")
+    *lines, _unfinished = read_text(file, RunError, "file of metrics").split("\n")
+    records = [_step(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    measured = [record for record in records if kl_of_completion(record) is not None]
+    if not measured:
         raise RunError(
             f"{str(run)!r} did not measure how far its policy moved: train with a loss that has a KL term, or with "
             "--watch or --kl-budget."
         )
-    return records
+    return measured
+
+
+def _step(line: str, where: str) -> dict[str, Any]:
+    """One line, with numbers where the plot reads them."""
+    try:
+        record = dict(json.loads(line))
+        numbers = {key: float(record[key]) for key in _PLOTTED if key in record}
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise RunError(f"{where}: the line is no record of a step ({error}). Remove it, or plot another run.") from None
+    if not all(map(math.isfinite, numbers.values())) or ("kl_ref" in numbers) > ("tokens" in numbers):
+        raise RunError(f"{where}: a step has finite {', '.join(_PLOTTED)}. Remove the line, or plot another run.")
+    return record | numbers
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:

@@ -22,6 +22,7 @@ from lossmith import __version__
 from lossmith.errors import FeedbackError, RecipeError, RunError, nearest
 from lossmith.feedback.gather import gather
 from lossmith.feedback.preferences import Form, Preference, form_of, split_by_prompt
+from lossmith.files import at_home, check_writable
 from lossmith.intervals import doubt, in_words
 from lossmith.reward_training import losses
 from lossmith.reward_training.examples import Example, make_examples, said_nothing
@@ -35,6 +36,7 @@ Loss = Literal["auto", "bradley_terry", "plackett_luce", "all_pairs", "mean_squa
 DEFAULT_LOSS: dict[Form, str] = {
     "pairs": "bradley_terry", "rankings": "plackett_luce", "ratings": "mean_squared", "labels": "logistic",
 }  # fmt: skip
+HUGE = 1_000_000_000  # no count of a training reaches it
 _Trained = tuple[list[Tensor], list[Example], dict[str, Any]]
 READS: dict[str, set[Form]] = {
     "bradley_terry": {"pairs"}, "plackett_luce": {"pairs", "rankings"}, "all_pairs": {"pairs", "rankings"},
@@ -76,6 +78,8 @@ class RewardRecipe:
         for key, low in (("epochs", 1), ("comparisons_per_step", 1), ("ensemble", 1), ("micro_batch_tokens", 1)):
             if getattr(self, key) < low:
                 raise RecipeError(f"{key} = {getattr(self, key)}, but must be at least {low}.")
+            if getattr(self, key) >= HUGE:
+                raise RecipeError(f"{key} = {getattr(self, key)} is too large: it must be below {HUGE}.")
         for key in ("centring", "learning_rate", "penalty"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise RecipeError(f"{key} = {getattr(self, key)}, but must be finite and at least 0.")
@@ -114,8 +118,10 @@ def train_reward_model(
     on_step is given lines for people, busy what is being done and how far it is. The folder is complete or absent.
     RunError: it exists already. FeedbackError: preferences that cannot be learned from. PolicyError: the model.
     """
+    target = at_home(target)
     if target.exists():
         raise RunError(f"{target} exists, and a reward model is never overwritten. Choose another folder with -o.")
+    check_writable(target)
     gathered = gather(source, recipe.form, skip_bad=recipe.skip_bad)
     preferences, report = gathered.preferences, "\n".join(gathered.notes)
     nothing = said_nothing(preferences)
@@ -216,6 +222,8 @@ class _Training:
         self.busy("scoring what was held out, and what was trained on", 0, 0)
         scoring.dtype = torch.float32  # what a scorer computes in
         scores = scoring.all_scores(unseen, recipe.micro_batch_tokens)
+        if not all(s.isfinite().all() for s in scores):
+            raise RunError("the trained model's scores are not finite; lower learning_rate.")
         found = torch.cat(scoring.all_scores(learn, recipe.micro_batch_tokens))
         scoring.save(folder)
         measured = measure(unseen, scores)

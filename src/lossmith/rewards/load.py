@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import ScorerError, nearest
+from lossmith.files import text_at_home
 from lossmith.rewards.builtin import BUILTINS
 from lossmith.rewards.callable import FunctionScorer, PathScorer
 from lossmith.rewards.combine import Ensemble, WeightedSum
@@ -51,7 +52,7 @@ def load_scorer(spec: Any, *, columns: Collection[str] | None = None) -> Scorer:
     if isinstance(spec, Path):
         spec = str(spec)
     if isinstance(spec, str):
-        return _load_text(spec, columns)
+        return _load_text(text_at_home(spec, ScorerError), columns)
     if isinstance(spec, Mapping):
         return _load_combined(spec, columns)
     if isinstance(spec, Sequence):
@@ -68,14 +69,16 @@ def check_scorer(spec: Any, *, columns: Collection[str] | None = None) -> None:
 
     ScorerError where the scorer cannot work. Functions named by a path are imported, in a process of their own.
     """
+    if isinstance(spec, str | Path):
+        spec = text_at_home(str(spec), ScorerError)
     if isinstance(spec, Mapping):
         for member in _read_combined(spec)[0]:
             check_scorer(member, columns=columns)
     elif isinstance(spec, Sequence) and not isinstance(spec, str):
         check_scorer({"scorers": spec}, columns=columns)
-    elif isinstance(spec, str | Path) and "ensemble" in _manifest(str(spec)):
-        check_scorer({"ensemble": str(spec)}, columns=columns)
-    elif isinstance(spec, str | Path) and _names_reward_model(str(spec)):
+    elif isinstance(spec, str) and "ensemble" in _manifest(spec):
+        check_scorer({"ensemble": spec}, columns=columns)
+    elif isinstance(spec, str) and _names_reward_model(spec):
         check_reward_model(spec)
     else:
         scorer = load_scorer(spec, columns=columns)
@@ -139,7 +142,7 @@ def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequen
     defaults: dict[str, Any] = {}
     members = spec.get("scorers")
     if "ensemble" in spec:
-        members, defaults = _members(str(spec["ensemble"]))
+        members, defaults = _members(text_at_home(str(spec["ensemble"]), ScorerError))
     if not isinstance(members, Sequence) or isinstance(members, str) or not members:
         raise ScorerError(f'a combined scorer is {{"scorers": [...], "weights": [...]}}, not {dict(spec)!r}. {FORMS}')
     if any(isinstance(member, Mapping) and "steps" in member for member in members):

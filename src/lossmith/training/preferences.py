@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lossmith.errors import FeedbackError, PromptError, RecipeError, quiet_traps
 from lossmith.feedback.gather import gather
-from lossmith.feedback.preferences import Form, Preference, form_of, split_by_prompt
+from lossmith.feedback.preferences import Form, Preference, split_by_prompt
 from lossmith.intervals import Interval, bears_verdict, mean_of, share_across, share_of
 from lossmith.intervals import verdict as said_of
 from lossmith.losses import KTO, CompletionLoss, OnlineKTO
@@ -56,6 +56,7 @@ class PreferenceRecipe(Settings):
     """The settings of a run on preferences. `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("preferences",)
+    paths: ClassVar[tuple[str, ...]] = ("model", "loss", "runs")
 
     preferences: Any = Field(None, description="a preferences file of any tool, a judgement database (.db), or a list")
     form: Literal["auto", "pairs", "rankings", "ratings", "labels"] = Field(
@@ -93,7 +94,7 @@ class PreferenceRecipe(Settings):
     name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
 
     @classmethod
-    def make(cls, source: str = "recipe", **fields: Any) -> PreferenceRecipe:
+    def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
         """A checked recipe, its loss included. RecipeError: an unknown key, a wrong type or range, a wrong loss."""
         recipe = cls.checked(source, fields)
         if recipe.preferences is None:

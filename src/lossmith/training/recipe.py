@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -12,42 +12,78 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from lossmith.errors import RecipeError, nearest, quiet_traps
+from lossmith.files import read_text, text_at_home
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
+from lossmith.training.wanted import wanted
 
 __all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
+
+HUGE = 1_000_000_000  # no count of a run reaches it
+COMPLETIONS = 1_000_000  # of a step, which are held in memory together
 
 
 class Settings(BaseModel):
     """A flat record that a TOML file holds."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
     live: ClassVar[tuple[str, ...]] = ()  # fields that may hold a Python object
+    paths: ClassVar[tuple[str, ...]] = ()  # fields that may name a file or a folder
 
     @classmethod
     def read(cls, path: Path | str) -> dict[str, Any]:
         """The fields that a TOML file sets. RecipeError names the file, and the line of a syntax error."""
+        text = read_text(path, RecipeError, "recipe file")
         try:
-            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError(f"There is no recipe file {str(path)!r}.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            return tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number or date that Python cannot hold
             raise RecipeError(f"{path} is not a TOML file: {error}.") from None
 
     @classmethod
+    def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
+        """A checked record."""
+        return cls.checked(source, fields)
+
+    @classmethod
     def checked(cls, source: str, fields: Mapping[str, Any]) -> Self:
-        """RecipeError: an unknown key (and the nearest), a wrong type or range."""
+        """RecipeError: an unknown key (and the nearest), a wrong type or range. `~` in a path is the home folder."""
         for key in fields:
             if key not in cls.model_fields:
                 raise RecipeError(f"{source}: there is no setting {key!r}.{nearest(key, cls.model_fields)}")
+        fields = {key: _at_home(value) if key in cls.paths else value for key, value in fields.items()}
         try:
             return cls(**fields)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"][:1]))
-            meaning = cls.model_fields[key].description if key in cls.model_fields else ""
-            given = first["input"] if first["type"] != "missing" else None
-            raise RecipeError(f"{source}: {key} = {given!r}: {first['msg']}. It is: {meaning}.") from None
+            raise RecipeError(f"{source}: {cls.refusal(error, repr)}") from None
+
+    @classmethod
+    def refusal(cls, error: pydantic.ValidationError, shown: Callable[[str], str]) -> str:
+        """Which value was refused and what is wanted instead, in our words; `shown` writes a text value."""
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        given = next((e["input"] for e in error.errors() if e["loc"] == (key,)), first["input"])
+        value = shown(given) if isinstance(given, str) else repr(given).lower()  # true, as TOML has it
+        field = cls.model_fields[key]
+        at = "".join(f"[{i}]" for i in first["loc"][1:] if isinstance(i, int))  # of a list
+        if first["type"] == "value_error" and not isinstance(given, bool):
+            return f"{key} = {value} is too large: a whole number below {HUGE} is wanted ({field.description})."
+        return f"{key}{at} = {value}: {wanted(field, given)} is wanted ({field.description})."
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_number_by_accident(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """true is no number, though Python takes it for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, Any):
+            raise ValueError("a number")
+        return value
+
+    @pydantic.field_validator("*", mode="after")
+    @classmethod
+    def _no_number_without_end(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """A slip of the finger; a seed may be any number."""
+        if isinstance(value, int) and value >= HUGE and info.field_name != "seed":
+            raise ValueError("too large")
+        return value
 
     def as_toml(self) -> dict[str, Any]:
         """Every field in TOML types, defaults included; None is left out. Live Python objects become their names."""
@@ -63,6 +99,7 @@ class Recipe(Settings):
     """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
+    paths: ClassVar[tuple[str, ...]] = ("model", "scorer", "watch", "loss", "runs")
 
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
     device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
@@ -142,7 +179,7 @@ class Recipe(Settings):
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
     @classmethod
-    def make(cls, source: str = "recipe", **fields: Any) -> Recipe:
+    def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
         """A checked recipe. RecipeError: an unknown key (and the nearest), a wrong type or range, a bad combination."""
         recipe = cls.checked(source, fields)
         recipe.sampling  # noqa: B018  (checked before anything is loaded)
@@ -150,6 +187,11 @@ class Recipe(Settings):
             raise RecipeError(
                 f"{source}: temperature = 0 with samples_per_prompt = {recipe.samples_per_prompt} is greedy: every "
                 "sample of a prompt is the same completion, and there is nothing to learn from. Raise the temperature."
+            )
+        if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
+            raise RecipeError(
+                f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "
+                f"{recipe.samples_per_prompt} is more than the {COMPLETIONS} completions that a step can hold."
             )
         if recipe.warmup_steps > recipe.steps:
             raise RecipeError(f"{source}: warmup_steps = {recipe.warmup_steps} exceeds steps = {recipe.steps}.")
@@ -218,6 +260,15 @@ def _check_needs(loss: Loss, provided: Set[str]) -> None:
                 "Use it in a loop of your own, or choose a loss that does without (`lossmith losses list`)."
             )
         raise RecipeError(f"The loss {loss.name!r} needs the parameter {name}: write {loss.name}({name}=...).")
+
+
+def _at_home(value: Any) -> Any:
+    """A path with its `~` resolved, in a table of scorers or a loss's too."""
+    if isinstance(value, Mapping):
+        return {key: _at_home(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return text_at_home(value, RecipeError) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import write_rows
 from lossmith.feedback.preferences import Label, Pair, Preference, Rating, write_preferences
 from lossmith.feedback.store import Store
+from lossmith.files import check_writable, write_whole
 
 __all__ = ["FORMS", "export_file"]
 
@@ -27,18 +28,15 @@ def export_file(store: Store, path: str | Path, *, form: str = "pairs", ties: bo
     Preferences go to .jsonl or .csv; judgements to .jsonl, with the sets, so that `import_file` gives them back as they
     were. ties: ties as pairs of probability 0.5. FeedbackError: the file exists, or nothing can be learned.
     """
-    path = Path(path)
     if form not in FORMS:
         raise FeedbackError(f"there is no form {form!r} to export.{nearest(form, FORMS)}")
     if ties and form != "pairs":
         raise FeedbackError(f"ties are kept or left out of pairs; {form} have them anyway. Leave --ties out.")
+    path = Path(path)
     suffixes = (".jsonl",) if form == "judgements" else (".jsonl", ".csv")
     if path.suffix.lower() not in suffixes:
         raise FeedbackError(f"{path}: {form} are written to {' and '.join(suffixes)} files.")
-    if path.exists():
-        raise FeedbackError(f"{path} exists, and is not overwritten. Choose another file.")
-    if not path.absolute().parent.is_dir():
-        raise FeedbackError(f"{path}: there is no folder {str(path.parent)!r}. Make it first.")
+    path = check_writable(path, FeedbackError, new=True)
     judgements, sets = store.judgements(), store.sets()
     if form == "judgements":
         rows = [s.as_row() for s in sets.values()] + [j.as_row() for j in judgements]
@@ -48,7 +46,7 @@ def export_file(store: Store, path: str | Path, *, form: str = "pairs", ties: bo
     if not made.preferences:
         raise FeedbackError(_nothing(form, standing(judgements), made))
     if path.suffix.lower() == ".csv":
-        _write(path, _table([p.as_row() for p in made.preferences]))
+        write_whole(path, _table([p.as_row() for p in made.preferences]))
     else:
         write_preferences(path, made.preferences)
     left = made.report().partition("; ")[2]
@@ -90,10 +88,3 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         writer.writerow({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()})
     return out.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    partial.replace(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lossmith.feedback.judgement import Question
 from lossmith.feedback.judges.scored import judge_by_scorer
 from lossmith.feedback.output_set import OutputSet
@@ -19,13 +21,14 @@ def judge(
     scale: str = "1-5",
     model: str | None = None,
     criteria: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> str:
     """Judge what this program has not judged yet; returns what was done, in words.
 
     spec: a scorer (see `load_scorer`), or with `model` the address of an OpenAI-compatible endpoint, up to /v1.
     """
     if model is None:
-        return judge_by_scorer(spec, sets, store, question=question, scale=scale)
+        return judge_by_scorer(spec, sets, store, question=question, scale=scale, on_progress=on_progress)
     from lossmith.feedback.judges.asked import judge_by_model
 
-    return judge_by_model(spec, model, sets, store, question=question, criteria=criteria)
+    return judge_by_model(spec, model, sets, store, question=question, criteria=criteria, on_progress=on_progress)

@@ -144,6 +144,7 @@ def judge_by_model(
     question: Question = "pair",
     criteria: str | None = None,
     wait: Callable[[float], None] = time.sleep,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> str:
     """Judge the pairs that this model has not judged yet; returns what was done, in words.
 
@@ -178,6 +179,7 @@ def judge_by_model(
             counts["judged"] += store.add([_judgement(of, pair, answer, model)], mine)
             leans.append(answer.lean)
             hard += not answer.soft
+        on_progress(start + len(part), len(todo))
         for refusal in answers:  # after what was answered beside it is written
             if isinstance(refusal, FeedbackError):
                 raise refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -24,7 +24,15 @@ __all__ = ["judge_by_scorer"]
 PAIRS = 6  # of a set, at most
 
 
-def judge_by_scorer(spec: str, sets: list[OutputSet], store: Store, *, question: Question, scale: str = "1-5") -> str:
+def judge_by_scorer(
+    spec: str,
+    sets: list[OutputSet],
+    store: Store,
+    *,
+    question: Question,
+    scale: str = "1-5",
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
+) -> str:
     """Judge every set that this scorer has not judged yet; returns what was done, in words.
 
     ranking: by score, equal scores tied. pair: up to six pairs of a set. rating: the score itself, which has to lie on
@@ -40,7 +48,8 @@ def judge_by_scorer(spec: str, sets: list[OutputSet], store: Store, *, question:
     mine = {s.id: s for s in sets}
     errors: list[str] = []
     try:
-        for one in sets:
+        for number, one in enumerate(sets):
+            on_progress(number, len(sets))
             asked = [outputs for outputs in _items(one, question) if (one.id, _ids(outputs)) not in known]
             scores = _scores(scorer, one, errors) if asked else {}
             made = [_judgement(one, outputs, scores, question, scale, name) for outputs in asked]

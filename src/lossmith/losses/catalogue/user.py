@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from lossmith.errors import LossError, nearest
+from lossmith.files import text_at_home
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.losses.function_loss import FunctionLoss, parameters_of, read_fields
 from lossmith.losses.loss import Loss
@@ -77,7 +78,7 @@ def _installed() -> dict[str, Entry]:
 
 def from_path(path: str) -> Entry:
     """The entry of "package.module:function" or "path/file.py:function"."""
-    where, _, name = path.rpartition(":")
+    where, _, name = text_at_home(path, LossError).rpartition(":")
     module = _module(where, path)
     if not hasattr(module, name):
         known = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]

@@ -1,0 +1,89 @@
+"""What went wrong, in the words of the shell.
+
+Messages name a setting as a recipe does, `held_out` or `held_out = 3`. Here they get the options of the command that
+was given, `--held-out 3`; a setting that stands in the recipe file keeps its name there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cyclopts
+
+from lossmith.errors import LossmithError, printable
+from lossmith.training.recipe import Settings
+
+__all__ = ["in_options", "options_of", "said", "settings_of"]
+
+S = typing.TypeVar("S", bound=Settings)
+_IN_RECIPE: set[str] = set()  # settings whose value is the recipe file's
+_QUOTED = r"(?<!\w)(?:'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")(?!\w)"  # a user's own words: left as they are
+
+
+def settings_of(kind: type[S], recipe: Path | None, options: S | None, **more: typing.Any) -> S:
+    """The settings of a command: what was given as options wins over what the recipe file says."""
+    given = {} if options is None else {key: getattr(options, key) for key in options.model_fields_set}
+    fields = {} if recipe is None else kind.read(recipe)
+    given |= {key: value for key, value in more.items() if value is not None}
+    _IN_RECIPE.update(fields.keys() - given.keys())
+    return kind.make(str(recipe or "command line"), **fields | given)
+
+
+def said(app: cyclopts.App, error: LossmithError | cyclopts.CycloptsError) -> str:
+    """The message of an error that was met while `app` did what the command line asks."""
+    text = str(error) if isinstance(error, LossmithError) else _misread(error)
+    options = options_of(app, sys.argv[1:])
+    kept = {name: option for name, option in options.items() if name not in _IN_RECIPE}
+    return printable(in_options(text.removeprefix("command line: "), kept))
+
+
+def options_of(app: cyclopts.App, words: Sequence[str]) -> dict[str, str]:
+    """{setting: option} of the command that the words name; {} where they name none."""
+    command = app.parse_commands(list(words))[1][-1]
+    if command.default_command is None:
+        return {}
+    arguments = command.assemble_argument_collection()
+    return {a.field_info.name: a.names[0] for a in arguments if a.names[0].startswith("--")}
+
+
+def in_options(text: str, options: Mapping[str, str]) -> str:
+    """The text with every setting that it names spelled as its option.
+
+    A word such as `steps` alone is English; `steps = 3` is the setting, and so is `held_out`.
+    """
+    if not options:
+        return text
+    text, known, names = text.partition(" Known: ")  # what `nearest` lists are the names of where it looked
+    name = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    value = r"(?P<value>true|True|false|False|\[\"[^\"\]]*\"\])?"
+    pattern = re.compile(rf"{_QUOTED}|(?<![\w./@-])(?P<name>{name})(?:(?P<equals> ?= ?){value}|(?![\w.(/-]*[\w(/]))")
+
+    def spelled(match: re.Match[str]) -> str:
+        key, equals, value = match["name"], match["equals"], match["value"] or ""
+        if key is None or (equals is None and "_" not in key):
+            return match[0]
+        if value.lower() == "true":
+            return options[key]
+        if value.lower() == "false":
+            return options[key].replace("--", "--no-", 1)
+        return options[key] + (" " if equals else "") + value.strip('[]"')
+
+    return pattern.sub(spelled, text) + known + names
+
+
+def _misread(error: cyclopts.CycloptsError) -> str:
+    """Words that fit no command or option. What a recipe's field refuses is said as a recipe says it."""
+    import pydantic
+
+    if isinstance(error.__cause__, pydantic.ValidationError) and error.argument is not None:
+        kinds = (error.argument.hint, *typing.get_args(error.argument.hint))
+        kind = next(k for k in kinds if isinstance(k, type) and issubclass(k, Settings))
+        return kind.refusal(error.__cause__, shlex.quote)
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        return f"there is no place for {' '.join(map(shlex.quote, error.unused_tokens or ()))} in this command."
+    return str(error)

@@ -1,0 +1,315 @@
+"""Whatever stands in a file that is read: it is used, or refused by an error of ours. Damage is made from seeds."""
+
+import functools
+import hashlib
+import json
+import random
+import sqlite3
+import struct
+import tempfile
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tomli_w
+
+import tiny
+from lossmith.errors import LossmithError
+from lossmith.feedback.agreement import agreement_report
+from lossmith.feedback.convert import convert
+from lossmith.feedback.judgement import Judgement
+from lossmith.feedback.output_set import OutputSet, named, read_sets, write_sets
+from lossmith.feedback.preferences import read_preferences
+from lossmith.feedback.store import Store
+from lossmith.losses import parse_loss
+from lossmith.project import Project
+from lossmith.prompts import load_prompts
+from lossmith.report.frontier import read_steps
+from lossmith.rewards import check_scorer
+from lossmith.training import Recipe, plan
+from lossmith.training.preferences import PreferenceRecipe
+
+ODD = (
+    None, True, False, 0, -1, 10**30, 1e308, float("nan"), float("-inf"), "", " ", "x", "\ud800", "\x00", "\u2028",
+    "~nobody/x", "1e5", [], {}, [[]], [None], {"": None}, {"a": {"b": []}}, ["a", 1], "é" * 300, "a/b", "http://",
+)  # fmt: skip
+SPLICES = (
+    b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"\n", b"\r", b"null", b"NaN", b"1e999", b"[", b"]", b"{", b"}",
+    b"\\ud800", b",,", b"true", b"-", b"9" * 5000, b"'", b"\xe2\x80\xa8", b"[" * 3000, b"=", b"#",
+)  # fmt: skip
+
+
+def damaged(data, rng):
+    """Bytes with one to three wounds."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(data) + 1)
+        kind = rng.randrange(5)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[at : at + rng.choice((1, 3, 20))]
+        elif kind == 2:
+            data[at:at] = rng.choice(SPLICES)
+        elif kind == 3:
+            data[at:at] = data[max(0, at - 30) : at]
+        elif kind == 4 and rng.random() < 0.3:
+            del data[at:]
+    return bytes(data)
+
+
+def changed(value, rng):
+    """A JSON value with one of its parts replaced, removed or renamed."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return rng.choice(ODD)
+    if isinstance(value, list):
+        at = rng.randrange(len(value))
+        return value[:at] + [changed(value[at], rng)] * rng.choice((0, 1, 1, 1, 2)) + value[at + 1 :]
+    key = rng.choice(sorted(value))
+    out = dict(value)
+    kind = rng.randrange(6)
+    if kind == 0:
+        del out[key]
+    elif kind == 1:
+        out[rng.choice(("", "x", "prompt", "outputs", "name", "id"))] = out.pop(key)
+    else:
+        out[key] = changed(value[key], rng)
+    return out
+
+
+def wounded(rows, rng):
+    """Rows as JSON lines: a row changed in its structure, or its bytes."""
+    if rng.random() < 0.6:
+        rows = changed(rows, rng)
+        rows = rows if isinstance(rows, list) else [rows]
+        return "\n".join(json.dumps(row) for row in rows).encode()
+    return damaged("\n".join(json.dumps(row) for row in rows).encode(), rng)
+
+
+RECIPE = {
+    "steps": 3, "held_out": 0.5, "temperature": 0.9, "loss": {"name": "grpo", "beta": 0.1}, "stop": ["a"],
+    "scorer": {"scorers": ["length", "helpfulness"], "weights": [1.0, 2.0]}, "pass_columns": [],
+    "seed": 4, "model": str(tiny.folder()),
+    "learning_rate": 1e-3, "runs": "r", "name": "n", "prompts": "p.txt", "compile": False, "kl_budget": 3.0,
+    "dtype": "auto", "watch": "length", "top_k": 3, "memory_gb": 2.0,
+}  # fmt: skip
+PROMPTS = [{"prompt": "Why?", "a": 1}, {"prompt": [{"role": "user", "content": "How?"}], "a": [1, {"b": "c"}]}]
+PAIRS = [
+    {"prompt": "Why?", "chosen": "a b", "rejected": "c", "annotator": "ann", "margin": 0.5},
+    {"prompt": [{"role": "user", "content": "How?"}], "chosen": [{"role": "assistant", "content": "x"}],
+     "rejected": [{"role": "assistant", "content": "y"}]},
+]  # fmt: skip
+OTHERS = (
+    [{"prompt": "Why?", "ranking": [["a"], ["b", "c"]], "annotator": "ann"}],
+    [{"prompt": "Why?", "completion": "a", "rating": 3, "low": 1, "high": 5}],
+    [{"prompt": "Why?", "completion": "a", "label": True}],
+)
+
+
+def write_toml(value, rng):
+    try:
+        text = tomli_w.dumps(value if isinstance(value, dict) else {"steps": value})
+    except (TypeError, ValueError):  # what TOML cannot hold
+        text = tomli_w.dumps(RECIPE)
+    data = text.encode("utf-8", "surrogatepass")
+    return damaged(data, rng) if rng.random() < 0.5 else data
+
+
+def recipe(tmp_path, rng):
+    (tmp_path / "r.toml").write_bytes(write_toml(changed(RECIPE, rng), rng))
+    made = Recipe.make("r.toml", **Recipe.read(tmp_path / "r.toml"))
+    (tmp_path / "p.txt").write_text("Why?\nHow?\nWho?\nWhere?\n")
+    asked = tmp_path / "p.txt" if made.prompts == "p.txt" else made.prompts
+    plan(made.model_copy(update={"prompts": asked, "prompts_per_step": 1}))
+
+
+def preference_recipe(tmp_path, rng):
+    fields = {"preferences": "p.jsonl", "loss": {"name": "dpo", "beta": 0.2}, "epochs": 2, "form": "auto"}
+    (tmp_path / "r.toml").write_bytes(write_toml(changed(fields, rng), rng))
+    PreferenceRecipe.make("r.toml", **PreferenceRecipe.read(tmp_path / "r.toml"))
+
+
+def prompts(tmp_path, rng):
+    suffix = rng.choice((".jsonl", ".json", ".csv", ".tsv", ".txt"))
+    data = {
+        ".jsonl": lambda: wounded(PROMPTS, rng),
+        ".json": lambda: damaged(json.dumps(changed(PROMPTS, rng)).encode(), rng),
+        ".csv": lambda: damaged(b'prompt,a\n"Why, so?",1\nHow?,2\n', rng),
+        ".tsv": lambda: damaged(b"prompt\ta\nWhy?\t1\nHow?\t2\n", rng),
+        ".txt": lambda: damaged(b"Why?\nHow?\n", rng),
+    }[suffix]()
+    (tmp_path / f"p{suffix}").write_bytes(data)
+    found = load_prompts(tmp_path / f"p{suffix}", pass_columns=())
+    assert all(p.messages and p.text.encode() for p in found)
+
+
+def parquet(tmp_path, rng):
+    file = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["Why?", "How?"], "a": [b"\xff", None]}), file)
+    file.write_bytes(damaged(file.read_bytes(), rng))
+    load_prompts(file)
+
+
+def preferences(tmp_path, rng):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(wounded(rng.choice([PAIRS, *OTHERS]), rng))
+    read_preferences(file)
+
+
+def made_sets():
+    chosen = load_prompts(["Why?", "How?"])
+    return [OutputSet(p, (named(p, "a"), named(p, "b", (1, 2)), named(p, "c"))) for p in chosen]
+
+
+def sets(tmp_path, rng):
+    file = tmp_path / "s.jsonl"
+    file.write_bytes(wounded([s.as_row() for s in made_sets()], rng))
+    for one in read_sets(file):
+        json.dumps(one.as_row())
+
+
+def scorer(tmp_path, rng):
+    spec = rng.choice(
+        (
+            {"scorers": ["length", "helpfulness"], "weights": [1.0, 0.5], "standardise": True},
+            {"steps": "length", "segments": "line", "gain": "difference"},
+            {"scorers": ["length", "length"], "combine": "mean", "penalty": 1.0},
+            ["length", {"scorers": ["length"]}],
+        )
+    )
+    check_scorer(changed(spec, rng), columns=())
+
+
+def loss(tmp_path, rng):
+    parse_loss(changed({"name": "grpo", "beta": 0.1, "trust": "clip", "clip_high": 0.3}, rng))
+
+
+@functools.cache
+def judged_file():
+    """The bytes of a judgement file, made once."""
+    path = Path(tempfile.mkdtemp()) / "j.db"
+    judged(path)
+    return path.read_bytes()
+
+
+def judged(path):
+    with Store(path) as store:
+        made = made_sets()
+        store.add_sets(made)
+        names = [tuple(o.id for o in s.outputs) for s in made]
+        tiers = [[names[1][2]], [names[1][0], names[1][1]]]
+        store.add(
+            [
+                Judgement(made[0].id, "pair", names[0][:2], "first", "ann", "pair"),
+                Judgement(made[0].id, "pair", names[0][:2], "second", "bob", "pair"),
+                Judgement(made[1].id, "ranking", names[1], tiers, "ann", "ranking"),
+                Judgement(made[1].id, "rating", names[1][:1], 4, "bob", "rating", scale="1-5"),
+            ]
+        )
+
+
+def judgements(tmp_path, rng):
+    file = tmp_path / "j.db"
+    file.write_bytes(judged_file())
+    if rng.random() < 0.3:
+        file.write_bytes(damaged(file.read_bytes(), rng))
+    else:
+        damage_row(file, rng)
+    with Store(file, create=False) as store:
+        found, known = store.judgements(), store.sets()
+    if rng.random() < 0.2:  # it takes long
+        agreement_report(found, known).render()
+    for form in ("pairs", "rankings", "ratings", "labels"):
+        [p.as_row() for p in convert(form, found, known).preferences]
+
+
+def damage_row(file, rng):
+    table = rng.choice(("sets", "judgements", "judgements"))
+    db = sqlite3.connect(file)
+    db.execute("DROP TRIGGER no_change")
+    db.execute("PRAGMA ignore_check_constraints = ON")
+    number, row = rng.choice(db.execute(f"SELECT number, row FROM {table}").fetchall())
+    new = wounded([json.loads(row)], rng) if rng.random() < 0.8 else rng.choice((b"", b"null", b"3", b"\xff"))
+    value = new if rng.random() < 0.2 else new.decode("utf-8", "replace")
+    db.execute(f"UPDATE {table} SET row = ? WHERE number = ?", (value, number))
+    db.commit()
+    db.close()
+
+
+STEP = {"step": 0, "reward": 0.4, "watch": 0.2, "kl_ref": 0.01, "tokens": 90, "completions": 8, "time": {"a": 1.0}}
+
+
+def metrics(tmp_path, rng):
+    (tmp_path / "metrics.jsonl").write_bytes(wounded([STEP, STEP | {"step": 1}, STEP | {"step": 2}], rng))
+    for record in read_steps(tmp_path):
+        assert all(isinstance(record.get(key, 0.0), (int, float)) for key in ("reward", "watch"))
+
+
+def project(tmp_path, rng):
+    folder = tmp_path / "p"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "reward_model").mkdir()
+    files = {
+        "lossmith.toml": b'source = "x"\nprompts = 2\n',
+        "prompts.jsonl": b'{"prompt": "Why?"}\n{"prompt": "How?"}\n',
+        "reward_model/reward_model.json": b'{"trained": true, "held_out": {"accuracy": {"mean": 0.5, "n": 3}}}',
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    write_sets(folder / "outputs.jsonl", made_sets())
+    (folder / "judgements.db").write_bytes(judged_file())
+    victim = folder / rng.choice([*files, "outputs.jsonl", "judgements.db"])
+    if rng.random() < 0.2:
+        victim.unlink()
+        victim.mkdir()
+    else:
+        victim.write_bytes(damaged(victim.read_bytes(), rng))
+    found = Project.around(folder)
+    if found is not None:
+        assert len(found.stages()) == 5
+
+
+def reward_model(tmp_path, rng):
+    folder, seal = tmp_path / "rm", hashlib.sha256(b"{}").hexdigest()
+    folder.mkdir()
+    manifest = {"trained": True, "files": {"config.json": seal}, "scale": {"mean": 0.0, "std": 1.0}}
+    manifest |= rng.choice(({}, {"ensemble": ["m0", "m1"], "combine": "mean", "penalty": 1.0}))
+    (folder / "config.json").write_text("{}")
+    (folder / "reward_model.json").write_bytes(wounded([manifest], rng))
+    check_scorer(str(folder), columns=())
+
+
+READERS = (
+    recipe, preference_recipe, prompts, parquet, preferences, sets, scorer, loss, judgements, metrics, project,
+    reward_model,
+)  # fmt: skip
+
+
+def sweep(reader, tmp_path, seeds):
+    outcomes = {"used": 0, "refused": 0}
+    for seed in seeds:
+        place = tmp_path / f"{reader.__name__}-{seed}"
+        place.mkdir()
+        try:
+            reader(place, random.Random(struct.pack("<q", seed)))
+            outcomes["used"] += 1
+        except LossmithError as error:
+            assert str(error).strip() and "\n\n" not in str(error), seed
+            assert "Input should" not in str(error) and "Traceback" not in str(error), (seed, error)
+            outcomes["refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"{reader.__name__}, seed {seed}: {type(error).__name__}: {error}") from error
+    return outcomes
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda r: r.__name__)
+def test_damage_is_used_or_refused_by_an_error_of_ours(reader, tmp_path):
+    outcomes = sweep(reader, tmp_path, range(30))
+    assert outcomes["refused"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS, ids=lambda r: r.__name__)
+def test_damage_ten_thousand_times(reader, tmp_path):
+    sweep(reader, tmp_path, range(1000, 1000 + 10_000 // len(READERS)))
