@@ -174,7 +174,10 @@ def _report(store: Store, as_json: bool) -> None:
 
 def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> None:
     from lossmith.feedback.judges import judge
+    from lossmith.report.code import show_code
 
+    if options["model"] is None:
+        show_code(Console(), scorer=spec)
     _say(judge(spec, sets, store, **options))
 
 

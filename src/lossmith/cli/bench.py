@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from lossmith.report.bench import as_record, show_measurement
+from lossmith.report.code import show_code
 from lossmith.training import Recipe, measure_recipe, plan
 
 __all__ = ["bench"]
@@ -36,7 +37,9 @@ def bench(
     console = Console(stderr=as_json)
     given = {} if settings is None else {k: getattr(settings, k) for k in settings.model_fields_set}
     fields = {} if recipe is None else Recipe.read(recipe)
-    checked = plan(Recipe.make(str(recipe or "command line"), **fields | given))
+    made = Recipe.make(str(recipe or "command line"), **fields | given)
+    show_code(console, scorer=made.scorer, watch=made.watch, loss=made.loss)
+    checked = plan(made)
     with console.status("measuring"):
         found = measure_recipe(checked)
     if as_json:

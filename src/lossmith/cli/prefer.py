@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from lossmith.report.code import show_code
 from lossmith.training.preferences import (
     PreferenceRecipe,
     PreferenceRun,
@@ -55,6 +56,7 @@ def prefer(
     fields = ({} if recipe is None else PreferenceRecipe.read(recipe)) | given
     if preferences is not None:
         fields["preferences"] = preferences
+    show_code(console, loss=fields.get("loss"))
     plan = plan_preferences(PreferenceRecipe.make(str(recipe or "command line"), **fields))
     with console.status("reading the preferences into the model's tokens"):
         run = open_preferences(plan)

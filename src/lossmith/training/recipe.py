@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
+from lossmith.rewards import ScorerSettings
+from lossmith.rewards.address import redacted
 
 __all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
 
@@ -50,12 +52,16 @@ class Settings(BaseModel):
             raise RecipeError(f"{source}: {key} = {given!r}: {first['msg']}. It is: {meaning}.") from None
 
     def as_toml(self) -> dict[str, Any]:
-        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names."""
+        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names.
+
+        A key in a scorer's address becomes the name of the variable that a resumed run reads it from.
+        """
         plain = {key: getattr(self, key) for key in type(self).model_fields}
         if isinstance(plain.get("loss"), Loss):
             plain["loss"] = {k: "none" if v is None else v for k, v in plain["loss"].to_dict().items()}
+        secrets: list[str] = []
         for key in self.live:
-            plain[key] = _plain(plain[key])
+            plain[key] = redacted(_plain(plain[key]), secrets)
         return {key: value for key, value in plain.items() if value is not None}
 
 
@@ -85,7 +91,16 @@ class Recipe(Settings):
     scorer_errors: Literal["stop", "drop"] = Field(
         "stop", description="a scorer that fails on a completion stops the run, or that rollout is dropped and counted"
     )
-    scorer_timeout: float = Field(60.0, gt=0, description="seconds that one batch of scores may take")
+    scorer_timeout: float = Field(
+        60.0, gt=0, description="seconds that one call of the scorer may take, tries again included"
+    )
+    scorer_parallel: int = Field(1, gt=0, description="calls of an http scorer at once")
+    scorer_per_minute: int | None = Field(
+        None, gt=0, description="calls of an http scorer in any minute; waiting for it is not counted in scorer_timeout"
+    )
+    scorer_batch: int | None = Field(
+        None, gt=0, description="completions in one call of an http scorer; all of a prompt's, if not given"
+    )
 
     watch: Any = Field(
         None, description="a second scorer that nothing is trained on: shows when the first is over-optimised"
@@ -172,6 +187,17 @@ class Recipe(Settings):
             top_k=self.top_k,
             max_tokens=self.max_tokens,
             stop=tuple(self.stop),
+        )
+
+    def scorer_settings(self, train_prompts: int) -> ScorerSettings:
+        """What its scorers are told of the run."""
+        a_step = self.epochs * min(self.updates_per_step, self.prompts_per_step)
+        return ScorerSettings(
+            parallel=self.scorer_parallel,
+            per_minute=self.scorer_per_minute,
+            batch=self.scorer_batch,
+            updates=self.steps * a_step,
+            passes=self.steps * self.prompts_per_step / train_prompts,
         )
 
     def policy_loss(self) -> Loss:
