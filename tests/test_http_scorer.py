@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import lossmith as ls
+import tiny
 from lossmith.errors import RecipeError, ScorerError
 from lossmith.rewards import ScorerSettings, check_scorer, load_scorer, score_rollouts, web
 from lossmith.rewards.address import Address, redacted, shown
@@ -405,6 +407,35 @@ def test_two_keys_get_two_variables():
     kept = recipe.as_toml()
     assert kept["scorer"] == "http://a/?key=${LOSSMITH_SCORER_KEY}"
     assert kept["watch"] == "http://b/?token=${LOSSMITH_SCORER_KEY_2}"
+
+
+def test_a_run_keeps_no_key_and_goes_on_with_the_one_of_the_environment(serve, monkeypatch, tmp_path, caplog, capfd):
+    def answer(number, body, headers):
+        return (429, {"Retry-After": "0.01"}, f"{SECRET} is too fast") if number % 3 == 1 else None
+
+    caplog.set_level("DEBUG")
+    server = serve(answer)
+    address = server.url.replace("://", f"://me:{SECRET}@") + f"/score?key={SECRET}2"
+    run = ls.train(
+        model=str(tiny.folder()), device="cpu", dtype="float32", prompts=[f"Prompt {i}?" for i in range(6)], held_out=2,
+        scorer=address, watch={"scorers": [address]}, steps=2, prompts_per_step=2, samples_per_prompt=4, max_tokens=6,
+        runs=str(tmp_path), name="r", scorer_parallel=2, scorer_batch=1,
+    )  # fmt: skip
+    assert run.summary["steps"] == 2
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        assert SECRET.encode() not in file.read_bytes(), file
+    out, err = capfd.readouterr()
+    assert SECRET not in out + err + caplog.text
+    assert "will be asked: 127.0.0.1" in out and "to resume the run, put it into LOSSMITH_SCORER_KEY" in out
+
+    kept = Recipe.read(run.folder.path / "recipe.toml")
+    with pytest.raises(ScorerError, match="needs its key: put it into the variable LOSSMITH_SCORER_KEY"):
+        check_scorer(kept["scorer"])
+    monkeypatch.setenv("LOSSMITH_SCORER_KEY", f"me:{SECRET}")
+    monkeypatch.setenv("LOSSMITH_SCORER_KEY_2", SECRET + "2")
+    ask(kept["scorer"], "a")
+    (_, path, headers, _), (_, path_again, headers_again, _) = server.asked[0], server.asked[-1]
+    assert path == path_again and headers["Authorization"] == headers_again["Authorization"]
 
 
 def test_limits_are_recipe_keys():

@@ -554,6 +554,14 @@ def test_what_a_worker_prints_goes_to_stderr(scorer_file, capfd):
     assert out == "" and "printed by the scorer" in err
 
 
+def test_control_characters_that_a_worker_prints_are_shown_not_obeyed(tmp_path, capfd):
+    (tmp_path / "own.py").write_text(
+        "def f(completions):\n    print(completions[0], 'half\\rdone')\n    return [1.0] * len(completions)\n"
+    )
+    ask(f"{tmp_path / 'own.py'}:f", [rollout("\x1b[2J\x07 été")])
+    assert "\ufffd[2J\ufffd été half\rdone\n" in capfd.readouterr().err
+
+
 def test_a_worker_lives_from_batch_to_batch_and_abstains(scorer_file):
     scorer = load_scorer(f"{scorer_file}:counter")
     assert [values([r.score for r in score_rollouts(scorer, [rollout()])]) for _ in range(2)] == [[1.0], [2.0]]

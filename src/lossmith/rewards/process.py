@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -19,7 +20,7 @@ from typing import IO, Any
 
 import psutil
 
-from lossmith.errors import ScorerError, nearest
+from lossmith.errors import ScorerError, nearest, printable
 from lossmith.rewards.function import Batch, CallFailure, Signature, Verdict
 from lossmith.rewards.worker import read_frame, write_frame
 
@@ -52,12 +53,15 @@ class Worker:
             [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=os.name == "posix",  # Ctrl-C is the parent's to handle; and the group can be killed
             env=_environment(),
         )
         self._process = process
         self._replies = queue.SimpleQueue()
-        self._end = weakref.finalize(self, _kill, process)  # also runs when the interpreter exits
+        said = threading.Thread(target=_show, args=(process.stderr,), daemon=True)
+        said.start()
+        self._end = weakref.finalize(self, _kill, process, said)  # also runs when the interpreter exits
         threading.Thread(target=_listen, args=(process.stdout, self._replies), daemon=True).start()
         try:
             answer = self._exchange({"path": self.path, "sys_path": list(sys.path)}, self.startup)
@@ -143,8 +147,19 @@ def _listen(stream: IO[bytes], replies: queue.SimpleQueue[bytes | None]) -> None
     replies.put(None)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and all that it started, wait for it, and close our end of its input."""
+def _show(stream: IO[bytes]) -> None:
+    """Pass on what the function prints, with its control characters shown: it may well print completions."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    with stream:
+        while data := os.read(stream.fileno(), 1 << 16):
+            lines = decoder.decode(data).split("\r")  # progress bars go back to the beginning of the line
+            with contextlib.suppress(OSError, ValueError):  # nobody listens
+                sys.stderr.write("\r".join(map(printable, lines)))
+                sys.stderr.flush()
+
+
+def _kill(process: subprocess.Popen[bytes], said: threading.Thread) -> None:
+    """Kill the process and all that it started, wait for it and for its last words, and close our end of its input."""
     started: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):  # also those that left its group
         started = psutil.Process(process.pid).children(recursive=True)
@@ -157,6 +172,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.Error):
             one.kill()
     process.wait()
+    said.join(1.0)
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()

@@ -44,7 +44,7 @@ class TimedOut(Exception):
 
 
 class Server:
-    """An address, asked at most `parallel` times at once and `per_minute` times in any minute.
+    """An address, asked at most `parallel` times at once and `per_minute` times in any minute (0: no limit).
 
     wait: how to sleep, in seconds.
     """
@@ -53,12 +53,12 @@ class Server:
         self,
         address: Address,
         parallel: int = 1,
-        per_minute: int | None = None,
+        per_minute: int = 0,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self.address, self.per_minute, self.wait = address, per_minute, wait
         self._slots = threading.BoundedSemaphore(parallel)
-        self._asked: deque[float] = deque(maxlen=per_minute or 0)  # when, the last `per_minute` of them
+        self._asked: deque[float] = deque(maxlen=per_minute)  # when, the last `per_minute` of them
         self._lock = threading.Lock()
 
     def post(self, body: bytes, timeout: float, *, patient: bool = True) -> bytes:

@@ -95,11 +95,11 @@ class Recipe(Settings):
         60.0, gt=0, description="seconds that one call of the scorer may take, tries again included"
     )
     scorer_parallel: int = Field(1, gt=0, description="calls of an http scorer at once")
-    scorer_per_minute: int | None = Field(
-        None, gt=0, description="calls of an http scorer in any minute; waiting for it is not counted in scorer_timeout"
+    scorer_per_minute: int = Field(
+        0, ge=0, description="calls of an http scorer in any minute, not counted in scorer_timeout; 0 for no limit"
     )
-    scorer_batch: int | None = Field(
-        None, gt=0, description="completions in one call of an http scorer; all of a prompt's, if not given"
+    scorer_batch: int = Field(
+        0, ge=0, description="completions in one call of an http scorer; 0 for all that are asked about at once"
     )
 
     watch: Any = Field(
