@@ -34,7 +34,7 @@ def code_that_runs(**specs: Any) -> str:
         for text in _texts(spec):
             if is_address(text):
                 asked.append(_asked(text, purpose, secrets))
-            elif text not in BUILTINS and not Path(text).is_dir():
+            elif text not in BUILTINS and not os.path.isdir(text):
                 code += [f"{_place(*found)} ({purpose}), with what it imports" for found in _PLACE.findall(text)]
     blocks = (("code", "will run: ", code), ("server", "will be asked: ", asked))
     return "\n".join(

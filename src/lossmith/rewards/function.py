@@ -101,8 +101,10 @@ class LoadFailure(Exception):
 def find_function(path: str) -> Callable[..., Any]:
     """The object at `"file.py:name"` or `"package.module:name"` (the name may be dotted). Raises LoadFailure."""
     place, _, attribute = path.rpartition(":")
+    is_file = place.endswith(".py") or os.sep in place
+    if not attribute or not (is_file or all(place.split("."))):
+        raise LoadFailure("that is no 'path/file.py:function' and no 'module:function'.")
     try:
-        is_file = place.endswith(".py") or os.sep in place
         module = _import_file(Path(place).expanduser()) if is_file else _import_module(place)
     except (LoadFailure, KeyboardInterrupt):
         raise

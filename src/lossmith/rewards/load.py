@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def _load_text(spec: str, columns: Collection[str] | None, settings: ScorerSetti
 def _names_reward_model(spec: str) -> bool:
     if spec in BUILTINS:
         return False
-    return Path(spec).is_dir() or (_HUB_NAME.fullmatch(spec) is not None and not spec.endswith(".py"))
+    return os.path.isdir(spec) or (_HUB_NAME.fullmatch(spec) is not None and not spec.endswith(".py"))
 
 
 def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None, settings: ScorerSettings | None) -> Scorer:
@@ -171,7 +172,7 @@ def _members(folder: str) -> tuple[list[str], dict[str, Any]]:
     """(folders of the members, how they are combined by default) of an ensemble that `lossmith reward train` wrote."""
     manifest = _manifest(folder)
     if "ensemble" not in manifest:
-        raise ScorerError(f"{folder!r} is no ensemble of reward models: train one with `lossmith reward train`.")
+        raise ScorerError(f"{shown(folder)!r} is no ensemble of reward models: train one with `lossmith reward train`.")
     Seal.of(folder)  # its members are those that were trained together
     if not isinstance(manifest["ensemble"], list) or not all(isinstance(name, str) for name in manifest["ensemble"]):
         raise ScorerError(f'{folder!r}: its {MANIFEST} is damaged: "ensemble" is no list of folders.')
