@@ -21,7 +21,8 @@ def made(*texts, prompt="Why?"):
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr("lossmith.rewards.web.BACKOFF_SECONDS", 0.005)
     with Store(tmp_path / "j.db") as opened:
         yield opened
 
@@ -76,8 +77,30 @@ def test_what_a_scorer_fails_at_is_left_out_and_said(store, tmp_path):
 def test_what_is_secret_in_an_address_is_not_recorded(store):
     one = made("a", "b")
     store.add_sets([one])
-    said = judge("http://127.0.0.1:9/score?token=secret", [one], store, question="ranking")
-    assert said.startswith("127.0.0.1:9/score (a scorer") and "secret" not in said
+    with pytest.raises(FeedbackError, match=r"127.0.0.1:9/score \(a scorer") as error:
+        judge("http://127.0.0.1:9/score?token=secret", [one], store, question="ranking")
+    assert "secret" not in str(error.value)
+
+
+def test_a_scorer_that_only_fails_is_not_asked_for_ever_and_what_it_judged_before_is_kept(store, tmp_path):
+    (tmp_path / "s.py").write_text(
+        "def f(completions, **_):\n"
+        "    if completions[0] != 'good': raise OSError('gone')\n"
+        "    return [float(len(t)) for t in completions]\n"
+    )
+    sets = [made("good", "x", prompt="first"), *[made("a", "bb", prompt=f"q{i}") for i in range(30)]]
+    store.add_sets(sets)
+    with pytest.raises(FeedbackError, match="the scorer gives no scores") as error:
+        judge(f"{tmp_path / 's.py'}:f", sets, store, question="ranking")
+    assert "1 judged, 8 left out: no score, 22 not asked, for the scorer only fails" in str(error.value)
+    assert "What was judged is kept" in str(error.value) and len(store.judgements()) == 1
+
+
+def test_a_scorer_without_an_opinion_is_no_dead_one(store, tmp_path):
+    (tmp_path / "s.py").write_text("def f(completions): return [None] * len(completions)\n")
+    sets = [made("a", "bb", prompt=f"q{i}") for i in range(10)]
+    store.add_sets(sets)
+    assert "10 left out: no score" in judge(f"{tmp_path / 's.py'}:f", sets, store, question="ranking")
 
 
 def test_an_unknown_scale_is_said(store):
@@ -127,8 +150,8 @@ class Handler(BaseHTTPRequestHandler):
         if "refused" in (a, b):
             status = 404
         if api.redirect:
-            self.send_response(302)
-            self.send_header("Location", api.redirect + "/chat/completions")
+            self.send_response(api.redirect[0])
+            self.send_header("Location", api.redirect[1] + "/chat/completions")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -141,8 +164,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
         self.wfile.write(reply)
-
-    do_GET = do_POST  # what urllib makes of a redirected POST
 
     def log_message(self, *_):
         pass
@@ -200,7 +221,7 @@ def test_a_busy_server_is_asked_again_and_a_dead_item_is_skipped(serve, store):
     store.add_sets(sets)
     api = serve(longer, fail=[503, 429])
     said = ask(api, sets, store)
-    assert "1 judged, 1 skipped" in said and "HTTP 503" in said
+    assert "1 judged, 1 skipped" in said and "status 503" in said
     before = len(api.requests)
     assert "1 judged before" in ask(api, sets[:1], store)
     assert len(api.requests) == before  # nothing is asked twice
@@ -211,8 +232,17 @@ def test_the_key_does_not_follow_a_redirection(serve, store, monkeypatch):
     one = made("a", "b")
     store.add_sets([one])
     other = serve(longer)
-    ask(serve(longer, redirect=other.url), [one], store)
-    assert all("Authorization" not in headers for _, headers, _ in other.requests)
+    ask(serve(longer, redirect=(307, other.url)), [one], store)
+    assert other.requests and all("Authorization" not in headers for _, headers, _ in other.requests)
+
+
+def test_a_redirection_that_would_lose_the_question_is_refused(serve, store):
+    one = made("a", "b")
+    store.add_sets([one])
+    other = serve(longer)
+    with pytest.raises(FeedbackError, match=r"refuses: HTTP 302\. Is it an address up to /v1"):
+        ask(serve(longer, redirect=(302, other.url)), [one], store)
+    assert other.requests == []
 
 
 def test_a_server_without_token_probabilities_is_asked_for_letters(serve, store):
@@ -225,8 +255,17 @@ def test_a_server_without_token_probabilities_is_asked_for_letters(serve, store)
 def test_a_dead_server_is_not_asked_for_ever(serve, store):
     sets = [made("never", "cc", prompt=f"q{i}") for i in range(30)]
     store.add_sets(sets)
-    said = ask(serve(longer), sets, store)
-    assert "8 skipped" in said and "22 not asked, for the server does not answer" in said
+    with pytest.raises(FeedbackError, match="the judge does not answer") as error:
+        ask(serve(longer), sets, store)
+    assert "8 skipped" in str(error.value) and "22 not asked, for the server does not answer" in str(error.value)
+
+
+def test_a_server_that_dies_midway_ends_with_an_error_that_counts_what_is_kept(serve, store):
+    sets = [made("aaaa", "bb", prompt="first"), *[made("never", "cc", prompt=f"q{i}") for i in range(30)]]
+    store.add_sets(sets)
+    with pytest.raises(FeedbackError, match=r"the judge does not answer.*1 judged(.|\n)*What was judged is kept"):
+        ask(serve(longer), sets, store)
+    assert len(store.judgements()) == 1
 
 
 def test_a_refusal_stops_and_says_what_to_do(serve, store, monkeypatch):
@@ -292,7 +331,8 @@ def test_a_letter_is_not_averaged_with_a_probability(serve, store):
 def test_a_server_that_speaks_no_http_is_skipped(serve, store):
     one = made("a", "b")
     store.add_sets([one])
-    assert "1 skipped" in ask(serve(longer, garbage=True), [one], store)
+    with pytest.raises(FeedbackError, match=r"1 skipped\nthe first of the skipped: no HTTP"):
+        ask(serve(longer, garbage=True), [one], store)
 
 
 def test_a_refusal_loses_no_answer_given_beside_it(serve, store):

@@ -2,14 +2,17 @@
 
 import dataclasses
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 import lossmith as ls
 import tiny
-from lossmith.errors import printable
+from lossmith.cli import app
+from lossmith.errors import LossmithError, printable
 from lossmith.report.closing import closing
+from lossmith.report.code import code_that_runs
 from lossmith.report.opening import batch_arithmetic, opening
 from lossmith.training.evaluate import comparison
 
@@ -21,6 +24,54 @@ def run(tmp_path_factory):
         scorer=lambda completions, **_: [float(len(set(c))) for c in completions], steps=2, prompts_per_step=2,
         samples_per_prompt=3, max_tokens=8, runs=str(tmp_path_factory.mktemp("r")), quiet=True, loss="grpo(beta=0.02)",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("specs", "lines"),
+    [
+        ({"scorer": "helpfulness", "watch": None, "loss": "grpo(beta=0.04)"}, ""),
+        ({"scorer": "DIR/own.py:score"}, "code      will run: DIR/own.py:score (scorer), with what it imports"),
+        ({"scorer": "own.py:score"}, "code      will run: DIR/own.py:score (scorer), with what it imports"),
+        (
+            {"scorer": {"scorers": ["a.py:f", {"steps": "~/b.py:g"}]}, "watch": ["c.py:h"], "loss": "my.py:mine(x=1)"},
+            "code      will run: DIR/a.py:f (scorer), with what it imports\n"
+            "          will run: HOME/b.py:g (scorer), with what it imports\n"
+            "          will run: DIR/c.py:h (watch), with what it imports\n"
+            "          will run: DIR/my.py:mine (loss), with what it imports",
+        ),
+        ({"loss": {"name": "my.py:mine"}}, "code      will run: DIR/my.py:mine (loss), with what it imports"),
+        ({"scorer": "json:dumps"}, "code      will run: json:dumps in JSON (scorer), with what it imports"),
+        ({"scorer": "http://me:pass@host:80/s?x=1"}, "server    will be asked: host:80/s (scorer). The key in its "
+         "address is not written down: to resume the run, put it into LOSSMITH_SCORER_KEY"),
+    ],
+)  # fmt: skip
+def test_whose_code_will_run_is_said(specs, lines, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    specs = json.loads(json.dumps(specs).replace("DIR", str(tmp_path)))
+    expected = lines.replace("DIR", str(tmp_path)).replace("HOME", "/home/me").replace("JSON", json.__file__)
+    assert code_that_runs(**specs) == expected
+
+
+@pytest.mark.parametrize("door", ["train", "bench", "sample", "annotate", "prefer"])
+def test_every_door_says_whose_code_will_run_before_it_runs(door, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "own.py"
+    own.write_text("raise RuntimeError('it ran')\n")
+    (tmp_path / "p.txt").write_text("Why?\nHow?\nWho?\n")
+    model = ["--model", str(tiny.folder()), "--runs", str(tmp_path / "runs")]
+    sets = [{"prompt": "Why?", "outputs": ["a", "b"]}]
+    (tmp_path / "sets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sets))
+    arguments = {
+        "train": ["--scorer", f"{own}:f", *model],
+        "bench": ["--scorer", f"{own}:f", *model],
+        "sample": [str(tmp_path / "p.txt"), "--best-by", f"{own}:f"],
+        "annotate": [str(tmp_path / "sets.jsonl"), "--question", "ranking", "--judge", f"{own}:f"],
+        "prefer": [str(tmp_path / "none.jsonl"), "--loss", f"{own}:f", *model],
+    }[door]
+    with pytest.raises(LossmithError, match="it ran"):
+        app([door, *arguments], exit_on_error=False)
+    out, err = capsys.readouterr()
+    assert f"will run: {own}:f" in (out + err).replace("\n", " ")
 
 
 def printed(run, **changes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import math
@@ -28,6 +29,7 @@ from lossmith.rewards import (
     HttpScorer,
     PathScorer,
     RewardModel,
+    ScorerSettings,
     WeightedSum,
     check_scorer,
     close_scorer,
@@ -93,7 +95,6 @@ def test_numbers(returned, value):
 @pytest.mark.parametrize(
     ("returned", "kind"),
     [
-        (None, "none: "),
         (math.nan, "not finite: nan"),
         (math.inf, "not finite: inf"),
         (10**400, "not finite: inf"),
@@ -135,8 +136,9 @@ def test_tuples_arrays_and_tensors_are_lists(answer):
     assert values(ask(lambda completions: answer)) == [0.5, 1.0]
 
 
-def test_abstention_stops_nothing():
-    scorer = load_scorer(lambda completions: [ABSTAIN, 1.0])
+@pytest.mark.parametrize("word", [ABSTAIN, None])
+def test_abstention_stops_nothing(word):
+    scorer = load_scorer(lambda completions: [word, 1.0])
     scored = score_rollouts(scorer, [rollout("a"), rollout("b")], on_error="stop")
     assert [r.score for r in scored] == [Score(abstained=True), Score(value=1.0)]
 
@@ -166,21 +168,30 @@ def test_no_gradient_flows_through_a_scorer():
 
 def test_stop_shows_scorer_kind_prompt_and_completion():
     def picky(completions):
-        return [1.0 if c == "fine" else None for c in completions]
+        return [1.0 if c == "fine" else math.nan for c in completions]
 
     rollouts = [rollout("fine"), rollout("start " + "x" * 1000 + " end", prompt="Why is the sky blue?", sample=3)]
     with pytest.raises(ScorerError) as caught:
         score_rollouts(load_scorer(picky), rollouts)
     message = str(caught.value)
-    for shown in ("'picky'", "1 of 2", "none: ", "Why is the sky blue?", "start xxx", "xxx end", "sample 3", "drop"):
+    for shown in (
+        "'picky'",
+        "1 of 2",
+        "not finite: nan",
+        "Why is the sky blue?",
+        "start xxx",
+        "xxx end",
+        "sample 3",
+        "--scorer-errors drop",
+    ):
         assert shown in message
     assert len(message) < 1200
 
 
 def test_drop_leaves_errors_in_place_and_the_originals_alone():
     rollouts = [rollout("a"), rollout("b")]
-    scored = score_rollouts(load_scorer(lambda completions: [None, 2.0]), rollouts, on_error="drop")
-    assert scored[0].score.value is None and scored[0].score.error.startswith("none")
+    scored = score_rollouts(load_scorer(lambda completions: ["good", 2.0]), rollouts, on_error="drop")
+    assert scored[0].score.value is None and scored[0].score.error.startswith("not a number")
     assert scored[1].score == Score(value=2.0)
     assert all(r.score is None for r in rollouts)
 
@@ -210,7 +221,91 @@ def test_a_function_written_for_trl_gets_what_trl_gives():
     assert seen["completions"] == ["It is 4.", "Red it is"]
     assert seen["ids"] == [[1, 2, 3], [1, 2, 3]]
     assert seen["answer"] == ["4", None]
-    assert seen["rest"] == {"difficulty": [None, 2]}
+    rest = seen["rest"]
+    assert rest["difficulty"] == [None, 2]
+    assert rest.keys() == {"difficulty", "trainer_state", "log_extra"}  # log_metric was named
+
+
+def test_trainer_state_says_where_the_run_stands():
+    seen = []
+
+    def reward(completions, trainer_state, **kwargs):
+        assert kwargs.keys() == {"prompts", "completion_ids", "log_extra", "log_metric"}
+        seen.append(trainer_state)
+        return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
+    settings = ScorerSettings(updates=20, passes=2.5)
+    at_five = dataclasses.replace(rollout(), behavior_logp=LogProbs(torch.zeros(2), Measure(5)))
+    (scored,) = score_rollouts(load_scorer(reward, settings=settings), [at_five])
+    assert scored.score == Score(value=0.25)
+    (state,) = seen
+    assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (5, 20, 0.625, 3)
+    assert state.is_world_process_zero
+    with pytest.raises(AttributeError, match="trainer_state has no 'total_flos' here; it has global_step, max_steps"):
+        _ = state.total_flos
+
+
+def test_what_a_function_logs_is_kept_with_each_completion():
+    def reward(completions, log_extra, log_metric, completions_ids):
+        log_extra("first_id", [ids[0] for ids in completions_ids])
+        log_metric("accuracy", 0.5)
+        return [1.0, None]
+
+    assert ask(reward) == [
+        Score(value=1.0, logged={"first_id": 1, "accuracy": 0.5}),
+        Score(abstained=True, logged={"first_id": 1, "accuracy": 0.5}),
+    ]
+
+    def short(completions, log_extra):
+        log_extra("x", [1])
+        return [1.0, 2.0]
+
+    first, second = ask(short)  # alone, each has one value
+    assert first.logged == second.logged == {"x": 1}
+
+
+def test_none_is_not_applicable_and_leaves_the_sum_to_the_others_as_in_trl():
+    def maths(completions, task, **kwargs):
+        return [1.0 if t == "maths" else None for t in task]
+
+    def prose(completions, task, **kwargs):
+        return [0.25 if t == "prose" else None for t in task]
+
+    rollouts = [rollout(task="maths"), rollout(task="prose"), rollout(task="both")]
+    both = ask({"scorers": [maths, prose], "weights": [1.0, 2.0]}, rollouts, columns=["task"])
+    # nansum of the weighted columns; where TRL's is 0 for want of any score, there is none here
+    assert values(both) == [1.0, 0.5, None] and both[2].abstained
+    assert both[0].parts == {"maths": 1.0}
+
+
+@pytest.mark.parametrize("coroutine", [False, True])
+def test_one_completion_that_makes_a_function_raise_costs_itself(coroutine):
+    def reward(completions):
+        if "bad" in completions:
+            raise ValueError("cannot parse")
+        return [float(len(c)) for c in completions]
+
+    async def async_reward(completions):
+        return reward(completions)
+
+    rollouts = [rollout(text) for text in ("a", "bb", "bad", "dddd", "eeeee", "bad")]
+    scores = ask(async_reward if coroutine else reward, rollouts)
+    assert values(scores) == [1.0, 2.0, None, 4.0, 5.0, None]
+    assert scores[2].error.startswith("raised: ValueError: cannot parse (test_rewards.py, line")
+    with pytest.raises(ScorerError, match=r"failed on 2 of 6(.|\n)*completion: 'bad'"):
+        score_rollouts(load_scorer(reward), rollouts)
+
+
+def test_looking_for_the_completion_at_fault_keeps_to_the_time_limit():
+    def reward(completions):
+        time.sleep(0.1)
+        raise ValueError
+
+    start = time.monotonic()
+    scores = ask(reward, [rollout() for _ in range(64)], timeout=0.35)
+    assert time.monotonic() - start < 3
+    assert {score.error.split(":")[0] for score in scores} <= {"raised", "timeout"}
+    assert "no time was left of 0.35 s, after a call that failed" in scores[-1].error
 
 
 def test_chat_prompts_come_as_messages():
@@ -271,6 +366,13 @@ def test_coroutines_share_one_event_loop():
     [
         (lambda prompts: [0.0], "does not take 'completions'"),
         (lambda completions, answr: [0.0], "needs 'answr'.*Did you mean 'answer'"),
+        (lambda completions, answr: [0.0], "also given prompts, completions, completion_ids, trainer_state, log_extra"),
+        (
+            lambda completion, **kwargs: 0.0,
+            "takes 'completion': a function is given all completions of a batch at once",
+        ),
+        (lambda completions, environments: [0.0], "takes 'environments': that is TRL's"),
+        (lambda data_source, solution_str, ground_truth, extra_info=None: 0.0, "takes 'data_source': that is how verl"),
         (lambda completions, /: [0.0], "by position only"),
         (dict, "is a class"),
     ],
@@ -397,6 +499,12 @@ def column(completions, answer): return [float(a is not None) for a in answer]
 def raises(completions): raise KeyError("gold")
 def leaves(completions): sys.exit(3)
 def none(completions): return [None] * len(completions)
+def picky(completions):
+    if "bad" in completions: raise ValueError("bad")
+    return [float(len(c)) for c in completions]
+def fragile(completions):
+    if "bad" in completions: os._exit(7)
+    return [float(len(c)) for c in completions]
 def nan(completions): return [math.nan] * len(completions)
 def text(completions): return ["good"] * len(completions)
 def short(completions): return [1.0]
@@ -428,7 +536,13 @@ def scorer_file(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [("words", [1.0, 2.0]), ("waits", [1.0, 1.0]), ("uses_alarm", [1.0, 1.0]), ("beside", [0.125, 0.125])],
+    [
+        ("words", [1.0, 2.0]),
+        ("waits", [1.0, 1.0]),
+        ("uses_alarm", [1.0, 1.0]),
+        ("beside", [0.125, 0.125]),
+        ("none", [None, None]),
+    ],
 )
 def test_a_function_by_path(scorer_file, function, expected):
     assert values(ask(f"{scorer_file}:{function}")) == expected
@@ -438,6 +552,14 @@ def test_what_a_worker_prints_goes_to_stderr(scorer_file, capfd):
     ask(f"{scorer_file}:words")
     out, err = capfd.readouterr()
     assert out == "" and "printed by the scorer" in err
+
+
+def test_control_characters_that_a_worker_prints_are_shown_not_obeyed(tmp_path, capfd):
+    (tmp_path / "own.py").write_text(
+        "def f(completions):\n    print(completions[0], 'half\\rdone')\n    return [1.0] * len(completions)\n"
+    )
+    ask(f"{tmp_path / 'own.py'}:f", [rollout("\x1b[2J\x07 été")])
+    assert "\ufffd[2J\ufffd été half\rdone\n" in capfd.readouterr().err
 
 
 def test_a_worker_lives_from_batch_to_batch_and_abstains(scorer_file):
@@ -454,11 +576,91 @@ def test_columns_reach_a_worker_and_are_checked_before_it_is_used(scorer_file):
 
 
 @pytest.mark.parametrize(
+    ("function", "kind"), [("picky", "raised: ValueError: bad"), ("fragile", "worker died: exit code 7")]
+)
+def test_one_completion_that_breaks_a_worker_costs_itself(scorer_file, function, kind):
+    scores = ask(f"{scorer_file}:{function}", [rollout(text) for text in ("a", "bad", "ccc")])
+    assert values(scores) == [1.0, None, 3.0] and scores[1].error.startswith(kind)
+
+
+POOL = """
+import multiprocessing, os, neighbour
+def one(text): return float(len(text) + neighbour.VALUE)
+def score(completions, **_):
+    with multiprocessing.get_context("METHOD").Pool(1) as pool:
+        return pool.map(one, completions)
+def keep(completions):
+    global pool
+    pool = multiprocessing.get_context("METHOD").Pool(1)
+    return [float(pool.apply(os.getpid))]
+if __name__ == "__main__":
+    raise SystemExit("run as a script")
+"""
+
+
+@pytest.mark.parametrize("name", ["pool.py", "my-scorer.v2.py", "random.py"])
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_a_scorer_file_may_use_a_process_pool(scorer_file, method, name):
+    file = scorer_file.with_name(name)
+    file.write_text(POOL.replace("METHOD", method))
+    assert values(ask(f"{file}:score")) == [4.125, 10.125]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_pool_dies_with_the_worker(scorer_file, method):
+    scorer_file.write_text(POOL.replace("METHOD", method))
+    assert is_gone(int(ask(f"{scorer_file}:keep", [rollout()])[0].value))
+
+
+def test_what_a_worker_started_in_a_session_of_its_own_dies_with_it(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import subprocess\n"
+        "def f(completions): return [float(subprocess.Popen(['sleep', '60'], start_new_session=True).pid)]\n"
+    )
+    assert is_gone(int(ask(f"{tmp_path / 'own.py'}:f", [rollout()])[0].value))
+
+
+def test_a_dead_worker_is_noticed_though_its_children_hold_the_pipe(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import os, time\ndef f(completions):\n    if os.fork() == 0: time.sleep(60)\n    os._exit(3)\n"
+    )
+    start = time.monotonic()
+    (score,) = ask(f"{tmp_path / 'own.py'}:f", [rollout()], timeout=30)
+    assert score.error.startswith("worker died: exit code 3") and time.monotonic() - start < 10
+
+
+def test_a_worker_that_closes_or_fills_its_output_still_scores(tmp_path, capfd):
+    (tmp_path / "own.py").write_text(
+        "import sys, os\n"
+        "def f(completions):\n"
+        "    print('x' * 300_000)\n"
+        "    sys.stdout.flush(); os.close(0); os.close(1)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    scorer = load_scorer(f"{tmp_path / 'own.py'}:f")
+    assert values([r.score for r in score_rollouts(scorer, [rollout()])]) == [1.0]
+    close_scorer(scorer)
+    assert len(capfd.readouterr().err) >= 300_000
+
+
+def test_lossmiths_own_keys_do_not_reach_a_worker_and_others_do(tmp_path, monkeypatch):
+    for name in ("LOSSMITH_SCORER_KEY", "LOSSMITH_SCORER_KEY_2", "LOSSMITH_JUDGE_KEY", "LOSSMITH_PASSWORD", "MY_KEY"):
+        monkeypatch.setenv(name, "secret")
+    (tmp_path / "own.py").write_text(
+        "import os\n"
+        "def f(completions, log_extra):\n"
+        "    log_extra('names', [[n for n in os.environ if n.startswith('LOSSMITH') or n == 'MY_KEY']])\n"
+        "    return [1.0]\n"
+    )
+    (score,) = ask(f"{tmp_path / 'own.py'}:f", [rollout()])
+    assert score.logged == {"names": ["MY_KEY"]}
+
+
+@pytest.mark.parametrize(
     ("function", "kind"),
     [
         ("raises", "raised: KeyError: 'gold' (random.py, line"),
         ("leaves", "raised: SystemExit: 3"),
-        ("none", "none: "),
         ("nan", "not finite: nan"),
         ("text", "not a number: 'good'"),
         ("short", "wrong count: 1 scores for 2 completions"),
@@ -559,6 +761,18 @@ def test_a_path_that_does_not_load_says_why(tmp_path, content, function, said):
         check_scorer(f"{file}:{function}")
 
 
+def test_a_folder_and_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "reward.py").write_text("def f(completions): return [1.0] * len(completions)\n")
+    assert values(ask("~/reward.py:f")) == [1.0, 1.0]
+    (tmp_path / "folder.py").mkdir()
+    for spec in ("~/folder.py:f", f"{tmp_path}:f", f"{tmp_path}/:f"):
+        with pytest.raises(ScorerError, match=r"is a folder; write the .py file in it"):
+            check_scorer(spec)
+    with pytest.raises(ScorerError, match="no home folder is known"):
+        check_scorer("~nobody-of-this-name/reward.py:f")
+
+
 def test_missing_files_and_modules(tmp_path, monkeypatch):
     (tmp_path / "reward.py").write_text("def f(completions): return [1.0] * len(completions)\n")
     monkeypatch.chdir(tmp_path)
@@ -648,7 +862,7 @@ def test_a_server_scores(server):
         ("shape", ['http: the reply has no list "scores"'] * 2, 1),
         ("garbage", ["http: the reply is not JSON"] * 2, 1),
         ("missing", ["http: status 404 Not Found: nothing here"] * 2, 1),
-        ("broken", ["http: status 500 Internal Server Error: out of memory"] * 2, 3),
+        ("broken", ["http: status 500 Internal Server Error: out of memory"] * 2, 5),  # 3 tries, then each half
     ],
 )
 def test_a_server_that_does_not(server, path, kinds, requests):
@@ -659,7 +873,8 @@ def test_a_server_that_does_not(server, path, kinds, requests):
     assert len(server.asked) == requests
 
 
-def test_a_server_that_comes_up_is_tried_again(server):
+def test_a_server_that_comes_up_is_tried_again(server, monkeypatch):
+    monkeypatch.setattr("lossmith.rewards.web.BACKOFF_SECONDS", 0.005)
     assert values(ask(f"{server.address}/mends", [rollout("ab")])) == [2.0]
     assert len(server.asked) == 3
 
@@ -672,7 +887,8 @@ def test_a_slow_server_is_bounded(server, path):
     assert all(score.error.startswith("timeout: no answer from 127.0.0.1") for score in scores)
 
 
-def test_nobody_there(server):
+def test_nobody_there(server, monkeypatch):
+    monkeypatch.setattr("lossmith.rewards.web.BACKOFF_SECONDS", 0.005)
     server.server_close()  # the port was free a moment ago and nobody listens now
     server_gone = HttpScorer(server.address + "/x", timeout=5)
     assert all(score.error.startswith("http: ConnectionRefusedError") for score in server_gone.score([rollout()]))
@@ -711,13 +927,13 @@ def test_standardised_members_count_alike_and_a_constant_one_counts_nothing():
     assert scores[1].parts == {"x": 2.0, "big": 3000.0, "constant": 0.1}
 
 
-def test_an_error_or_an_abstention_of_one_member_is_everybodys():
+def test_an_error_of_one_member_is_everybodys_and_one_that_abstains_adds_nothing():
     x = fixed("x", Score(error="raised: boom"), Score(abstained=True), 3.0)
     y = fixed("y", Score(abstained=True), 2.0, 1.0)
     for standardise in (False, True):
         first, second, third = ask(WeightedSum([x, y], standardise=standardise), THREE)
         assert first.error == "raised: boom [x]"
-        assert second == Score(abstained=True, parts={"y": 2.0})
+        assert second.parts == {"y": 2.0}
         assert third.ok
 
 
@@ -765,6 +981,14 @@ def test_combinations_from_a_recipe(scorer_file):
     [
         ("helpfullness", r"no scorer 'helpfullness'. Did you mean 'helpfulness'\? A scorer is a built-in name"),
         ("gpt2", "Known: brevity, helpfulness, length. A scorer is"),
+        (":f", "that is no 'path/file.py:function'"),
+        (".own:f", "that is no 'path/file.py:function'"),
+        ("own.py:", "that is no 'path/file.py:function'"),
+        ("x" * 5000, "there is no scorer"),
+        ({"scorers": ["length"], "weights": 3}, "weights are a list of numbers"),
+        ({"scorers": ["length"], "weights": [math.nan]}, "weights are finite numbers"),
+        ({"scorers": ["length"], "standardise": "no"}, "standardise is true or false"),
+        ({"steps": "length", "segments": ["line"]}, "segments is"),
         ("./no-such-folder", "there is no folder './no-such-folder'"),
         (3, "3 is not a scorer. A scorer is"),
         (Own, "is a class"),

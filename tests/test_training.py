@@ -269,12 +269,30 @@ def test_a_full_disk_is_found_before_the_run(tmp_path):
 
 def test_a_scorer_that_fails_stops_the_run_or_costs_that_rollout(tmp_path):
     def sometimes(completions, **_):
-        return [None if i == 1 else 0.5 + i / 100 for i, _ in enumerate(completions)]
+        return [math.nan if i == 1 else 0.5 + i / 100 for i, _ in enumerate(completions)]
 
     with pytest.raises(ScorerError, match="Prompt number"):
         ls.train(**settings(tmp_path, scorer=sometimes))
     run = ls.train(**settings(tmp_path, scorer=sometimes, scorer_errors="drop"))
     assert [r["dropped"] for r in metrics(run)] == [1, 1, 1]
+
+
+def test_a_reward_function_of_trl_trains_unchanged(tmp_path):
+    steps = []
+
+    def reward(completions, trainer_state, log_extra=None, log_metric=None, **kwargs):
+        steps.append((trainer_state.global_step, trainer_state.max_steps, round(trainer_state.epoch, 3)))
+        log_extra("letters", [len(text) for text in completions])
+        log_metric("half", 0.5)
+        return [None if i == 1 else 0.5 + i / 100 for i, _ in enumerate(completions)]
+
+    run = ls.train(**settings(tmp_path, scorer=reward, updates_per_step=2))
+    # held-out before, three steps of two updates, held-out after: 8 prompts are trained on, 2 a step
+    assert steps == [(0, 6, 0.0), (0, 6, 0.0), (2, 6, 0.25), (4, 6, 0.5), (6, 6, 0.75)]
+    assert [r["dropped"] for r in metrics(run)] == [1, 1, 1]
+    assert [r["scorer/half"] for r in metrics(run)] == [0.5] * 3
+    table = pyarrow.parquet.read_table(run.folder.path / "rollouts" / "step-00000.parquet").to_pydict()
+    assert [json.loads(row)["letters"] for row in table["score_logged"]] == [len(text) for text in table["completion"]]
 
 
 def test_too_few_scores_to_compare_are_said_and_written_as_json_can(tmp_path, capsys):

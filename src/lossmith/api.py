@@ -10,6 +10,7 @@ from rich.console import Console
 from lossmith.errors import RecipeError
 from lossmith.project import check_recipe_order
 from lossmith.report.closing import closing
+from lossmith.report.code import show_code
 from lossmith.report.live import LiveView
 from lossmith.report.opening import opening
 from lossmith.rewards import close_scorer
@@ -47,6 +48,7 @@ def run_recipe(recipe: Recipe, *, folder: Path | None = None, console: Console |
     """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with."""
     console = console or Console()
     check_recipe_order(recipe)
+    show_code(console, scorer=recipe.scorer, watch=recipe.watch, loss=recipe.loss)
     checked = plan(recipe)
     run = open_run(checked, resume=folder)
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -68,6 +68,7 @@ class Score:
     error: str | None = None  # "raised: ...", "timeout: ...", "not finite: nan", ...
     parts: dict[str, float] = field(default_factory=dict)  # the parts of a combined score, by scorer
     per_token: tuple[float, ...] | None = None  # [T], adding up to `value`: what each response token earned
+    logged: dict[str, Any] = field(default_factory=dict)  # what a scoring function logged beside it, by name
 
     @property
     def ok(self) -> bool:

@@ -173,7 +173,10 @@ def _report(store: Store, as_json: bool) -> None:
 
 def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> None:
     from lossmith.feedback.judges import judge
+    from lossmith.report.code import show_code
 
+    if options["model"] is None:
+        show_code(Console(), scorer=spec)
     with waiting(Console(stderr=True), "judging") as count:
         said = judge(spec, sets, store, on_progress=count, **options)
     _say(said)

@@ -11,6 +11,7 @@ from rich.console import Console
 from lossmith.cli.streams import print_json
 from lossmith.cli.words import settings_of
 from lossmith.report.bench import as_record, show_measurement
+from lossmith.report.code import show_code
 from lossmith.training import Recipe, measure_recipe, plan
 
 __all__ = ["bench"]
@@ -35,7 +36,9 @@ def bench(
         Print the measurement as JSON on standard output, everything else on standard error.
     """
     console = Console(stderr=as_json)
-    checked = plan(settings_of(Recipe, recipe, settings))
+    made = settings_of(Recipe, recipe, settings)
+    show_code(console, scorer=made.scorer, watch=made.watch, loss=made.loss)
+    checked = plan(made)
     with console.status("measuring"):
         found = measure_recipe(checked)
     if as_json:

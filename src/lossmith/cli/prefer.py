@@ -12,6 +12,7 @@ from rich.table import Table
 from lossmith.cli.streams import print_json
 from lossmith.cli.words import settings_of
 from lossmith.intervals import in_words
+from lossmith.report.code import show_code
 from lossmith.report.live import Busy, step_line
 from lossmith.training.preferences import (
     PreferenceRecipe,
@@ -54,7 +55,9 @@ def prefer(
         Print the summary as JSON on standard output, everything else on standard error.
     """
     console = Console(stderr=as_json)
-    plan = plan_preferences(settings_of(PreferenceRecipe, recipe, settings, preferences=preferences))
+    made = settings_of(PreferenceRecipe, recipe, settings, preferences=preferences)
+    show_code(console, loss=made.loss)
+    plan = plan_preferences(made)
     with console.status("reading the preferences into the model's tokens"):
         run = open_preferences(plan)
     console.print(_opening(run), highlight=False, soft_wrap=True, markup=False)

@@ -18,8 +18,10 @@ from lossmith.files import check_writable
 from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
 from lossmith.project import check_order
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
+from lossmith.report.code import show_code
 from lossmith.report.waiting import waiting
 from lossmith.rewards import check_scorer, close_scorer, load_scorer
+from lossmith.rewards.address import shown
 from lossmith.rewards.best_of import best_of
 from lossmith.rewards.weak import doubts
 
@@ -100,6 +102,7 @@ def sample(
     if n * len(chosen) > AT_MOST:
         raise PolicyError(f"n = {n} outputs of {len(chosen)} prompts are more than the {AT_MOST} that fit one file.")
     if best_by is not None:
+        show_code(Console(stderr=True), scorer=best_by)
         check_scorer(best_by, columns={name for prompt in chosen for name in prompt.columns})
     check_model(model)
     policy = load_policy(model, device=device, compute_dtype=dtype)
@@ -152,7 +155,7 @@ def _best(
     checksum = policy.checksum()[:16]
     sets = [set_of_rollouts([rollout], model, settings, seed, checksum) for rollout in best.rollouts]
     scores = [r.score.value for r in best.rollouts if r.score and r.score.value is not None]
-    said = f"best of {n} by {scorer}: mean score {sum(scores) / max(len(scores), 1):.4f}"
+    said = f"best of {n} by {shown(scorer)}: mean score {sum(scores) / max(len(scores), 1):.4f}"
     for count, what in (
         (best.without, "prompts without any score left out"),
         (best.failed, "completions that the scorer failed on"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lossmith.rewards.load import check_scorer, list_scorers, load_scorer
     from lossmith.rewards.reward_model import RewardModel
     from lossmith.rewards.scorer import Scorer, close_scorer, score_rollouts
+    from lossmith.rewards.settings import ScorerSettings
 
 __all__ = [
     "ABSTAIN",
@@ -28,6 +29,7 @@ __all__ = [
     "PathScorer",
     "RewardModel",
     "Scorer",
+    "ScorerSettings",
     "WeightedSum",
     "check_scorer",
     "close_scorer",
@@ -43,6 +45,7 @@ _HOMES = {
     "PathScorer": "callable",
     "RewardModel": "reward_model",
     "Scorer": "scorer",
+    "ScorerSettings": "settings",
     "WeightedSum": "combine",
     "check_scorer": "load",
     "close_scorer": "scorer",

@@ -1,28 +1,48 @@
-"""Scoring functions in the convention of TRL: `def reward(prompts, completions, **columns) -> list[float]`.
+"""Scoring functions in the convention of TRL: `def reward(prompts, completions, **columns) -> list[float | None]`.
 
-Everything is passed by name, as lists of one length: `prompts`, `completions`, `completion_ids` (lists of token ids)
-and every column of the prompts. A function without `**kwargs` is given only what it names. A text prompt comes with
-text completions; a chat prompt is a list of messages and its completion `[{"role": "assistant", "content": ...}]`.
-A prompt that lacks a column has None there. Coroutine functions are awaited.
+Everything is passed by name. Lists of one length: `prompts`, `completions`, `completion_ids` (lists of token ids) and
+every column of the prompts. Beside them `trainer_state` (where the run stands), `log_extra(column, values)` and
+`log_metric(name, value)`, whose values are kept with the rollouts and averaged in metrics.jsonl. A function without
+`**kwargs` is given only what it names. A text prompt comes with text completions; a chat prompt is a list of messages
+and its completion `[{"role": "assistant", "content": ...}]`. A prompt that lacks a column has None there. Coroutine
+functions are awaited.
 
-One difference from TRL: None and NaN are errors here. A function says "no opinion" with ABSTAIN, the string "abstain".
+None says that the function is not applicable to a completion, an abstention; so does ABSTAIN, the string "abstain".
+NaN is an error, of its own completion alone. A function that raises is called again with each half of the batch, down
+to the completion at fault.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from lossmith.errors import ScorerError, nearest
 from lossmith.rewards.deadline import DeadlinePassed, DeadlineThread
-from lossmith.rewards.function import Batch, Caller, LoadFailure, Signature
+from lossmith.rewards.function import Batch, Caller, CallFailure, LoadFailure, Signature, Verdict
+from lossmith.rewards.parts import in_parts
 from lossmith.rewards.process import STARTUP_SECONDS, Worker
+from lossmith.rewards.settings import ScorerSettings
 from lossmith.rollouts import Rollout, Score
 
 __all__ = ["FunctionScorer", "PathScorer", "as_batch"]
 
-OURS = ("prompts", "completions", "completion_ids")
-_NOT_COLUMNS = {"prompt", "completion", *OURS}
+LISTS = ("prompts", "completions", "completion_ids")
+OURS = (*LISTS, "completions_ids", "trainer_state", "log_extra", "log_metric")
+_NOT_COLUMNS = {"prompt", "completion", *LISTS}
+# What functions written for other libraries take, and why it is not given.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("completion", "prompt", "response", "text"),
+        "a function is given all completions of a batch at once",
+    ),
+    **dict.fromkeys(
+        ("solution_str", "data_source", "ground_truth", "extra_info"),
+        "that is how verl calls one, completion by completion; here it is given a batch",
+    ),
+    "environments": "that is TRL's for its environments, which are not here",
+}
 
 
 class FunctionScorer:
@@ -35,13 +55,18 @@ class FunctionScorer:
     that cannot work.
     """
 
-    def __init__(self, function: Callable[..., Any], columns: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        columns: Collection[str] | None = None,
+        settings: ScorerSettings | None = None,
+    ) -> None:
         try:
             self._caller = Caller(function)
         except LoadFailure as failure:
             raise ScorerError(f"this cannot be a scorer: {failure}") from None
         self.name = self._caller.signature["name"]
-        self.columns = columns
+        self.columns, self.settings = columns, settings or ScorerSettings()
         _check_signature(self._caller.signature, columns)
         self._thread = DeadlineThread()
 
@@ -49,14 +74,18 @@ class FunctionScorer:
         return self.score_within(rollouts, None)
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
-        batch, caller = as_batch(rollouts, self.columns), self._caller
+        verdicts = in_parts(self._call, as_batch(rollouts, self.columns, self.settings), timeout)
+        return [Score(**verdict) for verdict in verdicts]
+
+    def _call(self, batch: Batch, timeout: float | None, whole: bool) -> list[Verdict]:
+        caller = self._caller
         try:
-            verdicts = self._thread.run(lambda: caller(batch), timeout)
+            return self._thread.run(lambda: caller(batch), timeout)
         except DeadlinePassed:
             self._caller = Caller(caller.function)  # the late thread keeps the old one and its event loop
-            error = f"timeout: no answer within {timeout:g} s; the call was left behind in its thread"
-            return [Score(error=error) for _ in rollouts]
-        return [Score(**verdict) for verdict in verdicts]
+            raise CallFailure(
+                f"timeout: no answer within {round(timeout or 0, 2):g} s; the call was left behind in its thread"
+            ) from None
 
     def close(self) -> None:
         """End the thread once it is idle."""
@@ -70,9 +99,16 @@ class PathScorer:
     `columns` are the prompts' column names, None where they are not known yet. `startup` is in seconds.
     """
 
-    def __init__(self, path: str, columns: Collection[str] | None = None, *, startup: float = STARTUP_SECONDS) -> None:
+    def __init__(
+        self,
+        path: str,
+        columns: Collection[str] | None = None,
+        settings: ScorerSettings | None = None,
+        *,
+        startup: float = STARTUP_SECONDS,
+    ) -> None:
         self.path = path
-        self.columns = columns
+        self.columns, self.settings = columns, settings or ScorerSettings()
         self._worker = Worker(path, startup)
         signature = self._worker.start()
         self.name = signature["name"]
@@ -86,7 +122,8 @@ class PathScorer:
         return self.score_within(rollouts, None)
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
-        verdicts = self._worker.ask(as_batch(rollouts, self.columns), timeout)
+        batch = as_batch(rollouts, self.columns, self.settings)
+        verdicts = in_parts(lambda part, left, whole: self._worker.ask(part, left), batch, timeout)
         return [Score(**verdict) for verdict in verdicts]
 
     def close(self) -> None:
@@ -94,7 +131,9 @@ class PathScorer:
         self._worker.stop()
 
 
-def as_batch(rollouts: Sequence[Rollout], columns: Collection[str] | None = None) -> Batch:
+def as_batch(
+    rollouts: Sequence[Rollout], columns: Collection[str] | None = None, settings: ScorerSettings | None = None
+) -> Batch:
     """Rollouts as the lists a scoring function takes; every list is a copy that it may change."""
     pairs = [_prompt_and_completion(rollout) for rollout in rollouts]
     names = set(columns or ()).union(*(rollout.prompt.columns for rollout in rollouts)) - _NOT_COLUMNS
@@ -103,7 +142,19 @@ def as_batch(rollouts: Sequence[Rollout], columns: Collection[str] | None = None
         completions=[completion for _, completion in pairs],
         completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
         columns={name: [rollout.prompt.columns.get(name) for rollout in rollouts] for name in sorted(names)},
+        state=_state(rollouts, settings or ScorerSettings()),
     )
+
+
+def _state(rollouts: Sequence[Rollout], run: ScorerSettings) -> dict[str, Any]:
+    """The fields of trainer_state: a policy's version counts its optimiser steps."""
+    taken = rollouts[0].behavior_logp.measure.policy_version if rollouts else 0
+    return {
+        "global_step": taken,
+        "max_steps": run.updates,
+        "epoch": run.passes * taken / run.updates if run.updates else 0.0,
+        "num_train_epochs": math.ceil(run.passes),
+    }
 
 
 def _prompt_and_completion(rollout: Rollout) -> tuple[Any, Any]:
@@ -117,21 +168,23 @@ def _prompt_and_completion(rollout: Rollout) -> tuple[Any, Any]:
 
 
 def _check_signature(signature: Signature, columns: Collection[str] | None) -> None:
-    name, accepts = signature["name"], signature["accepts"]
-    if accepts is not None and "completions" not in accepts:
-        takes = ", ".join(accepts) or "nothing"
-        raise ScorerError(
-            f"scorer {name!r} does not take 'completions' (it takes {takes}). "
-            f"Write it as `def {name}(prompts, completions, **columns)` returning one number per completion."
-        )
+    name, named = signature["name"], signature["named"]
+    write = f"Write it as `def {name}(prompts, completions, **columns)` returning one number per completion."
+    for parameter in signature["required"]:
+        if parameter in _ELSEWHERE and parameter not in (columns or ()):
+            raise ScorerError(f"scorer {name!r} takes {parameter!r}: {_ELSEWHERE[parameter]}. {write}")
+    if not signature["anything"] and "completions" not in named:
+        takes = ", ".join(named) or "nothing"
+        raise ScorerError(f"scorer {name!r} does not take 'completions' (it takes {takes}). {write}")
     if columns is None:
         return
     missing = [p for p in signature["required"] if p not in OURS and p not in columns]
     if missing:
         asked = ", ".join(repr(p) for p in missing)
         raise ScorerError(
-            f"scorer {name!r} needs {asked}, which the prompts do not have as a column.{nearest(missing[0], columns)}"
+            f"scorer {name!r} needs {asked}, which the prompts do not have as a column."
+            f"{nearest(missing[0], columns)} A function is also given {', '.join(OURS[:3] + OURS[4:])}."
             if columns
             else f"scorer {name!r} needs {asked}, and the prompts have no columns. Add the column to the prompts, or "
-            "give the parameter a default."
+            f"give the parameter a default. A function is also given {', '.join(OURS[:3] + OURS[4:])}."
         )

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from lossmith.errors import ScorerError, nearest
 from lossmith.rewards.scorer import Scorer, ask, close_scorer, verify_scorer
 from lossmith.rollouts import Rollout, Score
 
-__all__ = ["COMBINE", "Ensemble", "WeightedSum"]
+__all__ = ["COMBINE", "Ensemble", "WeightedSum", "check_weights"]
 
 COMBINE = ("mean", "worst", "uncertain")
+
+
+def check_weights(weights: Any, count: int) -> None:
+    """ScorerError: not None, and not one finite number for each of `count` scorers."""
+    if weights is None:
+        return
+    if not isinstance(weights, list | tuple):
+        raise ScorerError(f"weights are a list of numbers, one per scorer, not {weights!r}.")
+    if len(weights) != count:
+        raise ScorerError(f"{count} scorers and {len(weights)} weights; give one weight per scorer.")
+    if not all(isinstance(w, int | float) and abs(w) <= sys.float_info.max for w in weights):
+        raise ScorerError(f"weights are finite numbers, not {weights}.")
 
 
 class _Members:
@@ -44,14 +59,14 @@ class _Members:
         end = None if timeout is None else time.monotonic() + timeout
         return [ask(s, rollouts, None if end is None else max(0.0, end - time.monotonic())) for s in self.scorers]
 
-    def _parts(self, scores: Sequence[Score]) -> tuple[dict[str, float], Score | None]:
-        """(each member's score of a completion, what it gets where some member has none: an error or an abstention)."""
+    def _parts(self, scores: Sequence[Score]) -> tuple[Score, bool]:
+        """(a Score with the members' scores as its parts and the error of the first that has one, any abstained)."""
         named = list(zip(self.members, scores, strict=True))
         parts = {name: s.value for name, s in named if s.value is not None}
         errors = [f"{s.error} [{name}]" for name, s in named if s.error is not None]
-        if errors:
-            return parts, Score(error=errors[0], parts=parts)
-        return parts, Score(abstained=True, parts=parts) if any(s.abstained for s in scores) else None
+        logged = {key: value for s in scores for key, value in s.logged.items()}
+        error = errors[0] if errors else None
+        return Score(error=error, parts=parts, logged=logged), any(s.abstained for s in scores)
 
 
 class WeightedSum(_Members):
@@ -63,20 +78,17 @@ class WeightedSum(_Members):
     scores of the batch, so that no member counts for more because its numbers are larger; a constant member counts
     0. The sum then compares completions of one batch, and does not compare batches.
 
-    A completion on which any member errs is an error; otherwise, where any abstains, an abstention. `Score.parts`
-    holds each member's score as the member gave it. One time limit covers all members.
+    A completion on which any member errs is an error. A member that abstains is not applicable and adds nothing, as
+    None does in TRL; where all abstain, so does the sum. `Score.parts` holds each member's score as the member gave
+    it. One time limit covers all members.
     """
 
     def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float] | None = None, standardise: bool = False):
-        weights = [1.0] * len(scorers) if weights is None else list(weights)
         if not scorers:
             raise ScorerError("a combined score needs at least one scorer.")
-        if len(weights) != len(scorers):
-            raise ScorerError(f"{len(scorers)} scorers and {len(weights)} weights; give one weight per scorer.")
-        if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
-            raise ScorerError(f"weights are finite numbers, not {weights}.")
+        check_weights(weights, len(scorers))
         super().__init__(scorers)
-        self.weights = [float(weight) for weight in weights]
+        self.weights = [float(weight) for weight in weights or [1.0] * len(scorers)]
         self.standardise = standardise
         self.name = " + ".join(f"{w:g} {name}" for w, name in zip(self.weights, self.members, strict=True))
 
@@ -88,10 +100,13 @@ class WeightedSum(_Members):
 
     def _combine(self, scores: tuple[Score, ...], values: tuple[float | None, ...]) -> Score:
         """One completion: each member's score, and the value that goes into the sum."""
-        parts, silent = self._parts(scores)
-        if silent is not None:
-            return silent
-        return Score(value=sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None), parts=parts)
+        made, _ = self._parts(scores)
+        if made.error is not None:
+            return made
+        if not made.parts:
+            return dataclasses.replace(made, abstained=True)
+        total = sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None)
+        return dataclasses.replace(made, value=total)
 
 
 class Ensemble(_Members):
@@ -101,7 +116,8 @@ class Ensemble(_Members):
     member likes is not rewarded by the last two, and that is where a policy over-optimises (arXiv:2310.02743). The
     members' scores are taken as they are: reward models give them in units of their own spread.
 
-    `Score.parts` holds each member's score, and `disagreement`, their standard deviation.
+    Where any member abstains, so does the ensemble. `Score.parts` holds each member's score, and `disagreement`, their
+    standard deviation.
     """
 
     def __init__(self, scorers: Sequence[Scorer], combine: str = "mean", penalty: float = 1.0):
@@ -120,13 +136,13 @@ class Ensemble(_Members):
         return [self._combine(scores) for scores in zip(*columns, strict=True)]
 
     def _combine(self, scores: tuple[Score, ...]) -> Score:
-        parts, silent = self._parts(scores)
-        if silent is not None:
-            return silent
-        values = list(parts.values())
+        made, abstained = self._parts(scores)
+        if made.error is not None or abstained:
+            return made if made.error is not None else dataclasses.replace(made, abstained=True)
+        values = list(made.parts.values())
         mean, variance = statistics.fmean(values), statistics.pvariance(values)
         value = {"mean": mean, "worst": min(values), "uncertain": mean - self.penalty * variance}[self.combine]
-        return Score(value=value, parts=parts | {"disagreement": math.sqrt(variance)})
+        return dataclasses.replace(made, value=value, parts=made.parts | {"disagreement": math.sqrt(variance)})
 
 
 def _standardise(column: Sequence[Score]) -> list[float | None]:

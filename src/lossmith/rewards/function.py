@@ -2,46 +2,88 @@
 
 Standard library only: the worker process loads this file by itself and must start in a fraction of a second.
 A verdict is the keyword arguments of a `Score`: {"value": 0.5}, {"abstained": True} or {"error": "none: ..."}.
+
+The names and meanings of what a function is given are those of TRL 1.16 (trl/trainer/grpo_trainer.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
+import importlib.machinery
 import inspect
 import math
 import numbers
+import os
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-__all__ = ["ABSTAIN", "Batch", "Caller", "LoadFailure", "Signature", "describe", "find_function", "judge", "judge_all"]
+__all__ = [
+    "ABSTAIN",
+    "Batch",
+    "CallFailure",
+    "Caller",
+    "LoadFailure",
+    "Signature",
+    "TrainerState",
+    "Verdict",
+    "describe",
+    "find_function",
+    "judge",
+    "judge_all",
+]
 
 ABSTAIN = "abstain"
-"""What a scoring function returns for a completion it has no opinion on. It is the plain string "abstain"."""
+"""What a scoring function returns for a completion it has no opinion on: the plain string "abstain" (or None)."""
 
 Verdict = dict[str, Any]
 
 
 class Batch(TypedDict):
-    """One batch as a function sees it: four lists (each column one list) of one length."""
+    """One batch as a function sees it: four lists (each column one list) of one length; and where the run stands."""
 
     prompts: list[Any]
     completions: list[Any]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
+    state: NotRequired[dict[str, Any]]  # fields of a TrainerState
 
 
 class Signature(TypedDict):
-    """What a scoring function can be given. `accepts` is None where it takes any keyword."""
+    """What a scoring function can be given: `named` parameters, and `anything` where it takes any keyword."""
 
     name: str
-    accepts: list[str] | None
+    named: list[str]
+    anything: bool
     required: list[str]
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands, under the names of transformers' TrainerState that mean something here."""
+
+    global_step: int = 0  # optimiser steps taken
+    max_steps: int = 0  # of the whole run; 0 where there is no run
+    epoch: float = 0.0  # passes over the prompts so far
+    num_train_epochs: int = 0
+    is_local_process_zero: bool = True
+    is_world_process_zero: bool = True
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state has no {name!r} here; it has {', '.join(self.__dataclass_fields__)}")
+
+
+class CallFailure(Exception):
+    """A call that gave no scores at all. divisible: one of its completions may be the cause, and the others not."""
+
+    def __init__(self, message: str, divisible: bool = False) -> None:
+        super().__init__(message)
+        self.divisible = divisible
 
 
 class LoadFailure(Exception):
@@ -59,8 +101,11 @@ class LoadFailure(Exception):
 def find_function(path: str) -> Callable[..., Any]:
     """The object at `"file.py:name"` or `"package.module:name"` (the name may be dotted). Raises LoadFailure."""
     place, _, attribute = path.rpartition(":")
+    is_file = place.endswith(".py") or os.sep in place
+    if not attribute or not (is_file or all(place.split("."))):
+        raise LoadFailure("that is no 'path/file.py:function' and no 'module:function'.")
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+        module = _import_file(Path(place).expanduser()) if is_file else _import_module(place)
     except (LoadFailure, KeyboardInterrupt):
         raise
     except SyntaxError as error:
@@ -77,16 +122,26 @@ def find_function(path: str) -> Callable[..., Any]:
 
 
 def _import_file(file: Path) -> ModuleType:
+    """The file as the `__main__` of this process, as multiprocessing's own children know it.
+
+    So a process pool in it can start by any method: spawn and forkserver load the parent's `__main__` from its file,
+    under the name `__mp_main__`, and find functions there. A block under `if __name__ == "__main__"` does not run.
+    """
+    if file.is_dir():
+        raise LoadFailure(f"{str(file)!r} is a folder; write the .py file in it that holds the function.")
     if not file.is_file():
         beside = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise LoadFailure(f"there is no file {str(file)!r} (looked from {Path.cwd()}).", str(file), beside)
-    name = f"lossmith_scorer_{file.stem}"  # a scorer called random.py must not replace the library's random
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None  # always so for a .py file
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(file.resolve().parent))  # as `python file.py` would: its neighbours can be imported
-    spec.loader.exec_module(module)
+    file = file.resolve()
+    loader = importlib.machinery.SourceFileLoader("__mp_main__", str(file))
+    module = ModuleType("__mp_main__")
+    module.__file__ = str(file)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    # Its neighbours can be imported, but none of them, nor itself, hides a module of the standard library.
+    library = {str(Path(os.__file__).parent), str(Path(os.__file__).parent / "lib-dynload")}
+    after = max((k for k, entry in enumerate(sys.path) if entry in library), default=-1) + 1
+    sys.path.insert(after, str(file.parent))
+    loader.exec_module(module)
     return module
 
 
@@ -123,7 +178,7 @@ def describe(function: Any) -> Signature:
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some compiled functions do not say; the first call will tell
-        return Signature(name=name, accepts=None, required=[])
+        return Signature(name=name, named=[], anything=True, required=[])
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     if positional:
         raise LoadFailure(f"{name!r} takes {', '.join(positional)} by position only; arguments are passed by name.")
@@ -131,7 +186,8 @@ def describe(function: Any) -> Signature:
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return Signature(
         name=name,
-        accepts=None if anything else [p.name for p in named],
+        named=[p.name for p in named],
+        anything=anything,
         required=[p.name for p in named if p.default is p.empty],
     )
 
@@ -140,7 +196,7 @@ def describe(function: Any) -> Signature:
 
 
 class Caller:
-    """Calls one function batch by batch and judges what comes back; it never lets an exception of theirs out.
+    """Calls one function batch by batch and judges what comes back; an exception of theirs is a CallFailure.
 
     Coroutines share one event loop for the caller's life, so that clients and locks made once keep working.
     """
@@ -151,21 +207,33 @@ class Caller:
         self._runner: Any = None  # asyncio.Runner, made at the first coroutine
 
     def __call__(self, batch: Batch) -> list[Verdict]:
-        """One verdict per completion."""
-        offered = {**batch["columns"], **{key: value for key, value in batch.items() if key != "columns"}}
-        accepts = self.signature["accepts"]
-        given = {key: value for key, value in offered.items() if accepts is None or key in accepts}
+        """One verdict per completion. CallFailure: the function raised."""
         count = len(batch["completions"])
+        log = _Log(count)
+        signature = self.signature
+        offered = {
+            **batch["columns"],
+            "prompts": batch["prompts"],
+            "completions": batch["completions"],
+            "completion_ids": batch["completion_ids"],
+            "trainer_state": TrainerState(**batch.get("state", {})),
+            "log_extra": log.extra,
+            "log_metric": log.metric,
+        }
+        given = {key: value for key, value in offered.items() if signature["anything"] or key in signature["named"]}
+        if "completions_ids" in signature["named"]:  # as TRL's documentation once spelled it
+            given["completions_ids"] = batch["completion_ids"]
         try:
             with _no_grad():
                 answer = self.function(**given)
                 if inspect.isawaitable(answer):
                     answer = self._wait(answer)
-                return judge_all(answer, count)
+                verdicts = judge_all(answer, count)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a scorer may not end the run behind its back
-            return [{"error": f"raised: {describe_error(error)}"}] * count
+            raise CallFailure(f"raised: {describe_error(error)}", divisible=True) from None
+        return [{**verdict, "logged": row} if row else verdict for verdict, row in zip(verdicts, log.rows, strict=True)]
 
     def close(self) -> None:
         """Close the event loop, if there is one."""
@@ -181,6 +249,26 @@ class Caller:
 
         self._runner = self._runner or asyncio.Runner()
         return self._runner.run(wait())
+
+
+class _Log:
+    """What a function says of a batch beside its scores, by completion: TRL's log_extra and log_metric."""
+
+    def __init__(self, count: int) -> None:
+        self.rows: list[dict[str, Any]] = [{} for _ in range(count)]
+
+    def extra(self, column: str, values: Iterable[Any]) -> None:
+        """A value for each completion."""
+        given = list(values)
+        if len(given) != len(self.rows):
+            raise ValueError(f"log_extra({column!r}) is given {len(given)} values for {len(self.rows)} completions")
+        for row, value in zip(self.rows, given, strict=True):
+            row[str(column)] = value
+
+    def metric(self, name: str, value: float) -> None:
+        """One number for the whole batch."""
+        for row in self.rows:
+            row[str(name)] = float(value)
 
 
 def _no_grad() -> Any:
@@ -214,12 +302,13 @@ def judge_all(answer: Any, count: int) -> list[Verdict]:
 
 
 def judge(value: Any) -> Verdict:
-    """The verdict on one returned value. Numbers are Python's, numpy scalars and 0-d tensors; a bool is 0 or 1."""
+    """The verdict on one returned value. Numbers are Python's, numpy scalars and 0-d tensors; a bool is 0 or 1.
+
+    None is an abstention, as in TRL: the function is not applicable to this completion.
+    """
     if getattr(value, "ndim", None) == 0:
         value = _plain(value)
-    if value is None:
-        return {"error": f'none: the function returned None; for "no opinion" it returns "{ABSTAIN}"'}
-    if isinstance(value, str) and value == ABSTAIN:
+    if value is None or (isinstance(value, str) and value == ABSTAIN):
         return {"abstained": True}
     if not isinstance(value, numbers.Real):
         return {"error": f"not a number: {_short(value)} ({type(value).__name__})"}

@@ -1,108 +1,104 @@
-"""A scorer behind an address: one POST of JSON a batch.
+"""A scorer behind an address: POSTs of JSON. docs/scorers.md describes request, reply, statuses and limits.
 
 Sent:     {"prompts": [...], "completions": [...], "columns": {"name": [...]}}, in the shapes of `callable.py`.
-Expected: {"scores": [0.5, "abstain", ...]}, one number or "abstain" per completion; null is an error, never a 0.
+Expected: {"scores": [0.5, "abstain", {"error": "..."}, ...]}, one entry per completion; null is an error, never a 0.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
-from lossmith.errors import ScorerError
+from lossmith.rewards.address import KEY, Address
 from lossmith.rewards.callable import as_batch
-from lossmith.rewards.deadline import DeadlinePassed, DeadlineThread
-from lossmith.rewards.function import judge_all
+from lossmith.rewards.function import Batch, CallFailure, Verdict, judge_all
+from lossmith.rewards.parts import cut, in_parts
+from lossmith.rewards.settings import ScorerSettings
+from lossmith.rewards.web import NoAnswer, Server, TimedOut
 from lossmith.rollouts import Rollout, Score
 
 __all__ = ["HttpScorer"]
 
-RETRIES = 2
-BACKOFF_SECONDS = 0.25  # doubled at each retry
-MAX_REPLY_BYTES = 64 * 2**20
+OF_THE_BATCH = {400, 413, 422, 500}  # statuses that one completion, or too many of them, can cause
 
 
 class HttpScorer:
-    """Asks a server for scores. `timeout` is in seconds for one batch, retries included.
+    """Asks a server for scores.
 
-    Connection errors and answers of 500 and above are tried at most twice more; everything else is final.
-    Raises ScorerError here for an address that is not http:// or https://.
+    `timeout` is in seconds for one call with its retries, where `score_within` is given no other. A call that the
+    server refuses (400, 413, 422, 500) is made again for each half, down to the completion at fault.
+
+    Raises ScorerError here for an address that is not http:// or https://, or lacks the key that it names.
     """
 
-    def __init__(self, url: str, timeout: float = 60.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ScorerError(f"{url!r} is not an address; write http://host:port/path or https://host/path.")
-        self.url = url
-        self.name = parts.netloc.rpartition("@")[2] + parts.path  # a password in the address stays out of reports
+    def __init__(self, url: str, timeout: float = 60.0, settings: ScorerSettings | None = None) -> None:
+        self.settings = settings or ScorerSettings()
+        address = Address.of(url)
+        self.name = address.name  # a key in the address stays out of reports
         self.timeout = timeout
         self.waits = True  # on another machine, say: scoring a group need not wait for the next to be written
-        self._thread = DeadlineThread()
+        self._hide = address.hide
+        self._server = Server(address, self.settings.parallel, self.settings.per_minute)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return self.score_within(rollouts, None)
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
-        limit = self.timeout if timeout is None else min(self.timeout, timeout)
-        batch = as_batch(rollouts)
-        asked = {key: value for key, value in batch.items() if key != "completion_ids"}
-        body = json.dumps(asked, default=str).encode()  # dates and the like go as text
-        try:  # in a thread: a socket's own timeout is per read, and a server may drip
-            reply = self._thread.run(lambda: _post(self.url, body, time.monotonic() + limit), limit)
-            verdicts = judge_all(_scores(reply), len(rollouts))
-        except (DeadlinePassed, TimeoutError):
-            verdicts = [{"error": f"timeout: no answer from {self.name} within {limit:g} s"}] * len(rollouts)
-        except _Refusal as refusal:
-            verdicts = [{"error": f"http: {refusal}"}] * len(rollouts)
-        return [Score(**verdict) for verdict in verdicts]
+        limit = self.timeout if timeout is None else timeout
+        parts = cut(as_batch(rollouts), self.settings.batch or len(rollouts))
+        if len(parts) == 1:
+            found = [in_parts(self._call, parts[0], limit)]
+        else:
+            pool = ThreadPoolExecutor(self.settings.parallel)
+            try:
+                found = list(pool.map(lambda part: in_parts(self._call, part, limit), parts))
+            finally:  # Ctrl-C does not wait for what is under way
+                pool.shutdown(wait=False, cancel_futures=True)
+        return [Score(**verdict) for verdicts in found for verdict in verdicts]
 
-    def close(self) -> None:
-        """End the thread once it is idle."""
-        self._thread.stop()
-
-
-class _Refusal(Exception):
-    """Why there are no scores."""
-
-
-def _post(url: str, body: bytes, end: float) -> bytes:
-    """The reply's body. Retries while there is time before `end` (monotonic seconds); _Refusal when that is no use."""
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method="POST")
-    for attempt in range(RETRIES + 1):
+    def _call(self, batch: Batch, timeout: float | None, whole: bool) -> list[Verdict]:
+        limit = self.timeout if timeout is None else timeout
+        sent = {key: batch[key] for key in ("prompts", "completions", "columns")}
+        body = json.dumps(_plain(sent), default=str).encode()  # dates and the like go as text
         try:
-            with urllib.request.urlopen(request, timeout=max(0.01, end - time.monotonic())) as reply:
-                return reply.read(MAX_REPLY_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(200).decode(errors="replace").strip()
-            refusal = _Refusal(f"status {error.code} {error.reason}: {said}")
-            if error.code < 500:
-                raise refusal from None
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            reason = getattr(error, "reason", None) or error
-            if isinstance(reason, TimeoutError):
-                raise TimeoutError from None
-            refusal = _Refusal(f"{type(reason).__name__}: {reason}")
-        pause = BACKOFF_SECONDS * 2**attempt
-        if attempt == RETRIES or time.monotonic() + pause >= end:
-            raise refusal
-        time.sleep(pause)
-    raise AssertionError("unreachable")
+            return self._verdicts(self._server.post(body, limit, patient=whole), len(batch["completions"]))
+        except TimedOut:
+            raise CallFailure(f"timeout: no answer from {self.name} within {round(limit, 2):g} s") from None
+        except NoAnswer as refusal:
+            key = f" Its key goes into {KEY}." if refusal.status in (401, 403) else ""
+            raise CallFailure(f"http: {refusal} [{self.name}]{key}", refusal.status in OF_THE_BATCH) from None
+
+    def _verdicts(self, reply: bytes, count: int) -> list[Verdict]:
+        """CallFailure: the reply is not of the agreed shape."""
+        begins = repr(self._hide(reply[:60].decode(errors="replace")))
+        try:
+            answer = json.loads(reply)
+        except (ValueError, RecursionError):
+            raise CallFailure(f"http: the reply is not JSON: {begins}") from None
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list):
+            raise CallFailure(f'http: the reply has no list "scores": {begins}')
+        verdicts = judge_all(scores, count)
+        if len(scores) != count:  # said by every verdict
+            return verdicts
+        return [self._entry(entry, verdict) for entry, verdict in zip(scores, verdicts, strict=True)]
+
+    def _entry(self, entry: Any, verdict: Verdict) -> Verdict:
+        """null is what a failed score looks like in JSON (NaN among others); only "abstain" is an abstention."""
+        if entry is None:
+            return {"error": 'none: the server sent null; for "no opinion" it sends "abstain"'}
+        if isinstance(entry, Mapping) and isinstance(entry.get("error"), str):
+            return {"error": f"http: the server says {self._hide(entry['error'][:300])!r}"}
+        return verdict
 
 
-def _scores(reply: bytes) -> Any:
-    if len(reply) > MAX_REPLY_BYTES:
-        raise _Refusal(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
-    try:
-        answer = json.loads(reply)
-    except ValueError as error:
-        raise _Refusal(f"the reply is not JSON ({error}): {reply[:60]!r}") from None
-    if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-        raise _Refusal(f'the reply has no list "scores": {reply[:60]!r}')
-    return answer["scores"]
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they go as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 from lossmith.errors import ScorerError, nearest
 from lossmith.files import text_at_home
+from lossmith.rewards.address import Address, is_address, shown
 from lossmith.rewards.builtin import BUILTINS
 from lossmith.rewards.callable import FunctionScorer, PathScorer
-from lossmith.rewards.combine import Ensemble, WeightedSum
+from lossmith.rewards.combine import Ensemble, WeightedSum, check_weights
 from lossmith.rewards.http import HttpScorer
 from lossmith.rewards.reward_model import RewardModel, check_reward_model
 from lossmith.rewards.scorer import Scorer, close_scorer
 from lossmith.rewards.seal import MANIFEST, Seal
+from lossmith.rewards.settings import ScorerSettings
 from lossmith.rewards.steps import StepReward
 
 __all__ = ["check_scorer", "list_scorers", "load_scorer"]
@@ -26,19 +29,20 @@ FORMS = (
     "a reward model's folder or hub name ('owner/name'), or several of them with weights."
 )
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+_LIKE_ADDRESS = re.compile(r"https?:|\w*://|[^/\\]*:[^/\\]*@", re.IGNORECASE)
 _STEPS = ("steps", "segments", "gain")
 _SUM = ("scorers", "weights", "standardise")
 _ENSEMBLE = ("scorers", "ensemble", "combine", "penalty")
 
 
-def load_scorer(spec: Any, *, columns: Collection[str] | None = None) -> Scorer:
+def load_scorer(spec: Any, *, columns: Collection[str] | None = None, settings: ScorerSettings | None = None) -> Scorer:
     """The scorer that `spec` names:
 
     - a function or other callable: `prompts, completions, **columns` -> numbers (see `callable.py`);
     - an object with a `name` and `score(rollouts)`: itself;
     - the name of a built-in (`list_scorers()`);
     - `"path/file.py:function"` or `"module:function"`: run in a process of its own, killed when it hangs;
-    - `"http://..."` or `"https://..."`;
+    - `"http://..."` or `"https://..."` (see docs/scorers.md), called within the limits of `settings`;
     - a folder or a hub name, `"owner/name"`, of a reward model;
     - a list of these, summed, or `{"scorers": [...], "weights": [...], "standardise": bool}`;
     - an ensemble: `{"scorers": [...], "combine": "mean" | "worst" | "uncertain", "penalty": 1.0}`, or
@@ -47,21 +51,19 @@ def load_scorer(spec: Any, *, columns: Collection[str] | None = None) -> Scorer:
       "log"}`.
 
     `columns` are the names of the prompts' columns, against which a function's parameters are checked; None skips
-    that check. Raises ScorerError where anything does not load.
+    that check. `settings` are those of a run. Raises ScorerError where anything does not load.
     """
-    if isinstance(spec, Path):
-        spec = str(spec)
-    if isinstance(spec, str):
-        return _load_text(text_at_home(spec, ScorerError), columns)
+    if isinstance(spec, str | Path):
+        return _load_text(text_at_home(str(spec), ScorerError), columns, settings)
     if isinstance(spec, Mapping):
-        return _load_combined(spec, columns)
+        return _load_combined(spec, columns, settings)
     if isinstance(spec, Sequence):
-        return _load_combined({"scorers": spec}, columns)
+        return _load_combined({"scorers": spec}, columns, settings)
     if not isinstance(spec, type) and isinstance(spec, Scorer):
         return spec
     if callable(spec):
-        return FunctionScorer(spec, columns)
-    raise ScorerError(f"{spec!r} is not a scorer. {FORMS}")
+        return FunctionScorer(spec, columns, settings)
+    raise ScorerError(f"{shown(repr(spec))} is not a scorer. {FORMS}")
 
 
 def check_scorer(spec: Any, *, columns: Collection[str] | None = None) -> None:
@@ -91,19 +93,21 @@ def list_scorers() -> dict[str, str]:
     return {name: builtin.summary for name, builtin in sorted(BUILTINS.items())}
 
 
-def _load_text(spec: str, columns: Collection[str] | None) -> Scorer:
+def _load_text(spec: str, columns: Collection[str] | None, settings: ScorerSettings | None) -> Scorer:
     if spec in BUILTINS:
         return BUILTINS[spec]
-    if spec.startswith(("http://", "https://")):
-        return HttpScorer(spec)
+    if is_address(spec):
+        return HttpScorer(spec, settings=settings)
+    if _LIKE_ADDRESS.match(spec):
+        Address.of(spec)  # ScorerError, with the key in it hidden
     if "ensemble" in _manifest(spec):
-        return _load_combined({"ensemble": spec}, columns)
+        return _load_combined({"ensemble": spec}, columns, settings)
     if _names_reward_model(spec):
         return RewardModel(spec)
     if spec.endswith(".py"):
         raise ScorerError(f"scorer {spec!r} names a file but no function in it; write {spec + ':function'!r}.")
     if ":" in spec:
-        return PathScorer(spec, columns)
+        return PathScorer(spec, columns, settings)
     if "/" in spec:
         raise ScorerError(f"there is no folder {spec!r} (looked from {Path.cwd()}). {FORMS}")
     raise ScorerError(f"there is no scorer {spec!r}.{nearest(spec, BUILTINS)} {FORMS}")
@@ -112,16 +116,16 @@ def _load_text(spec: str, columns: Collection[str] | None) -> Scorer:
 def _names_reward_model(spec: str) -> bool:
     if spec in BUILTINS:
         return False
-    return Path(spec).is_dir() or (_HUB_NAME.fullmatch(spec) is not None and not spec.endswith(".py"))
+    return os.path.isdir(spec) or (_HUB_NAME.fullmatch(spec) is not None and not spec.endswith(".py"))
 
 
-def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None) -> Scorer:
+def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None, settings: ScorerSettings | None) -> Scorer:
     """Load the members, and make one scorer of them."""
     members, together = _read_combined(spec)
     loaded: list[Scorer] = []
     try:
         for member in members:
-            loaded.append(load_scorer(member, columns=columns))
+            loaded.append(load_scorer(member, columns=columns, settings=settings))
         return together(loaded)
     except BaseException:  # leave no process of the first behind when the second does not load
         for scorer, member in zip(loaded, members, strict=False):
@@ -144,7 +148,8 @@ def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequen
     if "ensemble" in spec:
         members, defaults = _members(text_at_home(str(spec["ensemble"]), ScorerError))
     if not isinstance(members, Sequence) or isinstance(members, str) or not members:
-        raise ScorerError(f'a combined scorer is {{"scorers": [...], "weights": [...]}}, not {dict(spec)!r}. {FORMS}')
+        given = shown(repr(dict(spec)))
+        raise ScorerError(f'a combined scorer is {{"scorers": [...], "weights": [...]}}, not {given}. {FORMS}')
     if any(isinstance(member, Mapping) and "steps" in member for member in members):
         raise ScorerError(
             "rewards by step cannot be summed with others: combine the scorers inside of `steps` instead."
@@ -152,19 +157,21 @@ def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequen
     if known is _ENSEMBLE:
         settings = {key: spec.get(key, defaults.get(key)) for key in ("combine", "penalty")}
         return list(members), lambda scorers: Ensemble(scorers, **{k: v for k, v in settings.items() if v is not None})
-    weights = spec.get("weights")
-    checked = None if weights is None else list(weights)
-    if checked is not None and len(checked) != len(members):
-        raise ScorerError(f"{len(members)} scorers and {len(checked)} weights; give one weight per scorer.")
-    return list(members), lambda scorers: WeightedSum(scorers, checked, bool(spec.get("standardise", False)))
+    weights, standardise = spec.get("weights"), spec.get("standardise", False)
+    check_weights(weights, len(members))
+    if not isinstance(standardise, bool):
+        raise ScorerError(f"standardise is true or false, not {standardise!r}.")
+    return list(members), lambda scorers: WeightedSum(scorers, weights, standardise)
 
 
 def _members(folder: str) -> tuple[list[str], dict[str, Any]]:
     """(folders of the members, how they are combined by default) of an ensemble that `lossmith reward train` wrote."""
     manifest = _manifest(folder)
     if "ensemble" not in manifest:
-        raise ScorerError(f"{folder!r} is no ensemble of reward models: train one with `lossmith reward train`.")
+        raise ScorerError(f"{shown(folder)!r} is no ensemble of reward models: train one with `lossmith reward train`.")
     Seal.of(folder)  # its members are those that were trained together
+    if not isinstance(manifest["ensemble"], list) or not all(isinstance(name, str) for name in manifest["ensemble"]):
+        raise ScorerError(f'{folder!r}: its {MANIFEST} is damaged: "ensemble" is no list of folders.')
     return [str(Path(folder) / name) for name in manifest["ensemble"]], manifest
 
 

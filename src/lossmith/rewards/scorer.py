@@ -2,12 +2,15 @@
 
 A score is a number, an abstention, or an error of a kind: it is never a 0 that stands for something that went wrong.
 
+Where one completion can be the cause (`raised`, `worker died`, some of `http`), the scorer is asked again about each
+half, and so on: the error is that of the completion at fault, and the others keep their scores.
+
 | kind of error   | what happened                                                        |
 |-----------------|----------------------------------------------------------------------|
 | `raised`        | the scorer raised (SystemExit and its like included)                  |
 | `timeout`       | no answer within the limit                                            |
 | `worker died`   | the scorer's process ended: os._exit, a crash in compiled code        |
-| `none`          | None where a number was due                                           |
+| `none`          | nothing where a list of scores was due, or null from a server         |
 | `not finite`    | NaN or an infinity                                                    |
 | `not a number`  | text, a dict, ...                                                     |
 | `not a list`    | one thing instead of one score per completion                         |
@@ -149,8 +152,9 @@ def _stop_at_error(name: str, rollouts: Sequence[Rollout], scores: Sequence[Scor
         f"  error:      {score.error}\n"
         f"  prompt:     {_shorten(rollout.prompt.text)} (id {rollout.prompt.id}, sample {rollout.sample})\n"
         f"  completion: {_shorten(rollout.completion)}\n"
-        f'Mend the scorer; let it return "{ABSTAIN}" where it has no opinion; or leave such completions out of the '
-        'run with on_error="drop". They are never scored 0.'
+        f'Mend the scorer; let it return "{ABSTAIN}" where it has no opinion; or leave such completions out: '
+        '--scorer-errors drop, in a recipe scorer_errors = "drop", in score_rollouts on_error="drop". '
+        "They are never scored 0."
     )
 
 

@@ -42,7 +42,8 @@ class StepReward:
         gain: str = "difference",
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        if segments not in _ENDS and not (isinstance(segments, int) and segments > 0):
+        known = isinstance(segments, str) and segments in _ENDS
+        if not known and not (isinstance(segments, int) and segments > 0):
             raise ScorerError(f"segments is {segments!r}.{nearest(str(segments), [*_ENDS, 'a number of tokens'])}")
         if gain not in GAINS:
             raise ScorerError(f"gain is {gain!r}.{nearest(gain, GAINS)}")

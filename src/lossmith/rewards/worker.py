@@ -52,7 +52,7 @@ def serve() -> None:
     threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
 
     def reply(message: Any) -> None:
-        write_frame(replies, json.dumps(message).encode())
+        write_frame(replies, json.dumps(message, default=str).encode())
 
     first = pickle.loads(inbox.get())
     sys.path[:] = first["sys_path"]
@@ -64,7 +64,11 @@ def serve() -> None:
         return
     reply({"loaded": caller.signature})
     while True:
-        reply({"verdicts": caller(pickle.loads(inbox.get()))})
+        batch = pickle.loads(inbox.get())
+        try:
+            reply({"verdicts": caller(batch)})
+        except function.CallFailure as failure:
+            reply({"raised": str(failure), "divisible": failure.divisible})
 
 
 def _take_over_pipes() -> tuple[IO[bytes], IO[bytes]]:

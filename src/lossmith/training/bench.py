@@ -89,7 +89,8 @@ def measure_recipe(plan: Plan) -> Measurement:
     """Sample, score and update, several times. The policy's weights stay as they are."""
     recipe = plan.recipe.model_copy(update={"learning_rate": 0.0, "value_learning_rate": 0.0})
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
-    scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train))
+    settings = recipe.scorer_settings(len(plan.train))
+    scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train), settings=settings)
     try:
         bind_scorer(scorer, policy)
         return _measure(plan, recipe, policy, scorer)

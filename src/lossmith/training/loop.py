@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,7 @@ class Step:
             **in_completions(self.update.metrics),
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
             **_watch(self.watched),
+            **_logged(self.rollouts),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
             **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
         }
@@ -71,6 +73,16 @@ def _watch(means: list[float]) -> dict[str, float]:
         return {}
     variance = statistics.variance(means) / len(means) if len(means) > 1 else 0.0
     return {"watch": statistics.fmean(means), "watch_variance": variance}
+
+
+def _logged(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The numbers that the scorer logged beside its scores, averaged: `scorer/NAME`."""
+    numbers: dict[str, list[float]] = {}
+    for r in rollouts:
+        for name, value in (r.score.logged if r.score else {}).items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                numbers.setdefault(f"scorer/{name}", []).append(value)
+    return {name: statistics.fmean(values) for name, values in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
     def score(rollouts: list[Rollout]) -> list[Rollout]:
         return score_rollouts(run.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
 
-    with ThreadPoolExecutor(1) as pool:  # one request at a time, as without it
+    with ThreadPoolExecutor(recipe.scorer_parallel) as pool:
         asked: dict[str, Future[list[Rollout]]] = {}
         ahead = getattr(run.scorer, "waits", False)
         with clock("sample"):
@@ -254,8 +266,9 @@ def plan(recipe: Recipe) -> Plan:
 def open_run(plan: Plan, resume: Path | None = None) -> Run:
     """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped."""
     recipe = plan.recipe
-    scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train))
-    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns_of(plan.train))
+    columns, settings = columns_of(plan.train), recipe.scorer_settings(len(plan.train))
+    scorer = load_scorer(recipe.scorer, columns=columns, settings=settings)
+    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns, settings=settings)
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     for one in (scorer, watch):
         bind_scorer(one, policy)

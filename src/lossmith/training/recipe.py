@@ -15,6 +15,8 @@ from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.files import read_text, text_at_home
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
+from lossmith.rewards import ScorerSettings
+from lossmith.rewards.address import redacted
 from lossmith.training.wanted import wanted
 
 __all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
@@ -86,12 +88,16 @@ class Settings(BaseModel):
         return value
 
     def as_toml(self) -> dict[str, Any]:
-        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names."""
+        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names.
+
+        A key in a scorer's address becomes the name of the variable that a resumed run reads it from.
+        """
         plain = {key: getattr(self, key) for key in type(self).model_fields}
         if isinstance(plain.get("loss"), Loss):
             plain["loss"] = {k: "none" if v is None else v for k, v in plain["loss"].to_dict().items()}
+        secrets: list[str] = []
         for key in self.live:
-            plain[key] = _plain(plain[key])
+            plain[key] = redacted(_plain(plain[key]), secrets)
         return {key: value for key, value in plain.items() if value is not None}
 
 
@@ -125,7 +131,16 @@ class Recipe(Settings):
     accept_weak_scorer: bool = Field(
         False, description="learn from a reward model even if it is not known to be better than chance"
     )
-    scorer_timeout: float = Field(60.0, gt=0, description="seconds that one batch of scores may take")
+    scorer_timeout: float = Field(
+        60.0, gt=0, description="seconds that one call of the scorer may take, tries again included"
+    )
+    scorer_parallel: int = Field(1, gt=0, description="calls of an http scorer at once")
+    scorer_per_minute: int = Field(
+        0, ge=0, description="calls of an http scorer in any minute, not counted in scorer_timeout; 0 for no limit"
+    )
+    scorer_batch: int = Field(
+        0, ge=0, description="completions in one call of an http scorer; 0 for all that are asked about at once"
+    )
 
     watch: Any = Field(
         None, description="a second scorer that nothing is trained on: shows when the first is over-optimised"
@@ -217,6 +232,17 @@ class Recipe(Settings):
             top_k=self.top_k,
             max_tokens=self.max_tokens,
             stop=tuple(self.stop),
+        )
+
+    def scorer_settings(self, train_prompts: int) -> ScorerSettings:
+        """What its scorers are told of the run."""
+        a_step = self.epochs * min(self.updates_per_step, self.prompts_per_step)
+        return ScorerSettings(
+            parallel=self.scorer_parallel,
+            per_minute=self.scorer_per_minute,
+            batch=self.scorer_batch,
+            updates=self.steps * a_step,
+            passes=self.steps * self.prompts_per_step / train_prompts,
         )
 
     def policy_loss(self) -> Loss:

@@ -118,6 +118,7 @@ def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
             "score": pyarrow.array([r.score.value if r.score else None for r in rollouts], pyarrow.float64()),
             "score_error": pyarrow.array([r.score.error if r.score else None for r in rollouts], pyarrow.string()),
             "score_parts": [json.dumps(dict(r.score.parts) if r.score else {}) for r in rollouts],
+            "score_logged": [json.dumps(r.score.logged if r.score else {}, default=str) for r in rollouts],
             "advantage": pyarrow.array([r.advantage for r in rollouts], pyarrow.float64()),
             "finish_reason": [r.finish_reason for r in rollouts],
             "truncated": [r.truncated for r in rollouts],

@@ -8,20 +8,15 @@ the log-odds of whatever stands there, cancels exactly.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import itertools
 import json
 import math
-import os
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from lossmith import __version__
 from lossmith.errors import FeedbackError
@@ -29,14 +24,16 @@ from lossmith.feedback.convert import standing
 from lossmith.feedback.judgement import Judgement, Question
 from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
+from lossmith.rewards.address import Address
+from lossmith.rewards.web import BUSY, NoAnswer, Server, TimedOut
 
 __all__ = ["Endpoint", "judge_by_model"]
 
 PAIRS = 6  # of a set, at most
-TRIES = 4
 AT_ONCE = 4
+KEY = "LOSSMITH_JUDGE_KEY"
+PATIENCE = 60.0  # seconds for one question
 IN_A_ROW = 8  # pairs without an answer after which the server is taken for dead
-LARGEST = 1 << 20  # bytes of a reply
 LEAST = math.log(1e-9)  # less cannot be told from rounding; OpenAI's servers write -9999 for "very unlikely"
 CRITERIA = "Clarity, relevance and accuracy; accuracy weighs most. Length alone is no merit."
 SYSTEM = (
@@ -47,15 +44,16 @@ SYSTEM = (
 
 
 class Endpoint:
-    """One question at a time: which of two outputs. The key is read from LOSSMITH_JUDGE_KEY, and never kept.
+    """One question at a time: which of two outputs. The key is read from LOSSMITH_JUDGE_KEY, and never written down.
 
     Raises FeedbackError here for an address that is not http:// or https://.
     """
 
     def __init__(self, url: str, model: str, criteria: str | None = None, wait: Callable[[float], None] = time.sleep):
-        if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
-            raise FeedbackError(f"{url!r} is not the address of a judge; write http://host:port/v1 or https://host/v1.")
-        self.url, self.model, self.criteria, self.wait = url.rstrip("/"), model, criteria or CRITERIA, wait
+        form = "the address of a judge; write http://host:port/v1 or https://host/v1"
+        address = Address.of(url, KEY, FeedbackError, form, more="/chat/completions")
+        self.server = Server(address, AT_ONCE, wait=wait)
+        self.model, self.criteria = model, criteria or CRITERIA
         self.soft = True  # until the server refuses token probabilities
 
     def prefers_first(self, prompt: str, first: str, second: str) -> tuple[float, bool]:
@@ -90,38 +88,21 @@ class Endpoint:
         return math.inf if letter == "A" else -math.inf, False
 
     def _post(self, body: dict[str, Any]) -> Any:
-        address = f"{self.url}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        key = _key()
-        if key:  # unredirected: a server that sends us elsewhere does not send the key along
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        why = ""
-        for attempt in range(TRIES):
-            if attempt:
-                self.wait(2.0**attempt)
-            try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    return json.loads(reply.read(LARGEST))
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code == 400 and "logprobs" in body:  # not every server knows them
-                    self.soft = False
-                    return self._post({k: v for k, v in body.items() if "logprobs" not in k})
-                if error.code != 429 and error.code < 500:
-                    hint = "Set LOSSMITH_JUDGE_KEY." if error.code in (401, 403) else "Is it an address up to /v1?"
-                    raise FeedbackError(f"{address} refuses: HTTP {error.code}. {hint}") from None
-                why = f"HTTP {error.code}"
-            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, no HTTP, no JSON
-                why = str(error) or type(error).__name__
-        raise _Unanswered(why)
-
-
-def _key() -> str:
-    """The key, without white space around it. FeedbackError: no header can hold it; it is not shown."""
-    key = os.environ.get("LOSSMITH_JUDGE_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):  # http.client's own complaint quotes the header
-        raise FeedbackError("LOSSMITH_JUDGE_KEY holds a line break or another character that no key has. Set it again.")
-    return key
+        try:
+            return json.loads(self.server.post(json.dumps(body).encode(), PATIENCE))
+        except TimedOut:
+            raise _Unanswered(f"no answer within {PATIENCE:g} s") from None
+        except (ValueError, RecursionError):
+            raise _Unanswered("the reply is not JSON") from None
+        except NoAnswer as refusal:
+            status = refusal.status
+            if status == 400 and "logprobs" in body:  # not every server knows them
+                self.soft = False
+                return self._post({k: v for k, v in body.items() if "logprobs" not in k})
+            if status is not None and status not in BUSY and 300 <= status < 500:
+                hint = f"Set {KEY}." if status in (401, 403) else "Is it an address up to /v1?"
+                raise FeedbackError(f"{self.server.address.name} refuses: HTTP {status}. {hint}") from None
+            raise _Unanswered(str(refusal)) from None
 
 
 class _Unanswered(Exception):
@@ -149,7 +130,7 @@ def judge_by_model(
     """Judge the pairs that this model has not judged yet; returns what was done, in words.
 
     Each judgement is written as soon as it is there, as a probability; without token probabilities as a letter, and as
-    a tie where the two orders disagree.
+    a tie where the two orders disagree. FeedbackError, with the same words: the server does not answer (any more).
     """
     if question != "pair":
         raise FeedbackError(
@@ -187,6 +168,13 @@ def judge_by_model(
             counts["not asked, for the server does not answer"] = len(todo) - start - len(part)
             break
     counts["skipped"] = len(failures)
+    said = _in_words(model, counts, leans, hard, failures)
+    if in_a_row >= IN_A_ROW or (failures and not leans):
+        raise FeedbackError(f"the judge does not answer. {said}\nWhat was judged is kept; the same command goes on.")
+    return said
+
+
+def _in_words(model: str, counts: Counter[str], leans: list[float], hard: int, failures: list[str]) -> str:
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no pair to judge"
     lines = [f"{model} (a language model, recorded as one): {said}"]
     if leans:

@@ -16,12 +16,14 @@ from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
 from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.rewards.address import is_address
 from lossmith.rewards.weak import doubts
 from lossmith.rollouts import LogProbs, Measure, Rollout
 
 __all__ = ["judge_by_scorer"]
 
 PAIRS = 6  # of a set, at most
+IN_A_ROW = 8  # sets without a score after which a scorer is taken for dead
 
 
 def judge_by_scorer(
@@ -36,32 +38,43 @@ def judge_by_scorer(
     """Judge every set that this scorer has not judged yet; returns what was done, in words.
 
     ranking: by score, equal scores tied. pair: up to six pairs of a set. rating: the score itself, which has to lie on
-    the scale. An output without a score leaves its item out, counted. FeedbackError: a score off the scale.
+    the scale. An output without a score leaves its item out, counted. FeedbackError: a score off the scale, or a scorer
+    that only fails, with what was done so far, which is kept.
     """
     if question == "rating" and scale not in SCALES:
         raise FeedbackError(f"there is no scale {scale!r}.{nearest(scale, SCALES)}")
     scorer = load_scorer(spec, columns={name for s in sets for name in s.prompt.columns})
     # Of an address without what may be secret: a password, a query.
-    name = scorer.name if str(spec).startswith(("http://", "https://")) else str(spec)
+    name = scorer.name if is_address(spec) else str(spec)
     known = {(j.set_id, frozenset(j.outputs)) for j in standing(store.judgements(name)) if j.question == question}
     counts: Counter[str] = Counter()
     mine = {s.id: s for s in sets}
     errors: list[str] = []
+    in_a_row = 0  # sets of which nothing was scored, and something failed
     try:
         for number, one in enumerate(sets):
             on_progress(number, len(sets))
+            if in_a_row >= IN_A_ROW:
+                counts["not asked, for the scorer only fails"] += len(_items(one, question))
+                continue
+            before = len(errors)
             asked = [outputs for outputs in _items(one, question) if (one.id, _ids(outputs)) not in known]
             scores = _scores(scorer, one, errors) if asked else {}
             made = [_judgement(one, outputs, scores, question, scale, name) for outputs in asked]
             counts["judged"] += store.add([j for j in made if j is not None], mine)
             counts["left out: no score"] += sum(j is None for j in made)
             counts["judged before"] += len(_items(one, question)) - len(asked)
+            if asked:
+                in_a_row = in_a_row + 1 if len(errors) > before and not scores else 0
     finally:
         close_scorer(scorer)
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing to judge"
     lines = [f"{name} (a scorer, recorded as one): {said}"]
     if errors:
         lines.append(f"outputs with an error, which is not an abstention: {len(errors)}; the first: {errors[0]}")
+    if in_a_row >= IN_A_ROW or (errors and not counts["judged"]):
+        lines.append("What was judged is kept; the same command goes on.")
+        raise FeedbackError("the scorer gives no scores. " + "\n".join(lines))
     return "\n".join([*lines, *(f"! {doubted}" for doubted in doubts(spec))])
 
 
