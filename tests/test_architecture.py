@@ -23,6 +23,7 @@ ORDER = [
     "rollouts",
     "policy",
     "rewards",
+    "durable",
     "feedback",
     "reward_training",
     "training",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from typing import NoReturn
 
 import cyclopts
 from rich.console import Console
@@ -19,6 +21,7 @@ app = cyclopts.App(
     help="Policy learning for RLHF, with a loss that is what its name says.",
     version=__version__,
     default_parameter=cyclopts.Parameter(negative_iterable=()),
+    suppress_keyboard_interrupt=False,  # main says what became of the work
 )
 app.command("lossmith.cli.train:train", name="train")
 app.command("lossmith.cli.prefer:prefer", name="prefer")
@@ -44,11 +47,33 @@ def main() -> None:
     try:
         app()
     except LossmithError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True)
+        _say(Text.assemble(("error: ", "bold red"), printable(str(error))), error)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError as error:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(None, error)
         sys.exit(141)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped.")
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        _say(Text("stopped."), error)
+        _leave(130)
+    except SystemExit as error:
+        if not getattr(error, "__notes__", None):
+            raise
+        _say(Text("stopped."), error)
+        _leave(error.code if isinstance(error.code, int) else 1)
+
+
+def _say(text: Text | None, error: BaseException) -> None:
+    """On standard error, with what the error's notes tell to do; a terminal that is gone hears nothing."""
+    with contextlib.suppress(OSError):
+        console = Console(stderr=True)
+        for line in filter(None, [text, *(Text(printable(note)) for note in getattr(error, "__notes__", []))]):
+            console.print(line, soft_wrap=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: all is saved and closed, and a request to a scorer that is still under way would be waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

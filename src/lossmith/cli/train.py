@@ -11,10 +11,16 @@ from rich.console import Console
 
 from lossmith.api import resume as resume_run
 from lossmith.api import run_recipe
-from lossmith.errors import RecipeError
+from lossmith.errors import FinishedError, RecipeError
 from lossmith.training import Recipe
 
 __all__ = ["train"]
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here; the run is to be saved first."""
+        raise BrokenPipeError
 
 
 def train(
@@ -23,6 +29,7 @@ def train(
     *,
     settings: Annotated[Recipe | None, Parameter(name="*")] = None,
     resume: Path | None = None,
+    accept_changes: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train a policy on prompts without gold answers, and show that held-out performance rose.
@@ -34,18 +41,29 @@ def train(
     recipe
         A TOML file that sets any of the options below; options given here win over it.
     resume
-        A run folder to go on with from its last checkpoint.
+        A run folder to go on with from its last checkpoint; with --steps, to as many steps as that.
+    accept_changes
+        With --resume: go on although the recipe, the prompts, the scorer or the model are not what they were.
     as_json
         Print the summary as JSON on standard output, everything else on standard error.
     """
-    console = Console(stderr=as_json)
+    console = _Console(stderr=as_json)
     given = {} if settings is None else {k: getattr(settings, k) for k in settings.model_fields_set}
     if resume is not None:
-        if recipe is not None or given:
+        if recipe is not None or given.keys() - {"steps"}:
             raise RecipeError(
-                "--resume goes on with the recipe of its run folder: give no other recipe or option with it."
+                "--resume goes on with the recipe of its run folder: of recipes and other options, only --steps (more "
+                "of them) and --accept-changes go with it."
             )
-        run = resume_run(resume, console=console)
+        try:
+            run = resume_run(resume, steps=given.get("steps"), accept_changes=accept_changes, console=console)
+        except FinishedError as done:
+            console.print(str(done), soft_wrap=True, highlight=False, markup=False)
+            if as_json:
+                print(json.dumps(done.summary | {"folder": str(resume)}))
+            return
+    elif accept_changes:
+        raise RecipeError("--accept-changes goes with --resume: a new run has nothing that could have changed.")
     else:
         fields = {} if recipe is None else Recipe.read(recipe)
         run = run_recipe(Recipe.make(str(recipe or "command line"), **fields | given), console=console)
