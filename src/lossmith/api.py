@@ -19,7 +19,7 @@ from lossmith.report.closing import closing
 from lossmith.report.live import LiveView
 from lossmith.report.opening import opening
 from lossmith.rewards import close_scorer
-from lossmith.training import Recipe, Run, learn, open_run, plan
+from lossmith.training import Plan, Recipe, Run, learn, open_run, plan
 from lossmith.training.run import RunFolder
 
 __all__ = ["kept", "resume", "run_recipe", "train"]
@@ -116,36 +116,42 @@ def run_recipe(
     console = console or Console()
     check_recipe_order(recipe)
     checked = plan(recipe, held_out_ids)
-    run = open_run(checked, resume=folder, accept_changes=accept_changes, more_steps=more_steps)
-    with kept(run) as stop:
-        console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
-        with console.status("measuring the untrained policy on the held-out prompts"):
-            run.start()
-        for note in run.going_on.notes:
-            console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
-        with LiveView(run, console) as view:
-            for step in learn(run):
-                view.show(step)
-                stop.check()
-        with console.status("measuring the trained policy on the held-out prompts"):
-            run.finish()
-        closing(run, run.summary, console)
+    with Stopping() as stop:
+        run = open_run(checked, resume=folder, accept_changes=accept_changes, more_steps=more_steps)
+        with kept(run, stop):
+            _show_run(checked, run, console, stop)
     return run
 
 
+def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None:
+    """The run from its opening to its closing words."""
+    console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
+    with console.status("measuring the untrained policy on the held-out prompts"):
+        run.start()
+    for note in run.going_on.notes:
+        console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
+    with LiveView(run, console) as view:
+        for step in learn(run):
+            view.show(step)
+            stop.check()
+    with console.status("measuring the trained policy on the held-out prompts"):
+        run.finish()
+    closing(run, run.summary, console)
+
+
 @contextlib.contextmanager
-def kept(run: Run) -> Iterator[Stopping]:
+def kept(run: Run, stop: Stopping) -> Iterator[None]:
     """Whatever ends the block early, a signal or an error, the run is saved, and a note of it says how to go on."""
-    with Stopping(lambda: run.busy) as stop:
-        try:
-            yield stop
-        except BaseException as error:
-            error.add_note(_rescue(run, stop))
-            raise
-        finally:
-            close_scorer(run.scorer)
-            close_scorer(run.watch)
-            run.folder.close()
+    stop.busy = lambda: run.busy
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(_rescue(run, stop))
+        raise
+    finally:
+        close_scorer(run.scorer)
+        close_scorer(run.watch)
+        run.folder.close()
 
 
 def _rescue(run: Run, stop: Stopping) -> str:

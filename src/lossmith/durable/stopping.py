@@ -21,14 +21,15 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class Stopping:
-    """`with Stopping(busy) as stop:` around the work, and `stop.check()` after each unit of it.
+    """`with Stopping() as stop:` around the work, and `stop.check()` after each unit of it.
 
-    busy: whether what is in memory is half done, so that nothing may be interrupted now. What is raised is
-    KeyboardInterrupt for Ctrl-C, and SystemExit(128 + signal) for the others, out of `check` or out of whatever is
-    under way. Python gives signals to the main thread alone: in another one nothing is installed.
+    busy: whether what is in memory is half done, so that nothing may be interrupted now; None while there is nothing
+    to keep yet, and the first signal ends the work at once. What is raised is KeyboardInterrupt for Ctrl-C, and
+    SystemExit(128 + signal) for the others, out of `check` or out of whatever is under way. Python gives signals to
+    the main thread alone: in another one nothing is installed.
     """
 
-    def __init__(self, busy: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, busy: Callable[[], bool] | None = None) -> None:
         self.busy = busy
         self.asked: int | None = None  # the signal that came
         self.at_once = False  # it came twice
@@ -53,17 +54,17 @@ class Stopping:
 
     def check(self) -> None:
         """Between two units of work: end here if it was asked for."""
-        if self.asked is not None and not self.busy():
+        if self.asked is not None and not (self.busy and self.busy()):
             self._end()
 
     def _came(self, number: int, frame: types.FrameType | None) -> None:
         if self._overdue:  # the timer's
             self._overdue = False
-            return self._again_later() if self.busy() else self._end()
-        if self.asked is not None:
-            self.at_once = True
-            self._end()
+            return self._again_later() if self.busy and self.busy() else self._end()
+        self.at_once = self.asked is not None
         self.asked = number
+        if self.at_once or self.busy is None:
+            self._end()
         with contextlib.suppress(OSError):  # print would meet itself here, and the terminal may be gone
             os.write(2, b"\nstopping: finishing what takes seconds, and saving; once more leaves at once\n")
         self._again_later()

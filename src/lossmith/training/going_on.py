@@ -42,9 +42,12 @@ class GoingOn:
 def inputs_of(recipe: Recipe, prompts: PromptSet, held_out: PromptSet, policy: Policy) -> Inputs:
     """Everything that decides what this run learns. Before the policy has learned anything."""
     settings = recipe.written()
-    code: dict[str, str] = {}
-    for role, spec in (("scorer", recipe.scorer), ("watching scorer", recipe.watch), ("loss", settings["loss"])):
-        code |= of_code(role, spec) if spec is not None else {}
+    code = of_code("loss", settings["loss"])
+    for role, spec, path in (
+        ("scorer", recipe.scorer, settings["scorer"]),
+        ("watching scorer", recipe.watch, settings.get("watch")),
+    ):
+        code |= {} if spec is None else of_code(role, spec if callable(spec) else path)
     decisive = {
         "the prompts": of_prompts(prompts.prompts),
         **code,
