@@ -59,7 +59,7 @@ def resume(
         return run_recipe(
             recipe,
             folder=there.path,
-            held_out_ids=None if known is None else known.known["held_out"],
+            held_out_ids=None if known is None else known.known.get("held_out"),
             console=console,
             accept_changes=accept_changes,
             more_steps=steps is not None,
@@ -89,7 +89,7 @@ def _recipe_of(folder: RunFolder, steps: int | None, objects: dict[str, Any]) ->
 def _check_more(folder: RunFolder, recipe: Recipe) -> None:
     """RunError: the run has that many steps already."""
     known = Inputs.read(folder.path)
-    had = recipe.steps if known is None else known.settings["steps"]
+    had = recipe.steps if known is None else known.settings.get("steps", recipe.steps)
     command = f"{recipe.resumed_by} {shlex.quote(str(folder.path))}"
     if recipe.steps < had:
         raise RunError(f"steps = {recipe.steps}, but the run {str(folder.path)!r} was begun with {had}; give more.")

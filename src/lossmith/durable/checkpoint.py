@@ -23,7 +23,7 @@ from lossmith.errors import RunError
 from lossmith.files import said_plainly, sync
 from lossmith.rewards.seal import sha256
 
-__all__ = ["Checkpoint", "Pace", "clean", "newest", "remove", "save"]
+__all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "remove", "save"]
 
 Tensors = Mapping[str, torch.Tensor]
 SHARE = 0.03  # of the time, that saving may take
@@ -93,16 +93,15 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping
                 (partial / name).write_bytes(text.encode())
             files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}
             (partial / MANIFEST).write_bytes(json.dumps(files, indent=2).encode())
-            for file in (*partial.iterdir(), partial):
-                sync(file)
+            flush(partial)
             remove(target)
             os.rename(partial, target)
             sync(target.parent)
+            for older in _all(folder)[2:]:
+                remove(older.path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for older in _all(folder)[2:]:
-        remove(older.path)
     return Checkpoint(target, step)
 
 
@@ -115,6 +114,14 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Checkpoint, str]
             return found, damaged
         damaged.append((found, wrong))
     return None, damaged
+
+
+def flush(folder: Path) -> None:
+    """A folder's files to the disk, as readable as the folder is: safetensors would keep them to their owner."""
+    for file in folder.iterdir():
+        file.chmod(folder.stat().st_mode & 0o666)
+        sync(file)
+    sync(folder)
 
 
 def remove(path: Path) -> None:

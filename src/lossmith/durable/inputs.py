@@ -55,9 +55,11 @@ class Inputs:
     def read(cls, folder: Path) -> Inputs | None:
         """What was written there; None where it is missing or damaged, and nothing can be compared with."""
         try:
-            return cls(**json.loads((folder / NAME).read_bytes()))
+            found = cls(**json.loads((folder / NAME).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
+        parts = (found.settings, found.decisive, found.around, found.known)
+        return found if all(isinstance(part, dict) for part in parts) else None
 
     def changed_settings(self, now: Mapping[str, Any]) -> dict[str, str]:
         """{setting: "0.003 -> 0.3"} of those that are not what they were."""

@@ -197,8 +197,7 @@ def learn(run: Run) -> Iterator[Step]:
     for index in run.remaining_steps():
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
-        with clock("watch"):
-            watched = prompt_means(score_watch(run, rollouts))
+        watched = watch(run, rollouts, clock)
         with clock("update"):  # theta <- argmin L
             update = run.learner.update(rollouts, index)
         step = Step(index, update.rollouts, update, clock.read(), watched)
@@ -231,6 +230,14 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
             return [rollout for prompt in prompts for rollout in asked[prompt.id].result()]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # whoever stops the run does not wait for a server
+
+
+def watch(run: Run, rollouts: list[Rollout], clock: Clock) -> list[float]:
+    """What the watching scorer thinks of a round: its mean for each prompt. Nothing is trained on it."""
+    if run.watch is None:
+        return []
+    with clock("watch"):
+        return prompt_means(score_watch(run, rollouts))
 
 
 def score_watch(run: Run, rollouts: list[Rollout]) -> list[Rollout]:

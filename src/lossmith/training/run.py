@@ -23,7 +23,7 @@ import pyarrow.parquet
 import tomli_w
 import torch
 
-from lossmith.durable.checkpoint import clean, remove
+from lossmith.durable.checkpoint import clean, flush, remove
 from lossmith.durable.folder import hold, let_go
 from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
@@ -179,8 +179,7 @@ class RunFolder:
         try:
             with said_plainly(target):
                 policy.save(partial)
-                for file in (*partial.iterdir(), partial):
-                    sync(file)
+                flush(partial)
                 remove(target)
                 os.rename(partial, target)
                 sync(self.path)
