@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,14 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping
                 save_file(whole, partial / f"{name}.safetensors")
             for name, text in texts.items():
                 (partial / name).write_bytes(text.encode())
-            files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}
-            (partial / MANIFEST).write_bytes(json.dumps(files, indent=2).encode())
-            flush(partial)
+            files = sorted(partial.iterdir())
+            with ThreadPoolExecutor(2) as pool:  # hashing is the processor's work, flushing the disk's
+                hashes = pool.map(sha256, files)
+                flush(partial)
+            listed = {f.name: {"bytes": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
+            (partial / MANIFEST).write_bytes(json.dumps(listed, indent=2).encode())
+            sync(partial / MANIFEST)
+            sync(partial)
             remove(target)
             os.rename(partial, target)
             sync(target.parent)

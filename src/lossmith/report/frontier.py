@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from lossmith.errors import RunError
 from lossmith.training.guards import kl_of_completion
+from lossmith.training.run import read_metrics
 
 __all__ = ["plot_frontier"]
 
@@ -49,11 +49,9 @@ def plot_frontier(runs: Sequence[Path], target: Path, smooth: int = 3) -> None:
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise RunError(f"{str(run)!r} is not a run folder with steps: it holds no metrics.jsonl.") from None
-    records = [json.loads(line) for line in lines]
+    if not (run / "metrics.jsonl").exists():
+        raise RunError(f"{str(run)!r} is not a run folder with steps: it holds no metrics.jsonl.")
+    records = read_metrics(run / "metrics.jsonl")
     if not records or kl_of_completion(records[0]) is None:
         raise RunError(
             f"{str(run)!r} did not measure how far its policy moved: train with a loss that has a KL term, or with "

@@ -27,14 +27,14 @@ from lossmith.durable.checkpoint import clean, flush, remove
 from lossmith.durable.folder import hold, let_go
 from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
-from lossmith.files import add_line, replacing, said_plainly, sync, write_whole
+from lossmith.files import add_line, read_text, replacing, said_plainly, sync, write_whole
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.rewards.seal import sha256
 from lossmith.rollouts import LogProbs, Measure, Rollout, Score
 from lossmith.training.evaluate import Evaluation, comparison
 
-__all__ = ["RunFolder", "check_disk"]
+__all__ = ["RunFolder", "check_disk", "read_metrics"]
 
 
 class NamedSettings(Protocol):
@@ -127,7 +127,8 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, a step each."""
-        return [json.loads(line) for line in self.metrics_text().splitlines()]
+        path = self.path / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
 
     def restore_metrics(self, text: str) -> bool:
         """Make metrics.jsonl what it was when `text` was its content; lines of later steps go, for these are redone.
@@ -201,6 +202,23 @@ class RunFolder:
             return None
         there = isinstance(summary, dict) and summary.get("steps") == steps and (self.path / "policy").is_dir()
         return summary if there else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, a step each; a last line that a power cut or a running process left torn is left
+    out. RunError: it is not there, or another line is damaged."""
+    found: list[dict[str, Any]] = []
+    lines = read_text(path, RunError, "metrics file").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            found.append({**record, "step": record["step"]})
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise RunError(
+                    f"{path}:{number}: the line is damaged. A run that is gone on with writes it again."
+                ) from None
+    return found
 
 
 def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
