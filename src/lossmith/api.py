@@ -160,7 +160,7 @@ def _rescue(run: Run, stop: Stopping) -> str:
     if run.learner.settled and not stop.at_once:
         try:
             run.save()
-        except (LossmithError, KeyboardInterrupt, SystemExit) as error:
+        except (LossmithError, KeyboardInterrupt) as error:
             failed = str(error) or "It was not saved: you left at once."
     if run.summary:
         return f"The run is finished: {run.folder.path}"
