@@ -24,6 +24,7 @@ ORDER = [
     "rollouts",
     "policy",
     "rewards",
+    "durable",
     "feedback",
     "reward_training",
     "training",

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lossmith.errors import RecipeError
+from lossmith.durable.inputs import Inputs
+from lossmith.durable.stopping import Stopping
+from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError
+from lossmith.files import at_home
 from lossmith.project import check_recipe_order
 from lossmith.report.closing import closing
 from lossmith.report.code import show_code
 from lossmith.report.live import LiveView
 from lossmith.report.opening import opening
 from lossmith.rewards import close_scorer
-from lossmith.training import Recipe, Run, learn, open_run, plan
+from lossmith.training import Plan, Recipe, Run, learn, open_run, plan
+from lossmith.training.run import RunFolder
 
-__all__ = ["resume", "run_recipe", "train"]
+__all__ = ["kept", "resume", "run_recipe", "train"]
 
 
 def train(*, quiet: bool = False, **settings: Any) -> Run:
@@ -25,43 +32,151 @@ def train(*, quiet: bool = False, **settings: Any) -> Run:
     settings: the fields of a recipe (`lossmith train --help` lists them). `scorer` may be a Python function,
     `loss` a PolicyLoss, `prompts` a list: train(scorer=my_function, loss=get_loss("rloo"), prompts=["..."], steps=20).
     Raises RecipeError, LossError, PromptError, ScorerError or PolicyError before the model is loaded where it can.
+    Whatever ends it early, Ctrl-C and SIGTERM included, the run is saved first: a note of the exception says how to
+    go on.
     """
     return run_recipe(Recipe.make("train()", **settings), console=Console(quiet=quiet))
 
 
-def resume(folder: str | Path, *, console: Console | None = None) -> Run:
-    """Go on with a run that stopped, from its last complete checkpoint, as if it had not stopped."""
-    path = Path(folder)
-    if not (path / "recipe.toml").exists():
-        raise RecipeError(f"{str(folder)!r} is not a run folder: it holds no recipe.toml.")
-    fields = Recipe.read(path / "recipe.toml")
-    for key in ("scorer", "watch", "prompts"):
-        if str(fields.get(key, "")).startswith("python: "):
+def resume(
+    folder: str | Path,
+    *,
+    steps: int | None = None,
+    accept_changes: bool = False,
+    console: Console | None = None,
+    **objects: Any,
+) -> Run:
+    """Go on with a run that stopped, from its last complete checkpoint, as if it had not stopped.
+
+    steps: how many there are to be, where they are more than the run had. objects: `scorer`, `watch` or `prompts` that
+    were Python objects, which no file can hold. RunError: the run is finished; what decided it has changed, and
+    accept_changes is not set; another process works on it.
+    """
+    there = RunFolder.existing(at_home(folder))
+    try:
+        recipe = _recipe_of(there, steps, objects)
+        _check_more(there, recipe)
+        known = Inputs.read(there.path)
+        return run_recipe(
+            recipe,
+            folder=there.path,
+            held_out_ids=None if known is None else known.known.get("held_out"),
+            console=console,
+            accept_changes=accept_changes,
+            more_steps=steps is not None,
+        )
+    finally:
+        there.close()
+
+
+def _recipe_of(folder: RunFolder, steps: int | None, objects: dict[str, Any]) -> Recipe:
+    path = folder.path / "recipe.toml"
+    fields = Recipe.read(path)
+    for key, value in fields.items():
+        if not str(value).startswith("python: "):
+            continue
+        if key not in objects:
             raise RecipeError(
-                f"{path / 'recipe.toml'}: the run's {key} was a Python object ({fields[key]}), which a file cannot "
-                "hold. Write its importable path there, as module:function or a file."
+                f"{path}: the run's {key} was a Python object ({value}), which a file cannot hold. Go on from Python, "
+                f"with lossmith.resume({str(folder.path)!r}, {key}=...), or write its importable path there "
+                "(module:function, or a file) and go on with --accept-changes."
             )
-    return run_recipe(Recipe.make(str(path / "recipe.toml"), **fields), folder=path, console=console)
+        fields[key] = objects.pop(key)
+    if objects:
+        raise RecipeError(f"{path} holds the run's {', '.join(objects)}: resume() takes no other.")
+    return Recipe.make(str(path), **fields | ({} if steps is None else {"steps": steps}))
 
 
-def run_recipe(recipe: Recipe, *, folder: Path | None = None, console: Console | None = None) -> Run:
+def _check_more(folder: RunFolder, recipe: Recipe) -> None:
+    """RunError: the run has that many steps already."""
+    known = Inputs.read(folder.path)
+    had = recipe.steps if known is None else known.settings.get("steps", recipe.steps)
+    command = f"{recipe.resumed_by} {shlex.quote(str(folder.path))}"
+    if recipe.steps < had:
+        raise RunError(f"steps = {recipe.steps}, but the run {str(folder.path)!r} was begun with {had}; give more.")
+    summary = folder.finished(recipe.steps)
+    if summary is not None:
+        early = f"; it stopped early: {summary['stopped']}" if "stopped" in summary else ""
+        raise FinishedError(
+            f"The run {str(folder.path)!r} is finished ({recipe.steps} steps{early}). Its policy is in "
+            f"{folder.path / 'policy'}. For more steps: {command} --steps {2 * recipe.steps}",
+            summary,
+        )
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    held_out_ids: list[str] | None = None,
+    console: Console | None = None,
+    accept_changes: bool = False,
+    more_steps: bool = False,
+) -> Run:
     """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with."""
     console = console or Console()
     check_recipe_order(recipe)
     show_code(console, scorer=recipe.scorer, watch=recipe.watch, loss=recipe.loss)
-    checked = plan(recipe)
-    run = open_run(checked, resume=folder)
+    checked = plan(recipe, held_out_ids)
+    with Stopping() as stop:
+        run = open_run(checked, resume=folder, accept_changes=accept_changes, more_steps=more_steps)
+        with kept(run, stop):
+            _show_run(checked, run, console, stop)
+    return run
+
+
+def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None:
+    """The run from its opening to its closing words."""
+    console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
+    with LiveView(run, console) as view:
+        run.start()
+        for note in run.going_on.notes:
+            console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
+        view.begin()
+        for step in learn(run):
+            view.show(step)
+            stop.check()
+        view.end()
+        run.finish()
+    closing(run, run.summary, console)
+
+
+@contextlib.contextmanager
+def kept(run: Run, stop: Stopping) -> Iterator[None]:
+    """Whatever ends the block early, a signal or an error, the run is saved, and a note of it says how to go on."""
+    stop.busy = lambda: run.busy
     try:
-        console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
-        with LiveView(run, console) as view:
-            run.start()
-            view.begin()
-            for step in learn(run):
-                view.show(step)
-            view.end()
-            run.finish()
+        yield
+    except BaseException as error:
+        error.add_note(_rescue(run, stop))
+        raise
     finally:
         close_scorer(run.scorer)
         close_scorer(run.watch)
-    closing(run, run.summary, console)
-    return run
+        run.folder.close()
+
+
+def _rescue(run: Run, stop: Stopping) -> str:
+    """Save what can be saved; what there is to go on with, in words."""
+    failed = ""
+    if run.learner.settled and not stop.at_once:
+        try:
+            run.save()
+        except (LossmithError, KeyboardInterrupt) as error:
+            failed = str(error) or "It was not saved: you left at once."
+    if run.summary:
+        return f"The run is finished: {run.folder.path}"
+    where = (
+        f"saved after step {run.saved} of {run.recipe.steps}"
+        if run.saved
+        else "no step saved: it begins with the first"
+    )
+    return " ".join(filter(None, [failed, f"The run is {where}. Go on with: {how_to_go_on(run)}"]))
+
+
+def how_to_go_on(run: Run) -> str:
+    """The command; where a file cannot hold all of the run, the call."""
+    live = [key for key, value in run.recipe.as_toml().items() if str(value).startswith("python: ")]
+    if live:
+        return f"lossmith.resume({str(run.folder.path)!r}, {', '.join(f'{key}=...' for key in live)})"
+    return f"{run.recipe.resumed_by} {shlex.quote(str(run.folder.path))}"

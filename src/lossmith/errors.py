@@ -10,6 +10,7 @@ LossmithError
 ├── FeedbackError  (ValueError)    output sets, judgements of them, and preferences made of those
 ├── StageError     (RuntimeError)  a step of a project taken before the one that it needs
 └── RunError       (RuntimeError)  the run folder and the machine under it
+    └── FinishedError              a run that has come to its end already
 
 Every message says what is wrong, where, and what to do about it.
 """
@@ -20,9 +21,11 @@ import difflib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = [
     "FeedbackError",
+    "FinishedError",
     "LossError",
     "LossmithError",
     "PolicyError",
@@ -77,6 +80,14 @@ class StageError(LossmithError, RuntimeError):
 
 class RunError(LossmithError, RuntimeError):
     """The run folder and the machine under it."""
+
+
+class FinishedError(RunError):
+    """There is nothing left to go on with. `summary` is what summary.json holds."""
+
+    def __init__(self, message: str, summary: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.summary = summary
 
 
 class TrapWarning(UserWarning):

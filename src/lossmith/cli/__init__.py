@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import cyclopts
 from rich.console import Console
@@ -13,7 +15,7 @@ from rich.text import Text
 
 from lossmith import __version__
 from lossmith.cli.streams import bear_every_character, check_names
-from lossmith.errors import LossmithError
+from lossmith.errors import LossmithError, printable
 
 __all__ = ["app", "main"]
 
@@ -68,11 +70,33 @@ def main() -> None:
     except (LossmithError, cyclopts.CycloptsError) as error:
         from lossmith.cli.words import said  # torch comes with it, and --help needs none
 
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), said(app, error)), soft_wrap=True)
+        _say(Text.assemble(("error: ", "bold red"), said(app, error)), error)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError as error:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(None, error)
         sys.exit(141)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped.")
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        _say(Text("stopped."), error)
+        _leave(130)
+    except SystemExit as error:
+        if not getattr(error, "__notes__", None):
+            raise
+        _say(Text("stopped."), error)
+        _leave(error.code if isinstance(error.code, int) else 1)
+
+
+def _say(text: Text | None, error: BaseException) -> None:
+    """On standard error, with what the error's notes tell to do; a terminal that is gone hears nothing."""
+    with contextlib.suppress(OSError):
+        console = Console(stderr=True)
+        for line in filter(None, [text, *(Text(printable(note)) for note in getattr(error, "__notes__", []))]):
+            console.print(line, soft_wrap=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: all is saved and closed, and a request to a scorer that is still under way would be waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

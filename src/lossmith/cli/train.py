@@ -12,10 +12,16 @@ from lossmith.api import resume as resume_run
 from lossmith.api import run_recipe
 from lossmith.cli.streams import print_json
 from lossmith.cli.words import settings_of
-from lossmith.errors import RecipeError
+from lossmith.errors import FinishedError, RecipeError
 from lossmith.training import Recipe
 
 __all__ = ["train"]
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here; the run is to be saved first."""
+        raise BrokenPipeError
 
 
 def train(
@@ -24,6 +30,7 @@ def train(
     *,
     settings: Annotated[Recipe | None, Parameter(name="*")] = None,
     resume: Path | None = None,
+    accept_changes: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train a policy on prompts without gold answers, and show that held-out performance rose.
@@ -35,17 +42,30 @@ def train(
     recipe
         A TOML file that sets any of the options below; options given here win over it.
     resume
-        A run folder to go on with from its last checkpoint.
+        A run folder to go on with from its last checkpoint; with --steps, to as many steps as that.
+    accept_changes
+        With --resume: go on although the recipe, the prompts, the scorer or the model are not what they were.
     as_json
         Print the summary as JSON on standard output, everything else on standard error.
     """
-    console = Console(stderr=as_json)
+    console = _Console(stderr=as_json)
     if resume is not None:
-        if recipe is not None or settings is not None:
+        given = set() if settings is None else settings.model_fields_set
+        if recipe is not None or given - {"steps"}:
             raise RecipeError(
-                "--resume goes on with the recipe of its run folder: give no other recipe or option with it."
+                "--resume goes on with the recipe of its run folder: of recipes and other options, only --steps (more "
+                "of them) and --accept-changes go with it."
             )
-        run = resume_run(resume, console=console)
+        try:
+            steps = settings.steps if settings is not None and given else None
+            run = resume_run(resume, steps=steps, accept_changes=accept_changes, console=console)
+        except FinishedError as done:
+            console.print(str(done), soft_wrap=True, highlight=False, markup=False)
+            if as_json:
+                print_json(done.summary | {"folder": str(resume)})
+            return
+    elif accept_changes:
+        raise RecipeError("--accept-changes goes with --resume: a new run has nothing that could have changed.")
     else:
         run = run_recipe(settings_of(Recipe, recipe, settings), console=console)
     if as_json:

@@ -1,74 +1,66 @@
-"""Checkpoints: the whole state of a run, as safetensors and JSON, complete or absent.
+"""A learner's state in a checkpoint: weights, optimiser, the loss with what in it has moved.
 
-A checkpoint is written beside its final name, synced, listed in a manifest with sizes and hashes, and renamed once.
 Random numbers are keyed by (seed, step, prompt, sample) and prompts by (seed, step), so neither has state to save.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
+from lossmith.durable.checkpoint import Checkpoint, save
 from lossmith.errors import RunError
 from lossmith.losses import loss_from_dict
-from lossmith.rewards.seal import sha256
 from lossmith.training.learner import Learner
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(folder: Path, learner: Learner, step: int) -> Path:
-    """Write checkpoints/step-NNNNN: the state after `step` finished steps. The one before it is deleted afterwards."""
-    target = folder / "checkpoints" / f"step-{step:05d}"
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    policy = learner.policy
-    save_file(_contiguous(dict(_weights(learner))), partial / "weights.safetensors")
+def save_checkpoint(
+    folder: Path, learner: Learner, step: int, metrics: str = "", more: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """The state after `step` finished steps, with the lines of metrics.jsonl up to it and what else the loop keeps."""
     tensors, numbers = _optimizer_state(learner)
-    save_file(_contiguous(tensors), partial / "optimizer.safetensors")
     state = {
         "step": step,
-        "policy_version": policy.version,
+        "policy_version": learner.policy.version,
         "loss": learner.loss.to_dict(),
+        "bad_in_a_row": learner.bad_in_a_row,
         "optimizer": numbers,
+        **(more or {}),
     }
-    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    _write_manifest(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(partial, target)
-    _sync(target.parent)
-    for older in _complete(folder):
-        if older.name < target.name:
-            shutil.rmtree(older)
-    return target
+    texts = {"state.json": json.dumps(state), "metrics.jsonl": metrics}
+    return save(folder, step, {"weights": dict(_weights(learner)), "optimizer": tensors}, texts)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest holds, or None."""
-    complete = [c for c in _complete(folder) if _verified(c)]
-    return max(complete, default=None)
+def load_checkpoint(found: Checkpoint, learner: Learner, changed: Collection[str] = ()) -> dict[str, Any]:
+    """Put the saved state into the learner and its policy; returns what state.json holds.
 
-
-def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
-    """Put the saved state into the learner and its policy; returns what state.json holds."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    saved = load_file(path / "weights.safetensors")
-    current = dict(_weights(learner))
-    if saved.keys() != current.keys():
-        raise RunError(f"{path} was written for another model: its tensors are not this policy's.")
+    changed: settings that are to be the recipe's from here on, not what they were when this was saved.
+    RunError: it is damaged, or of another model.
+    """
+    found.check()
+    state, saved, current = found.state(), found.tensors("weights"), dict(_weights(learner))
+    if {k: t.shape for k, t in saved.items()} != {k: t.shape for k, t in current.items()}:
+        raise RunError(
+            f"{found.path} was written for another model: its tensors are not this policy's. Put the model, and a loss "
+            "with the same parts, back into the recipe."
+        )
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(saved[name])
     learner.policy.version = state["policy_version"]
-    learner.loss = loss_from_dict(state["loss"])
-    _restore_optimizer(learner, load_file(path / "optimizer.safetensors"), state["optimizer"])
+    learner.bad_in_a_row = state["bad_in_a_row"]
+    if "loss" not in changed:
+        learner.loss = loss_from_dict(state["loss"])
+    own = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in learner.optimizer.param_groups]
+    _restore_optimizer(learner, found.tensors("optimizer"), state["optimizer"])
+    for group, recipe in zip(learner.optimizer.param_groups, own, strict=True):
+        group.update(recipe)
     return state
 
 
@@ -76,10 +68,6 @@ def _weights(learner: Learner) -> list[tuple[str, torch.Tensor]]:
     named = [("policy." + n, p.detach()) for n, p in learner.policy.model.named_parameters()]
     head = learner.policy.value_head
     return named + ([] if head is None else [("value_head." + n, p.detach()) for n, p in head.named_parameters()])
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _optimizer_state(learner: Learner) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -94,36 +82,3 @@ def _restore_optimizer(learner: Learner, tensors: dict[str, torch.Tensor], numbe
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     learner.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
-
-
-# -- all or nothing ---------------------------------------------------------------------------------------------------
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps(files, indent=2), encoding="utf-8")
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
-
-
-def _verified(folder: Path) -> bool:
-    try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return all(sha256(folder / name) == entry["sha256"] for name, entry in files.items())
-    except (OSError, ValueError):
-        return False
-
-
-def _complete(folder: Path) -> list[Path]:
-    return [p for p in sorted((folder / "checkpoints").glob("step-*")) if not p.name.endswith(".partial")]
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle of a folder to flush
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

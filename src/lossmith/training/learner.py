@@ -76,7 +76,8 @@ class Learner:
             for each in filter(None, (policy, self.reference)):
                 compile_layers(each)
         self._clock = Clock()
-        self._bad_in_a_row = 0
+        self.bad_in_a_row = 0  # gradients that were not finite
+        self.settled = True  # False from the first change that a round makes, until the loop has written the round down
 
     def update(self, rollouts: Sequence[Rollout], step: int, given: Mapping[str, Tensor] | None = None) -> Update:
         """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimiser steps.
@@ -296,9 +297,10 @@ class Learner:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm))
         finite = math.isfinite(norm)
-        self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
-        if self._bad_in_a_row == 3:
+        bad = 0 if finite else self.bad_in_a_row + 1
+        if bad == 3:
             raise RunError(f"step {step + 1}: the gradient was not finite three times in a row; lower learning_rate.")
+        self.settled, self.bad_in_a_row = False, bad
         if finite:
             factor = rate_factor(self.recipe, step)
             for group in self.optimizer.param_groups:
@@ -310,6 +312,7 @@ class Learner:
 
     def _adapt(self, metrics: dict[str, float], completions: int) -> None:
         """Move an adaptive KL coefficient by the KL of a completion that was just seen."""
+        self.settled = False
         if isinstance(self.loss, PolicyLoss) and self.loss.kl.active and "kl_ref" in metrics:
             metrics["kl_coefficient"] = self.loss.kl.beta
             per_completion = metrics["kl_ref"] * metrics["tokens"] / max(metrics["completions"], 1)

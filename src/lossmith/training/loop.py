@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lossmith.errors import RecipeError, RunError, quiet_traps
+from lossmith.durable.checkpoint import Pace
+from lossmith.errors import RecipeError, quiet_traps
 from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import bind_scorer, verify_scorer
 from lossmith.rewards.weak import refuse_weak
 from lossmith.rollouts import Rollout
-from lossmith.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from lossmith.training.checkpoint import load_checkpoint, save_checkpoint
 from lossmith.training.clock import Clock
 from lossmith.training.evaluate import Evaluation, comparison, evaluate, tally
+from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
 from lossmith.training.guards import Guard, prompt_means
 from lossmith.training.learner import Learner, Update
 from lossmith.training.metrics import in_completions
@@ -90,6 +92,7 @@ class Plan:
     """A checked recipe and its data, before any model is loaded."""
 
     recipe: Recipe
+    prompts: PromptSet
     train: PromptSet
     held_out: PromptSet
     report: str  # what the prompt file held
@@ -108,45 +111,87 @@ class Run:
     folder: RunFolder
     watch: Scorer | None = None
     guard: Guard = field(default_factory=Guard)
+    going_on: GoingOn = field(default_factory=GoingOn)
     stopped: str = ""  # why a guard ended the run before its last step
-    checkpoint: Path | None = None  # to go on from
     before: Evaluation | None = None
     first_step: int = 0
+    done: int = 0  # finished steps in what is in memory
+    saved: int = 0  # finished steps in the newest checkpoint
+    saving: bool = False
     after: Evaluation | None = None
     watched_before: Evaluation | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # what summary.json holds, once the run is finished
     started: float = field(default_factory=time.perf_counter)
     tell: Callable[[str, int, int], None] = lambda what, done, total: None  # told what is done, and how far it is
 
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.recipe.checkpoint_every, self.recipe.checkpoint_minutes)
+
+    @property
+    def busy(self) -> bool:
+        """Whether nothing may be interrupted now: the weights are between two steps, or are being written."""
+        return self.saving or not self.learner.settled
+
     def start(self) -> None:
         """Measure the untrained policy on the held-out prompts; then, in a resumed run, load the checkpoint."""
         if self.before is not None:
             return
-        self.before = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
-        self.folder.add_rollouts("held-out-before", self.before.rollouts)
-        self.watched_before = self._watched(self.before)
-        if self.checkpoint is not None:
-            self.first_step = int(load_checkpoint(self.checkpoint, self.learner)["step"])
-            self.folder.keep_metrics_before(self.first_step)
-            for record in self.folder.metrics():
-                self.guard.reason_to_stop(record)
+        checkpoint = self.going_on.checkpoint
+        if checkpoint is not None and not self.going_on.changed:
+            self.folder.digests = checkpoint.state()["rollouts"]
+        self.before = self._once(
+            "held-out-before", lambda: evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
+        )
+        if self.watch is not None:
+            self.watched_before = self._once("held-out-before-watched", lambda: self._watched(self.before))
+        metrics = ""
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.learner, self.going_on.changed)
+            self.first_step = self.done = self.saved = state["step"]
+            self.folder.digests = state["rollouts"] | self.folder.digests
+            metrics = checkpoint.text("metrics.jsonl")
+        self.going_on.set_right(self.folder, metrics)
+        for record in self.folder.metrics():
+            self.guard.reason_to_stop(record)
 
-    def _watched(self, evaluation: Evaluation) -> Evaluation | None:
+    def _once(self, name: str, measure: Callable[[], Evaluation]) -> Evaluation:
+        """What the run measured before it stopped; measured now where it did not, or where that is not whole."""
+        kept = self.folder.read_rollouts(name, self.held_out)
+        if kept is not None:
+            return Evaluation(kept)
+        found = measure()
+        self.folder.add_rollouts(name, found.rollouts)
+        return found
+
+    def _watched(self, evaluation: Evaluation | None) -> Evaluation:
         """The same completions as the watching scorer sees them."""
-        if self.watch is None:
-            return None
+        assert evaluation is not None
         return Evaluation(score_watch(self, evaluation.rollouts))
 
     def remaining_steps(self) -> range:
         return range(self.first_step, self.recipe.steps)
 
+    def save(self) -> None:
+        """A checkpoint of what is in memory, where the recipe wants any, unless it is there already."""
+        if not self.pace.active or self.done <= self.saved:
+            return
+        self.saving, start = True, time.perf_counter()
+        try:
+            more = {"rollouts": self.folder.digests}
+            save_checkpoint(self.folder.path, self.learner, self.done, self.folder.metrics_text(), more)
+        finally:
+            self.saving = False
+        self.saved = self.done
+        self.pace.saved(time.perf_counter() - start)
+
     def finish(self) -> None:
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
+        self.save()  # what more steps would go on from
         self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
         verify_scorer(self.scorer)
         self.folder.add_rollouts("held-out-after", after.rollouts)
-        self.policy.save(self.folder.path / "policy")
+        self.folder.save_policy(self.policy)
         more = {
             "steps": self.recipe.steps,
             "loss": str(self.learner.loss),
@@ -154,10 +199,10 @@ class Run:
             "policy_checksum": self.policy.checksum(),
             "seconds": time.perf_counter() - self.started,
             **({"stopped": self.stopped} if self.stopped else {}),
+            **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
-        watched = self._watched(after)
-        if self.watched_before is not None and watched is not None:
-            more["watch"] = comparison(self.watched_before, watched)
+        if self.watched_before is not None:
+            more["watch"] = comparison(self.watched_before, self._watched(after))
         self.summary = self.folder.write_summary(self.before, after, more)
 
 
@@ -168,13 +213,10 @@ def learn(run: Run) -> Iterator[Step]:
     for index in run.remaining_steps():
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
+        watched = watch(run, rollouts, clock)
         with clock("update"):  # theta <- argmin L
             run.tell("updating", 0, 0)
             update = run.learner.update(rollouts, index)
-        watched: list[float] = []
-        if run.watch is not None:
-            with clock("watch"):
-                watched = prompt_means(score_watch(run, rollouts))
         step = Step(index, update.rollouts, update, clock.read(), watched)
         record(run, step)
         run.stopped = run.guard.reason_to_stop(step.record)
@@ -190,7 +232,8 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
     def score(rollouts: list[Rollout]) -> list[Rollout]:
         return score_rollouts(run.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
 
-    with ThreadPoolExecutor(recipe.scorer_parallel) as pool:
+    pool = ThreadPoolExecutor(recipe.scorer_parallel)
+    try:
         asked: dict[str, Future[list[Rollout]]] = {}
         ahead = getattr(run.scorer, "waits", False)
         with clock("sample"):
@@ -208,6 +251,16 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
                 run.tell("scoring", len(found), len(rollouts))
                 found += asked[prompt.id].result()
             return found
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # whoever stops the run does not wait for a server
+
+
+def watch(run: Run, rollouts: list[Rollout], clock: Clock) -> list[float]:
+    """What the watching scorer thinks of a round: its mean for each prompt. Nothing is trained on it."""
+    if run.watch is None:
+        return []
+    with clock("watch"):
+        return prompt_means(score_watch(run, rollouts))
 
 
 def score_watch(run: Run, rollouts: list[Rollout]) -> list[Rollout]:
@@ -223,16 +276,20 @@ def record(run: Run, step: Step) -> None:
     run.folder.add_metrics(step.record)
     if recipe.save_rollouts:
         run.folder.add_rollouts(f"step-{step.index:05d}", step.rollouts)
-    done = step.index + 1
-    if recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < recipe.steps:
-        save_checkpoint(run.folder.path, run.learner, done)
+    run.done = step.index + 1
+    run.learner.settled = True  # from here on this step is never done again
+    if run.pace.due(run.done):
+        run.save()
 
 
 # -- before the first step --------------------------------------------------------------------------------------------
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Check all that can be checked before a model is loaded: loss, prompts, scorer, model folder, batch arithmetic."""
+def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
+    """Check all that can be checked before a model is loaded: loss, prompts, scorer, model folder, batch arithmetic.
+
+    held_out_ids: of a resumed run, which keeps its held-out prompts whatever was added to the others.
+    """
     recipe.policy_loss()
     if recipe.compile:
         check_compiler()
@@ -246,7 +303,10 @@ def plan(recipe: Recipe) -> Plan:
         split=recipe.prompt_split,
         limit=recipe.prompt_limit,
     )
-    train, held_out = prompts.split(recipe.held_out, recipe.seed)
+    if held_out_ids is None:
+        train, held_out = prompts.split(recipe.held_out, recipe.seed)
+    else:
+        train, held_out = split_again(prompts, held_out_ids)
     if len(held_out) < 2:
         raise RecipeError(f"held_out = {recipe.held_out} keeps one prompt, and an interval needs at least two.")
     if recipe.prompts_per_step > len(train):
@@ -260,38 +320,34 @@ def plan(recipe: Recipe) -> Plan:
             if not recipe.accept_weak_scorer:
                 refuse_weak(scorer)
     check_model(recipe.model)
-    return Plan(recipe, train, held_out, prompts.summary())
+    return Plan(recipe, prompts, train, held_out, prompts.summary())
 
 
-def open_run(plan: Plan, resume: Path | None = None) -> Run:
-    """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped."""
+def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = False, more_steps: bool = False) -> Run:
+    """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped.
+
+    accept_changes: go on although what decided the run is not what it was. more_steps: the recipe has more steps than
+    the run had, on purpose. RunError: a change that is not accepted, each named.
+    """
     recipe = plan.recipe
+    folder = None if resume is None else RunFolder.existing(resume)
     columns, settings = columns_of(plan.train), recipe.scorer_settings(len(plan.train))
     scorer = load_scorer(recipe.scorer, columns=columns, settings=settings)
     watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns, settings=settings)
     policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
     for one in (scorer, watch):
         bind_scorer(one, policy)
-    check_disk(recipe.runs, disk_needed(policy, recipe))
+    check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
     _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, recipe.policy_loss(), recipe)
-    checkpoint = None if resume is None else latest_checkpoint(resume)
-    if resume is not None and checkpoint is None:
-        raise RunError(f"{resume} holds no complete checkpoint to resume from.")
-    folder = RunFolder.create(recipe, learner.loss.name) if resume is None else RunFolder(resume)
-    return Run(
-        recipe,
-        plan.train,
-        plan.held_out,
-        scorer,
-        policy,
-        learner,
-        folder,
-        watch,
-        Guard.of(recipe),
-        checkpoint=checkpoint,
-    )
+    now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
+    if folder is None:
+        folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
+    else:
+        going_on = go_on(folder, now, recipe, accept_changes, more_steps)
+    guard = Guard.of(recipe)
+    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guard, going_on)
 
 
 def columns_of(prompts: PromptSet) -> set[str]:
@@ -309,8 +365,12 @@ def _check_lengths(policy: Policy, plan: Plan) -> None:
             )
 
 
-def disk_needed(policy: Policy, recipe: Recipe) -> int:
-    """Bytes a run may write: the policy, and a checkpoint with its optimiser state beside the one before it."""
+def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None) -> int:
+    """Bytes a run may write: the policy, two checkpoints with their optimiser state, and the next one beside them.
+
+    folder: of a resumed run, whose checkpoints are there already.
+    """
     weights = sum(p.numel() * 4 for p in policy.model.parameters())
-    checkpoints = 2 * 3 * weights if 0 < recipe.checkpoint_every < recipe.steps else 0
+    there = 0 if folder is None else sum(1 for _ in (folder.path / "checkpoints").glob("step-*"))
+    checkpoints = max(3 - there, 1) * 3 * weights if recipe.checkpoint_every or recipe.checkpoint_minutes else 0
     return weights + checkpoints + 50_000_000

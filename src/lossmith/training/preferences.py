@@ -56,7 +56,7 @@ class PreferenceRecipe(Settings):
     """The settings of a run on preferences. `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("preferences",)
-    paths: ClassVar[tuple[str, ...]] = ("model", "loss", "runs")
+    paths: ClassVar[tuple[str, ...]] = ("preferences", "model", "loss", "runs")
 
     preferences: Any = Field(None, description="a preferences file of any tool, a judgement database (.db), or a list")
     form: Literal["auto", "pairs", "rankings", "ratings", "labels"] = Field(
@@ -116,7 +116,14 @@ class PreferenceRecipe(Settings):
     def for_learner(self, steps: int) -> Recipe:
         """What the learner reads: one pass over what it is given, log-probabilities at temperature 1."""
         fields = {key: getattr(self, key) for key in Recipe.model_fields.keys() & type(self).model_fields.keys()}
-        fields |= {"steps": steps, "epochs": 1, "temperature": 1.0, "held_out": 1, "checkpoint_every": 0}
+        fields |= {
+            "steps": steps,
+            "epochs": 1,
+            "temperature": 1.0,
+            "held_out": 1,
+            "checkpoint_every": 0,
+            "checkpoint_minutes": 0,
+        }
         return Recipe.make("recipe", **fields)
 
 

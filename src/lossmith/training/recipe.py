@@ -12,11 +12,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from lossmith.errors import RecipeError, nearest, quiet_traps
-from lossmith.files import read_text, text_at_home
+from lossmith.files import at_home, read_text, text_at_home
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
 from lossmith.rewards import ScorerSettings
 from lossmith.rewards.address import redacted
+from lossmith.training.paths import absolute
 from lossmith.training.wanted import wanted
 
 __all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
@@ -31,15 +32,25 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
     live: ClassVar[tuple[str, ...]] = ()  # fields that may hold a Python object
     paths: ClassVar[tuple[str, ...]] = ()  # fields that may name a file or a folder
+    resumed_by: ClassVar[str] = ""  # the command that goes on with a run of such a recipe
 
     @classmethod
     def read(cls, path: Path | str) -> dict[str, Any]:
-        """The fields that a TOML file sets. RecipeError names the file, and the line of a syntax error."""
+        """The fields that a TOML file sets, its paths relative to its folder.
+
+        RecipeError names the file, and the line of a syntax error.
+        """
         text = read_text(path, RecipeError, "recipe file")
         try:
-            return tomllib.loads(text)
+            fields = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # ValueError: also a number or date that Python cannot hold
             raise RecipeError(f"{path} is not a TOML file: {error}.") from None
+        return cls.resolved(fields, at_home(path).parent)
+
+    @classmethod
+    def resolved(cls, fields: Mapping[str, Any], base: Path) -> dict[str, Any]:
+        """The fields with every path absolute: `~` is home, and what is relative is meant from `base`."""
+        return dict(fields) | {key: absolute(key, fields[key], base) for key in cls.paths if key in fields}
 
     @classmethod
     def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
@@ -100,12 +111,19 @@ class Settings(BaseModel):
             plain[key] = redacted(_plain(plain[key]), secrets)
         return {key: value for key, value in plain.items() if value is not None}
 
+    def written(self) -> dict[str, Any]:
+        """As recipe.toml holds it: whoever reads it may stand in another folder."""
+        return self.resolved(self.as_toml(), Path.cwd())
+
 
 class Recipe(Settings):
     """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
-    paths: ClassVar[tuple[str, ...]] = ("model", "scorer", "watch", "loss", "runs")
+    paths: ClassVar[tuple[str, ...]] = ("model", "prompts", "scorer", "watch", "loss", "runs")
+    resumed_by: ClassVar[str] = "lossmith train --resume"
+    # where and how often a run writes, which decides nothing of what it learns
+    free: ClassVar[tuple[str, ...]] = ("runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts")
 
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
     device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
@@ -190,7 +208,10 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
     runs: str = Field("runs", description="folder in which the run gets a folder of its own")
     name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
-    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 for none")
+    checkpoint_minutes: float = Field(
+        1.0, ge=0, description="minutes between checkpoints, more where saving takes over 3% of the time; 0 for none"
+    )
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
     @classmethod

@@ -1,8 +1,9 @@
 """A run's folder: everything that was decided, measured and learned. Nothing in it is ever overwritten by another run.
 
 recipe.toml      complete, defaults included        rollouts/     every completion, a parquet file a step
-metrics.jsonl    a line a step                      checkpoints/  to resume from, complete or absent
-summary.json     held-out before and after          policy/       loads with AutoModelForCausalLM.from_pretrained
+inputs.json      fingerprints of what decided it    checkpoints/  to go on from: the last two, complete or absent
+metrics.jsonl    a line a step                      policy/       loads with AutoModelForCausalLM.from_pretrained
+summary.json     held-out before and after
 """
 
 from __future__ import annotations
@@ -11,25 +12,35 @@ import datetime
 import json
 import os
 import re
+import shlex
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow
 import pyarrow.parquet
 import tomli_w
+import torch
 
+from lossmith.durable.checkpoint import clean, flush, remove
+from lossmith.durable.folder import hold, let_go
+from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
-from lossmith.rollouts import Rollout
+from lossmith.files import add_line, read_text, replacing, said_plainly, sync, write_whole
+from lossmith.policy import Policy
+from lossmith.prompts import Prompt
+from lossmith.rewards.seal import sha256
+from lossmith.rollouts import LogProbs, Measure, Rollout, Score
 from lossmith.training.evaluate import Evaluation, comparison
 
-__all__ = ["RunFolder", "check_disk"]
+__all__ = ["RunFolder", "check_disk", "read_metrics"]
 
 
 class NamedSettings(Protocol):
     """What a run's folder asks of a recipe."""
+
+    resumed_by: ClassVar[str]
 
     @property
     def runs(self) -> str: ...
@@ -37,68 +48,177 @@ class NamedSettings(Protocol):
     @property
     def name(self) -> str | None: ...
 
-    def as_toml(self) -> dict[str, Any]: ...
+    def written(self) -> dict[str, Any]: ...
 
 
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run, which this process alone works in until it is closed.
+
+    digests: sha256 of each file in rollouts/ that this run, or the part of it that is gone on with, has written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.digests: dict[str, str] = {}
 
     @classmethod
-    def create(cls, recipe: NamedSettings, loss_name: str) -> RunFolder:
-        """A new folder under recipe.runs. RunError if a folder of the given name exists, or it cannot be written."""
+    def create(cls, recipe: NamedSettings, loss_name: str, inputs: Inputs | None = None) -> RunFolder:
+        """A new folder under recipe.runs. RunError if a run of the given name exists, or it cannot be written."""
         parent = Path(recipe.runs)
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            path = _new_folder(parent, recipe.name, loss_name)
+            path = _new_folder(parent, recipe, loss_name)
         except OSError as error:
+            reason = error.strerror or error
             raise RunError(
-                f"cannot make a run folder in {str(parent)!r}: {error}. Choose another with runs=..."
+                f"cannot make a run folder in {str(parent)!r}: {reason}. Choose another with runs=..."
             ) from None
         folder = cls(path)
-        folder.write_text("recipe.toml", tomli_w.dumps(recipe.as_toml()))
+        try:
+            if inputs is not None:
+                inputs.write(path)
+            folder.write_recipe(recipe)  # last: a folder with a recipe is a run that can be gone on with
+        except BaseException:
+            folder.close()
+            shutil.rmtree(path, ignore_errors=True)  # nothing else is in it
+            raise
         return folder
 
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The folder of a run that stopped. RunError: it is none, or another process is in it."""
+        if not path.is_dir():
+            raise RunError(f"there is no run folder {str(path)!r}.")
+        hold(path)
+        if not (path / "recipe.toml").exists():
+            let_go(path)
+            if _nothing_in(path):
+                raise RunError(
+                    f"the run {str(path)!r} was stopped before it began: there is nothing in it to go on with. Start "
+                    "it anew, under the same name if you like."
+                )
+            raise RunError(f"{str(path)!r} is not a run folder: it holds no recipe.toml.")
+        return cls(path)
+
+    def close(self) -> None:
+        """Let other processes work in it."""
+        let_go(self.path)
+
+    def clean(self) -> None:
+        """Delete what a kill left half written."""
+        clean(self.path)
+
+    def write_recipe(self, recipe: NamedSettings) -> None:
+        self.write_text("recipe.toml", tomli_w.dumps(recipe.written()))
+
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
-        with tempfile.NamedTemporaryFile("w", dir=self.path, delete=False, encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.path / name)
+        """Write a file whole or not at all. RunError: it cannot be written."""
+        write_whole(self.path / name, text)
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
 
     def add_metrics(self, record: dict[str, Any]) -> None:
         """Append one step to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        add_line(self.path / "metrics.jsonl", json.dumps(record))
 
-    def keep_metrics_before(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will do again."""
-        if (self.path / "metrics.jsonl").exists():
-            kept = [record for record in self.metrics() if record["step"] < step]
-            self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    def metrics_text(self) -> str:
+        path = self.path / "metrics.jsonl"
+        return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, a step each."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        return read_metrics(path) if path.exists() else []
+
+    def restore_metrics(self, text: str) -> bool:
+        """Make metrics.jsonl what it was when `text` was its content; lines of later steps go, for these are redone.
+
+        False: what it held of the earlier steps was not that.
+        """
+        found = self.metrics_text()
+        if found != text and (text or found):
+            self.write_text("metrics.jsonl", text)
+        return found.startswith(text)
+
+    # -- rollouts -----------------------------------------------------------------------------------------------------
 
     def add_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Write rollouts/NAME.parquet, a row a completion."""
-        (self.path / "rollouts").mkdir(exist_ok=True)
-        target = self.path / "rollouts" / f"{name}.parquet"
-        partial = target.with_suffix(".partial")
-        pyarrow.parquet.write_table(rollout_table(rollouts), partial)
-        os.replace(partial, target)
+        place = self.path / "rollouts" / f"{name}.parquet"
+        with said_plainly(place):
+            place.parent.mkdir(exist_ok=True)
+        with replacing(place) as partial:
+            pyarrow.parquet.write_table(rollout_table(rollouts), partial)
+            digest = sha256(partial)
+        self.digests[name] = digest
+
+    def read_rollouts(self, name: str, prompts: Iterable[Prompt]) -> list[Rollout] | None:
+        """What was written as NAME, of these prompts; None unless it is there as it was written."""
+        if not self._whole(name):
+            return None
+        known = {p.id: p for p in prompts}
+        rows = pyarrow.parquet.read_table(self.path / "rollouts" / f"{name}.parquet").to_pylist()
+        if not all(row["prompt_id"] in known for row in rows):
+            return None
+        return [_rollout(row, known[row["prompt_id"]]) for row in rows]
+
+    def damaged_rollouts(self) -> list[str]:
+        """Names of files in rollouts/ that are not there as they were written."""
+        return [name for name in self.digests if not self._whole(name)]
+
+    def _whole(self, name: str) -> bool:
+        place = self.path / "rollouts" / f"{name}.parquet"
+        return name in self.digests and place.is_file() and sha256(place) == self.digests[name]
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def save_policy(self, policy: Policy) -> None:
+        """policy/, written whole: the one before it, if there is one, stays until then."""
+        target = self.path / "policy"
+        partial = self.path / "policy.partial"
+        remove(partial)
+        try:
+            with said_plainly(target):
+                policy.save(partial)
+                flush(partial)
+                remove(target)
+                os.rename(partial, target)
+                sync(self.path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def write_summary(self, before: Evaluation, after: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
         """summary.json: held-out performance before and after, the paired difference, and what else is known."""
         summary = {"held_out": comparison(before, after), **more}
         self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def finished(self, steps: int) -> dict[str, Any] | None:
+        """summary.json of a run of so many steps that has come to its end; else None."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        there = isinstance(summary, dict) and summary.get("steps") == steps and (self.path / "policy").is_dir()
+        return summary if there else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, a step each; a last line that a power cut or a running process left torn is left
+    out. RunError: it is not there, or another line is damaged."""
+    found: list[dict[str, Any]] = []
+    lines = read_text(path, RunError, "metrics file").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            found.append({**record, "step": record["step"]})
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise RunError(
+                    f"{path}:{number}: the line is damaged. A run that is gone on with writes it again."
+                ) from None
+    return found
 
 
 def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
@@ -130,27 +250,62 @@ def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
     )
 
 
-def _new_folder(parent: Path, name: str | None, loss_name: str) -> Path:
-    if name is not None:
-        if not re.fullmatch(r"[\w.\-]+", name):
-            raise RunError(f"name = {name!r}: a run's name has letters, digits, '.', '-' and '_' only.")
-        path = parent / name
+def _rollout(row: dict[str, Any], prompt: Prompt) -> Rollout:
+    """A row of `rollout_table` as it was, but for rewards by token."""
+    measure = Measure(*(row[key] for key in ("policy_version", "temperature", "top_p", "top_k")))
+    value, error = row["score"], row["score_error"]
+    score = Score(value, value is None and error is None, error, json.loads(row["score_parts"]))
+    return Rollout(
+        prompt,
+        row["sample"],
+        tuple(row["prompt_tokens"]),
+        tuple(row["tokens"]),
+        row["completion"],
+        LogProbs(torch.tensor(row["behavior_logp"], dtype=torch.float32), measure),
+        row["finish_reason"],
+        score,
+        row["advantage"],
+    )
+
+
+def _new_folder(parent: Path, recipe: NamedSettings, loss_name: str) -> Path:
+    """Made, and held by this process."""
+    if recipe.name is not None:
+        return _named_folder(parent, recipe.name, recipe.resumed_by)
+    stem = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{loss_name}"
+    for suffix in ["", *(f"-{k}" for k in range(2, 1000))]:
+        path = parent / (stem + suffix)
         try:
             path.mkdir()
         except FileExistsError:
-            raise RunError(
-                f"the run folder {str(path)!r} exists, and a run never overwrites another. Choose another name, "
-                f"or go on with it: lossmith train --resume {path}"
-            ) from None
-        return path
-    stem = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{loss_name}"
-    for suffix in ["", *(f"-{k}" for k in range(2, 1000))]:
-        try:
-            (parent / (stem + suffix)).mkdir()
-            return parent / (stem + suffix)
-        except FileExistsError:
             continue
+        hold(path)
+        return path
     raise RunError(f"cannot find a free folder name for {stem!r} in {str(parent)!r}.")
+
+
+def _named_folder(parent: Path, name: str, resumed_by: str) -> Path:
+    if not re.fullmatch(r"[\w.\-]+", name):
+        raise RunError(f"name = {name!r}: a run's name has letters, digits, '.', '-' and '_' only.")
+    path = parent / name
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not path.is_dir() or not _nothing_in(path):
+            go_on = ""
+            if resumed_by and (path / "recipe.toml").exists():
+                more = " --steps MORE" if (path / "summary.json").exists() else ""
+                go_on = f", or go on with it: {resumed_by} {shlex.quote(str(path))}{more}"
+            raise RunError(
+                f"the run folder {str(path)!r} exists, and a run never overwrites another. Choose another name{go_on}"
+            ) from None
+    hold(path)
+    return path
+
+
+def _nothing_in(path: Path) -> bool:
+    """Whether a run that was stopped before it began left this folder: its recipe is not there yet."""
+    return all(p.name == "inputs.json" or p.suffix == ".partial" for p in path.iterdir())
 
 
 def check_disk(folder: str | Path, needed: int) -> None:
@@ -162,5 +317,6 @@ def check_disk(folder: str | Path, needed: int) -> None:
     if free < needed:
         raise RunError(
             f"the run may write {needed / 1e9:.1f} GB to {str(folder)!r}, but only {free / 1e9:.1f} GB are free there. "
-            "Free some, choose another disk with runs=..., or write fewer checkpoints with checkpoint_every=0."
+            "Free some, choose another disk with runs=..., or do without checkpoints, which a run that stops would go "
+            "on from: checkpoint_minutes=0 and checkpoint_every=0."
         )

@@ -1,0 +1,180 @@
+"""Checkpoints: a whole state as safetensors, JSON and text, complete or absent, and never a damaged one for a good one.
+
+A checkpoint is written beside its final name, listed in a manifest with the hash of every file, flushed, and renamed
+once. The last two are kept. What is loaded is checked against the manifest first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lossmith.errors import RunError
+from lossmith.files import said_plainly, sync
+from lossmith.rewards.seal import sha256
+
+__all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "remove", "save"]
+
+Tensors = Mapping[str, torch.Tensor]
+SHARE = 0.03  # of the time, that saving may take
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `step` finished steps. Made by `newest`."""
+
+    path: Path
+    step: int
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Of NAME.safetensors."""
+        return load_file(self.path / f"{name}.safetensors")
+
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.text("state.json"))
+        return found
+
+    def text(self, name: str) -> str:
+        return (self.path / name).read_bytes().decode("utf-8")
+
+    def damage(self) -> str:
+        """What is wrong with its files ("weights.safetensors is damaged"), or ""."""
+        try:
+            listed = json.loads((self.path / MANIFEST).read_bytes())
+            hashes = {str(name): str(entry["sha256"]) for name, entry in listed.items()}
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            return f"{MANIFEST} is damaged"
+        there = {p.name for p in self.path.iterdir()} - {MANIFEST}
+        if "state.json" not in hashes or there - hashes.keys():  # an empty list would vouch for everything
+            return f"{MANIFEST} is damaged: it does not list {', '.join(sorted(there - hashes.keys())) or 'its files'}"
+        for name, expected in hashes.items():
+            if name not in there:
+                return f"{name} is missing"
+            if sha256(self.path / name) != expected:
+                return f"{name} is damaged"
+        return ""
+
+    def check(self) -> None:
+        """RunError: it is damaged."""
+        found = self.damage()
+        if found:
+            raise RunError(f"the checkpoint {str(self.path)!r} cannot be used: {found}.")
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping[str, str]) -> Checkpoint:
+    """Write checkpoints/step-NNNNN in `folder`: {name: tensors} as safetensors, {file name: text} beside them.
+
+    The one before it stays, older ones go. RunError: it cannot be written, and then nothing of it is left.
+    """
+    target = folder / "checkpoints" / f"step-{step:05d}"
+    partial = target.with_name(target.name + ".partial")
+    remove(partial)
+    try:
+        with said_plainly(target):
+            partial.mkdir(parents=True)
+            for name, several in tensors.items():
+                whole = {key: tensor.contiguous() for key, tensor in several.items()}
+                save_file(whole, partial / f"{name}.safetensors")
+            for name, text in texts.items():
+                (partial / name).write_bytes(text.encode())
+            files = sorted(partial.iterdir())
+            with ThreadPoolExecutor(2) as pool:  # hashing is the processor's work, flushing the disk's
+                hashes = pool.map(sha256, files)
+                flush(partial)
+            listed = {f.name: {"bytes": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
+            (partial / MANIFEST).write_bytes(json.dumps(listed, indent=2).encode())
+            sync(partial / MANIFEST)
+            sync(partial)
+            remove(target)
+            os.rename(partial, target)
+            sync(target.parent)
+            for older in _all(folder)[2:]:
+                remove(older.path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Checkpoint(target, step)
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Checkpoint, str]]]:
+    """(the newest that is whole, the newer ones that are damaged with what is wrong with each)."""
+    damaged: list[tuple[Checkpoint, str]] = []
+    for found in _all(folder):
+        wrong = found.damage()
+        if not wrong:
+            return found, damaged
+        damaged.append((found, wrong))
+    return None, damaged
+
+
+def flush(folder: Path) -> None:
+    """A folder's files to the disk, as readable as the folder is: safetensors would keep them to their owner."""
+    for file in folder.iterdir():
+        file.chmod(folder.stat().st_mode & 0o666)
+        sync(file)
+    sync(folder)
+
+
+def remove(path: Path) -> None:
+    """A folder, in one move and then piece by piece, so that half of it never passes for the whole."""
+    if path.exists():
+        gone = path.with_name(path.name.removesuffix(".partial") + ".removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Delete what a kill left behind half written or half deleted: files, checkpoints, a saved model."""
+    places = (folder, folder / "checkpoints", folder / "rollouts")
+    for path in (p for place in places if place.is_dir() for p in place.iterdir()):
+        if path.suffix in (".partial", ".removed"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _all(folder: Path) -> list[Checkpoint]:
+    """Newest first, by number: step-100000 comes after step-99999."""
+    there = (folder / "checkpoints").glob("step-*")
+    named = ((p, _NAME.fullmatch(p.name)) for p in there)
+    return sorted((Checkpoint(p, int(m[1])) for p, m in named if m), key=lambda c: c.step, reverse=True)
+
+
+class Pace:
+    """When a checkpoint is due: every so many steps, or once `minutes` have passed; but what is saved by time may take
+    SHARE of the time at most, measured by the last one that was saved."""
+
+    def __init__(self, every: int, minutes: float) -> None:
+        self.every, self.minutes = every, minutes
+        self._last, self._took = time.monotonic(), 0.0
+
+    @property
+    def active(self) -> bool:
+        return self.every > 0 or self.minutes > 0
+
+    def due(self, done: int) -> bool:
+        """After `done` steps."""
+        if self.every and done % self.every == 0:
+            return True
+        passed = time.monotonic() - self._last
+        return self.minutes > 0 and passed >= max(60 * self.minutes, self._took / SHARE)
+
+    def saved(self, seconds: float) -> None:
+        self._last, self._took = time.monotonic(), seconds

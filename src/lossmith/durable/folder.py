@@ -1,0 +1,53 @@
+"""A folder that one process works in at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from lossmith.errors import RunError
+
+__all__ = ["hold", "let_go"]
+
+_HELD: dict[tuple[int, int], int] = {}  # (device, inode) of a folder -> the handle that holds its lock
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes out until `let_go`, or until this process ends, however it ends.
+
+    RunError: another process is in it. Where the file system or the machine knows no locks, nobody is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself: no file to be left behind
+    key = _key(handle)
+    if key in _HELD:  # this process has it, from a run that was stopped
+        os.close(handle)
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise RunError(
+                f"another process is working in {str(folder)!r}. Wait for it, or stop it first: one at a time."
+            ) from None
+        return
+    _HELD[key] = handle
+
+
+def let_go(folder: Path) -> None:
+    """Let other processes in again."""
+    if folder.is_dir():
+        found = folder.stat()
+        handle = _HELD.pop((found.st_dev, found.st_ino), None)
+        if handle is not None:
+            os.close(handle)
+
+
+def _key(handle: int) -> tuple[int, int]:
+    found = os.fstat(handle)
+    return found.st_dev, found.st_ino
