@@ -27,9 +27,13 @@ _current: list[Plan] = []
 
 
 class Plan(Protocol):
-    """What to do with the queries, keys and values of one layer."""
+    """What to do with the queries, keys and values of each time that the model attends.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    A plan lasts one forward pass. What it keeps from one pass to the next goes by the order in which it is asked: some
+    models attend twice a layer, or run a layer several times, so the number of a layer tells too little.
+    """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """[B, H, L, D] and twice [B, H_kv, L, D] -> [B, H, L, D]."""
 
 
@@ -77,7 +81,7 @@ def _attend(
         narrow = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     with torch.autocast(query.device.type, enabled=False):
-        out = _current[-1].attend(module.layer_idx, query, key, value, scale)
+        out = _current[-1].attend(query, key, value, scale)
     return out.transpose(1, 2), None
 
 
@@ -126,7 +130,7 @@ class TreeAttention:
     def __init__(self, tree: Tree) -> None:
         self.shape = tree.shape
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         out, _ = _attend_tree(query[0], key[0], value[0], self.shape, scale)
         return out[None]
 
