@@ -85,8 +85,8 @@ def _check_adapter(folder: Path, names: set[str], error: type[LossmithError]) ->
     if whole:
         raise error(
             f"{str(folder)!r} holds a whole model and a LoRA adapter beside it. If the adapter is merged into the "
-            f"weights already, remove {' and '.join(found)}; if it is not, move its files to a folder of their own, merge "
-            "the two (peft.PeftModel.from_pretrained(model, adapter_folder).merge_and_unload()), and give what that saves."
+            f"weights already, remove {' and '.join(found)}; if it is not, move its files to a folder of their own, "
+            "merge the two (peft.PeftModel.from_pretrained(model, its_folder).merge_and_unload()), and give the result."
         )
     merge = (
         f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
