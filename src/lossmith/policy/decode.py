@@ -21,6 +21,7 @@ from lossmith.policy.measure import wide
 
 __all__ = ["Cache", "PlainCache", "SharedCache"]
 
+ENCODED_AT_ONCE = 8192  # tokens of prompts, but for a longer one alone
 _FIRST_STEPS = 16  # tokens for which rows have room at first; doubled when they need more
 
 
@@ -40,6 +41,11 @@ class Cache(Protocol):
         """Feed each row the token that was just chosen for it."""
 
 
+def _encodes(prompts: Sequence[tuple[int, ...]]) -> bool:
+    """Whether one forward pass may encode all of these: what it holds on the way grows with their tokens."""
+    return len(prompts) == 1 or sum(map(len, prompts)) <= ENCODED_AT_ONCE
+
+
 class PlainCache:
     """transformers' cache. Rows are added only where there are none."""
 
@@ -55,7 +61,7 @@ class PlainCache:
         return last[owner]
 
     def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
-        fits = self._count == 0 and sum(copies) <= self._most
+        fits = self._count == 0 and sum(copies) <= self._most and _encodes(prompts)
         return fits and len({len(ids) for ids in prompts}) == 1  # nothing is padded: not every model bears it
 
     def keep(self, order: Sequence[int]) -> None:
@@ -93,7 +99,7 @@ class SharedCache:
 
     def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
         rows, groups = len(self._owner) + sum(copies), len(self._lengths) + len(prompts)
-        return rows <= self._most and groups <= self._most_prompts
+        return rows <= self._most and groups <= self._most_prompts and _encodes(prompts)
 
     def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
         tree = Tree.of([(ids, ()) for ids in prompts], self.policy.device)
