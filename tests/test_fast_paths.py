@@ -15,11 +15,11 @@ from lossmith.policy import SamplingSettings, measure_of, sample, token_outputs
 from lossmith.policy import attention as attention_module
 from lossmith.policy import head as head_module
 from lossmith.policy.attention import Tree, TreeAttention
-from lossmith.policy.forward import sharing_is_exact
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.memory import available_bytes, keep_freed_memory
 from lossmith.policy.packed import packed_weights
-from lossmith.policy.sampling import inverse_of_cumulative
+from lossmith.policy.trial import sharing_is_exact
+from lossmith.policy.writing import inverse_of_cumulative
 from lossmith.rollouts import LogProbs, Score
 
 PLAIN = SamplingSettings()
@@ -53,7 +53,7 @@ def test_attention_over_a_tree_is_masked_attention(shape, heads, block, seed):
     before, attention_module._BLOCK = attention_module._BLOCK, block
     attention_module._layout_of.cache_clear()  # it is cut into blocks
     try:
-        ours = TreeAttention(tree).attend(0, q[None], k[None], v[None], 0.4)[0]
+        ours = TreeAttention(tree).attend(q[None], k[None], v[None], 0.4)[0]
         theirs = dense(q, k, v, tree, 0.4)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
         push = torch.randn_like(ours)
@@ -74,8 +74,8 @@ def test_attention_in_bfloat16_is_within_its_rounding():
     tree = Tree.of([((1,) * 40, [(2,) * 30] * 4)], torch.device("cpu"))
     torch.manual_seed(0)
     wide = [torch.randn(1, h, len(tree.ids), 16) for h in (4, 2, 2)]
-    exact = TreeAttention(tree).attend(0, *wide, 0.25)
-    ours = TreeAttention(tree).attend(0, *[x.bfloat16() for x in wide], 0.25)
+    exact = TreeAttention(tree).attend(*wide, 0.25)
+    ours = TreeAttention(tree).attend(*[x.bfloat16() for x in wide], 0.25)
     assert ours.dtype == torch.bfloat16
     assert float((ours.float() - exact).abs().max()) < 0.03  # eight bits of mantissa on numbers up to about 3
 

@@ -11,7 +11,7 @@ import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, measured_log_softmax, token_outputs
 from lossmith.policy import head as head_module
-from lossmith.policy.forward import sharing_is_exact
+from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import LogProbs, Measure
 
 LAYOUTS = ("shared", "right", "left", "packed", "single")

@@ -96,7 +96,7 @@ def test_a_head_that_is_not_understood_is_refused(tmp_path):
     folder = broken(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5}))
-    with pytest.raises(PolicyError, match="head applied to its hidden states differs"):
+    with pytest.raises(PolicyError, match="head applied to its hidden states differs from its own logits"):
         load_policy(folder, compute_dtype="float32")
 
 
@@ -125,7 +125,7 @@ def test_a_recurrent_model_is_refused(tmp_path):
     config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=256)
     MambaForCausalLM(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(PolicyError, match="cannot be continued from the cached keys and values"):
+    with pytest.raises(PolicyError, match="completions cannot be continued from cached keys and values"):
         load_policy(tmp_path)
 
 

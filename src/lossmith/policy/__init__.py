@@ -2,13 +2,16 @@
 
 from lossmith.policy.compiled import check_compiler, compile_layers, narrowed
 from lossmith.policy.embedded import embedded_model
-from lossmith.policy.forward import Layout, sharing_is_exact
-from lossmith.policy.load import Policy, check_model, load_policy
+from lossmith.policy.folder import check_model
+from lossmith.policy.forward import Layout
+from lossmith.policy.load import Policy
 from lossmith.policy.log_probs import TokenOutputs, measure_of, token_outputs
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.policy.memory import available_bytes
+from lossmith.policy.reading import check_weights, load_policy, read_pretrained
 from lossmith.policy.recompute import can_recompute
 from lossmith.policy.sampling import check_samples, sample
+from lossmith.policy.trial import sharing_is_exact
 
 __all__ = [
     "Layout",
@@ -20,12 +23,14 @@ __all__ = [
     "check_compiler",
     "check_model",
     "check_samples",
+    "check_weights",
     "compile_layers",
     "embedded_model",
     "load_policy",
     "measure_of",
     "measured_log_softmax",
     "narrowed",
+    "read_pretrained",
     "sample",
     "sharing_is_exact",
     "token_outputs",

@@ -22,14 +22,19 @@ from lossmith.policy.measure import wide
 __all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "follow", "scaled_product"]
 
 _NAME = "lossmith"
-_BLOCK = 512  # queries whose scores exist at one time
+_BLOCK = 512  # queries of a stretch whose scores exist at one time, or fewer:
+SCORES_AT_ONCE = 1 << 26  # about so many scores, whatever the length of a prompt
 _current: list[Plan] = []
 
 
 class Plan(Protocol):
-    """What to do with the queries, keys and values of one layer."""
+    """What to do with the queries, keys and values of each time that the model attends.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    A plan lasts one forward pass. What it keeps from one pass to the next goes by the order in which it is asked: some
+    models attend twice a layer, or run a layer several times, so the number of a layer tells too little.
+    """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """[B, H, L, D] and twice [B, H_kv, L, D] -> [B, H, L, D]."""
 
 
@@ -77,7 +82,7 @@ def _attend(
         narrow = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     with torch.autocast(query.device.type, enabled=False):
-        out = _current[-1].attend(module.layer_idx, query, key, value, scale)
+        out = _current[-1].attend(query, key, value, scale)
     return out.transpose(1, 2), None
 
 
@@ -126,7 +131,7 @@ class TreeAttention:
     def __init__(self, tree: Tree) -> None:
         self.shape = tree.shape
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         out, _ = _attend_tree(query[0], key[0], value[0], self.shape, scale)
         return out[None]
 
@@ -157,8 +162,9 @@ def _layout_of(shape: tuple[int, ...], device: torch.device) -> _Layout:
         for n in shape[at + 2 : at + 2 + count]:
             fed += [(end, n)] if n else []
             end += n
-        for start in range(place + length, end, 4 * _BLOCK):
-            shared.append((slice(place, place + length), slice(start, min(start + 4 * _BLOCK, end))))
+        size = max(1, min(4 * _BLOCK, SCORES_AT_ONCE // (16 * length)))  # 16: heads, about
+        for start in range(place + length, end, size):
+            shared.append((slice(place, place + length), slice(start, min(start + size, end))))
         place, at = end, at + 2 + count
     return _Layout(tuple(_Segments(x, place, device) for x in (prompts, fed) if x), tuple(shared))
 
@@ -177,14 +183,14 @@ class _Segments:
         self._valid = None if bool(valid.all()) else valid.to(device)
         self._length = length
         self._cache: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
-    def later(self, start: int, stop: int, rep: int, dtype: torch.dtype) -> Tensor:
-        """[1, rep * (stop - start), stop]: -inf for keys after a query, to be added; made for the first layer only."""
-        given = (start, stop, rep, dtype)
+    def later(self, size: int, rep: int, dtype: torch.dtype) -> Tensor:
+        """[1, rep * size, size]: -inf for keys after a query, to be added; made for the first layer only."""
+        given = (size, rep, dtype)
         if given not in self._masks:
-            full = torch.full((stop - start, stop), -torch.inf, dtype=dtype, device=self._places.device)
-            self._masks[given] = full.triu_(start + 1).repeat(1, rep, 1)
+            full = torch.full((size, size), -torch.inf, dtype=dtype, device=self._places.device)
+            self._masks[given] = full.triu_(1).repeat(1, rep, 1)
         return self._masks[given]
 
     def gather(self, x: Tensor, rep: int, blank: bool = False) -> Tensor:
@@ -315,7 +321,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, 
     rep = q.shape[0] // k.shape[0]
     queries, keys, values = segments.gather(q, rep), segments.gather(k, 1)[:, 0], segments.gather(v, 1)[:, 0]
     means, sums = torch.empty_like(queries), torch.empty(queries.shape[:3], dtype=lse.dtype, device=q.device)
-    for start, stop in _blocks(segments.width):
+    for start, stop in _blocks(queries):
         weights, total = _softmax(_causal_scores(queries, keys, segments, start, stop, scale))
         shape = queries[:, :, start:stop].shape
         means[:, :, start:stop] = torch.bmm(weights.to(v.dtype), values[:, :stop]).view(shape)
@@ -326,12 +332,20 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, 
 
 def _causal_scores(queries: Tensor, keys: Tensor, segments: _Segments, start: int, stop: int, scale: float) -> Tensor:
     """[B, rep * (stop - start), stop]: scores of these queries of each stretch, -inf for keys after them."""
-    mask = segments.later(start, stop, queries.shape[1], queries.dtype)
-    return scaled_product(queries[:, :, start:stop].flatten(1, 2), keys[:, :stop].transpose(1, 2), scale, mask)
+    mask = segments.later(stop - start, queries.shape[1], queries.dtype)
+    block, seen = queries[:, :, start:stop].flatten(1, 2), keys[:, :stop].transpose(1, 2)
+    if start == 0:
+        return scaled_product(block, seen, scale, mask)
+    found = scaled_product(block, seen, scale)
+    found[:, :, start:] += mask  # what comes before the block is seen by all of it
+    return found
 
 
-def _blocks(width: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + _BLOCK, width)) for start in range(0, width, _BLOCK))
+def _blocks(queries: Tensor) -> Iterator[tuple[int, int]]:
+    """Pieces of the places of [B, rep, W, D]."""
+    width = queries.shape[2]
+    size = max(1, min(_BLOCK, SCORES_AT_ONCE // (queries.shape[0] * queries.shape[1] * width)))
+    return ((start, min(start + size, width)) for start in range(0, width, size))
 
 
 def _add_prefix(
@@ -367,7 +381,7 @@ def _causal_backward(given: _Pass, segments: _Segments) -> None:
     outer, pulls = (segments.gather(x, rep, blank=True) for x in (given.outer, given.pull))
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(x.shape, dtype=given.pull.dtype, device=x.device) for x in (keys, values))
-    for start, stop in _blocks(segments.width):
+    for start, stop in _blocks(queries):
         found = _causal_scores(queries, keys, segments, start, stop, given.scale)
         block, outers = (x[:, :, start:stop].flatten(1, 2) for x in (queries, outer))
         pull = pulls[:, :, start:stop].flatten(1)

@@ -21,6 +21,7 @@ from lossmith.policy.measure import wide
 
 __all__ = ["Cache", "PlainCache", "SharedCache"]
 
+ENCODED_AT_ONCE = 8192  # tokens of prompts, but for a longer one alone
 _FIRST_STEPS = 16  # tokens for which rows have room at first; doubled when they need more
 
 
@@ -40,6 +41,11 @@ class Cache(Protocol):
         """Feed each row the token that was just chosen for it."""
 
 
+def _encodes(prompts: Sequence[tuple[int, ...]]) -> bool:
+    """Whether one forward pass may encode all of these: what it holds on the way grows with their tokens."""
+    return len(prompts) == 1 or sum(map(len, prompts)) <= ENCODED_AT_ONCE
+
+
 class PlainCache:
     """transformers' cache. Rows are added only where there are none."""
 
@@ -55,7 +61,7 @@ class PlainCache:
         return last[owner]
 
     def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
-        fits = self._count == 0 and sum(copies) <= self._most
+        fits = self._count == 0 and sum(copies) <= self._most and _encodes(prompts)
         return fits and len({len(ids) for ids in prompts}) == 1  # nothing is padded: not every model bears it
 
     def keep(self, order: Sequence[int]) -> None:
@@ -85,15 +91,15 @@ class SharedCache:
         """rows, prompts: how many there may be at one time; longest: tokens of a prompt; steps: tokens fed to a row."""
         self.policy = policy
         self._most, self._most_prompts, self._longest, self._steps = rows, prompts, longest, max(steps, 1)
-        self._prompt: list[tuple[Tensor, Tensor]] = []  # of each layer: keys and values [G, H_kv, P, D]
-        self._own: list[tuple[Tensor, Tensor]] = []  # of each layer: keys and values [N, H_kv, T, D]
+        self._prompt: list[tuple[Tensor, Tensor]] = []  # at each call of attention: keys, values [G, H_kv, P, D]
+        self._own: list[tuple[Tensor, Tensor]] = []  # likewise [N, H_kv, T, D]
         self._lengths: list[int] = []  # tokens of each prompt
         self._owner: list[int] = []  # each row's prompt
         self._fed: list[int] = []  # tokens fed to each row
 
     def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
         rows, groups = len(self._owner) + sum(copies), len(self._lengths) + len(prompts)
-        return rows <= self._most and groups <= self._most_prompts
+        return rows <= self._most and groups <= self._most_prompts and _encodes(prompts)
 
     def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
         tree = Tree.of([(ids, ()) for ids in prompts], self.policy.device)
@@ -158,7 +164,7 @@ class SharedCache:
             self._arranged[heads, dtype] = found
         return self._arranged[heads, dtype]
 
-    def layer(self, index: int, key: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def slot(self, index: int, key: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """((keys, values) of the prompts, (keys, values) of the rows), made when the first token comes through."""
         heads, width = key.shape[1], key.shape[-1]
         if index == len(self._own):
@@ -195,14 +201,16 @@ class _Encoding:
     def __init__(self, cache: SharedCache, tree: Tree, first: int) -> None:
         self.cache, self.tree, self.first = cache, tree, first
         self.own = TreeAttention(tree)
+        self.calls = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        (keys, values), _ = self.cache.layer(layer, key)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        (keys, values), _ = self.cache.slot(self.calls, key)
+        self.calls += 1
         for i, part in enumerate(self.tree.prompts):
             length = part.stop - part.start
             keys[self.first + i, :, :length] = key[0, :, part]
             values[self.first + i, :, :length] = value[0, :, part]
-        return self.own.attend(layer, query, key, value, scale)
+        return self.own.attend(query, key, value, scale)
 
 
 @dataclass(frozen=True)
@@ -248,20 +256,22 @@ class _Step:
         self.at = torch.tensor(fed, device=device)
         self.later = torch.arange(self.reach, device=device) > self.at[:, None]  # places that are not filled yet
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._calls = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        _, (keys, values) = self.cache.layer(layer, key)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        index, self._calls = self._calls, self._calls + 1
+        _, (keys, values) = self.cache.slot(index, key)
         count, heads, width = len(self.rows), key.shape[1], key.shape[-1]
         keys[self.rows, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
         own_keys, own_values = (x[:count].flatten(0, 1) for x in (keys, values))
         queries = query.reshape(count * heads, -1, width)  # the heads that share keys side by side
         way = self.cache.arranged(heads, query.dtype)
-        prefix = self._to_prompts(queries, layer, scale, way)
+        prefix = self._to_prompts(queries, index, scale, way)
         own = scaled_product(queries, own_keys.transpose(1, 2), scale, self._mask(heads, query.dtype))
         weights = torch.softmax(torch.cat([prefix, own], -1), -1, dtype=wide(value.dtype)).to(value.dtype)
         reach = prefix.shape[-1]
         out = torch.bmm(weights[..., reach:], own_values)
-        return out.add_(self._from_prompts(weights[..., :reach], layer, way)).view(query.shape)
+        return out.add_(self._from_prompts(weights[..., :reach], index, way)).view(query.shape)
 
     def _mask(self, heads: int, dtype: torch.dtype) -> Tensor:
         """[N * H_kv, 1, T]."""
@@ -269,16 +279,16 @@ class _Step:
             self._masks[heads, dtype] = _minus_infinity(self.later, heads, dtype)
         return self._masks[heads, dtype]
 
-    def _to_prompts(self, queries: Tensor, layer: int, scale: float, way: _Arrangement) -> Tensor:
+    def _to_prompts(self, queries: Tensor, index: int, scale: float, way: _Arrangement) -> Tensor:
         """[N * H_kv, rep, D] -> scores [N * H_kv, rep, P]."""
-        keys, _ = self.cache.prompt_views(layer)
+        keys, _ = self.cache.prompt_views(index)
         by_prompt = queries.index_select(0, way.to_prompts).view(len(keys), -1, queries.shape[-1])
         found = scaled_product(by_prompt, keys.transpose(1, 2), scale, way.mask)
         return found.view(-1, queries.shape[1], keys.shape[1]).index_select(0, way.to_rows)
 
-    def _from_prompts(self, weights: Tensor, layer: int, way: _Arrangement) -> Tensor:
+    def _from_prompts(self, weights: Tensor, index: int, way: _Arrangement) -> Tensor:
         """[N * H_kv, rep, P] weights -> what they take from the prompts' values, [N * H_kv, rep, D]."""
-        _, values = self.cache.prompt_views(layer)
+        _, values = self.cache.prompt_views(index)
         by_prompt = weights.index_select(0, way.to_prompts).view(len(values), -1, weights.shape[-1])
         found = torch.bmm(by_prompt, values)
         return found.view(-1, weights.shape[1], values.shape[-1]).index_select(0, way.to_rows)

@@ -6,9 +6,7 @@ just before it. "shared" encodes each prompt once, whatever the number of its co
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,11 +14,10 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 from lossmith.policy.attention import Tree, TreeAttention, follow
-from lossmith.policy.compiled import uncompiled
 from lossmith.policy.load import Policy
 from lossmith.rollouts import Rollout
 
-__all__ = ["Layout", "encode_prompts", "hidden_states", "select_rows", "sharing_is_exact"]
+__all__ = ["Layout", "encode_prompts", "hidden_states", "select_rows"]
 
 Layout = Literal["shared", "right", "left", "packed", "single"]
 
@@ -28,8 +25,6 @@ Layout = Literal["shared", "right", "left", "packed", "single"]
 def hidden_states(policy: Policy, rollouts: Sequence[Rollout], layout: Layout) -> Tensor:
     """[M, H], M the number of response tokens of all rollouts together, rollout by rollout."""
     policy.model.eval()  # whatever was done to it in between: dropout would make the ratio differ from 1
-    if layout in ("shared", "packed") and not sharing_is_exact(policy):
-        layout = "right"
     if layout == "shared":
         return _shared(policy, rollouts)
     if layout == "packed":
@@ -39,57 +34,6 @@ def hidden_states(policy: Policy, rollouts: Sequence[Rollout], layout: Layout) -
     if layout in ("right", "left"):
         return _padded(policy, rollouts, layout)
     raise PolicyError(f"layout is {layout!r}; known: shared, right, left, packed, single.")
-
-
-def sharing_is_exact(policy: Policy) -> bool:
-    """Whether completions may share their prompt: full attention in every layer, nothing recurrent, and a trial of it.
-
-    Found out once, by a small tree of prompts and completions beside the same rows one by one.
-    """
-    if policy.shares is None:
-        # rounding by autocast would hide what the trial looks for; compiling for it would take longer than it
-        with torch.autocast(policy.device.type, enabled=False), uncompiled():
-            policy.shares = _attends_fully(policy.model) and _trial(policy)
-        if not policy.shares:
-            _say_no_sharing(type(policy.model).__name__)
-    return policy.shares
-
-
-def _attends_fully(model: Any) -> bool:
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    kinds = kinds or getattr(config, "attention_layers", None)  # GPT-Neo's name for them
-    if kinds and any(kind not in ("full_attention", "global") for kind in kinds):
-        return False
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return not sliding and not getattr(model, "_is_stateful", False)
-
-
-@torch.no_grad()
-def _trial(policy: Policy) -> bool:
-    """Some models attend in a way of their own (position biases, sinks), or not through transformers' interface."""
-    prompts, completions = ((1, 2, 3), (4, 5)), (((6, 7), (8,)), ((9, 10),))
-    tree = Tree.of(list(zip(prompts, completions, strict=True)), policy.device)
-    try:
-        shared = follow(policy.model, TreeAttention(tree), tree.ids[None], tree.positions[None])[0]
-    except (PolicyError, TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
-        return False
-    rows = [prompt + done for prompt, group in zip(prompts, completions, strict=True) for done in group]
-    for row, (start, count) in zip(rows, tree.rows, strict=True):
-        ids = torch.tensor([row], device=policy.device)
-        alone = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -count:]
-        if not torch.allclose(shared[start : start + count], alone, rtol=1e-3, atol=1e-3):
-            return False
-    return True
-
-
-@cache
-def _say_no_sharing(name: str) -> None:
-    logging.getLogger("lossmith").warning(
-        "%s does not attend to a shared prompt as to one of its own: prompts are encoded once per completion, not once "
-        "per group.",
-        name,
-    )
 
 
 def encode_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], grad: bool) -> tuple[Any, Tensor, Tensor]:

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.errors import PolicyError, nearest
-from lossmith.policy.embedded import embedded_model
-from lossmith.policy.memory import keep_freed_memory
 from lossmith.prompts import Prompt
 
-__all__ = ["Policy", "check_model", "find_device", "find_dtype", "load_policy"]
+__all__ = ["Policy", "find_device", "find_dtype"]
 
 # Chat templates close a turn with one of these, which a base model's configuration does not always list.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>")
-_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+_POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*_emb\w*|embed_positions|positions?_embed\w*)$")
 
 
 @dataclass(eq=False)
@@ -52,7 +50,11 @@ class Policy:
         found: set[int] = set()
         for owner in (self.model.generation_config, self.model.config, self.tokenizer):
             ids = getattr(owner, "eos_token_id", None)
-            found |= set() if ids is None else set(ids) if isinstance(ids, (list, tuple)) else {int(ids)}
+            each = [] if ids is None else ids if isinstance(ids, (list, tuple)) else [ids]
+            if not all(type(i) is int for i in each):
+                where = type(owner).__name__.removesuffix("Fast")
+                raise PolicyError(f"eos_token_id of the model is {ids!r} ({where}), and must be a token's number.")
+            found |= set(each)
         template = self.tokenizer.chat_template
         if isinstance(template, str):
             added = self.tokenizer.get_added_vocab()
@@ -61,12 +63,23 @@ class Policy:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and completion together."""
+        """Tokens of prompt and completion together: what the configuration says, and what tables of positions hold.
+
+        Rotary frequencies that change for the whole text once it has some length ("longrope") end the context there:
+        what was cached before would be of other frequencies.
+        """
         config = self.model.config.get_text_config()
-        for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-            if getattr(config, name, None):
-                return int(getattr(config, name))
-        return 1 << 30
+        names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_target_positions")
+        said = [getattr(config, name, None) for name in names]
+        known = [n for n in said if type(n) is int and n > 0][:1]
+        for name, module in self.model.base_model.named_modules():
+            if isinstance(module, nn.Embedding) and _POSITIONS.search(name):
+                known.append(module.num_embeddings)
+        rope = getattr(config, "rope_parameters", None) or {}
+        for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):
+            if part.get("rope_type") == "longrope" and part.get("original_max_position_embeddings"):
+                known.append(int(part["original_max_position_embeddings"]))
+        return min(known, default=1 << 30)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: the chat template applied once, special tokens never doubled. Kept for the next time.
@@ -135,7 +148,8 @@ class Policy:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)  # a number alone has no bytes to be seen as
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -164,76 +178,6 @@ class Policy:
         return logits if not cap else cap * torch.tanh(logits / cap)
 
 
-def load_policy(
-    model: str | Path = "default", *, device: str = "auto", compute_dtype: str = "auto", trainable: bool = True
-) -> Policy:
-    """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
-
-    PolicyError: what check_model finds, weights that are missing or damaged, or a model that computes in a way that
-    is not known here (its logits are not its head applied to its last hidden states, or it keeps a recurrent state).
-    """
-    check_model(model)
-    where = find_device(device)
-    if where.type == "cpu":
-        keep_freed_memory()
-    tokenizer, network = _read(str(model))
-    network = network.to(where).eval().requires_grad_(trainable)
-    policy = Policy(network, tokenizer, find_dtype(compute_dtype, where))
-    _check_head(policy)
-    _check_cache(policy)
-    return policy
-
-
-def _read(model: str) -> tuple[Any, Any]:
-    """(tokenizer, model in float32) as transformers reads them, refused where a weight would be made up."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a bar for half a second of loading hides what the run itself has to say
-    folder = Path(model).expanduser()
-    place = str(embedded_model() if model == "default" else folder if folder.exists() else model)
-    try:
-        # False, not absent: transformers would ask on the terminal whether to run a model's own code
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise PolicyError(f"cannot load the model {model!r}: {error}") from None
-    network, report = found
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise PolicyError(
-            f"{model!r} lacks {len(names)} weights of {type(network).__name__} ({', '.join(names[:3])}, ...), which "
-            "would be filled with random numbers. Give a complete model with a language-model head."
-        )
-    return tokenizer, network
-
-
-def check_model(model: str | Path) -> None:
-    """What can be known of a model before its weights are read. PolicyError names what is missing and where."""
-    if str(model) == "default":
-        return
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if _HUB_NAME.fullmatch(str(model)) and not str(model).startswith("."):
-            return
-        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, near) if near else ""
-        raise PolicyError(f"there is no model folder {str(model)!r}, and it is no hub name (owner/name).{hint}")
-    if not folder.is_dir():
-        raise PolicyError(f"{str(model)!r} is a file; a model is a folder with config.json, weights and tokenizer.")
-    if not (folder / "config.json").exists():
-        raise PolicyError(f"{str(model)!r} holds no config.json, so it is not a model folder.")
-    if not list(folder.glob("*.safetensors")):
-        pickled = [p.name for p in folder.glob("*.bin")]
-        why = f"only pickled ones ({', '.join(pickled)}), which can run code" if pickled else "no *.safetensors file"
-        raise PolicyError(f"{str(model)!r} has no weights to load: {why}. Save the model with save_pretrained.")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise PolicyError(f"{str(model)!r} holds no tokenizer: save it there with tokenizer.save_pretrained.")
-
-
 def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -256,44 +200,3 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.float32
-
-
-@torch.no_grad()
-def _check_head(policy: Policy) -> None:
-    """Log-probabilities are computed from hidden states: make sure that this is what the model itself does."""
-    ids = torch.arange(1, 6, device=policy.device)[None]
-    hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    ours, own = policy.logits(hidden), policy.model(input_ids=ids, use_cache=False).logits.float()
-    if not torch.allclose(ours.float(), own, rtol=1e-3, atol=1e-3):
-        raise PolicyError(
-            f"{type(policy.model).__name__} makes its logits in a way that is not known here: its head applied to its "
-            f"hidden states differs by up to {float((ours - own).abs().max()):.3g}."
-        )
-
-
-@torch.no_grad()
-def _check_cache(policy: Policy) -> None:
-    """Completions continue from the cached keys and values of padded prompts: make sure that this is exact.
-
-    Probed as it is used: a prompt 1 2 3 with two padded slots after it, continued by 4 5.
-    """
-    from transformers import DynamicCache
-
-    ids, mask, positions = torch.tensor(
-        [[1, 2, 3, 0, 0, 4, 5], [1, 1, 1, 0, 0, 1, 1], [0, 1, 2, 2, 2, 3, 4]], device=policy.device
-    )[:, None].unbind()
-    run = policy.model.base_model
-    first = {"input_ids": ids[:, :5], "attention_mask": mask[:, :5], "position_ids": positions[:, :5]}
-    then = {"input_ids": ids[:, 5:], "attention_mask": mask, "position_ids": positions[:, 5:]}
-    try:
-        whole = run(input_ids=ids[mask.bool()][None], use_cache=False).last_hidden_state[:, 3:]
-        cache = run(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values
-        rest = run(**then, past_key_values=cache, use_cache=True).last_hidden_state
-        exact = torch.allclose(rest, whole, rtol=1e-3, atol=1e-3)
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
-        exact = False
-    if not exact:
-        raise PolicyError(
-            f"{type(policy.model).__name__} cannot be continued from the cached keys and values of a padded "
-            "prompt (it keeps a recurrent state, say). Models with attention in every layer are supported."
-        )

@@ -20,6 +20,7 @@ from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
 from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.policy.recompute import recomputed
+from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import Measure, Rollout
 
 __all__ = ["TokenOutputs", "measure_of", "token_outputs"]
@@ -61,6 +62,8 @@ def token_outputs(
     recompute: keep the inputs of layers only, and run them again in the backward pass.
     """
     _check(policy, rollouts, settings, want, reference)
+    if layout in ("shared", "packed") and not sharing_is_exact(policy):
+        layout = "right"
     with policy.autocast():
         with recomputed(policy.model) if recompute else contextlib.nullcontext():
             hidden = hidden_states(policy, rollouts, layout)

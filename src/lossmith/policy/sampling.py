@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lossmith.errors import PolicyError
 from lossmith.policy.compiled import uncompiled
-from lossmith.policy.decode import Cache, PlainCache, SharedCache
-from lossmith.policy.forward import sharing_is_exact
 from lossmith.policy.load import Policy
 from lossmith.policy.log_probs import measure_of
-from lossmith.policy.measure import SamplingSettings, measured_log_softmax
+from lossmith.policy.measure import SamplingSettings
 from lossmith.policy.packed import packed_weights
+from lossmith.policy.trial import sharing_is_exact
+from lossmith.policy.writing import Row, make_cache, write
 from lossmith.prompts import Prompt
-from lossmith.rollouts import FinishReason, LogProbs, Measure, Rollout
+from lossmith.rollouts import LogProbs, Measure, Rollout
 
-__all__ = ["check_samples", "inverse_of_cumulative", "sample", "uniforms"]
-
-_CACHED = 32  # rows whose probabilities are worked on at a time: few enough to stay in the processor's cache
+__all__ = ["check_samples", "sample", "uniforms"]
 
 
 def sample(
@@ -55,7 +52,7 @@ def sample(
     distinct = list({prompt.id: p for p, prompt in enumerate(prompts)}.values())
     order = sorted(distinct, key=lambda p: len(encoded[p]))  # prompts of like length side by side
     pending = deque(
-        [_Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].id, k, settings)) for k in ks]
+        [Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].id, k, settings)) for k in ks]
         for p in order
         for ks in _portions(n, batch_rows)
     )
@@ -63,9 +60,10 @@ def sample(
     measure = measure_of(policy, settings)
     written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
     done = 0
-    cache = _cache(policy, pending, settings, batch_rows)
+    cache = make_cache(policy, pending, settings, batch_rows, sharing_is_exact(policy))
+    finish = partial(_finish, policy, policy.eos_ids, settings)
     with uncompiled(), policy.autocast(), packed_weights(policy):
-        for ended in _decode(policy, cache, pending, settings):
+        for ended in write(policy, cache, pending, settings, finish):
             done += len(ended)
             for row in ended:
                 group = written[row.prompt.id]
@@ -98,19 +96,6 @@ def uniforms(seed: int, step: int, prompt_id: str, sample: int, settings: Sampli
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(settings.max_tokens)
 
 
-@dataclass
-class _Row:
-    """One completion while it is being written."""
-
-    prompt: Prompt
-    prompt_ids: tuple[int, ...]
-    sample: int
-    uniforms: np.ndarray
-    ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-
 def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tuple[int, ...]:
     ids = policy.encode(prompt)
     if len(ids) + settings.max_tokens > policy.context_length:
@@ -121,134 +106,17 @@ def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tupl
     return ids
 
 
-@torch.no_grad()
-def _decode(
-    policy: Policy, cache: Cache, pending: deque[list[_Row]], settings: SamplingSettings
-) -> Iterator[list[_Row]]:
-    """Fill in ids, log-probabilities and finish reasons; yields the rows that have just ended.
-
-    Rows that end leave, and rows of the next prompt take their place.
-    """
-    active: list[_Row] = []
-    hidden, ends = torch.empty(0), policy.eos_ids
-    while active or pending:
-        fresh = _next_groups(cache, pending)
-        if fresh:
-            first = cache.add(*_described(fresh))
-            hidden = torch.cat([hidden, first]) if active else first
-            active += [row for group in fresh for row in group]
-        chosen = _choose(policy.logits(hidden), active, settings)
-        _finish(policy, active, ends, settings)
-        going = _remaining([row.finish is None for row in active])
-        if len(going) < len(active):
-            yield [row for row in active if row.finish is not None]
-            cache.keep(going)
-            active, chosen = [active[i] for i in going], chosen[going]
-        if active:
-            hidden = cache.step(chosen)
+def _finish(policy: Policy, ends: frozenset[int], settings: SamplingSettings, row: Row) -> None:
+    """Set the finish reason of a row that has just ended: an end token, a stop string, or the budget."""
+    if row.ids[-1] in ends:
+        row.finish = "eos"
+    elif settings.stop and any(text in policy.decode(row.ids) for text in settings.stop):
+        row.finish = "stop"
+    elif len(row.ids) == settings.max_tokens:
+        row.finish = "length"
 
 
-def _next_groups(cache: Cache, pending: deque[list[_Row]]) -> list[list[_Row]]:
-    """As many groups as there is room for, taken from those that wait."""
-    taken: list[list[_Row]] = []
-    while pending and cache.room(*_described([*taken, pending[0]])):
-        taken.append(pending.popleft())
-    return taken
-
-
-def _described(groups: list[list[_Row]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    return [group[0].prompt_ids for group in groups], [len(group) for group in groups]
-
-
-def _cache(policy: Policy, pending: deque[list[_Row]], settings: SamplingSettings, batch_rows: int) -> Cache:
-    if not sharing_is_exact(policy):
-        return PlainCache(policy, batch_rows)
-    sizes = [len(group) for group in pending]
-    rows = min(batch_rows, sum(sizes))
-    at_once = min(len(pending), 2 * -(-rows // max(sizes)))
-    longest = max(len(group[0].prompt_ids) for group in pending)
-    return SharedCache(policy, rows, at_once, longest, settings.max_tokens - 1)
-
-
-def _remaining(going: list[bool]) -> list[int]:
-    """Which rows go on, in an order that moves few: the last ones take the places of those that ended."""
-    count = sum(going)
-    late = [i for i in range(count, len(going)) if going[i]]
-    return [i if going[i] else late.pop() for i in range(count)]
-
-
-def _choose(logits: Tensor, rows: list[_Row], settings: SamplingSettings) -> Tensor:
-    """Append one token to each row, and return their ids [rows]: the inverse of the cumulative distribution at u."""
-    if settings.temperature == 0:
-        _check_finite(logits.amax(-1))
-        ids = logits.argmax(-1)
-        logp = torch.zeros(len(ids))  # the greedy choice has probability 1
-    else:
-        u = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float64, device=logits.device)
-        pieces = [_drawn(x, v, settings) for x, v in zip(logits.split(_CACHED), u.split(_CACHED), strict=True)]
-        ids, logp = (torch.cat(column) for column in zip(*pieces, strict=True))
-    for row, token, value in zip(rows, ids.tolist(), logp.tolist(), strict=True):
-        row.ids.append(token)
-        row.logp.append(value)
-    return ids
-
-
-def _drawn(logits: Tensor, u: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
-    """([M] ids, [M] log-probabilities). The logits are used up."""
-    if settings.filtered:
-        weights = measured_log_softmax(logits, settings)
-        _check_finite(weights.amax(-1))
-    else:
-        weights = logits if settings.temperature == 1 else logits.div_(settings.temperature)
-        most = weights.amax(-1, keepdim=True)
-        _check_finite(most)
-        weights.sub_(most)
-    weights.exp_()
-    ids, total = inverse_of_cumulative(weights, u)
-    return ids, weights.gather(1, ids[:, None])[:, 0].log() - total.log().to(weights.dtype)
-
-
-def inverse_of_cumulative(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, V] weights and [M] numbers in [0, 1) -> ([M] first ids whose cumulative share exceeds u, [M] sums).
-
-    An id of weight 0 is never taken. Sums of stretches come first, and only one stretch is then gone through: the
-    cumulative sum of a whole vocabulary takes longer than the matrix products of a step.
-    """
-    stretch = 256
-    short = -weights.shape[1] % stretch
-    stretches = (torch.nn.functional.pad(weights, (0, short)) if short else weights).unflatten(1, (-1, stretch))
-    cumulative = stretches.sum(-1).double().cumsum(-1)
-    total = cumulative[:, -1]
-    mark = torch.minimum(u * total, _just_below(total))
-    chosen = torch.searchsorted(cumulative, mark[:, None], right=True)
-    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, chosen)
-    inside = stretches[torch.arange(len(u), device=u.device), chosen[:, 0]].double().cumsum(-1)
-    rest = torch.minimum(mark[:, None] - before, _just_below(inside[:, -1:]))
-    return chosen[:, 0] * stretch + torch.searchsorted(inside, rest, right=True)[:, 0], total
-
-
-def _just_below(x: Tensor) -> Tensor:
-    return torch.nextafter(x, torch.zeros_like(x))
-
-
-def _check_finite(largest: Tensor) -> None:
-    """The largest of a row with a NaN is NaN."""
-    if not torch.isfinite(largest).all():
-        raise PolicyError("the model's logits are not finite: its weights are damaged, or training has diverged.")
-
-
-def _finish(policy: Policy, rows: list[_Row], ends: frozenset[int], settings: SamplingSettings) -> None:
-    """Set the finish reason of rows that have just ended: an end token, a stop string, or the budget."""
-    for row in rows:
-        if row.ids[-1] in ends:
-            row.finish = "eos"
-        elif settings.stop and any(text in policy.decode(row.ids) for text in settings.stop):
-            row.finish = "stop"
-        elif len(row.ids) == settings.max_tokens:
-            row.finish = "length"
-
-
-def _rollout(policy: Policy, row: _Row, settings: SamplingSettings, measure: Measure) -> Rollout:
+def _rollout(policy: Policy, row: Row, settings: SamplingSettings, measure: Measure) -> Rollout:
     text = policy.decode(row.ids)
     if row.finish == "stop":
         text = text[: min(text.find(stop) for stop in settings.stop if stop in text)]

@@ -35,12 +35,17 @@ def batch_arithmetic(recipe: Recipe, train_prompts: int) -> list[str]:
 
 
 def memory_estimate(learner: Learner) -> str:
-    """Weights, gradients and optimiser exactly; activations of one micro-batch by a measured rule of thumb."""
+    """Weights, gradients and optimiser exactly; sampling and the activations of one micro-batch by rules of thumb."""
     need, again = learner.need, learner.recompute
     activations = need.recomputed if again else need.activations
     held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
-    total = need.fixed + activations
-    text = f"about {total / 1e9:.1f} GB: {held} {need.fixed / 1e9:.1f} GB, activations {activations / 1e9:.1f} GB"
+    total = need.total(again)
+    text = (
+        f"about {total / 1e9:.1f} GB: {held} {need.fixed / 1e9:.1f} GB, and then sampling {need.sampling / 1e9:.1f} GB "
+    )
+    text += f"or activations {activations / 1e9:.1f} GB"
+    if need.longest:
+        text += f" (longest prompt: {need.longest:,} tokens)"
     if again and need.budget is not None:
         text += f"\n          layers are run again in the backward pass, for {need.budget / 1e9:.1f} GB are to be had"
     if need.budget is not None and total > need.budget:

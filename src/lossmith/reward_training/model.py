@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.errors import PolicyError
-from lossmith.policy import check_model, embedded_model
+from lossmith.policy import check_model, check_weights, embedded_model, read_pretrained
 from lossmith.policy.load import find_device, find_dtype
 from lossmith.reward_training.examples import Example
 from lossmith.rewards.reward_model import score_rows
@@ -89,26 +89,23 @@ def load_scoring(model: str, seed: int, *, device: str = "auto", dtype: str = "a
 
     model: "default", a folder, or a hub name. PolicyError: what check_model finds, or a model without such a form.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    check_model(model)
-    place = str(embedded_model() if model == "default" else model)
+    check_model(model, PolicyError, "body")
+    folder = Path(model).expanduser()
+    place = str(embedded_model() if model == "default" else folder if folder.is_dir() else model)
     before = logging.get_verbosity()
-    logging.disable_progress_bar()
     logging.set_verbosity_error()  # that the head is new is no news
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        network, report = AutoModelForSequenceClassification.from_pretrained(
-            place, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PolicyError(f"cannot make a reward model of {model!r}: {error}") from None
+        tokenizer, network, missing = read_pretrained(
+            AutoModelForSequenceClassification, place, model, PolicyError, "body", num_labels=1
+        )
     finally:
         logging.set_verbosity(before)
-    head = [name for name in report["missing_keys"] if name.startswith(("score", "classifier"))]
-    strange = sorted(set(report["missing_keys"]) - set(head))
+    check_weights(network, model, PolicyError)
+    head = [name for name in missing if name.startswith(("score", "classifier"))]
+    strange = sorted(set(missing) - set(head))
     if strange:
         raise PolicyError(f"{model!r} lacks weights of its body ({', '.join(strange[:3])}): give a complete model.")
     generator = torch.Generator().manual_seed(seed)

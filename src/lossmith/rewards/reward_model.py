@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossmith.errors import ScorerError
+from lossmith.files import at_home
+from lossmith.policy import check_model, check_weights, read_pretrained
+from lossmith.policy.folder import in_brief
 from lossmith.prompts import Prompt
 from lossmith.rewards.seal import Seal
 from lossmith.rollouts import Rollout, Score
@@ -134,59 +137,44 @@ def check_reward_model(path: str | Path) -> None:
 
     A hub name is not looked up: nothing here uses the network.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    if not (folder / "config.json").is_file():
-        raise ScorerError(f"reward model {str(path)!r}: the folder has no config.json, so it is not a saved model.")
-    if not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        cause = "its weights are pickles, which can run code when read" if pickled else "it has no weights"
-        raise ScorerError(
-            f"reward model {str(path)!r}: {cause}. Save it with save_pretrained, which writes *.safetensors."
-        )
-    _check_outputs(str(path))
+    check_model(path, ScorerError, "reward model")
+    if at_home(path, ScorerError).is_dir():
+        _check_outputs(path)
 
 
-def _check_outputs(path: str) -> None:
+def _check_outputs(path: str | Path) -> None:
     from transformers import AutoConfig
 
+    place = at_home(path, ScorerError)
     try:
-        outputs = AutoConfig.from_pretrained(path, trust_remote_code=False).num_labels
-    except (OSError, ValueError) as error:
-        where = "" if Path(path).is_dir() else f" (there is no such folder in {Path.cwd()}, so the hub was asked)"
-        raise ScorerError(f"reward model {path!r} cannot be read{where}: {error}") from error
+        outputs = AutoConfig.from_pretrained(place if place.is_dir() else path, trust_remote_code=False).num_labels
+    except Exception as error:  # transformers alone runs here, and what it raises of a damaged file is anything
+        where = "" if place.is_dir() else f" (there is no such folder in {Path.cwd()}, so the hub was asked)"
+        raise ScorerError(f"reward model {str(path)!r} cannot be read{where}: {in_brief(error)}") from None
     if outputs != 1:
         raise ScorerError(
-            f"reward model {path!r} has {outputs} outputs and a scorer has 1. Train it with num_labels=1; a classifier "
-            "can be used through a function that says which of its outputs is the reward."
+            f"reward model {str(path)!r} has {outputs} outputs and a scorer has 1. Train it with num_labels=1; a "
+            "classifier can be used through a function that says which of its outputs is the reward."
         )
 
 
 def _load(path: str) -> tuple[Any, Any]:
     """(tokenizer, model) of a checked path."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    if not Path(path).is_dir():
+    folder = at_home(path, ScorerError)
+    if not folder.is_dir():
         _check_outputs(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ScorerError(f"reward model {path!r} cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
+    place = str(folder) if folder.is_dir() else path
+    tokenizer, model, missing = read_pretrained(
+        AutoModelForSequenceClassification, place, path, ScorerError, "reward model"
+    )
     if missing:
         raise ScorerError(
             f"reward model {path!r} has no weights for {', '.join(missing[:3])}; they would be random. "
             "It is probably not a reward model: save one that was trained with a one-output head."
         )
+    check_weights(model, path, ScorerError)
     return tokenizer, model
 
 

@@ -54,7 +54,8 @@ class Update:
 class Learner:
     """Holds the optimiser, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
-    def __init__(self, policy: Policy, loss: Loss, recipe: Recipe) -> None:
+    def __init__(self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0) -> None:
+        """longest: tokens of the longest prompt there will be, for the estimate of memory."""
         if loss.value.active and policy.value_head is None:
             policy.add_value_head()
         if "value" in loss.needs and not loss.value.active:
@@ -64,7 +65,7 @@ class Learner:
         self.reference = policy.frozen() if needed else None
         self.optimizer = _optimizer(policy, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        self.need = estimate(policy, recipe, self.reference is not None)
+        self.need = estimate(policy, recipe, self.reference is not None, longest)
         self.recompute = self.need.recompute and can_recompute(policy.model)
         self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
@@ -268,9 +269,10 @@ class Learner:
         used = 0
         for i in order:
             r = rollouts[i]
-            cost = len(r.completion_ids) + (0 if r.prompt.id in seen else len(r.prompt_ids))
+            shared = r.prompt.id in seen and sharing_is_exact(self.policy)
+            cost = len(r.completion_ids) + (0 if shared else len(r.prompt_ids))
             # a quarter more is borne where the prompt would otherwise be encoded once again for its last completions
-            budget = self.recipe.micro_batch_tokens * (1.25 if r.prompt.id in seen else 1.0)
+            budget = self.recipe.micro_batch_tokens * (1.25 if shared else 1.0)
             if rows and used + cost > budget:
                 yield torch.tensor(rows)
                 rows, seen, used = [], set(), 0

@@ -28,6 +28,7 @@ from lossmith.training.evaluate import Evaluation, comparison, evaluate, tally
 from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
 from lossmith.training.guards import Guard, prompt_means
 from lossmith.training.learner import Learner, Update
+from lossmith.training.memory import check_memory
 from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
@@ -338,9 +339,10 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
     for one in (scorer, watch):
         bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
-    _check_lengths(policy, plan)
+    longest = _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
-        learner = Learner(policy, recipe.policy_loss(), recipe)
+        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)))
+    check_memory(learner.need, learner.recompute, recipe, longest.source)
     now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
     if folder is None:
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
@@ -354,8 +356,8 @@ def columns_of(prompts: PromptSet) -> set[str]:
     return {name for prompt in prompts for name in prompt.columns}
 
 
-def _check_lengths(policy: Policy, plan: Plan) -> None:
-    """A prompt that leaves no room for its completion is found before the first step, not in the middle of the run."""
+def _check_lengths(policy: Policy, plan: Plan) -> Prompt:
+    """The longest prompt. One that leaves no room for its completion is found before the first step, not in the run."""
     for prompt in (*plan.train, *plan.held_out):
         length = len(policy.encode(prompt))
         if length + plan.recipe.max_tokens > policy.context_length:
@@ -363,6 +365,7 @@ def _check_lengths(policy: Policy, plan: Plan) -> None:
                 f"{prompt.source}: the prompt has {length} tokens, and with max_tokens = {plan.recipe.max_tokens} "
                 f"exceeds the model's context of {policy.context_length}. Shorten or drop it, or lower max_tokens."
             )
+    return max((*plan.train, *plan.held_out), key=lambda prompt: len(policy.encode(prompt)))
 
 
 def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None) -> int:

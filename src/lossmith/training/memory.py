@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from lossmith.policy import Policy, available_bytes
+from lossmith.errors import RecipeError
+from lossmith.policy import Policy, available_bytes, sharing_is_exact
+from lossmith.policy.attention import SCORES_AT_ONCE
+from lossmith.policy.decode import ENCODED_AT_ONCE
 from lossmith.training.recipe import Recipe
 
-__all__ = ["Need", "estimate"]
+__all__ = ["Need", "check_memory", "estimate"]
 
 # Measured on the default model in bfloat16 with 512 to 2048 tokens: libraries and what the allocator leaves unused take
 # 1.3 GB, and a layer keeps so many numbers of the hidden size a token for its backward pass; layers that are run again
@@ -17,37 +21,131 @@ __all__ = ["Need", "estimate"]
 _LIBRARIES = 1.3e9
 _KEPT_PER_TOKEN = 32
 _HEAD_ROWS = 512  # response positions whose logits exist at one time
+_SIDE_BY_SIDE = 128  # completions that are written at one time
+_SCORE_COPIES = 3  # scores, their softmax, and that in the type of the values
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes. `fixed`: weights, gradients, optimiser, libraries; the others for the backward pass of a micro-batch."""
+    """Bytes. `fixed`: weights, gradients, optimiser, libraries; beside it sampling or a backward pass, never both."""
 
     fixed: float
-    activations: float
+    sampling: float  # keys and values of prompts and completions, and what encoding a prompt takes
+    activations: float  # for the backward pass of a micro-batch
     recomputed: float  # activations where layers are run again
     budget: float | None  # what the recipe allows, or the machine has
+    longest: int = 0  # tokens of the longest prompt
 
     @property
     def recompute(self) -> bool:
         """Whether it is too much, unless layers are run again in the backward pass."""
         return self.budget is not None and self.fixed + self.activations > self.budget
 
+    def total(self, again: bool) -> float:
+        """The most there is at one time; again: layers are run again."""
+        return self.fixed + max(self.sampling, self.recomputed if again else self.activations)
 
-def estimate(policy: Policy, recipe: Recipe, reference: bool) -> Need:
-    """What training this policy with this recipe takes."""
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a policy's memory depends on."""
+
+    hidden: int
+    inner: int  # the widest product of a layer
+    layers: int
+    heads: int
+    cached: int  # numbers a token keeps in a layer: keys and values of all heads
+    vocabulary: int
+    width: int  # bytes of a number in a product
+
+    @classmethod
+    def of(cls, policy: Policy) -> _Sizes:
+        config = policy.model.config.get_text_config()
+
+        def said(name: str, otherwise: int) -> int:
+            value = getattr(config, name, None)
+            return value if type(value) is int and value > 0 else otherwise
+
+        vocabulary, hidden = policy.model.get_output_embeddings().weight.shape
+        hidden = said("hidden_size", hidden)
+        heads = said("num_attention_heads", 1)
+        key_heads, head = said("num_key_value_heads", heads), said("head_dim", max(hidden // heads, 1))
+        linear = [m.out_features for m in policy.model.base_model.modules() if isinstance(m, nn.Linear)]
+        return cls(
+            hidden,
+            max([*linear, hidden]),
+            said("num_hidden_layers", 1),
+            heads,
+            2 * key_heads * head,
+            vocabulary,
+            2 if policy.compute_dtype == torch.bfloat16 else 4,
+        )
+
+
+def estimate(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) -> Need:
+    """What training this policy with this recipe takes, with prompts of at most so many tokens."""
+    size = _Sizes.of(policy)
     weights = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.parameters())
-    config = policy.model.config.get_text_config()
-    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    narrow = policy.compute_dtype == torch.bfloat16
-    width = 2 if narrow else 4
-    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) + (2 * weights if narrow else 0) + _LIBRARIES
-    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
-    head = 2 * width * _HEAD_ROWS * vocabulary + 3 * 4 * vocabulary * hidden
-    tokens = min(recipe.micro_batch_tokens, recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens)
-    layer = tokens * hidden * _KEPT_PER_TOKEN * width
-    return Need(fixed, head + layers * layer, head + layer + layers * tokens * hidden * 4, _budget(policy, recipe))
+    narrow = 2 * weights if size.width == 2 else 0
+    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) + narrow + _LIBRARIES
+    tokens = _micro_batch(policy, recipe, longest)
+    head = 2 * size.width * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
+    layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width
+    once = head + _attention(size, tokens)
+    return Need(
+        fixed,
+        _sampling(policy, size, recipe, longest),
+        once + size.layers * layer,
+        once + layer + size.layers * tokens * size.hidden * 4,
+        _budget(policy, recipe),
+        longest,
+    )
+
+
+def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> int:
+    """Tokens: as many as the recipe says or a round has, but a prompt and its completion are never torn apart."""
+    n, row = recipe.samples_per_prompt, longest + recipe.max_tokens
+    group = longest + n * recipe.max_tokens if sharing_is_exact(policy) else n * row
+    return max(row, min(recipe.micro_batch_tokens, recipe.prompts_per_step * group))
+
+
+def _attention(size: _Sizes, tokens: int) -> float:
+    """Scores of a block of queries, and queries, keys and values laid side by side."""
+    scores = min(SCORES_AT_ONCE, size.heads * tokens * min(_HEAD_ROWS, tokens))
+    return _SCORE_COPIES * 4 * scores + 8 * 4 * tokens * size.hidden
+
+
+def _sampling(policy: Policy, size: _Sizes, recipe: Recipe, longest: int) -> float:
+    """Of the round; before and after the run, one completion of each held-out prompt is written, never more."""
+    n = recipe.samples_per_prompt
+    rows = min(_SIDE_BY_SIDE, recipe.prompts_per_step * n)
+    prompts = min(recipe.prompts_per_step, 2 * -(-rows // min(n, _SIDE_BY_SIDE)))
+    token = size.layers * size.cached * size.width
+    together = max(longest, min(prompts * longest, ENCODED_AT_ONCE))
+    encoding = together * (8 * size.hidden + 3 * size.inner) * 4 + _attention(size, together)
+    if sharing_is_exact(policy):
+        cached = (prompts * longest + 1.5 * rows * recipe.max_tokens) * token
+    else:  # a copy of its prompt for each completion, and one layer's copies while they grow by a token
+        cached = (prompts + rows) * (longest + recipe.max_tokens) * token * (1 + 1 / size.layers)
+    step = rows * 4 * (_SCORE_COPIES * size.heads * (longest + recipe.max_tokens) + 3 * size.vocabulary)
+    return cached + max(encoding, step)
+
+
+def check_memory(need: Need, again: bool, recipe: Recipe, source: str) -> None:
+    """RecipeError where the run would take more than the machine has; source: where the longest prompt stands.
+
+    A recipe that says how much it may take (memory_gb) knows better than an estimate.
+    """
+    total = need.total(again)
+    if recipe.memory_gb is not None or need.budget is None or total <= need.budget:
+        return
+    raise RecipeError(
+        f"this run needs about {total / 1e9:.1f} GB of memory, and {need.budget / 1e9:.1f} GB are free: the longest "
+        f"prompt ({source}) has {need.longest:,} tokens. Shorten or drop it, lower samples_per_prompt, "
+        "prompts_per_step or micro_batch_tokens, or take a smaller model; "
+        f"memory_gb = {-(-total // 1e9):.0f} starts the run all the same."
+    )
 
 
 def _budget(policy: Policy, recipe: Recipe) -> float | None:

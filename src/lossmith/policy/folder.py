@@ -1,0 +1,197 @@
+"""A model's folder, looked at before anything is loaded: what it holds, and whether that can be used at all.
+
+Policies, reward models, and the bodies of reward models to be come through here, so that each of them is refused for
+the same reasons in the same words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lossmith.errors import LossmithError, PolicyError, nearest
+from lossmith.files import at_home, read_text
+
+__all__ = ["check_config", "check_model", "find_config", "in_brief"]
+
+_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_OTHER_HEADS = {
+    "ForSequenceClassification": "a classifier",
+    "ForTokenClassification": "a classifier of tokens",
+    "ForQuestionAnswering": "a model that marks answers in a text",
+    "ForMultipleChoice": "a classifier",
+    "ForMaskedLM": "an encoder, which fills gaps in a text",
+    "ForNextSentencePrediction": "an encoder",
+    "ForImageTextToText": "a model of images and text",
+}
+
+
+def check_model(model: str | Path, error: type[LossmithError] = PolicyError, what: str = "policy") -> None:
+    """What can be known of a model before its weights are read. `error` names what is missing and where.
+
+    what: "policy", "reward model" where a trained classifier is meant, or "body" of one to be. A hub name is not looked
+    up.
+    """
+    if str(model) == "default" and what != "reward model":
+        return
+    folder = at_home(model, error)
+    if not os.path.lexists(folder):
+        if _HUB_NAME.fullmatch(str(model)) and not str(model).startswith("."):
+            return
+        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        hint = nearest(folder.name, near) if near else ""
+        raise error(f"there is no model folder {str(model)!r}, and it is no hub name (owner/name).{hint}")
+    if not folder.is_dir():
+        raise error(f"{str(model)!r} is a file; a model is a folder with config.json, weights and tokenizer.")
+    try:
+        names = {p.name for p in folder.iterdir()}
+    except OSError as found:
+        raise error(f"the model folder {str(model)!r} cannot be read: {found.strerror}.") from None
+    for name in sorted(names):
+        _check_ordinary(folder / name, error)
+    _check_adapter(folder, names, error)
+    if "config.json" not in names:
+        raise error(f"{str(model)!r} holds no config.json, so it is not a model folder.")
+    check_config(find_config(folder, error), str(model), error, what)
+    _check_weights(folder, names, error)
+    if not names & set(_TOKENIZERS):
+        raise error(f"{str(model)!r} holds no tokenizer: save it there with tokenizer.save_pretrained.")
+
+
+def _check_ordinary(path: Path, error: type[LossmithError]) -> None:
+    """A link into nowhere, or a device, which may never end."""
+    if not path.is_file() and not path.is_dir():
+        raise error(f"{str(path)!r} is no ordinary file (a broken link, or a device): replace it by what is meant.")
+    if not os.access(path, os.R_OK):
+        raise error(f"{str(path)!r} cannot be read: permission denied.")
+
+
+def _check_adapter(folder: Path, names: set[str], error: type[LossmithError]) -> None:
+    """An adapter is never merged here, and never ignored."""
+    found = [name for name in _ADAPTER if name in names]
+    if not found:
+        return
+    base = "BASE"
+    if "adapter_config.json" in names:
+        named = _json_object(folder / "adapter_config.json", error).get("base_model_name_or_path")
+        base = named if isinstance(named, str) and named else base
+    whole = "config.json" in names and any(n.endswith(".safetensors") and n not in _ADAPTER for n in names)
+    if whole:
+        raise error(
+            f"{str(folder)!r} holds a whole model and a LoRA adapter beside it. If the adapter is merged into the "
+            f"weights already, remove {' and '.join(found)}; if it is not, move its files to a folder of their own, "
+            "merge the two (peft.PeftModel.from_pretrained(model, its_folder).merge_and_unload()), and give the result."
+        )
+    merge = (
+        f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
+        ".merge_and_unload().save_pretrained(FOLDER)"
+    )
+    raise error(
+        f"{str(folder)!r} is a LoRA adapter, not a whole model; its base model is {base!r}. Merge the two, save the "
+        f"tokenizer beside them, and give that folder: {merge}."
+    )
+
+
+def _check_weights(folder: Path, names: set[str], error: type[LossmithError]) -> None:
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")) and n != "training_args.bin")
+        gguf = sorted(n for n in names if n.endswith(".gguf"))
+        why = "no *.safetensors file"
+        if pickled:
+            why = f"only pickled ones ({', '.join(pickled)}), which can run code"
+        elif gguf:
+            why = f"only quantised ones ({', '.join(gguf)})"
+        raise error(f"{str(folder)!r} has no weights to load: {why}. Save the model with save_pretrained.")
+    index = "model.safetensors.index.json"
+    if index in names and "model.safetensors" not in names:
+        where = _json_object(folder / index, error).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(x, str) for x in where.values()):
+            raise error(f"{str(folder / index)!r} has no weight_map that says which file holds which weight.")
+        lacking = sorted(set(where.values()) - names)
+        if lacking:
+            raise error(
+                f"{str(folder)!r} lacks {len(lacking)} of {len(set(where.values()))} weight files that "
+                f"{index} names ({', '.join(lacking[:3])}): copy the whole folder again."
+            )
+
+
+def find_config(place: str | Path, error: type[LossmithError]) -> dict[str, Any]:
+    """config.json of a folder as it stands there, before transformers makes anything of it."""
+    return _json_object(Path(place) / "config.json", error)
+
+
+def _json_object(path: Path, error: type[LossmithError]) -> dict[str, Any]:
+    text = read_text(path, error, path.name)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{str(path)!r} is no JSON ({str(problem) or 'nested too deeply'}).") from None
+    if not isinstance(found, dict):
+        raise error(f"{str(path)!r} holds a JSON {type(found).__name__} where an object is meant.")
+    return found
+
+
+def check_config(config: Mapping[str, Any], name: str, error: type[LossmithError], what: str) -> None:
+    """A configuration says what a model is: quantised, of a kind that transformers does not know, or of another use."""
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    inner = [x for x in config.values() if isinstance(x, dict)]
+    if any(x.get(key) is not None for x in (config, *inner) for key in ("quantization_config", "compression_config")):
+        given = config.get("quantization_config")
+        method = given.get("quant_method") if isinstance(given, dict) else None
+        raise error(
+            f"the weights of {name!r} are quantised{f' ({method})' if isinstance(method, str) else ''}, and quantised "
+            "weights cannot be trained or scored with here: give the unquantised model."
+        )
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+        own = " It needs code of its own, and such code is never run." if config.get("auto_map") else ""
+        raise error(
+            f"config.json of {name!r} names the model type {kind!r}, which transformers {__version__} does not "
+            f"know.{own}"
+        )
+    built = config.get("architectures")
+    built = built[0] if isinstance(built, list) and built and isinstance(built[0], str) else ""
+    if what != "reward model":
+        _check_text(config, kind, built, name, error, causal=what == "policy")
+    elif built.endswith(("ForCausalLM", "LMHeadModel")):
+        raise error(
+            f"{name!r} is a {built}, a language model that gives no score: train a reward model of it with "
+            "`lossmith reward train`, or give one."
+        )
+
+
+def _check_text(
+    config: Mapping[str, Any], kind: str, built: str, name: str, error: type[LossmithError], causal: bool
+) -> None:
+    """It reads text and nothing else, in one piece; causal: it also writes it on."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    other = ""
+    senses = [key.removesuffix("_config") for key in config if key in ("vision_config", "audio_config")]
+    if config.get("is_encoder_decoder") is True:
+        other = "an encoder-decoder model"
+    elif senses:
+        other = f"a model of {' and '.join(senses)} and text"
+    elif causal:
+        other = next((words for ending, words in _OTHER_HEADS.items() if built.endswith(ending)), "")
+        if not other and kind not in CAUSAL:
+            other = "a model of another kind"
+        elif not other and built.endswith("ForConditionalGeneration") and CAUSAL[kind] != built:
+            other = "a model that reads more than text"
+    if other:
+        known = f"{kind} ({built})" if built else kind
+        raise error(f"{name!r} holds a {known}, {other}, and no causal language model: give one that writes text on.")
+
+
+def in_brief(problem: BaseException) -> str:
+    """The first line of what a library said, without its tail: some list all that they know."""
+    text = " ".join(str(problem).split())
+    return text if len(text) <= 300 else text[:300].rstrip() + " ..."

@@ -1,0 +1,118 @@
+"""Reading a policy: its folder is checked, its weights are loaded and looked through, and what it is for is tried."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lossmith.errors import PolicyError
+from lossmith.policy.embedded import embedded_model
+from lossmith.policy.folder import check_config, check_model, in_brief
+from lossmith.policy.load import Policy, find_device, find_dtype
+from lossmith.policy.memory import keep_freed_memory
+from lossmith.policy.trial import sharing_is_exact
+
+__all__ = ["check_weights", "load_policy", "read_pretrained"]
+
+
+def load_policy(
+    model: str | Path = "default", *, device: str = "auto", compute_dtype: str = "auto", trainable: bool = True
+) -> Policy:
+    """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
+
+    PolicyError: what check_model finds, weights that are missing, damaged or not finite, or a model whose sampling or
+    log-probabilities are not those of its plain forward pass.
+    """
+    check_model(model)
+    where = find_device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
+    tokenizer, network = _read(str(model))
+    network = network.to(where).eval().requires_grad_(trainable)
+    policy = Policy(network, tokenizer, find_dtype(compute_dtype, where))
+    _check_parts(policy, str(model))
+    sharing_is_exact(policy)
+    return policy
+
+
+def _read(model: str) -> tuple[Any, Any]:
+    """(tokenizer, model in float32) as transformers reads them, refused where a weight would be made up."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(model).expanduser()
+    place = str(embedded_model() if model == "default" else folder if folder.exists() else model)
+    tokenizer, network, missing = read_pretrained(AutoModelForCausalLM, place, model, PolicyError, "policy")
+    if missing:
+        raise PolicyError(
+            f"{model!r} lacks {len(missing)} weights of {type(network).__name__} ({', '.join(missing[:3])}, ...), "
+            "which would be filled with random numbers. Give a complete model with a language-model head."
+        )
+    check_weights(network, model, PolicyError)
+    return tokenizer, network
+
+
+def read_pretrained(auto: Any, place: str, name: str, error: Any, what: str, **more: Any) -> tuple[Any, Any, list[str]]:
+    """(tokenizer, model in float32, names of weights that were not there) of a folder or hub name.
+
+    auto: a class of transformers. `error`: transformers cannot make anything of it; `name` is what the user called it.
+    """
+    from transformers import AutoTokenizer, PretrainedConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for half a second of loading hides what the run itself has to say
+    try:
+        given, _ = PretrainedConfig.get_config_dict(place)
+        check_config(given, name, error, what)
+        # False, not absent: transformers would ask on the terminal whether to run a model's own code
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        network, report = auto.from_pretrained(
+            place,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **more,
+        )
+    except error:
+        raise
+    except (
+        Exception
+    ) as problem:  # nothing of ours runs here but the check; damaged files make transformers raise anything
+        raise error(f"cannot load the model {name!r}: {in_brief(problem) or type(problem).__name__}") from None
+    if getattr(network, "_hf_peft_config_loaded", False):
+        raise error(
+            f"{name!r} is a LoRA adapter: merge it into its base model first (merge_and_unload), and give that."
+        )
+    return tokenizer, network, sorted(report["missing_keys"])
+
+
+def check_weights(network: Any, name: str, error: Any) -> None:
+    """`error` where a weight is not there, or not finite: every loss would be, too."""
+    for key, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise error(f"the weight {key} of {name!r} could not be loaded.")
+        if tensor.numel() and tensor.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            ends = torch.stack(torch.aminmax(tensor))
+            if not bool(torch.isfinite(ends).all()):
+                bad = "NaN" if bool(torch.isnan(ends).any()) else "infinite numbers"
+                raise error(f"the weights of {name!r} hold {bad} (in {key}): they are damaged, or training diverged.")
+
+
+def _check_parts(policy: Policy, name: str) -> None:
+    """What is used later: a body apart from the head, end tokens, texts that can be saved again."""
+    model = policy.model
+    if model.base_model is model or model.get_output_embeddings() is None or model.get_input_embeddings() is None:
+        raise PolicyError(
+            f"{name!r} holds a {type(model).__name__}, whose body and head cannot be told apart, so its "
+            "log-probabilities cannot be computed here: give a model of another kind."
+        )
+    assert isinstance(policy.eos_ids, frozenset)  # refuses what it cannot read
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            model.config.save_pretrained(scratch)
+            policy.tokenizer.save_pretrained(scratch)
+    except Exception as problem:  # transformers alone runs here
+        raise PolicyError(f"{name!r} could be trained but not saved: {in_brief(problem)}") from None
