@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lossmith.errors import LossError, nearest
 from lossmith.losses.advantage import Groups, Signal
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.formula import powers
-from lossmith.losses.loss import Loss, LossOutput, drift, outcome
+from lossmith.losses.loss import Credit, Loss, LossOutput, drift, outcome
 from lossmith.losses.piece import Piece
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
@@ -124,13 +125,13 @@ class CompletionLoss(Loss):
             per_token = logp - (
                 batch.require("ref_logp", owner).detach() if self.term.anchor == "ref" else batch.old(owner)
             )
-        reward = Signal(batch, batch.require("reward", self.name)).per_sequence
+        reward = Signal(batch, wide(batch.require("reward", self.name))).per_sequence
         lengths = batch.lengths.clamp(min=1).to(logp.dtype)
-        return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.live, batch)
+        return Completions(per_token.sum(1), reward, lengths, batch.live, batch)
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
         at = self.completions(batch)
-        loss = self.term.value(at, self._units(at, normalizer))
+        loss = self.term.value(at, self._units(at, normalizer)).to(batch.dtype)  # rewards are in float64
         advantage = torch.zeros_like(batch.require("logp", self.name)).detach()
         return LossOutput(loss, advantage, {self.term.option: loss}, lambda: self._metrics(at))
 
@@ -150,7 +151,9 @@ class CompletionLoss(Loss):
         return dataclasses.replace(counts, units=self.term.units(self.completions(batch)))
 
     @torch.no_grad()
-    def closed_form_gradient(self, batch: Batch, credit: object = None) -> Tensor:
+    def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
+        if credit is not None:
+            credit.check(self, batch)
         at = self.completions(batch)
         slope = torch.where(at.live, self.term.slope(at, self.term.units(at)), torch.zeros_like(at.log_ratio))
         return torch.where(batch.valid, slope[:, None], torch.zeros((), dtype=slope.dtype))

@@ -32,6 +32,7 @@ from lossmith.losses.advantage import (
     Zero,
 )
 from lossmith.losses.aggregate import AGGREGATE, Aggregate, PromptMean, TokenMean
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.correction import Mismatch, NoMismatch
 from lossmith.losses.extra import Extra, NoExtra
@@ -157,12 +158,8 @@ class PolicyLoss(Loss):
         """
         signal = self._signal(batch)
         advantage, raw = self._advantage(batch, signal)
-        advantage = _valid(advantage.to(batch.dtype), batch)
+        advantage = self._as_narrow(advantage, batch, signal)
         weight = self.token_weights(batch, normalizer)
-        kl, entropy = (
-            None if how == "same" else self._weights_by(AGGREGATE[how](), batch, normalizer)
-            for how in (self.kl_aggregate, self.entropy_aggregate)
-        )
         return Credit(
             advantage=advantage,
             weight=weight,
@@ -170,9 +167,18 @@ class PolicyLoss(Loss):
             returns=self._returns(batch, signal, raw),
             tokens=normalizer.tokens if normalizer is not None else batch.tokens,
             measure=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
-            kl_weight=kl,
-            entropy_weight=entropy,
+            whole=len(batch.valid),
+            given=batch.given,
+            **self._other_weights(batch, normalizer),
         )
+
+    def as_whole(self, credit: Credit, batch: Batch) -> Credit:
+        return dataclasses.replace(super().as_whole(credit, batch), **self._other_weights(batch, None))
+
+    def _other_weights(self, batch: Batch, normalizer: Normalizer | None) -> dict[str, Any]:
+        """Weights of the terms that are aggregated in another way than the policy term."""
+        how = {"kl_weight": self.kl_aggregate, "entropy_weight": self.entropy_aggregate}
+        return {k: self._weights_by(AGGREGATE[x](), batch, normalizer) for k, x in how.items() if x != "same"}
 
     @torch.no_grad()
     def token_weights(self, batch: Batch, normalizer: Normalizer | None = None) -> Tensor:
@@ -197,8 +203,19 @@ class PolicyLoss(Loss):
             weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
         return weights
 
+    def _as_narrow(self, x: Tensor, batch: Batch, signal: Signal | None) -> Tensor:
+        """[N, T] in the type of the batch, 0 at masked positions. LossError: beyond what that type holds."""
+        narrow = _valid(x, batch).to(batch.dtype)
+        if not bool(torch.isfinite(narrow).all()):
+            largest = "" if signal is None else f" (the largest here is {float(signal.reward.abs().max()):.3g})"
+            raise LossError(
+                f"{self.name}: the rewards{largest} lead to advantages that {batch.dtype} does not hold. Scale them "
+                "(shaping='scale', a=...), or divide by their spread (advantage_scale='group_std')."
+            )
+        return narrow
+
     def _signal(self, batch: Batch) -> Signal | None:
-        """Rewards after shaping, with the KL penalty taken off; None where the advantage is given."""
+        """Rewards after shaping, with the KL penalty taken off, in float64; None where the advantage is given."""
         if batch.advantage is not None:
             if self.kl.in_reward:
                 raise LossError(
@@ -207,7 +224,7 @@ class PolicyLoss(Loss):
                 )
             if batch.reward is None:
                 return None
-        reward = self._reward(batch)
+        reward = wide(self._reward(batch))
         for shaping in self.shaping:
             reward = shaping(reward, batch)
             if reward.ndim == 2:  # a shift would put a reward on padding
@@ -217,6 +234,7 @@ class PolicyLoss(Loss):
             reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
         if self.kl.in_reward:
             reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
+        _check_size(self.name, reward, batch)
         return Signal(batch, reward)
 
     def _reward(self, batch: Batch) -> Tensor:
@@ -261,12 +279,16 @@ class PolicyLoss(Loss):
             return batch.returns if self.value.active else None
         if not isinstance(self.advantage, Critic) or signal is None:
             return batch.require("returns", self.name)
-        return self.advantage.target(signal, raw)
+        return self._as_narrow(self.advantage.target(signal, raw), batch, signal)
 
     # -- objective --------------------------------------------------------------------------------------------------
 
     def objective(self, batch: Batch, credit: Credit) -> LossOutput:
-        """The loss of these rows under that credit: scalar with gradient. Rows of a whole batch add up to its loss."""
+        """The loss of these rows under that credit: scalar with gradient. Rows of a whole batch add up to its loss.
+
+        LossError: the credit is of other rows.
+        """
+        credit.check(self, batch)
         terms: dict[str, Tensor] = {}
         at = self._tokens(batch, credit)
         if at is not None and not isinstance(self.advantage, Zero):
@@ -360,6 +382,7 @@ class PolicyLoss(Loss):
         if self.kl.in_loss and self.kl.estimator == "full":
             raise NotImplementedError("kl_estimator='full' does not act through the sampled token's logp.")
         credit = credit or self.credit(batch)
+        credit.check(self, batch)
         at = self._tokens(batch, credit)
         gradient = torch.zeros_like(credit.weight)
         if at is None:
@@ -397,6 +420,18 @@ class PolicyLoss(Loss):
     def from_dict(flat: dict[str, Any]) -> PolicyLoss:
         """The composition that `to_dict` wrote."""
         return with_flat(PolicyLoss(), {"name": "custom", **flat})
+
+
+def _check_size(owner: str, reward: Tensor, batch: Batch) -> None:
+    """LossError: rewards whose sums and differences would overflow, and lose their order without a word."""
+    live = torch.where(batch.live if reward.ndim == 1 else batch.valid, reward, 0.0).abs()
+    largest = torch.finfo(reward.dtype).max / 1e6
+    if not bool((live <= largest).all()):
+        row = int((~(live <= largest)).nonzero()[0, 0])
+        raise LossError(
+            f"{owner}: the reward at row {row} is beyond ±{largest:.3g}, where differences of rewards overflow. "
+            "Let the scorer give smaller numbers, or scale them (shaping='scale', a=...)."
+        )
 
 
 def _valid(x: Tensor, batch: Batch) -> Tensor:

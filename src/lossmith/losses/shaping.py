@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, in_code, number, options, param
 
@@ -115,7 +116,7 @@ class WeightedSum(Shaping):
     weights: tuple[float, ...] = param("score_weights", (), "weight of each score; all 1 if not given")
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
-        parts = batch.require("reward_parts", "shaping='weighted_sum'")
+        parts = wide(batch.require("reward_parts", "shaping='weighted_sum'"))
         return parts @ torch.tensor(part_weights(self.weights, parts), dtype=parts.dtype, device=parts.device)
 
     def formula(self) -> tuple[str, str]:

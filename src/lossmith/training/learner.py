@@ -97,8 +97,7 @@ class Learner:
         for rows in self._parts(batch, step):
             part, share = batch.rows(rows), credit.rows(rows)
             if len(rows) < len(scored):
-                tokens = int(part.valid.sum())
-                share = dataclasses.replace(share, weight=self.loss.token_weights(part), tokens=tokens)
+                share = self.loss.as_whole(share, part)
             found = self.accumulate([scored[i] for i in rows], part, share)
             metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
             with self._clock("optimizer"):

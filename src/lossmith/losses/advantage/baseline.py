@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.advantage.signal import Estimator, Groups, Signal
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.piece import number, param
 from lossmith.losses.shaping import part_weights
 
@@ -280,7 +281,8 @@ class ScaledGroup(_Centred):
         return self._alpha(groups) * groups.reward
 
     def _alpha(self, groups: Groups) -> Tensor:
-        return groups.live.sum() / ((groups.reward != 0) & groups.live).sum().clamp(min=1)
+        counted = ((groups.reward != 0) & groups.live).sum().clamp(min=1)
+        return groups.live.sum().to(groups.reward.dtype) / counted
 
     def formula(self) -> tuple[str, str]:
         return self.with_alone("N/#(R≠0) · (R − mean_g(R))", r"\frac{N}{\#(R\ne 0)}(R-\mu_g)")
@@ -391,7 +393,7 @@ class Decoupled(_OverGroup):
     eps: float = param("eps", 1e-6, "added to the standard deviations", above=0)
 
     def sequence(self, signal: Signal) -> Tensor:
-        parts = signal.batch.require("reward_parts", "advantage='gdpo'")
+        parts = wide(signal.batch.require("reward_parts", "advantage='gdpo'"))
         weights = part_weights(self.weights, parts)
         total = torch.zeros_like(parts[:, 0])
         for k, weight in enumerate(weights):

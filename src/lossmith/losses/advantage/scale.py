@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmith.losses.advantage.signal import Signal
+from lossmith.losses.advantage.signal import Signal, unit_of
 from lossmith.losses.piece import Piece, number, options, param
 
 __all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LooStd", "NoScale", "Scale", "Whiten"]
@@ -178,7 +178,9 @@ class Whiten(Scale):
         kept = torch.where(mask, advantage, torch.zeros_like(advantage))
         mean = kept.sum() / count
         centred = torch.where(mask, advantage - mean, torch.zeros_like(advantage))
-        return centred * torch.rsqrt((centred**2).sum() / (count - 1) + 1e-8)
+        unit = unit_of(centred.abs().max())
+        centred = centred / unit
+        return centred * torch.rsqrt((centred**2).sum() / (count - 1) + 1e-8 / unit**2)
 
     def formula(self, text: str, latex: str) -> tuple[str, str]:
         return f"whiten_tokens({text})", rf"\operatorname{{whiten}}\left({latex}\right)"
