@@ -131,8 +131,13 @@ class CompletionLoss(Loss):
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
         at = self.completions(batch)
-        loss = self.term.value(at, self._units(at, normalizer)).to(batch.dtype)  # rewards are in float64
-        advantage = torch.zeros_like(batch.require("logp", self.name)).detach()
+        loss, logp = self.term.value(at, self._units(at, normalizer)), batch.require("logp", self.name)
+        if not bool(torch.isfinite(loss.detach().to(logp.dtype))):
+            raise LossError(
+                f"{self.name}: the loss leaves what {logp.dtype} holds, with rewards of "
+                f"{float(at.reward.abs().max()):.3g}. Let the scorer give smaller numbers."
+            )
+        loss, advantage = loss.to(batch.dtype), torch.zeros_like(logp).detach()  # rewards are in float64
         return LossOutput(loss, advantage, {self.term.option: loss}, lambda: self._metrics(at))
 
     def _units(self, at: Completions, normalizer: Normalizer | None) -> float:

@@ -11,6 +11,7 @@ weight_it comes from the aggregation over the whole batch, so the sum over any m
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -203,16 +204,18 @@ class PolicyLoss(Loss):
             weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
         return weights
 
-    def _as_narrow(self, x: Tensor, batch: Batch, signal: Signal | None) -> Tensor:
-        """[N, T] in the type of the batch, 0 at masked positions. LossError: beyond what that type holds."""
-        narrow = _valid(x, batch).to(batch.dtype)
-        if not bool(torch.isfinite(narrow).all()):
-            largest = "" if signal is None else f" (the largest here is {float(signal.reward.abs().max()):.3g})"
+    def _as_narrow(self, x: Tensor, batch: Batch, signal: Signal | None, *, squared: bool = False) -> Tensor:
+        """[N, T] in the type of the batch, 0 at masked positions. LossError: gradients would overflow with it."""
+        x, kind = _valid(x, batch), batch.dtype if batch.logp is None else batch.logp.dtype
+        limit = torch.finfo(kind).max / 1e6
+        limit = math.sqrt(limit) if squared else limit
+        if not bool((x.abs() <= limit).all()):
+            rewards = "the rewards" if signal is None else f"rewards of {float(signal.reward.abs().max()):.3g}"
             raise LossError(
-                f"{self.name}: the rewards{largest} lead to advantages that {batch.dtype} does not hold. Scale them "
-                "(shaping='scale', a=...), or divide by their spread (advantage_scale='group_std')."
+                f"{self.name}: {rewards} are too large: with them the {'critic' if squared else 'loss'} leaves what "
+                f"{kind} holds. Scale them (shaping='scale', a=...), or divide by their spread (advantage_scale='...')."
             )
-        return narrow
+        return x.to(batch.dtype)
 
     def _signal(self, batch: Batch) -> Signal | None:
         """Rewards after shaping, with the KL penalty taken off, in float64; None where the advantage is given."""
@@ -279,7 +282,7 @@ class PolicyLoss(Loss):
             return batch.returns if self.value.active else None
         if not isinstance(self.advantage, Critic) or signal is None:
             return batch.require("returns", self.name)
-        return self._as_narrow(self.advantage.target(signal, raw), batch, signal)
+        return self._as_narrow(self.advantage.target(signal, raw), batch, signal, squared=True)
 
     # -- objective --------------------------------------------------------------------------------------------------
 
