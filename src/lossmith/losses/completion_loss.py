@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError, nearest
+from lossmith.errors import LossError
 from lossmith.losses.advantage import Groups, Signal
 from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.flat import no_parameter
 from lossmith.losses.formula import powers
-from lossmith.losses.loss import Credit, Loss, LossOutput, drift, outcome
-from lossmith.losses.piece import Piece
+from lossmith.losses.loss import Credit, Loss, LossOutput, drift, outcome, together
+from lossmith.losses.piece import Piece, shown
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
 
@@ -108,6 +109,10 @@ class CompletionLoss(Loss):
     @property
     def coupling(self) -> str:
         return self.term.coupling
+
+    @property
+    def compares(self) -> str:
+        return "group" if self.term.coupling == "group" else ""
 
     @property
     def stops_gradient(self) -> bool:
@@ -199,18 +204,22 @@ class CompletionLoss(Loss):
             ]
         )
 
-    def set(self, changes: Mapping[str, Any]) -> CompletionLoss:
-        changes = dict(changes)
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> CompletionLoss:
+        changes = together(changes, more)
         name = changes.pop("name", self.name)
-        changes.pop("completion", None)
+        if not isinstance(name, str):
+            raise LossError(f"the name of a loss is text, not {shown(name)}.")
+        if changes.pop("completion", self.term.option) != self.term.option:
+            raise LossError(f"{self.name} is a loss of completion={self.term.option!r}: another is another loss.")
         known = type(self.term).flat_names()
-        for flat in changes:
+        for flat, value in changes.items():
             if flat not in known:
-                raise LossError(f"{self.name} has no parameter {flat!r}.{nearest(flat, known)}")
+                raise no_parameter(self.name, flat, value, known)
         return CompletionLoss(name, dataclasses.replace(self.term, **{known[k]: v for k, v in changes.items()}))
 
     def replace(self, **changes: Any) -> CompletionLoss:
-        return dataclasses.replace(self, **changes)
+        parts = {k: changes.pop(k) for k in ("name", "term") if k in changes}
+        return dataclasses.replace(self, **parts).set(changes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "completion": self.term.option} | self.term.flat()

@@ -23,9 +23,10 @@ from torch import Tensor
 from lossmith.errors import LossError
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.kl import KL, kl_estimate
+from lossmith.losses.piece import shown
 from lossmith.losses.value import ValueLoss
 
-__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "drift", "outcome"]
+__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "drift", "outcome", "together"]
 
 Metrics = Callable[[], dict[str, float]]
 
@@ -172,6 +173,19 @@ class Loss(ABC):
         return "batch"
 
     @property
+    def compares(self) -> str:
+        """What a completion is compared with: "group" (others of its prompt), "batch" (others of the update), or "".
+
+        Where there is nothing to compare with, one sample a prompt say, rewards give no signal.
+        """
+        return ""
+
+    @property
+    def of_truncated(self) -> str:
+        """What becomes of completions that the token budget cut: "keep", "mask" (left out) or "zero" (reward 0)."""
+        return "keep"
+
+    @property
     def separable(self) -> bool:
         """Whether credit and objective may be split into rows; if not, the loss sees the whole batch at once."""
         return False
@@ -196,8 +210,8 @@ class Loss(ABC):
     def credit(self, batch: Batch, normalizer: Normalizer | None = None) -> Credit:
         """The credit half. For losses that are not separable there is nothing to prepare."""
         zero = torch.zeros(batch.valid.shape, dtype=batch.dtype, device=batch.valid.device)
-        of = {"whole": len(batch.valid), "given": batch.given}
-        return Credit(zero, zero, torch.ones_like(zero), None, int(batch.valid.sum()), **of)
+        n, tokens = len(batch.valid), batch.tokens
+        return Credit(zero, zero, torch.ones_like(zero), None, tokens, whole=n, given=batch.given)
 
     def objective(self, batch: Batch, credit: Credit) -> LossOutput:
         """The objective half, on the rows that the credit is of. For losses that are not separable: all of them."""
@@ -245,9 +259,22 @@ class Loss(ABC):
         """The loss as flat parameters in JSON types; `parse_loss` reads them back."""
 
     @abstractmethod
-    def set(self, changes: Mapping[str, Any]) -> Loss:
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> Loss:
         """A copy with these flat parameters changed."""
 
     @abstractmethod
     def replace(self, **changes: Any) -> Loss:
-        """A copy with some parts changed."""
+        """A copy with some parts, or flat parameters, changed."""
+
+
+def together(changes: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat parameters given as a mapping and as keywords. LossError: one is given twice, or is not named by text."""
+    if not isinstance(changes or {}, Mapping):
+        raise LossError(f"parameters are given by name, not as {shown(changes)}.")
+    both = {**(changes or {}), **more}
+    if len(both) < len(changes or ()) + len(more):
+        raise LossError(f"{', '.join(sorted(set(changes or ()) & set(more)))} is given twice.")
+    for key in both:
+        if not isinstance(key, str):
+            raise LossError(f"the name of a parameter is text, not {shown(key)}.")
+    return both

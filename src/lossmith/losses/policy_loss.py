@@ -37,12 +37,12 @@ from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.correction import Mismatch, NoMismatch
 from lossmith.losses.extra import Extra, NoExtra
-from lossmith.losses.flat import to_flat, with_flat
+from lossmith.losses.flat import AXES, House, to_flat, with_flat
 from lossmith.losses.formula import render
 from lossmith.losses.kl import KL
 from lossmith.losses.legality import check_legal
 from lossmith.losses.listing import listing
-from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome, together
 from lossmith.losses.masks import GroupFilter, KeepAll, Mask, NoMask
 from lossmith.losses.piece import Piece
 from lossmith.losses.ratio import Ratio, SequenceTokenRatio, TokenRatio
@@ -80,6 +80,7 @@ class PolicyLoss(Loss):
     kl_aggregate: str = "same"  # the aggregation of the KL term, where it differs
     entropy_aggregate: str = "same"
     local_normalizer: bool = False  # counts are taken over the rows at hand: micro-batches do not add up
+    house: House | None = dataclasses.field(default=None, compare=False, repr=False)  # whose numbers a new option gets
 
     def __post_init__(self) -> None:
         check_legal(self)
@@ -130,6 +131,14 @@ class PolicyLoss(Loss):
         return max(levels, key=_COUPLING.index)
 
     @property
+    def compares(self) -> str:
+        return self.advantage.compares or self.group_filter.compares
+
+    @property
+    def of_truncated(self) -> str:
+        return self.truncated
+
+    @property
     def separable(self) -> bool:
         return not (self.trust.whole_batch or self.token_mask.whole_batch)
 
@@ -141,13 +150,19 @@ class PolicyLoss(Loss):
         kl = self.kl.in_loss and self.kl.straight_through
         return self.trust.stops_gradient or by_ratio or kl
 
-    def set(self, changes: Mapping[str, Any]) -> PolicyLoss:
-        """A copy with these flat parameters changed: `loss.set({"clip_high": 0.28, "beta": 0.04})`."""
-        return with_flat(self, changes)
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> PolicyLoss:
+        """A copy with these flat parameters changed: `loss.set(clip_high=0.28, beta=0.04)`, or a mapping of them."""
+        return with_flat(self, together(changes, more))
 
     def replace(self, **changes: Any) -> PolicyLoss:
-        """A copy with some axes changed: `loss.replace(trust=Clip(low=0.2, high=0.28))`."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some axes changed: `loss.replace(trust=Clip(low=0.2, high=0.28))`. Flat parameters are taken too.
+
+        LossError: a name that is neither, or a composition that means nothing.
+        """
+        pieces = {f.name for f in dataclasses.fields(self)}
+        flat = {k: v for k, v in changes.items() if k not in pieces or (k in AXES and not isinstance(v, Piece))}
+        made = dataclasses.replace(self, **{k: v for k, v in changes.items() if k not in flat})
+        return made.set(flat) if flat else made
 
     # -- credit -----------------------------------------------------------------------------------------------------
 

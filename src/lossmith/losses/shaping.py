@@ -37,8 +37,9 @@ class ClipReward(Shaping):
     """R ← clip(R, low, high)."""
 
     option: ClassVar[str] = "clip"
-    low: float = param("reward_low", -math.inf, "smallest reward that counts")
-    high: float = param("reward_high", math.inf, "largest reward that counts")
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low", "high"),)
+    low: float = param("reward_low", -math.inf, "smallest reward that counts", bound=True)
+    high: float = param("reward_high", math.inf, "largest reward that counts", bound=True)
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         return reward.clamp(self.low, self.high)
@@ -137,7 +138,7 @@ class Potential(Shaping):
 
     option: ClassVar[str] = "potential"
     needs: ClassVar[frozenset[str]] = frozenset({"potential"})
-    gamma: float = param("gamma", 1.0, "discount per token", low=0)
+    gamma: float = param("gamma", 1.0, "discount per token", low=0, high=1)
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         potential, valid = batch.require("potential", "shaping='potential'"), batch.valid

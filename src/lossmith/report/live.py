@@ -76,6 +76,7 @@ def _warnings(record: dict) -> str:
         notes.append(f"{record['dropped']} without a score dropped")
     if record.get("skipped_updates"):
         notes.append("update skipped: gradient not finite")
-    if record.get("groups") and record.get("constant_groups", 0) == record["groups"]:
+    constant = record.get("groups") and record.get("constant_groups", 0) == record["groups"]
+    if constant and record.get("advantage_abs", 0) == 0:  # a loss that compares nothing learns from them
         notes.append("no learning signal: every group's rewards are equal")
     return "  ! " + "; ".join(notes) if notes else ""

@@ -77,6 +77,7 @@ class Learner:
                 compile_layers(each)
         self._clock = Clock()
         self._bad_in_a_row = 0
+        self._largest = 0.0  # advantage of the round
 
     def update(self, rollouts: Sequence[Rollout], step: int, given: Mapping[str, Tensor] | None = None) -> Update:
         """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimiser steps.
@@ -92,6 +93,7 @@ class Learner:
         batch = self.formulate(scored, {k: v[rows_scored] for k, v in (given or {}).items()})
         with self._clock("loss"):
             credit = self.loss.credit(batch)
+        self._largest = float(credit.advantage.abs().max()) if credit.advantage.numel() else 0.0
         metrics: dict[str, float] = {}
         taken = skipped = 0
         for rows in self._parts(batch, step):
@@ -140,7 +142,7 @@ class Learner:
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
         fields |= {
             "mask": mask.to(device),
-            "reward": _rewards(rollouts).to(device, dtype),
+            "reward": _in_order(_rewards(rollouts), device, dtype),
             "group": torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             "truncated": torch.tensor([r.truncated for r in rollouts], device=device),
             "lag": torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
@@ -297,7 +299,7 @@ class Learner:
         finite = math.isfinite(norm)
         self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
         if self._bad_in_a_row == 3:
-            raise RunError(f"step {step}: the gradient was not finite three times in a row; lower learning_rate.")
+            raise RunError(f"step {step}: the gradient was not finite three times in a row; {self._cure()}.")
         if finite:
             factor = rate_factor(self.recipe, step)
             for group in self.optimizer.param_groups:
@@ -307,6 +309,15 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return finite, norm if finite else 0.0
 
+    def _cure(self) -> str:
+        """What to do about gradients that are not finite: rewards may be the cause, or the learning rate."""
+        if self._largest < 1e6:
+            return "lower learning_rate"
+        return (
+            f"the rewards make advantages of {self._largest:.1e}, which gradients cannot carry: let the scorer give "
+            "smaller numbers, or choose a loss that divides by their spread (advantage_scale='group_std')"
+        )
+
     def _adapt(self, metrics: dict[str, float], completions: int) -> None:
         """Move an adaptive KL coefficient by the KL of a completion that was just seen."""
         if isinstance(self.loss, PolicyLoss) and self.loss.kl.active and "kl_ref" in metrics:
@@ -315,6 +326,19 @@ class Learner:
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
+
+
+def _in_order(rewards: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rewards in this type; in float64, as they come, where the narrower one would lose their size or order."""
+    narrow = rewards.to(dtype)
+    if bool(narrow.isfinite().all()) and len(narrow.unique()) == len(rewards.unique()):
+        return narrow.to(device)
+    if device.type == "mps":
+        raise RunError(
+            f"rewards up to {float(rewards.abs().max()):.3g} need float64 to keep their size and order, which {device} "
+            "does not have: let the scorer give smaller numbers, or train on the CPU (device = 'cpu')."
+        )
+    return rewards.to(device)
 
 
 def _rewards(rollouts: Sequence[Rollout]) -> Tensor:

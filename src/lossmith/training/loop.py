@@ -263,7 +263,7 @@ def open_run(plan: Plan, resume: Path | None = None) -> Run:
         learner,
         folder,
         watch,
-        Guard.of(recipe),
+        Guard.of(recipe, learner.loss),
         checkpoint=checkpoint,
     )
 

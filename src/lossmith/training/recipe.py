@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
+from lossmith.training.can_learn import check_loss, check_optimizer, check_sampling
 
 __all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
 
@@ -142,12 +143,8 @@ class Recipe(Settings):
     def make(cls, source: str = "recipe", **fields: Any) -> Recipe:
         """A checked recipe. RecipeError: an unknown key (and the nearest), a wrong type or range, a bad combination."""
         recipe = cls.checked(source, fields)
-        recipe.sampling  # noqa: B018  (checked before anything is loaded)
-        if recipe.temperature == 0:
-            raise RecipeError(
-                f"{source}: temperature = 0 with samples_per_prompt = {recipe.samples_per_prompt} is greedy: every "
-                "sample of a prompt is the same completion, and there is nothing to learn from. Raise the temperature."
-            )
+        check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
+        check_optimizer(source, recipe)
         if recipe.warmup_steps > recipe.steps:
             raise RecipeError(f"{source}: warmup_steps = {recipe.warmup_steps} exceeds steps = {recipe.steps}.")
         if recipe.watch_window and recipe.watch is None:
@@ -177,9 +174,12 @@ class Recipe(Settings):
     def policy_loss(self) -> Loss:
         """The loss that the recipe names, its token limit filled in.
 
-        RecipeError: a trap, and traps are not allowed; something it needs that training does not provide.
+        RecipeError: a trap, and traps are not allowed; something it needs that training does not provide; completions
+        that it would compare and that there are none of.
         """
-        return checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
+        loss = checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
+        check_loss(loss, self.samples_per_prompt, self.prompts_per_step)
+        return loss
 
 
 def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: int | None = None) -> Loss:

@@ -56,6 +56,7 @@ class BatchMean(Estimator):
     option: ClassVar[str] = "batch_mean"
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
     coupling: ClassVar[str] = "batch"
+    compares: ClassVar[str] = "batch"
 
     def sequence(self, signal: Signal) -> Tensor:
         everyone = signal.everyone()
@@ -74,6 +75,7 @@ class _OverGroup(Estimator):
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
+    compares: ClassVar[str] = "group"
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         """[N], where the group's rewards differ."""
@@ -93,6 +95,10 @@ class _Centred(_OverGroup):
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
         return self.singleton == "zero"
+
+    @property
+    def compares(self) -> str:  # type: ignore[override]
+        return "group" if self.singleton == "zero" else ""
 
     @property
     def homogeneous(self) -> bool:  # type: ignore[override]
@@ -344,7 +350,7 @@ class Shortest(_OverGroup):
 
     option: ClassVar[str] = "gfpo"
     shift_invariant: ClassVar[bool] = False  # efficiency moves with the reward
-    keep: int | None = param("keep", None, "completions of a group that are kept", above=0, required=True)
+    keep: int | None = param("keep", None, "completions of a group that are kept", low=2, required=True)
     metric: str = param("metric", "length", "what they are chosen by", choices=("length", "efficiency"))
     eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
 
@@ -352,7 +358,7 @@ class Shortest(_OverGroup):
         lengths = signal.batch.lengths.to(groups.reward.dtype)
         key = lengths if self.metric == "length" else -groups.reward / lengths.clamp(min=1)
         chosen, left = torch.zeros_like(groups.live), groups.live
-        for _ in range(self.given("keep")):
+        for _ in range(min(self.given("keep"), len(key))):
             rest = Groups(groups.index, left, -key)
             first = rest.first_where(-key == rest.largest)
             chosen, left = chosen | first, left & ~first

@@ -139,6 +139,7 @@ class Estimator(Piece):
 
     per_token: ClassVar[bool] = False  # may differ between the tokens of one completion
     coupling: ClassVar[str] = "sequence"
+    compares: ClassVar[str] = ""  # with what a reward is compared, and is 0 without: "group", "batch", or "" (nothing)
     shift_invariant: ClassVar[bool] = False  # promises: R + c within each group changes nothing
     scale_invariant: ClassVar[bool] = False  # promises: c·R with c > 0 changes nothing (but for eps)
     homogeneous: ClassVar[bool] = True  # c·R gives c·A, so that a scale takes c out again

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lossmith.errors import quiet_traps
 from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.flat import AXES, House
 from lossmith.losses.loss import Loss
+from lossmith.losses.policy_loss import PolicyLoss
 
 __all__ = ["PRESETS", "entries"]
 
@@ -23,9 +26,7 @@ OFF = {"beta": 0.0}
 PLAIN_DAPO = {"shaping": [], "group_filter": "none"}
 K1_REWARD = {"kl_estimator": "k1", "kl_place": "reward"}
 
-# TRL: eps 1e-4; icepop over the product of a completion's token ratios, at most 3, where the sampler is vLLM
-TRL = {**GROUPED, "eps": 1e-4, "clip_low": 0.2, "clip_high": 0.2, "mismatch": "icepop", "mismatch_level": "sequence"}
-TRL |= {"mismatch_low": 0.0, "mismatch_high": 3.0, "beta": 0.0, "kl_ratio_weight": True}
+TRL = {**GROUPED, "eps": 1e-4, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.0, "kl_ratio_weight": True}
 TRL_SOFT = {k: v for k, v in TRL.items() if not k.startswith("clip")}
 VERL = {**GROUPED, "eps": 1e-6, "singleton": "raw", "beta": 0.0}
 VERL_CLIP = {**VERL, "clip_low": 0.2, "clip_high": 0.2}
@@ -208,17 +209,27 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
 }
 
 
+# Where vLLM samples, TRL drops the completions whose product of ratios learner/sampler is beyond 3, and weighs the rest
+# by it. With use_vllm=False, its default, it has no such factor.
+VLLM = {"mismatch": "icepop", "mismatch_level": "sequence", "mismatch_low": 0.0, "mismatch_high": 3.0}
+PRESETS |= {
+    f"{name}_vllm": (base, where, {**changes, **VLLM}, f"with use_vllm=True; as {name}, times the factor for vLLM")
+    for name, (base, where, changes, _) in PRESETS.items()
+    if name.endswith("@trl") and changes.get("eps") == TRL["eps"]
+}
+
+
 def entries(catalogue: Mapping[str, Entry]) -> Iterator[Entry]:
     """The presets as entries, on top of the named losses."""
     for name, (base, where, changes, note) in PRESETS.items():
-        library = name.partition("@")[2]
+        library = _library(name)
         of = catalogue[base]
         yield Entry(
             name=name,
             year=of.year,
             paper=f"{library}, {where}",
             summary=f"{base} with {library}'s defaults" + (f": {note}." if note else "."),
-            build=_build(of, changes),
+            build=_build(of, changes, library, catalogue),
             fixed=of.fixed,
             demonstration=of.demonstration,
             example=of.example,
@@ -226,5 +237,29 @@ def entries(catalogue: Mapping[str, Entry]) -> Iterator[Entry]:
         )
 
 
-def _build(of: Entry, changes: Mapping[str, Any]) -> Callable[[], Loss]:
-    return lambda: of.build().set(changes)
+def _library(name: str) -> str:
+    return name.partition("@")[2].removesuffix("_vllm")
+
+
+def _build(of: Entry, changes: Mapping[str, Any], library: str, catalogue: Mapping[str, Entry]) -> Callable[[], Loss]:
+    def build() -> Loss:
+        made = of.build().set(changes)
+        return made.replace(house=_house(library, catalogue)) if isinstance(made, PolicyLoss) else made
+
+    return build
+
+
+_HOUSES: dict[str, House] = {}
+
+
+def _house(library: str, catalogue: Mapping[str, Entry]) -> House:
+    """The pieces of all presets of a library, in the order of the table."""
+    if library not in _HOUSES:
+        with quiet_traps():
+            losses = [
+                catalogue[base].build().set(x) for name, (base, _, x, _) in PRESETS.items() if _library(name) == library
+            ]
+        composed = [loss for loss in losses if isinstance(loss, PolicyLoss)]
+        axes = {axis: field for axis, (field, _) in AXES.items()}
+        _HOUSES[library] = House(tuple((axis, getattr(x, field)) for x in composed for axis, field in axes.items()))
+    return _HOUSES[library]
