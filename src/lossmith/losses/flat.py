@@ -122,10 +122,12 @@ def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, loss: Poli
     """The piece for this option, with the numbers that go with it."""
     current: Piece = getattr(loss, AXES[axis][0])
     option = "none" if option is None and "none" in known else option
-    if isinstance(option, Piece) or option == current.option:
-        return option if isinstance(option, Piece) else current
-    if not isinstance(option, str) or option not in known:
+    if isinstance(option, Piece):
+        return option
+    if not isinstance(option, str) or option not in {*known, current.option}:
         raise LossError(f"{axis} is {shown(option)}.{nearest(str(option), known)}")
+    if option == current.option:
+        return current
     return _new(axis, known[option], current, loss.house)
 
 
@@ -158,7 +160,7 @@ def _expand_clip(name: str, changes: dict[str, Any], trust: Any) -> None:
 
 
 def _shaping(names: Any, loss: PolicyLoss) -> tuple[Shaping, ...]:
-    names = () if names is None or names == "none" else (names,) if isinstance(names, (str, Shaping)) else names
+    names = () if names is None or _none(names) is None else (names,) if isinstance(names, (str, Shaping)) else names
     if not isinstance(names, (list, tuple)):
         raise LossError(f"shaping is a list of {', '.join(SHAPING)}, not {shown(names)}.")
     now = {type(piece): piece for piece in loss.shaping}

@@ -24,9 +24,12 @@ class Word:
     ours: tuple[str, ...] = ()  # our parameters that take its value as it is; where several fit, all that a loss has
     write: Mapping[Any, str] = field(default_factory=dict)  # what to write for each of its values, or "" for any
     note: str = ""  # what else there is to know; where our own parameter of that name is another thing, what that is
+    setting: str = ""  # the recipe's setting that it is, where it is no parameter of a loss
 
     def said(self, name: str, value: Any, owned: Iterable[str]) -> str:
         """One sentence or two: what the word means, and what to write instead."""
+        if self.setting:
+            return f"{name} is {self.whose}'s name for {self.setting}, a setting of the recipe and not of the loss."
         owned = set(owned)
         mine = [x for x in self.ours if x in owned] or list(self.ours)
         means = f" for {' and '.join(mine)} here" if mine else ""
@@ -93,8 +96,8 @@ _ESTIMATORS = {
 }
 
 
-def _of_recipe(whose: str, ours: str) -> Word:
-    return Word(whose, note=f"It is no parameter of a loss: it is {ours} of the recipe (--{ours.replace('_', '-')}).")
+def _of_recipe(whose: str, setting: str) -> Word:
+    return Word(whose, setting=setting)
 
 
 # by what they mean

@@ -124,10 +124,10 @@ def _check_range(where: str, field: dataclasses.Field, value: float) -> None:
 
 
 def is_number(x: Any) -> bool:
-    """A number that arithmetic can use: no bool, no NaN, nothing beyond what a float holds."""
+    """A number that arithmetic can use: no bool, no NaN, no whole number beyond what a tensor holds."""
     if not isinstance(x, (int, float)) or isinstance(x, bool):
         return False
-    return abs(x) < 1 << 1000 if isinstance(x, int) else not math.isnan(x)
+    return abs(x) < 2**63 if isinstance(x, int) else not math.isnan(x)
 
 
 def shown(value: Any) -> str:

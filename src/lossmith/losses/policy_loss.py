@@ -293,7 +293,8 @@ class PolicyLoss(Loss):
 
         None with a given advantage and no returns: the estimator is bypassed, and its critic with it.
         """
-        if not self.value.active or batch.returns is not None or batch.advantage is not None:
+        bypassed = batch.advantage is not None and not isinstance(self.advantage, Zero)
+        if not self.value.active or batch.returns is not None or bypassed:
             return batch.returns if self.value.active else None
         if not isinstance(self.advantage, Critic) or signal is None:
             return batch.require("returns", self.name)

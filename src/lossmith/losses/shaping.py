@@ -41,6 +41,11 @@ class ClipReward(Shaping):
     low: float = param("reward_low", -math.inf, "smallest reward that counts", bound=True)
     high: float = param("reward_high", math.inf, "largest reward that counts", bound=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low == self.high:
+            raise LossError(f"reward_low = reward_high = {self.low} makes all rewards equal: give a lower reward_low.")
+
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         return reward.clamp(self.low, self.high)
 
@@ -59,6 +64,11 @@ class Affine(Shaping):
     option: ClassVar[str] = "scale"
     a: float = param("a", 1.0, "factor of the shifted reward")
     b: float = param("b", 0.0, "shift added to the reward first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.a == 0:
+            raise LossError("shaping='scale' with a = 0 makes all rewards equal: nothing could be learned from them.")
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         return self.a * (reward + self.b)

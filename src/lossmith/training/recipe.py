@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from lossmith.errors import RecipeError, nearest, quiet_traps
+from lossmith.errors import RecipeError, quiet_traps
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
 from lossmith.training.can_learn import check_loss, check_optimizer, check_sampling
+from lossmith.training.elsewhere import instead_of
 
 __all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
 
@@ -40,7 +41,9 @@ class Settings(BaseModel):
         """RecipeError: an unknown key (and the nearest), a wrong type or range."""
         for key in fields:
             if key not in cls.model_fields:
-                raise RecipeError(f"{source}: there is no setting {key!r}.{nearest(key, cls.model_fields)}")
+                raise RecipeError(
+                    f"{source}: there is no setting {key!r}.{instead_of(key, fields[key], cls.model_fields)}"
+                )
         try:
             return cls(**fields)
         except pydantic.ValidationError as error:

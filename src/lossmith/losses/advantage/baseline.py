@@ -327,7 +327,7 @@ class MaxRL(_OverGroup):
 
     option: ClassVar[str] = "maxrl"
     scale_invariant: ClassVar[bool] = True
-    eps: float = param("eps", 1e-6, "added to the denominator", above=0)
+    eps: float = param("eps", 1e-6, "added to the denominator", above=0, high=1)
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         mean = groups.mean
@@ -352,7 +352,7 @@ class Shortest(_OverGroup):
     shift_invariant: ClassVar[bool] = False  # efficiency moves with the reward
     keep: int | None = param("keep", None, "completions of a group that are kept", low=2, required=True)
     metric: str = param("metric", "length", "what they are chosen by", choices=("length", "efficiency"))
-    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         lengths = signal.batch.lengths.to(groups.reward.dtype)
@@ -396,7 +396,7 @@ class Decoupled(_OverGroup):
     shift_invariant: ClassVar[bool] = True
     scale_invariant: ClassVar[bool] = True
     weights: tuple[float, ...] = param("score_weights", (), "weight of each score; all 1 if not given")
-    eps: float = param("eps", 1e-6, "added to the standard deviations", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviations", above=0, high=1)
 
     def sequence(self, signal: Signal) -> Tensor:
         parts = wide(signal.batch.require("reward_parts", "advantage='gdpo'"))

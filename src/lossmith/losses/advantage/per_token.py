@@ -173,7 +173,7 @@ class OptimalToken(Estimator):
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group", "sum_prob_sq"})
     per_token: ClassVar[bool] = True
     coupling: ClassVar[str] = "group"
-    eps: float = param("eps", 1e-8, "added to the denominator", above=0)
+    eps: float = param("eps", 1e-8, "added to the denominator", above=0, high=1)
 
     def __call__(self, signal: Signal) -> Tensor:
         mask, batch = signal.batch.valid, signal.batch
