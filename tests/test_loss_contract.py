@@ -209,7 +209,10 @@ MASK = [[1, 1], [1, 0]]
         ({"logp": torch.zeros(2, 2, dtype=torch.float16), "mask": MASK}, r"logp is torch.float16"),
         ({"logp": LP, "mask": MASK, "old_logp": torch.zeros(2, 2).bfloat16()}, r"old_logp is torch.bfloat16"),
         ({"logp": LP, "mask": MASK, "value": torch.ones(2, 2).long()}, r"value is torch.int64.*\.float\(\)"),
-        ({"logp": LP, "mask": MASK, "reward": torch.tensor([2**53 + 1, 0])}, r"reward holds whole numbers beyond 2\^53"),
+        (
+            {"logp": LP, "mask": MASK, "reward": torch.tensor([2**53 + 1, 0])},
+            r"reward holds whole numbers beyond 2\^53",
+        ),
         ({"logp": LP, "mask": MASK, "reward": [2**53 + 1, 0]}, r"reward holds whole numbers beyond 2\^53"),
         ({"logp": LP, "mask": MASK, "reward": torch.zeros(2, device="meta")}, r"reward is on the meta device"),
         ({"logp": LP, "mask": MASK, "reward": torch.zeros(2).to_sparse()}, r"reward is sparse"),

@@ -135,16 +135,22 @@ def _new(axis: str, option: type[Piece], current: Piece, house: House | None) ->
     """An option just chosen. What was chosen on purpose stays: a preset's numbers are its library's, all of them;
     of a loss of a paper, the numbers that are not the old option's own defaults.
     """
-    mine, kept = {} if house is None else house.of(axis, option), current.flat()
+    kept = current.flat()
     if house is None and axis != "ratio_level":
         usual = {f.metadata["flat"]: f.default for f in dataclasses.fields(current)}
         kept = {k: v for k, v in kept.items() if v != usual[k]}
-    mine |= kept
-    made = option()
-    for flat in mine.keys() & option.flat_names().keys():
-        with suppress(LossError):  # a value that only the old option knows: "no cap", say
-            made = _set(made, {flat: mine[flat]})
-    return made
+    filled = {} if house is None else {k: v for k, v in house.of(axis, option).items() if k not in kept}
+    return _as_far_as_legal(_as_far_as_legal(option(), kept), filled)
+
+
+def _as_far_as_legal(piece: Piece, numbers: Mapping[str, Any]) -> Piece:
+    """The piece with these numbers, without those that it cannot have: "no cap" is known to some options only."""
+    with suppress(LossError):
+        return _set(piece, numbers)
+    for flat, value in numbers.items():
+        with suppress(LossError):
+            piece = _set(piece, {flat: value})
+    return piece
 
 
 def _expand_clip(name: str, changes: dict[str, Any], trust: Any) -> None:
