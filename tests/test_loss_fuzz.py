@@ -1,4 +1,4 @@
-"""Whatever is given to `Batch` or `get_loss`: it is used, or refused by a LossError. Odd arguments are made from seeds."""
+"""Whatever `Batch` or `get_loss` is given: it is used, or refused by a LossError. Odd arguments are made from seeds."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ def storages(x: torch.Tensor, rng: random.Random) -> object:
             lambda: x.sum(),
             lambda: x.tolist(),
             lambda: x.numpy(),
-            lambda: [row for row in x],
+            lambda: list(x),
             lambda: [*x.tolist(), 1.0],
             lambda: [*x.tolist()[:-1], [1.0]],
             lambda: [*x.tolist()[:-1], rng.choice(ODD)],
@@ -132,7 +132,7 @@ def odd_loss(seed: int) -> None:
                 )
         loss = loss.set({k: v for k, v in OPEN.items() if k in loss.needs})
         fields = random_fields(seed % 5)
-        fields |= {k: fields["logp"] for k in loss.needs & {"advantage", "returns"}}
+        fields |= dict.fromkeys(loss.needs & {"advantage", "returns"}, fields["logp"])
         try:
             out = loss(L.Batch(**fields))
         except L.LossError as error:

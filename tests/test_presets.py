@@ -188,7 +188,7 @@ def test_a_loss_is_asked_for_as_the_shell_does():
     assert L.get_loss(" grpo ( beta = 0.1 ) ") == L.get_loss("grpo", beta=0.1)
     assert L.get_loss("grpo", name="mine").name == "mine" and L.get_loss(name="grpo") == L.get_loss("grpo")
     for twice in (lambda: L.get_loss("grpo(beta=0.1, beta=0.9)"), lambda: L.get_loss("grpo(beta=0.1)", beta=0.1)):
-        with pytest.raises(L.LossError, match="beta.*twice|twice.*beta|beta twice"):
+        with pytest.raises(L.LossError, match=r"beta.*twice|twice.*beta|beta twice"):
             twice()
     for text in (
         "grpo(",
@@ -199,5 +199,5 @@ def test_a_loss_is_asked_for_as_the_shell_does():
         "grpo(beta=0.1",
         ")(",
     ):
-        with pytest.raises(L.LossError, match="cannot read the loss|no loss"):
+        with pytest.raises(L.LossError, match=r"cannot read the loss|no loss"):
             L.get_loss(text)
