@@ -76,7 +76,10 @@ def test_a_named_loss_brings_the_options_own_numbers_and_keeps_what_was_chosen_o
 
 
 def test_there_is_a_preset_for_each_of_trls_two_samplers():
-    assert len(OF_TRL) == 11 and "dapo@trl_vllm" in OF_TRL and "rloo@trl_vllm" not in OF_TRL
+    """In VESPO the factor is a part of W, and its default mode is refused; GMPO's and RLOO's trainers have none."""
+    names = ("grpo", "dapo", "bnpo", "dr_grpo", "grpo_classic", "cispo", "sapo", "luspo", "gspo")
+    assert [f"{name}@trl_vllm" for name in names] == OF_TRL
+    assert not quiet_loss("gmpo@trl").kl.ratio_weight  # gmpo_trainer.py has no weight on its KL term
 
 
 @pytest.mark.parametrize("name", OF_TRL)

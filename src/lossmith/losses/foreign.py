@@ -204,8 +204,8 @@ FOREIGN: dict[str, Word] = {
     "vllm_importance_sampling_correction": Word("TRL", write=_VLLM),
     "vllm_importance_sampling_mode": Word("TRL", write=_TRL_MODES),
     "vllm_importance_sampling_cap": Word("TRL", ("mismatch_high",)),
-    "vllm_importance_sampling_max": Word("TRL", ("mismatch_high",)),
-    "vllm_importance_sampling_min": Word("TRL", ("mismatch_low",)),
+    "vllm_importance_sampling_clip_max": Word("TRL", ("mismatch_high",)),
+    "vllm_importance_sampling_clip_min": Word("TRL", ("mismatch_low",)),
     "rollout_is": Word(
         "verl", write={x: f"mismatch='tis', mismatch_level='{x}'" for x in ("token", "sequence")}
     ),

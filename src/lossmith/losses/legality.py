@@ -53,8 +53,8 @@ def check_legal(loss: PolicyLoss) -> None:
         _check_choice(name, getattr(loss, name), ("same", *known))
     if not isinstance(loss.local_normalizer, bool):
         raise LossError(f"local_normalizer must be true or false, not {shown(loss.local_normalizer)}.")
-    if not is_number(loss.advantage_mul) or not 0 < loss.advantage_mul < math.inf:
-        raise LossError(f"advantage_mul must be a number greater than 0, not {shown(loss.advantage_mul)}.")
+    if not is_number(loss.advantage_mul) or math.isinf(loss.advantage_mul) or loss.advantage_mul == 0:
+        raise LossError(f"advantage_mul must be a number other than 0, not {shown(loss.advantage_mul)}.")
     if not is_number(loss.entropy_coef) or not 0 <= loss.entropy_coef < math.inf:
         raise LossError(f"entropy_coef must be a number of at least 0, not {shown(loss.entropy_coef)}.")
     bound = loss.advantage_clip

@@ -104,9 +104,10 @@ def example_loss(name: str, max_length: int = 8, **changes: Any) -> Loss:
 
     Trap warnings are not raised: what is looked at shows them.
     """
-    entry = find_entry(name)
+    plain, called = read_call(name)
+    changes = together(called, changes)
     with quiet_traps():
-        loss = get_loss(name, **{**entry.example, **changes})
+        loss = get_loss(plain, **{**find_entry(plain).example, **changes})
         return loss.set({"max_length": max_length}) if "max_length" in loss.needs else loss
 
 

@@ -51,7 +51,12 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "vespo@trl": ("vespo", "grpo_trainer.py", {**TRL_SOFT, "kl_ratio_weight": False}, ""),
     "luspo@trl": ("luspo", "grpo_trainer.py", TRL, "clip bounds of the token ratio on the completion's"),
     "gspo@trl": ("gspo", "grpo_trainer.py", TRL, "clip bounds of the token ratio on the completion's"),
-    "gmpo@trl": ("gmpo", "gmpo_trainer.py", {**TRL_SOFT, "clip_low": 0.4, "clip_high": 0.4}, ""),
+    "gmpo@trl": (
+        "gmpo",
+        "gmpo_trainer.py",
+        {**TRL_SOFT, "clip_low": 0.4, "clip_high": 0.4, "kl_ratio_weight": False},
+        "no factor for vLLM either",
+    ),
     "rloo@trl": ("rloo", "rloo_config.py", {"beta": 0.05}, "groups of 2 by default"),
     "online_dpo@trl": ("online_dpo", "online_dpo_trainer.py", {"beta": 0.1}, "pairs: two completions a prompt"),
     "ipo@trl": ("ipo", "dpo_trainer.py", {"per_token": True}, "loss_type 'ipo': log-ratios are means over tokens"),
@@ -114,11 +119,8 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
         {
             "trust": "clip",
             **OPENRLHF,
-            "mismatch": "gate",
-            "mismatch_level": "geometric",
-            "mismatch_stat": "binary_kl",
         },
-        "batch mean as baseline; completions far off the sampler are dropped",
+        "batch mean as baseline; its gate for completions far off the sampler is off unless set",
     ),
     # -- SkyRL
     "grpo@skyrl": (
@@ -209,14 +211,19 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
 }
 
 
-# Where vLLM samples, TRL drops the completions whose product of ratios learner/sampler is beyond 3, and weighs the rest
-# by it. With use_vllm=False, its default, it has no such factor.
+# Where vLLM samples, TRL's GRPOTrainer weights each completion by the product of its ratios learner/sampler, and drops
+# it beyond 3. With use_vllm=False, its default, there is no such factor; in VESPO it is a part of W, and its default
+# mode is refused; GMPO's trainer has none.
 VLLM = {"mismatch": "icepop", "mismatch_level": "sequence", "mismatch_low": 0.0, "mismatch_high": 3.0}
-PRESETS |= {
-    f"{name}_vllm": (base, where, {**changes, **VLLM}, f"with use_vllm=True; as {name}, times the factor for vLLM")
-    for name, (base, where, changes, _) in PRESETS.items()
-    if name.endswith("@trl") and changes.get("eps") == TRL["eps"]
-}
+WITH_VLLM = ("grpo", "dapo", "bnpo", "dr_grpo", "grpo_classic", "cispo", "sapo", "luspo", "gspo")
+
+
+def _with_vllm(name: str) -> tuple[str, str, Mapping[str, Any], str]:
+    base, where, changes, _ = PRESETS[name]
+    return base, where, {**changes, **VLLM}, f"{name} with use_vllm=True"
+
+
+PRESETS |= {f"{name}@trl_vllm": _with_vllm(f"{name}@trl") for name in WITH_VLLM}
 
 
 def entries(catalogue: Mapping[str, Entry]) -> Iterator[Entry]:
