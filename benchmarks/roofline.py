@@ -45,7 +45,7 @@ def measure(policy: Policy, name: str, rounds: int, compiled: bool) -> dict[str,
     work = WORKS[name]
     recipe = Recipe.make(
         loss=f"grpo(beta={work.beta})", prompts_per_step=work.prompts, samples_per_prompt=work.samples,
-        max_tokens=work.max_tokens, temperature=1.0, learning_rate=0.0, compile=compiled,
+        max_tokens=work.max_tokens, temperature=1.0, learning_rate=1e-12, compile=compiled,
     )  # fmt: skip
     learner = Learner(policy, recipe.policy_loss(), recipe)
     prompts, scorer = [Prompt(text) for text in prompt_texts(policy, work)], load_scorer(letters)

@@ -56,7 +56,7 @@ def worker(given: dict[str, int], rounds: int) -> dict[str, Any]:
     policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
     recipe = Recipe.make(
         loss="grpo(beta=0)", prompts_per_step=work.prompts, samples_per_prompt=work.samples,
-        max_tokens=work.max_tokens, temperature=1.0, learning_rate=0.0,
+        max_tokens=work.max_tokens, temperature=1.0, learning_rate=1e-12,
     )  # fmt: skip
     learner, scorer = Learner(policy, recipe.policy_loss(), recipe), load_scorer(letters)
     samples, updates, lengths = [], [], set()

@@ -208,7 +208,28 @@ MASK = [[1, 1], [1, 0]]
         ({"logp": torch.zeros(2, 2, dtype=torch.bfloat16), "mask": MASK}, r"logp is torch.bfloat16.*float32 or wider"),
         ({"logp": torch.zeros(2, 2, dtype=torch.float16), "mask": MASK}, r"logp is torch.float16"),
         ({"logp": LP, "mask": MASK, "old_logp": torch.zeros(2, 2).bfloat16()}, r"old_logp is torch.bfloat16"),
-        ({"logp": LP, "mask": MASK, "reward": torch.tensor([1, 0])}, r"reward is torch.int64.*\.float\(\)"),
+        ({"logp": LP, "mask": MASK, "value": torch.ones(2, 2).long()}, r"value is torch.int64.*\.float\(\)"),
+        (
+            {"logp": LP, "mask": MASK, "reward": torch.tensor([2**53 + 1, 0])},
+            r"reward holds whole numbers beyond 2\^53",
+        ),
+        ({"logp": LP, "mask": MASK, "reward": [2**53 + 1, 0]}, r"reward holds whole numbers beyond 2\^53"),
+        ({"logp": LP, "mask": MASK, "reward": torch.zeros(2, device="meta")}, r"reward is on the meta device"),
+        ({"logp": LP, "mask": MASK, "reward": torch.zeros(2).to_sparse()}, r"reward is sparse"),
+        ({"logp": LP, "mask": MASK, "reward": torch.zeros(2, dtype=torch.complex64)}, r"reward is complex"),
+        ({"logp": LP, "mask": MASK, "reward": "high"}, r"reward must be a tensor, or nested lists.*'high'"),
+        ({"logp": LP, "mask": MASK, "reward": [1.0, None]}, r"reward must be a tensor, or nested lists"),
+        ({"logp": [[-1.0, -2.0], [-0.5]], "mask": MASK}, r"logp must be.*rows are equally long"),
+        ({"logp": [torch.zeros(2), torch.zeros(2)], "mask": MASK}, r"logp must be a tensor"),
+        ({"logp": LP, "mask": [[0.5, 1], [1, 0]]}, r"mask must hold true and false, or 1 and 0"),
+        ({"logp": LP, "mask": [[2, 1], [1, 0]]}, r"mask must hold true and false, or 1 and 0"),
+        ({"logp": LP, "mask": MASK, "group": [0.5, 1.5]}, r"group must hold whole numbers"),
+        ({"logp": LP, "mask": MASK, "group": torch.tensor([True, False])}, r"group must hold whole numbers.*bool"),
+        ({"logp": LP, "mask": MASK, "group": ["a", "b"]}, r"group must be a tensor, or nested lists"),
+        ({"logp": LP, "mask": MASK, "reward_parts": [1.0, 2.0]}, r"reward_parts has shape \[2\].*\[2, K\]"),
+        ({"logp": LP, "mask": MASK, "pair_probability": [0.5, 1.5]}, r"pair_probability is 1.5 at row 1"),
+        ({"logp": LP, "mask": MASK, "pair_weight": [0.5, -1.0]}, r"pair_weight is -1 at row 1"),
+        ({"logp": LP, "mask": MASK, "rewards": [1.0, 0.0]}, r"no field 'rewards'.*'reward'"),
         ({"logp": [[-1.0, float("nan")], [-1.0, -1.0]], "mask": MASK}, r"logp is nan at row 0, token 1"),
         ({"logp": [[-1.0, -1.0], [float("-inf"), 0.0]], "mask": MASK}, r"logp is -inf at row 1, token 0"),
         ({"logp": LP, "mask": MASK, "reward": [0.5, float("nan")]}, r"reward is nan at row 1"),
@@ -397,9 +418,11 @@ def other_value(draw: st.DrawFn, field: dataclasses.Field, value: object) -> obj
         return draw(st.sampled_from(meta["choices"]))
     if isinstance(field.default, bool):
         return not value
-    if field.type in ("int | None", int):
-        return draw(st.integers(1, 500))
     floor = max(meta["low"] or 0.0, meta["above"] or 0.0)
+    if str(field.type).startswith("int"):
+        return draw(st.integers(max(1, int(floor)), 500))
+    if meta["high"] is not None:
+        return draw(st.floats(0.01, meta["high"]).map(lambda x: round(x, 4)))
     return draw(st.floats(floor + 0.01, floor + 3).map(lambda x: round(x, 4)))
 
 
@@ -535,7 +558,7 @@ def test_every_parameter_in_force_changes_the_formula(label, style):
                 values = [
                     3.7 if value is None or value == float("inf") else value + 1 if flat == "max_length" else 3.25
                 ]
-                values = [0.35] if flat == "clip_low" else values  # from 1 on there is no lower bound at all
+                values = [0.35] if flat == "clip_low" or field.metadata["high"] else values  # from 1 on, no lower bound
                 values = [7] if flat == "buffer" else [0.77] if value == float("-inf") else values
             for other in values:
                 try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError
+from lossmith.errors import LossError, nearest
+from lossmith.losses.as_tensor import as_bool, as_numbers, as_whole_numbers
 
 __all__ = ["Batch", "Normalizer"]
 
@@ -46,6 +46,8 @@ _PER_ROW = {"group", "truncated", "baseline", "reward_greedy", "off_policy", "la
 _PER_ROW |= {"mismatched_log_ratio", "pair_probability", "pair_weight"}
 _EITHER = {"reward", "advantage"}  # [N] or [N, T]
 _PER_PART = {"reward_parts", "reference_reward"}  # [N, K]
+_SCORES = {"reward", "advantage", "baseline", "reward_greedy", *_PER_PART}  # whole numbers and bool too
+_CARRIES_GRADIENT = {"logp", "value", "entropy", "full_kl"}
 _BOOL = {"mask", "truncated", "off_policy"}
 _WHOLE = {"group", "lag"}  # integers
 
@@ -75,8 +77,8 @@ class Batch:
 
     Where reward is missing and reward_parts is given, the reward is their sum.
 
-    Nested lists are accepted and read as float64. What stands at masked positions never matters. A non-finite
-    value at a valid position is a LossError that names the row and the position.
+    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool. What stands at masked
+    positions never matters. A non-finite value at a valid position is a LossError that names the row and the position.
     """
 
     logp: Tensor | None = None
@@ -105,6 +107,18 @@ class Batch:
     pair_probability: Tensor | None = None
     pair_weight: Tensor | None = None
 
+    def __new__(cls, *given: Any, **named: Any) -> Batch:
+        """LossError: a field that there is none of."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        for name in named:
+            if name not in fields:
+                raise LossError(f"Batch has no field {name!r}.{nearest(name, fields)}")
+            if name in fields[: len(given)]:
+                raise LossError(f"Batch.{name} is given twice.")
+        if len(given) > len(fields):
+            raise LossError(f"Batch has {len(fields)} fields, not {len(given)}.")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if self.mask is None:
             raise LossError(f"Batch.mask is missing; it comes from {PROVIDERS['mask']}.")
@@ -118,6 +132,7 @@ class Batch:
                 self._clean(field.name)
         if self.reward is None and self.reward_parts is not None:
             object.__setattr__(self, "reward", self.reward_parts.sum(1))
+        self._check_ranges()
 
     def _check_shapes(self) -> None:
         assert self.mask is not None
@@ -128,11 +143,16 @@ class Batch:
             tensor = getattr(self, field.name)
             if tensor is None:
                 continue
-            allowed = [(n,)] if field.name in _PER_ROW else [(n,), (n, t)] if field.name in _EITHER else [(n, t)]
+            if tensor.device != self.mask.device:
+                raise LossError(
+                    f"Batch.{field.name} is on {tensor.device}, but mask is on {self.mask.device}. Move it there first."
+                )
+            allowed: list[tuple[Any, ...]] = [(n,)] if field.name in _PER_ROW | _EITHER else []
+            allowed += [] if field.name in _PER_ROW | _PER_PART else [(n, t)]
             if field.name in _PER_PART:
-                allowed = [(n, tensor.shape[-1])]
+                allowed = [(n, tensor.shape[1] if tensor.ndim == 2 and tensor.shape[1] else "K")]
             if tuple(tensor.shape) not in allowed:
-                wanted = " or ".join(str(list(a)) for a in allowed)
+                wanted = " or ".join(f"[{', '.join(map(str, a))}]" for a in allowed)
                 raise LossError(
                     f"Batch.{field.name} has shape {list(tensor.shape)}, but mask [N, T] asks for {wanted}."
                 )
@@ -160,12 +180,25 @@ class Batch:
             )
         object.__setattr__(self, name, clean)
 
+    def _check_ranges(self) -> None:
+        for name, top in (("pair_probability", 1.0), ("pair_weight", torch.inf)):
+            x = getattr(self, name)
+            if x is not None and not bool(((x >= 0) & (x <= top)).all()):
+                row = int(((x < 0) | (x > top)).nonzero()[0])
+                raise LossError(f"Batch.{name} is {float(x[row]):g} at row {row}, but must lie between 0 and {top:g}.")
+
     def require(self, name: str, owner: str) -> Tensor:
         """The field, or a LossError that says which loss needs it and who provides it."""
         tensor = getattr(self, name)
         if tensor is None:
             raise LossError(f"{owner} needs Batch.{name}, which is missing; it comes from {PROVIDERS[name]}.")
         return tensor
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The fields that a forward pass of the policy does not change."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in _CARRIES_GRADIENT]
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
     def rows(self, index: Tensor | slice) -> Batch:
         """The batch with these rows only, gradients kept."""
@@ -240,16 +273,10 @@ class Normalizer:
         )
 
 
-def _as_tensor(name: str, given: Tensor | Sequence) -> Tensor:
-    if isinstance(given, Tensor):
-        if name in _BOOL and given.dtype != torch.bool:
-            raise LossError(f"Batch.{name} must be bool, not {given.dtype}. Call .bool() on it first.")
-        if name in _WHOLE and given.is_floating_point():
-            raise LossError(f"Batch.{name} must hold whole numbers, not {given.dtype}.")
-        return given if given.requires_grad and name in _CARRIES_GRADIENT else given.detach()
+def _as_tensor(name: str, given: Any) -> Tensor:
     if name in _BOOL:
-        return torch.tensor(given).bool()
-    return torch.tensor(given, dtype=torch.int64 if name in _WHOLE else torch.float64)
-
-
-_CARRIES_GRADIENT = {"logp", "value", "entropy", "full_kl"}
+        return as_bool(name, given).detach()
+    if name in _WHOLE:
+        return as_whole_numbers(name, given).detach()
+    found = as_numbers(name, given, score=name in _SCORES)
+    return found if name in _CARRIES_GRADIENT else found.detach()

@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError, nearest
+from lossmith.errors import LossError
 from lossmith.losses.advantage import Groups, Signal
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.flat import no_parameter
 from lossmith.losses.formula import powers
-from lossmith.losses.loss import Loss, LossOutput, drift, outcome
-from lossmith.losses.piece import Piece
+from lossmith.losses.loss import Credit, Loss, LossOutput, drift, outcome, together
+from lossmith.losses.piece import Piece, shown
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
 
@@ -109,6 +111,10 @@ class CompletionLoss(Loss):
         return self.term.coupling
 
     @property
+    def compares(self) -> str:
+        return "group" if self.term.coupling == "group" else ""
+
+    @property
     def stops_gradient(self) -> bool:
         return self.term.stops_gradient
 
@@ -124,14 +130,19 @@ class CompletionLoss(Loss):
             per_token = logp - (
                 batch.require("ref_logp", owner).detach() if self.term.anchor == "ref" else batch.old(owner)
             )
-        reward = Signal(batch, batch.require("reward", self.name)).per_sequence
+        reward = Signal(batch, wide(batch.require("reward", self.name))).per_sequence
         lengths = batch.lengths.clamp(min=1).to(logp.dtype)
-        return Completions(per_token.sum(1), reward.to(logp.dtype), lengths, batch.live, batch)
+        return Completions(per_token.sum(1), reward, lengths, batch.live, batch)
 
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
         at = self.completions(batch)
-        loss = self.term.value(at, self._units(at, normalizer))
-        advantage = torch.zeros_like(batch.require("logp", self.name)).detach()
+        loss, logp = self.term.value(at, self._units(at, normalizer)), batch.require("logp", self.name)
+        if not bool(torch.isfinite(loss.detach().to(logp.dtype))):
+            raise LossError(
+                f"{self.name}: the loss leaves what {logp.dtype} holds, with rewards of "
+                f"{float(at.reward.abs().max()):.3g}. Let the scorer give smaller numbers."
+            )
+        loss, advantage = loss.to(batch.dtype), torch.zeros_like(logp).detach()  # rewards are in float64
         return LossOutput(loss, advantage, {self.term.option: loss}, lambda: self._metrics(at))
 
     def _units(self, at: Completions, normalizer: Normalizer | None) -> float:
@@ -150,7 +161,9 @@ class CompletionLoss(Loss):
         return dataclasses.replace(counts, units=self.term.units(self.completions(batch)))
 
     @torch.no_grad()
-    def closed_form_gradient(self, batch: Batch, credit: object = None) -> Tensor:
+    def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
+        if credit is not None:
+            credit.check(self, batch)
         at = self.completions(batch)
         slope = torch.where(at.live, self.term.slope(at, self.term.units(at)), torch.zeros_like(at.log_ratio))
         return torch.where(batch.valid, slope[:, None], torch.zeros((), dtype=slope.dtype))
@@ -191,18 +204,22 @@ class CompletionLoss(Loss):
             ]
         )
 
-    def set(self, changes: Mapping[str, Any]) -> CompletionLoss:
-        changes = dict(changes)
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> CompletionLoss:
+        changes = together(changes, more)
         name = changes.pop("name", self.name)
-        changes.pop("completion", None)
+        if not isinstance(name, str):
+            raise LossError(f"the name of a loss is text, not {shown(name)}.")
+        if changes.pop("completion", self.term.option) != self.term.option:
+            raise LossError(f"{self.name} is a loss of completion={self.term.option!r}: another is another loss.")
         known = type(self.term).flat_names()
-        for flat in changes:
+        for flat, value in changes.items():
             if flat not in known:
-                raise LossError(f"{self.name} has no parameter {flat!r}.{nearest(flat, known)}")
+                raise no_parameter(self.name, flat, value, known)
         return CompletionLoss(name, dataclasses.replace(self.term, **{known[k]: v for k, v in changes.items()}))
 
     def replace(self, **changes: Any) -> CompletionLoss:
-        return dataclasses.replace(self, **changes)
+        parts = {k: changes.pop(k) for k in ("name", "term") if k in changes}
+        return dataclasses.replace(self, **parts).set(changes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "completion": self.term.option} | self.term.flat()

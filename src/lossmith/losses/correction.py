@@ -113,9 +113,10 @@ class TruncatedIS(Mismatch):
     """u = clip(ρ, low, high): truncated importance sampling."""
 
     option: ClassVar[str] = "tis"
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low", "high"),)
     level: str = param("mismatch_level", "token", "unit over which ρ is taken", choices=_LEVELS)
     low: float = param("mismatch_low", 0.0, "smallest weight", low=0)
-    high: float = param("mismatch_high", 2.0, "largest weight", above=0)
+    high: float = param("mismatch_high", 2.0, "largest weight", above=0, bound=True)
     normalize: bool = param("mismatch_batch_normalize", False, "divide the weights by their mean over the tokens")
 
     def raw(self, batch: Batch) -> Tensor:
@@ -134,9 +135,10 @@ class IcePop(Mismatch):
     """u = ρ inside [low, high], 0 outside (arXiv:2510.18855)."""
 
     option: ClassVar[str] = "icepop"
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low", "high"),)
     level: str = param("mismatch_level", "token", "unit over which ρ is taken", choices=_LEVELS)
     low: float = param("mismatch_low", 0.5, "smallest ρ that is kept", low=0)
-    high: float = param("mismatch_high", 5.0, "largest ρ that is kept", above=0)
+    high: float = param("mismatch_high", 5.0, "largest ρ that is kept", above=0, bound=True)
     normalize: bool = param("mismatch_batch_normalize", False, "divide the weights by their mean over the tokens")
 
     def raw(self, batch: Batch) -> Tensor:
@@ -157,6 +159,7 @@ class Gate(Mismatch):
     """u = x·1[low <= stat <= high], with x = ρ_t if weighted, else 1."""
 
     option: ClassVar[str] = "gate"
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low", "high"),)
     level: str = param("mismatch_level", "sequence", "unit over which the statistic is taken", choices=_LEVELS)
     stat: str = param(
         "mismatch_stat",
@@ -165,7 +168,7 @@ class Gate(Mismatch):
         choices=("ratio", "tv", "binary_kl", "k1", "k2", "k3"),
     )
     low: float = param("mismatch_low", 0.0, "smallest statistic that is kept", low=0)
-    high: float = param("mismatch_high", math.inf, "largest statistic that is kept", above=0)
+    high: float = param("mismatch_high", math.inf, "largest statistic that is kept", above=0, bound=True)
     weighted: bool = param("mismatch_weighted", True, "kept tokens are weighted by ρ_t")
     normalize: bool = param("mismatch_batch_normalize", False, "divide the weights by their mean over the tokens")
 

@@ -7,26 +7,29 @@ piece is an error, so that nothing a user writes is without effect.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lossmith.errors import LossError, nearest
-from lossmith.losses.advantage import ADVANTAGE, SCALE
+from lossmith.losses.advantage import ADVANTAGE, SCALE, GroupStd
 from lossmith.losses.aggregate import AGGREGATE
 from lossmith.losses.correction import MISMATCH
 from lossmith.losses.extra import EXTRA
+from lossmith.losses.foreign import FOREIGN, nearest_word
 from lossmith.losses.kl import KL
 from lossmith.losses.masks import GROUP_FILTER, SEQUENCE_MASK, TOKEN_MASK
-from lossmith.losses.piece import Piece
+from lossmith.losses.piece import Piece, is_number, shown
 from lossmith.losses.ratio import RATIO
-from lossmith.losses.shaping import SHAPING
+from lossmith.losses.shaping import SHAPING, Shaping
 from lossmith.losses.trust import TRUST
 from lossmith.losses.value import ValueLoss
 
 if TYPE_CHECKING:
     from lossmith.losses.policy_loss import PolicyLoss
 
-__all__ = ["AXES", "all_parameters", "describe", "to_flat", "with_flat"]
+__all__ = ["AXES", "House", "all_parameters", "describe", "no_parameter", "to_flat", "with_flat"]
 
 # flat axis name -> (field of PolicyLoss, options)
 AXES: dict[str, tuple[str, Mapping[str, type[Piece]]]] = {
@@ -71,16 +74,42 @@ def to_flat(loss: PolicyLoss) -> dict[str, Any]:
     return flat
 
 
+@dataclass(frozen=True)
+class House:
+    """The numbers of one library, as its presets have them: what an option gets there when it is chosen."""
+
+    pieces: tuple[tuple[str, Piece], ...]  # (axis, piece), the library's main loss first
+    shared: ClassVar[tuple[str, ...]] = ("eps", "singleton", "mismatch_level", "mismatch_low", "mismatch_high")
+
+    def of(self, axis: str, option: type[Piece]) -> dict[str, Any]:
+        """{flat name: number}: of the same option in the library, else what means the same in every option."""
+        found: dict[str, Any] = {}
+        for where, piece in reversed(self.pieces):
+            if where == axis or (where == "advantage_scale" and _adds_to_std(option)):
+                found |= {k: v for k, v in piece.flat().items() if k in self.shared}
+        for where, piece in reversed(self.pieces):
+            if where == axis and type(piece) is option:
+                found |= piece.flat()
+        return found
+
+
+def _adds_to_std(option: type[Piece]) -> bool:
+    """Whether its eps is the usual one of a standard deviation, as that of a scale is."""
+    return getattr(option, "eps", None) == GroupStd.eps
+
+
 def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
     """The composition with these flat parameters changed."""
     changes = dict(changes)
     fields: dict[str, Any] = {"name": changes.pop("name", loss.name)}
+    if not isinstance(fields["name"], str) or not fields["name"].strip():
+        raise LossError(f"the name of a loss is text, not {shown(fields['name'])}.")
     for axis, (field, known) in AXES.items():
-        fields[field] = _chosen(axis, known, changes.pop(axis, None), getattr(loss, field))
+        fields[field] = _chosen(axis, known, changes.pop(axis, getattr(loss, field)), loss)
     fields |= {name: changes.pop(name, getattr(loss, name)) for name in PLAIN}
     fields["advantage_clip"] = _none(fields["advantage_clip"])
     fields |= {name: getattr(loss, name) for name in _ALWAYS}
-    fields["shaping"] = _shaping(changes.pop("shaping", None), loss.shaping)
+    fields["shaping"] = _shaping(changes.pop("shaping", loss.shaping), loss)
     _expand_clip(loss.name, changes, fields["trust"])
     owners = [*fields["shaping"], *(v for v in fields.values() if isinstance(v, Piece))]
     _refuse_unowned(loss.name, changes, owners)
@@ -89,15 +118,39 @@ def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
     return dataclasses.replace(loss, **fields)
 
 
-def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, current: Piece) -> Piece:
-    """The piece for this option, keeping the parameters it shares with the current one."""
-    if option is None or option == current.option:
-        return current
+def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, loss: PolicyLoss) -> Piece:
+    """The piece for this option, with the numbers that go with it."""
+    current: Piece = getattr(loss, AXES[axis][0])
+    option = "none" if option is None and "none" in known else option
     if isinstance(option, Piece):
         return option
-    if option not in known:
-        raise LossError(f"{axis} is {option!r}.{nearest(str(option), known)}")
-    return _set(known[option](), current.flat() if axis == "ratio_level" else {})
+    if not isinstance(option, str) or option not in {*known, current.option}:
+        raise LossError(f"{axis} is {shown(option)}.{nearest(str(option), known)}")
+    if option == current.option:
+        return current
+    return _new(axis, known[option], current, loss.house)
+
+
+def _new(axis: str, option: type[Piece], current: Piece, house: House | None) -> Piece:
+    """An option just chosen. What was chosen on purpose stays: a preset's numbers are its library's, all of them;
+    of a loss of a paper, the numbers that are not the old option's own defaults.
+    """
+    kept = current.flat()
+    if house is None and axis != "ratio_level":
+        usual = {f.metadata["flat"]: f.default for f in dataclasses.fields(current)}
+        kept = {k: v for k, v in kept.items() if v != usual[k]}
+    filled = {} if house is None else {k: v for k, v in house.of(axis, option).items() if k not in kept}
+    return _as_far_as_legal(_as_far_as_legal(option(), kept), filled)
+
+
+def _as_far_as_legal(piece: Piece, numbers: Mapping[str, Any]) -> Piece:
+    """The piece with these numbers, without those that it cannot have: "no cap" is known to some options only."""
+    with suppress(LossError):
+        return _set(piece, numbers)
+    for flat, value in numbers.items():
+        with suppress(LossError):
+            piece = _set(piece, {flat: value})
+    return piece
 
 
 def _expand_clip(name: str, changes: dict[str, Any], trust: Any) -> None:
@@ -112,14 +165,21 @@ def _expand_clip(name: str, changes: dict[str, Any], trust: Any) -> None:
     changes |= dict.fromkeys(bounds, value)
 
 
-def _shaping(names: Any, current: tuple) -> tuple:
-    if names is None:
-        return current
-    names = [names] if isinstance(names, str) else list(names)
+def _shaping(names: Any, loss: PolicyLoss) -> tuple[Shaping, ...]:
+    names = () if names is None or _none(names) is None else (names,) if isinstance(names, (str, Shaping)) else names
+    if not isinstance(names, (list, tuple)):
+        raise LossError(f"shaping is a list of {', '.join(SHAPING)}, not {shown(names)}.")
+    now = {type(piece): piece for piece in loss.shaping}
+    made: list[Shaping] = []
     for name in names:
-        if name not in SHAPING:
-            raise LossError(f"shaping is {name!r}.{nearest(str(name), SHAPING)}")
-    return tuple(SHAPING[name]() for name in names)
+        if not isinstance(name, Shaping) and (not isinstance(name, str) or name not in SHAPING):
+            raise LossError(f"shaping is {shown(name)}.{nearest(str(name), SHAPING)}")
+        if isinstance(name, str):
+            option = SHAPING[name]
+            made.append(now.get(option) or option())
+        else:
+            made.append(name)
+    return tuple(made)
 
 
 def _set(piece: Piece, changes: Mapping[str, Any]) -> Piece:
@@ -130,18 +190,38 @@ def _set(piece: Piece, changes: Mapping[str, Any]) -> Piece:
 
 def _none(value: Any) -> Any:
     """TOML has no null: the word "none" stands for it, where a parameter is a number."""
-    return None if value == "none" else value
+    return None if isinstance(value, str) and value == "none" else value
 
 
 def _refuse_unowned(name: str, changes: Mapping[str, Any], owners: list[Piece]) -> None:
     owned = {flat for piece in owners for flat in type(piece).flat_names()}
-    for flat in changes:
-        if flat in owned:
-            continue
-        homes = _homes(flat)
-        if homes:
-            raise LossError(f"{flat} has no effect on {name}: it belongs to {' or '.join(homes)}.")
-        raise LossError(f"{name} has no parameter {flat!r}.{nearest(flat, [*owned, *AXES, *PLAIN, 'shaping', 'clip'])}")
+    for flat, value in changes.items():
+        if flat == "kl_target" and is_number(value):
+            raise LossError(f"{FOREIGN[flat].said(flat, value, owned)}")
+        if flat not in owned:
+            raise no_parameter(name, flat, value, [*owned, *AXES, *PLAIN, "shaping", "clip"])
+
+
+def no_parameter(loss: str, flat: str, value: Any, owned: Collection[str]) -> LossError:
+    """Why this loss, which has the parameters `owned`, has not this one: another library's word, or without effect."""
+    if flat in FOREIGN:
+        ours = FOREIGN[flat].ours
+        homes = list(dict.fromkeys(home for x in ours for home in _homes(x))) if not {*ours} & {*owned} else []
+        lost = f" On {loss} that has no effect: it belongs to {_one_of(homes)}." if homes else ""
+        return LossError(f"{loss} has no parameter {flat!r}: {FOREIGN[flat].said(flat, value, owned)}{lost}")
+    if _homes(flat):
+        return LossError(f"{flat} has no effect on {loss}: it belongs to {_one_of(_homes(flat))}.")
+    if flat in (docs := all_parameters()):
+        return LossError(f"{loss} has no parameter {flat!r} ({docs[flat]}). It has: {', '.join(sorted(owned))}.")
+    word = nearest_word(flat, owned)
+    return LossError(
+        f"{loss} has no parameter {flat!r}"
+        + (f": {FOREIGN[word].said(word, value, owned)}" if word else f".{nearest(flat, owned)}")
+    )
+
+
+def _one_of(homes: list[str]) -> str:
+    return " or ".join(homes) if len(homes) < 5 else " or ".join(homes[:3]) + " among others"
 
 
 def _homes(flat: str) -> list[str]:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError, nearest
+from lossmith.errors import LossError
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.loss import Loss, LossOutput, drift, outcome
+from lossmith.losses.flat import no_parameter
+from lossmith.losses.loss import Loss, LossOutput, drift, outcome, together
+from lossmith.losses.piece import shown
 
 __all__ = ["FunctionLoss", "parameters_of", "read_fields"]
 
@@ -104,17 +106,21 @@ class FunctionLoss(Loss):
         except OSError:
             raise NotImplementedError(f"the source of {self.name} cannot be found.") from None
 
-    def set(self, changes: Mapping[str, Any]) -> FunctionLoss:
-        changes = dict(changes)
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> FunctionLoss:
+        changes = together(changes, more)
         name, known = changes.pop("name", self.name), dict(self.parameters)
+        if not isinstance(name, str):
+            raise LossError(f"the name of a loss is text, not {shown(name)}.")
         changes.pop("function", None)
-        for key in changes:
+        for key, value in changes.items():
             if key not in known:
-                raise LossError(f"{self.name} has no parameter {key!r}.{nearest(key, known)}")
+                raise no_parameter(self.name, key, value, known)
         return dataclasses.replace(self, name=name, parameters=tuple((known | changes).items()))
 
     def replace(self, **changes: Any) -> FunctionLoss:
-        return dataclasses.replace(self, **changes)
+        parts = {f.name for f in dataclasses.fields(self)}
+        made = dataclasses.replace(self, **{k: v for k, v in changes.items() if k in parts})
+        return made.set({k: v for k, v in changes.items() if k not in parts})
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "function": self.source} | dict(self.parameters)

@@ -71,7 +71,11 @@ class KL(Piece):
     ratio_weight: bool = param("kl_ratio_weight", False, "multiply by the ratio, with gradient")
     straight_through: bool = param("kl_straight_through", False, "value of the estimator, gradient of k2")
     is_cap: float | None = param(
-        "kl_is_cap", None, "with kl_straight_through: weight by the ratio, capped here and without gradient", above=0
+        "kl_is_cap",
+        None,
+        "with kl_straight_through: weight by the ratio, capped here and without gradient",
+        above=0,
+        bound=True,
     )
     against: str = param(
         "kl_target", "ref", "policy the penalty pulls to: ref or behavior", choices=("ref", "behavior")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lossmith.errors import LossError, nearest
@@ -11,7 +12,9 @@ from lossmith.losses.correction import Mismatch
 from lossmith.losses.extra import Extra, NoExtra
 from lossmith.losses.kl import KL
 from lossmith.losses.masks import GroupFilter, Mask
+from lossmith.losses.piece import is_number, shown
 from lossmith.losses.ratio import Ratio, TokenRatio
+from lossmith.losses.shaping import Shaping
 from lossmith.losses.trust import Trust
 from lossmith.losses.value import ValueLoss
 
@@ -41,25 +44,31 @@ def check_legal(loss: PolicyLoss) -> None:
     """Raise LossError with the reason if the composition is meaningless."""
     for axis, kind in KINDS.items():
         if not isinstance(getattr(loss, axis), kind):
-            raise LossError(f"{axis} must be a {kind.__name__}, not {getattr(loss, axis)!r}.")
+            raise LossError(f"{axis} must be a {kind.__name__}, not {shown(getattr(loss, axis))}.")
+    if not isinstance(loss.shaping, tuple) or not all(isinstance(x, Shaping) for x in loss.shaping):
+        raise LossError(f"shaping must be a tuple of Shaping, not {shown(loss.shaping)}.")
     _check_choice("truncated", loss.truncated, TRUNCATED)
     for name in ("kl_aggregate", "entropy_aggregate"):
         known = tuple(k for k in AGGREGATE if not AGGREGATE[k]().missing)  # those that need no parameter of their own
         _check_choice(name, getattr(loss, name), ("same", *known))
     if not isinstance(loss.local_normalizer, bool):
-        raise LossError(f"local_normalizer must be true or false, not {loss.local_normalizer!r}.")
-    if isinstance(loss.advantage_mul, bool) or not isinstance(loss.advantage_mul, (int, float)):
-        raise LossError(f"advantage_mul must be a number, not {loss.advantage_mul!r}.")
-    for name, bound in (("advantage_clip", loss.advantage_clip), ("entropy_coef", loss.entropy_coef)):
-        if bound is not None and not (isinstance(bound, (int, float)) and bound >= 0):
-            raise LossError(f"{name} must be a number of at least 0, not {bound!r}.")
+        raise LossError(f"local_normalizer must be true or false, not {shown(loss.local_normalizer)}.")
+    if not is_number(loss.advantage_mul) or math.isinf(loss.advantage_mul) or loss.advantage_mul == 0:
+        raise LossError(f"advantage_mul must be a number other than 0, not {shown(loss.advantage_mul)}.")
+    if not is_number(loss.entropy_coef) or not 0 <= loss.entropy_coef < math.inf:
+        raise LossError(f"entropy_coef must be a number of at least 0, not {shown(loss.entropy_coef)}.")
+    bound = loss.advantage_clip
+    if bound is not None and not (is_number(bound) and bound >= 0):
+        raise LossError(f"advantage_clip must be a number of at least 0, not {shown(bound)}.")
+    if bound == 0:
+        raise LossError("advantage_clip = 0 leaves no advantage: give a number above 0, or none.")
     for reason in _illegal(loss):
         raise LossError(f"{loss.name}: {reason}.")
 
 
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise LossError(f"{name} is {value!r}.{nearest(str(value), known)}")
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise LossError(f"{name} is {shown(value)}.{nearest(str(value), known)}")
 
 
 def _illegal(loss: PolicyLoss) -> list[str]:

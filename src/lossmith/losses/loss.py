@@ -10,6 +10,7 @@ A loss that is not separable is evaluated on the whole batch at once.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from torch import Tensor
 from lossmith.errors import LossError
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.kl import KL, kl_estimate
+from lossmith.losses.piece import shown
 from lossmith.losses.value import ValueLoss
 
-__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "drift", "outcome"]
+__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "drift", "outcome", "together"]
 
 Metrics = Callable[[], dict[str, float]]
 
@@ -46,28 +48,51 @@ class Credit:
     measure: Metrics = no_metrics
     kl_weight: Tensor | None = None  # [N, T], where the KL term is aggregated in another way
     entropy_weight: Tensor | None = None  # [N, T], likewise
+    whole: int | None = None  # rows of the batch that it was computed over
+    given: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # what it was computed from, by field
 
     @cached_property
     def metrics(self) -> dict[str, float]:
         """Of the whole batch; measured when first asked for."""
         return self.measure()
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors [N, T] by name."""
+        names = ("advantage", "weight", "mismatch", "returns", "kl_weight", "entropy_weight")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
     def rows(self, index: Tensor | slice) -> Credit:
         """The credit of these rows."""
+        parts: dict[str, Any] = {name: x[index] for name, x in self.parts.items()}
+        return dataclasses.replace(self, **parts, given={name: x[index] for name, x in self.given.items()})
 
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index]
+    def check(self, loss: Loss, batch: Batch) -> None:
+        """LossError if it is the credit of other rows, or of some rows only where the loss looks at all at once."""
+        cure = "Take the same rows of both: batch.rows(index) and credit.rows(index)."
+        for name, x in self.parts.items():
+            if x.shape != batch.valid.shape:
+                raise LossError(
+                    f"{loss.name}: the credit is of other rows than the batch: its {name} has shape {list(x.shape)}, "
+                    f"the batch {list(batch.valid.shape)}. {cure}"
+                )
+        for name, mine in self.given.items():
+            theirs = getattr(batch, name)
+            if theirs is not None and not _same(mine, theirs):
+                raise LossError(f"{loss.name}: the credit is of other rows than the batch: {name} differs. {cure}")
+        if not loss.separable and self.whole not in (None, len(batch.valid)):
+            raise LossError(
+                f"{loss.name} looks at all rows of a batch at once, and was given {len(batch.valid)} of {self.whole}. "
+                "Call it on the whole batch; only a loss that is `separable` adds up over parts."
+            )
 
-        return Credit(
-            self.advantage[index],
-            self.weight[index],
-            self.mismatch[index],
-            of(self.returns),
-            self.tokens,
-            self.measure,
-            of(self.kl_weight),
-            of(self.entropy_weight),
-        )
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal numbers; where one is of a narrower type, equal in that."""
+    if a.shape != b.shape or a.device != b.device:
+        return False
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(a.to(narrow), b.to(narrow))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +173,19 @@ class Loss(ABC):
         return "batch"
 
     @property
+    def compares(self) -> str:
+        """What a completion is compared with: "group" (others of its prompt), "batch" (others of the update), or "".
+
+        Where there is nothing to compare with, one sample a prompt say, rewards give no signal.
+        """
+        return ""
+
+    @property
+    def of_truncated(self) -> str:
+        """What becomes of completions that the token budget cut: "keep", "mask" (left out) or "zero" (reward 0)."""
+        return "keep"
+
+    @property
     def separable(self) -> bool:
         """Whether credit and objective may be split into rows; if not, the loss sees the whole batch at once."""
         return False
@@ -172,11 +210,20 @@ class Loss(ABC):
     def credit(self, batch: Batch, normalizer: Normalizer | None = None) -> Credit:
         """The credit half. For losses that are not separable there is nothing to prepare."""
         zero = torch.zeros(batch.valid.shape, dtype=batch.dtype, device=batch.valid.device)
-        return Credit(zero, zero, torch.ones_like(zero), None, int(batch.valid.sum()))
+        n, tokens = len(batch.valid), batch.tokens
+        return Credit(zero, zero, torch.ones_like(zero), None, tokens, whole=n, given=batch.given)
 
     def objective(self, batch: Batch, credit: Credit) -> LossOutput:
-        """The objective half. For losses that are not separable: the loss, and the batch must be whole."""
+        """The objective half, on the rows that the credit is of. For losses that are not separable: all of them."""
+        credit.check(self, batch)
         return self(batch)
+
+    @torch.no_grad()
+    def as_whole(self, credit: Credit, batch: Batch) -> Credit:
+        """The same advantages where these rows are a batch of their own: normalisers are counted over them alone."""
+        return dataclasses.replace(
+            credit, weight=self.token_weights(batch), tokens=batch.tokens, whole=len(batch.valid)
+        )
 
     def counts(self, batch: Batch) -> Normalizer:
         """What this batch counts. Where it is one rank's share: add those of all ranks, and give each the sum."""
@@ -212,9 +259,22 @@ class Loss(ABC):
         """The loss as flat parameters in JSON types; `parse_loss` reads them back."""
 
     @abstractmethod
-    def set(self, changes: Mapping[str, Any]) -> Loss:
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> Loss:
         """A copy with these flat parameters changed."""
 
     @abstractmethod
     def replace(self, **changes: Any) -> Loss:
-        """A copy with some parts changed."""
+        """A copy with some parts, or flat parameters, changed."""
+
+
+def together(changes: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat parameters given as a mapping and as keywords. LossError: one is given twice, or is not named by text."""
+    if not isinstance(changes or {}, Mapping):
+        raise LossError(f"parameters are given by name, not as {shown(changes)}.")
+    both = {**(changes or {}), **more}
+    if len(both) < len(changes or ()) + len(more):
+        raise LossError(f"{', '.join(sorted(set(changes or ()) & set(more)))} is given twice.")
+    for key in both:
+        if not isinstance(key, str):
+            raise LossError(f"the name of a parameter is text, not {shown(key)}.")
+    return both

@@ -64,7 +64,7 @@ class TopEntropy(Mask):
     option: ClassVar[str] = "top_entropy"
     whole_batch: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-    share: float = param("top_entropy", 0.2, "share of the tokens that is kept", above=0)
+    share: float = param("top_entropy", 0.2, "share of the tokens that is kept", above=0, high=1)
 
     def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
         entropy = batch.require("entropy", "token_mask='top_entropy'").detach()
@@ -97,7 +97,7 @@ class OffPolicySequence(Mask):
 
     option: ClassVar[str] = "opsm"
     delta: float | None = param(
-        "opsm_delta", None, "mean log-ratio (nats) beyond which a bad completion is dropped", required=True
+        "opsm_delta", None, "mean log-ratio (nats) beyond which a bad completion is dropped", required=True, bound=True
     )
 
     def drift(self, batch: Batch) -> Tensor:
@@ -153,6 +153,8 @@ SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OffPolicySequence, Fresh)
 class GroupFilter(Piece):
     """Which completions take part, [N] bool, judged by their raw reward."""
 
+    compares: ClassVar[str] = ""  # with what a completion is compared: "group", or "" (nothing)
+
     def keep(self, batch: Batch) -> Tensor | None:
         """None: all of them."""
         return None
@@ -178,6 +180,7 @@ class ZeroVariance(GroupFilter):
     """Without groups whose rewards are all equal (DAPO, arXiv:2503.14476): they carry no signal."""
 
     option: ClassVar[str] = "zero_variance"
+    compares: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
 
     def keep(self, batch: Batch) -> Tensor | None:
@@ -197,6 +200,7 @@ class Best(GroupFilter):
     """Only the completion with the highest reward of each group; the first, if several have it (arXiv:2304.06767)."""
 
     option: ClassVar[str] = "best"
+    compares: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
 
     def keep(self, batch: Batch) -> Tensor | None:
@@ -220,7 +224,9 @@ class Above(GroupFilter):
 
     option: ClassVar[str] = "above"
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
-    threshold: float | None = param("threshold", None, "reward above which a completion takes part", required=True)
+    threshold: float | None = param(
+        "threshold", None, "reward above which a completion takes part", required=True, bound=True
+    )
 
     def keep(self, batch: Batch) -> Tensor | None:
         signal = Signal(batch, batch.require("reward", "group_filter='above'"))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 from lossmith.errors import LossError, nearest
 
-__all__ = ["Piece", "in_code", "number", "options", "param", "symbol"]
+__all__ = ["Piece", "in_code", "is_number", "number", "options", "param", "shown", "symbol"]
 
 
 def param(
@@ -23,17 +24,21 @@ def param(
     *,
     low: float | None = None,
     above: float | None = None,
+    high: float | None = None,
     choices: tuple = (),
     required: bool = False,
     optional: bool = False,
+    bound: bool = False,
 ) -> Any:
-    """A parameter of a piece: its flat name, default, one-line meaning, and range (low <= x, above < x, or choices).
+    """A parameter of a piece: its flat name, default, one-line meaning, and range.
 
+    low <= x <= high, above < x, or one of the choices.
     required: the default None only means "not given yet": the loss can be looked at, but not evaluated.
     optional: None is a value too, and means that there is none.
+    bound: infinity is a value too, and means that there is no bound.
     """
-    meta = {"flat": flat, "doc": doc, "low": low, "above": above, "choices": choices, "required": required}
-    meta["optional"] = optional
+    meta = {"flat": flat, "doc": doc, "low": low, "above": above, "high": high, "choices": choices}
+    meta |= {"required": required, "optional": optional, "bound": bound}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -43,10 +48,16 @@ class Piece:
 
     option: ClassVar[str] = ""  # its name on its axis
     needs: ClassVar[frozenset[str]] = frozenset()  # batch fields without which it cannot be evaluated
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of fields of which the first must not be the larger
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(type(self).__name__, field, getattr(self, field.name))
+        flat = {field: key for key, field in self.flat_names().items()}
+        for low, high in self.ordered:
+            a, b = getattr(self, low), getattr(self, high)
+            if a > b:
+                raise LossError(f"'{self.option}': {flat[low]} = {a} is above {flat[high]} = {b}.")
 
     @classmethod
     def flat_names(cls) -> dict[str, str]:
@@ -80,29 +91,48 @@ class Piece:
 def _check(owner: str, field: dataclasses.Field, value: Any) -> None:
     meta, where = field.metadata, f"{owner}.{field.name} (flat name {field.metadata['flat']})"
     if meta["choices"]:
-        if value not in meta["choices"]:
-            raise LossError(f"{where} is {value!r}.{nearest(str(value), map(str, meta['choices']))}")
+        if not isinstance(value, str) or value not in meta["choices"]:
+            raise LossError(f"{where} is {shown(value)}.{nearest(str(value), map(str, meta['choices']))}")
         return
     if isinstance(field.default, tuple):
-        if not isinstance(value, (tuple, list)) or not all(_is_number(x) for x in value):
-            raise LossError(f"{where} must be a list of numbers, not {value!r}.")
+        if not isinstance(value, (tuple, list)) or not all(is_number(x) and math.isfinite(x) for x in value):
+            raise LossError(f"{where} must be a list of numbers, not {shown(value)}.")
         return
     if isinstance(field.default, bool):
         if not isinstance(value, bool):
-            raise LossError(f"{where} must be true or false, not {value!r}.")
+            raise LossError(f"{where} must be true or false, not {shown(value)}.")
         return
     if value is None and (field.default is None or meta["optional"]):
         return
-    if not _is_number(value):
-        raise LossError(f"{where} must be a number, not {value!r}.")
+    if not is_number(value):
+        raise LossError(f"{where} must be a number, not {shown(value)}.")
+    _check_range(where, field, value)
+
+
+def _check_range(where: str, field: dataclasses.Field, value: float) -> None:
+    meta = field.metadata
+    if math.isinf(value) and not meta["bound"]:
+        raise LossError(f"{where} must be finite, not {value}.")
+    if str(field.type).startswith("int") and not (isinstance(value, int) and abs(value) < 2**53):
+        raise LossError(f"{where} must be a whole number, not {shown(value)}.")
     if meta["low"] is not None and value < meta["low"]:
         raise LossError(f"{where} is {value}, but must be at least {meta['low']}.")
     if meta["above"] is not None and value <= meta["above"]:
         raise LossError(f"{where} is {value}, but must be greater than {meta['above']}.")
+    if meta["high"] is not None and value > meta["high"]:
+        raise LossError(f"{where} is {value}, but must be at most {meta['high']}.")
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and not math.isnan(x)
+def is_number(x: Any) -> bool:
+    """A number that arithmetic can use: no bool, no NaN, no whole number beyond what a tensor holds."""
+    if not isinstance(x, (int, float)) or isinstance(x, bool):
+        return False
+    return abs(x) < 2**63 if isinstance(x, int) else not math.isnan(x)
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it, however long it is."""
+    return reprlib.repr(value)
 
 
 Kind = TypeVar("Kind", bound=Piece)

@@ -11,6 +11,7 @@ weight_it comes from the aggregation over the whole batch, so the sum over any m
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,15 +33,16 @@ from lossmith.losses.advantage import (
     Zero,
 )
 from lossmith.losses.aggregate import AGGREGATE, Aggregate, PromptMean, TokenMean
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.correction import Mismatch, NoMismatch
 from lossmith.losses.extra import Extra, NoExtra
-from lossmith.losses.flat import to_flat, with_flat
+from lossmith.losses.flat import AXES, House, to_flat, with_flat
 from lossmith.losses.formula import render
 from lossmith.losses.kl import KL
 from lossmith.losses.legality import check_legal
 from lossmith.losses.listing import listing
-from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome, together
 from lossmith.losses.masks import GroupFilter, KeepAll, Mask, NoMask
 from lossmith.losses.piece import Piece
 from lossmith.losses.ratio import Ratio, SequenceTokenRatio, TokenRatio
@@ -78,6 +80,7 @@ class PolicyLoss(Loss):
     kl_aggregate: str = "same"  # the aggregation of the KL term, where it differs
     entropy_aggregate: str = "same"
     local_normalizer: bool = False  # counts are taken over the rows at hand: micro-batches do not add up
+    house: House | None = dataclasses.field(default=None, compare=False, repr=False)  # whose numbers a new option gets
 
     def __post_init__(self) -> None:
         check_legal(self)
@@ -128,6 +131,14 @@ class PolicyLoss(Loss):
         return max(levels, key=_COUPLING.index)
 
     @property
+    def compares(self) -> str:
+        return self.advantage.compares or self.group_filter.compares
+
+    @property
+    def of_truncated(self) -> str:
+        return self.truncated
+
+    @property
     def separable(self) -> bool:
         return not (self.trust.whole_batch or self.token_mask.whole_batch)
 
@@ -139,13 +150,19 @@ class PolicyLoss(Loss):
         kl = self.kl.in_loss and self.kl.straight_through
         return self.trust.stops_gradient or by_ratio or kl
 
-    def set(self, changes: Mapping[str, Any]) -> PolicyLoss:
-        """A copy with these flat parameters changed: `loss.set({"clip_high": 0.28, "beta": 0.04})`."""
-        return with_flat(self, changes)
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> PolicyLoss:
+        """A copy with these flat parameters changed: `loss.set(clip_high=0.28, beta=0.04)`, or a mapping of them."""
+        return with_flat(self, together(changes, more))
 
     def replace(self, **changes: Any) -> PolicyLoss:
-        """A copy with some axes changed: `loss.replace(trust=Clip(low=0.2, high=0.28))`."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some axes changed: `loss.replace(trust=Clip(low=0.2, high=0.28))`. Flat parameters are taken too.
+
+        LossError: a name that is neither, or a composition that means nothing.
+        """
+        pieces = {f.name for f in dataclasses.fields(self)}
+        flat = {k: v for k, v in changes.items() if k not in pieces or (k in AXES and not isinstance(v, Piece))}
+        made = dataclasses.replace(self, **{k: v for k, v in changes.items() if k not in flat})
+        return made.set(flat) if flat else made
 
     # -- credit -----------------------------------------------------------------------------------------------------
 
@@ -157,12 +174,8 @@ class PolicyLoss(Loss):
         """
         signal = self._signal(batch)
         advantage, raw = self._advantage(batch, signal)
-        advantage = _valid(advantage.to(batch.dtype), batch)
+        advantage = self._as_narrow(advantage, batch, signal)
         weight = self.token_weights(batch, normalizer)
-        kl, entropy = (
-            None if how == "same" else self._weights_by(AGGREGATE[how](), batch, normalizer)
-            for how in (self.kl_aggregate, self.entropy_aggregate)
-        )
         return Credit(
             advantage=advantage,
             weight=weight,
@@ -170,9 +183,18 @@ class PolicyLoss(Loss):
             returns=self._returns(batch, signal, raw),
             tokens=normalizer.tokens if normalizer is not None else batch.tokens,
             measure=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
-            kl_weight=kl,
-            entropy_weight=entropy,
+            whole=len(batch.valid),
+            given=batch.given,
+            **self._other_weights(batch, normalizer),
         )
+
+    def as_whole(self, credit: Credit, batch: Batch) -> Credit:
+        return dataclasses.replace(super().as_whole(credit, batch), **self._other_weights(batch, None))
+
+    def _other_weights(self, batch: Batch, normalizer: Normalizer | None) -> dict[str, Any]:
+        """Weights of the terms that are aggregated in another way than the policy term."""
+        how = {"kl_weight": self.kl_aggregate, "entropy_weight": self.entropy_aggregate}
+        return {k: self._weights_by(AGGREGATE[x](), batch, normalizer) for k, x in how.items() if x != "same"}
 
     @torch.no_grad()
     def token_weights(self, batch: Batch, normalizer: Normalizer | None = None) -> Tensor:
@@ -197,8 +219,21 @@ class PolicyLoss(Loss):
             weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
         return weights
 
+    def _as_narrow(self, x: Tensor, batch: Batch, signal: Signal | None, *, squared: bool = False) -> Tensor:
+        """[N, T] in the type of the batch, 0 at masked positions. LossError: gradients would overflow with it."""
+        x, kind = _valid(x, batch), batch.dtype if batch.logp is None else batch.logp.dtype
+        limit = torch.finfo(kind).max / 1e6
+        limit = math.sqrt(limit) if squared else limit
+        if not bool((x.abs() <= limit).all()):
+            rewards = "the rewards" if signal is None else f"rewards of {float(signal.reward.abs().max()):.3g}"
+            raise LossError(
+                f"{self.name}: {rewards} are too large: with them the {'critic' if squared else 'loss'} leaves what "
+                f"{kind} holds. Scale them (shaping='scale', a=...), or divide by their spread (advantage_scale='...')."
+            )
+        return x.to(batch.dtype)
+
     def _signal(self, batch: Batch) -> Signal | None:
-        """Rewards after shaping, with the KL penalty taken off; None where the advantage is given."""
+        """Rewards after shaping, with the KL penalty taken off, in float64; None where the advantage is given."""
         if batch.advantage is not None:
             if self.kl.in_reward:
                 raise LossError(
@@ -207,7 +242,7 @@ class PolicyLoss(Loss):
                 )
             if batch.reward is None:
                 return None
-        reward = self._reward(batch)
+        reward = wide(self._reward(batch))
         for shaping in self.shaping:
             reward = shaping(reward, batch)
             if reward.ndim == 2:  # a shift would put a reward on padding
@@ -217,6 +252,7 @@ class PolicyLoss(Loss):
             reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
         if self.kl.in_reward:
             reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
+        _check_size(self.name, reward, batch)
         return Signal(batch, reward)
 
     def _reward(self, batch: Batch) -> Tensor:
@@ -257,16 +293,21 @@ class PolicyLoss(Loss):
 
         None with a given advantage and no returns: the estimator is bypassed, and its critic with it.
         """
-        if not self.value.active or batch.returns is not None or batch.advantage is not None:
+        bypassed = batch.advantage is not None and not isinstance(self.advantage, Zero)
+        if not self.value.active or batch.returns is not None or bypassed:
             return batch.returns if self.value.active else None
         if not isinstance(self.advantage, Critic) or signal is None:
             return batch.require("returns", self.name)
-        return self.advantage.target(signal, raw)
+        return self._as_narrow(self.advantage.target(signal, raw), batch, signal, squared=True)
 
     # -- objective --------------------------------------------------------------------------------------------------
 
     def objective(self, batch: Batch, credit: Credit) -> LossOutput:
-        """The loss of these rows under that credit: scalar with gradient. Rows of a whole batch add up to its loss."""
+        """The loss of these rows under that credit: scalar with gradient. Rows of a whole batch add up to its loss.
+
+        LossError: the credit is of other rows.
+        """
+        credit.check(self, batch)
         terms: dict[str, Tensor] = {}
         at = self._tokens(batch, credit)
         if at is not None and not isinstance(self.advantage, Zero):
@@ -360,6 +401,7 @@ class PolicyLoss(Loss):
         if self.kl.in_loss and self.kl.estimator == "full":
             raise NotImplementedError("kl_estimator='full' does not act through the sampled token's logp.")
         credit = credit or self.credit(batch)
+        credit.check(self, batch)
         at = self._tokens(batch, credit)
         gradient = torch.zeros_like(credit.weight)
         if at is None:
@@ -397,6 +439,18 @@ class PolicyLoss(Loss):
     def from_dict(flat: dict[str, Any]) -> PolicyLoss:
         """The composition that `to_dict` wrote."""
         return with_flat(PolicyLoss(), {"name": "custom", **flat})
+
+
+def _check_size(owner: str, reward: Tensor, batch: Batch) -> None:
+    """LossError: rewards whose sums and differences would overflow, and lose their order without a word."""
+    live = torch.where(batch.live if reward.ndim == 1 else batch.valid, reward, 0.0).abs()
+    largest = torch.finfo(reward.dtype).max / 1e6
+    if not bool((live <= largest).all()):
+        row = int((~(live <= largest)).nonzero()[0, 0])
+        raise LossError(
+            f"{owner}: the reward at row {row} is beyond ±{largest:.3g}, where differences of rewards overflow. "
+            "Let the scorer give smaller numbers, or scale them (shaping='scale', a=...)."
+        )
 
 
 def _valid(x: Tensor, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, in_code, number, options, param
 
@@ -36,8 +37,14 @@ class ClipReward(Shaping):
     """R ← clip(R, low, high)."""
 
     option: ClassVar[str] = "clip"
-    low: float = param("reward_low", -math.inf, "smallest reward that counts")
-    high: float = param("reward_high", math.inf, "largest reward that counts")
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low", "high"),)
+    low: float = param("reward_low", -math.inf, "smallest reward that counts", bound=True)
+    high: float = param("reward_high", math.inf, "largest reward that counts", bound=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low == self.high:
+            raise LossError(f"reward_low = reward_high = {self.low} makes all rewards equal: give a lower reward_low.")
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         return reward.clamp(self.low, self.high)
@@ -57,6 +64,11 @@ class Affine(Shaping):
     option: ClassVar[str] = "scale"
     a: float = param("a", 1.0, "factor of the shifted reward")
     b: float = param("b", 0.0, "shift added to the reward first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.a == 0:
+            raise LossError("shaping='scale' with a = 0 makes all rewards equal: nothing could be learned from them.")
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         return self.a * (reward + self.b)
@@ -115,7 +127,7 @@ class WeightedSum(Shaping):
     weights: tuple[float, ...] = param("score_weights", (), "weight of each score; all 1 if not given")
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
-        parts = batch.require("reward_parts", "shaping='weighted_sum'")
+        parts = wide(batch.require("reward_parts", "shaping='weighted_sum'"))
         return parts @ torch.tensor(part_weights(self.weights, parts), dtype=parts.dtype, device=parts.device)
 
     def formula(self) -> tuple[str, str]:
@@ -136,7 +148,7 @@ class Potential(Shaping):
 
     option: ClassVar[str] = "potential"
     needs: ClassVar[frozenset[str]] = frozenset({"potential"})
-    gamma: float = param("gamma", 1.0, "discount per token", low=0)
+    gamma: float = param("gamma", 1.0, "discount per token", low=0, high=1)
 
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         potential, valid = batch.require("potential", "shaping='potential'"), batch.valid

@@ -21,7 +21,7 @@ class ValueLoss(Piece):
     """
 
     coef: float = param("value_coef", 0.0, "coefficient of the critic's loss; 0 means no critic is trained", low=0)
-    clip: float | None = param("value_clip", None, "bound on the critic's move in one update", above=0)
+    clip: float | None = param("value_clip", None, "bound on the critic's move in one update", above=0, bound=True)
 
     @property
     def active(self) -> bool:

@@ -43,6 +43,22 @@ class SamplingSettings:
     def filtered(self) -> bool:
         return self.top_p < 1 or self.top_k > 0
 
+    @property
+    def greedy(self) -> str:
+        """The setting with which nearly every token is the likeliest one, so that completions are copies; or "".
+
+        A token that is half as likely as the likeliest is drawn once in 10^30 times at temperature 0.01. top_p = 0.01
+        keeps one token wherever that has a hundredth of the probability.
+        """
+        if self.temperature <= 0.01:
+            return f"temperature = {self.temperature:g}"
+        return "top_k = 1" if self.top_k == 1 else f"top_p = {self.top_p:g}" if self.top_p <= 0.01 else ""
+
+    @property
+    def noise(self) -> str:
+        """The setting with which tokens are drawn nearly evenly, whatever the model says; or ""."""
+        return f"temperature = {self.temperature:g}" if self.temperature > 10 else ""
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums and exponentials of numbers of this type are made in: float32, or float64 where they are."""

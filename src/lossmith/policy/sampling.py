@@ -83,11 +83,13 @@ def _portions(n: int, size: int) -> list[range]:
 
 
 def check_samples(n: int, settings: SamplingSettings) -> None:
-    """PolicyError where n completions of a prompt cannot be had, or would be copies of one."""
+    """PolicyError where n completions of a prompt cannot be had, would be copies of one, or noise."""
     if n < 1:
         raise PolicyError(f"n = {n}, but at least one completion a prompt is needed.")
-    if settings.temperature == 0 and n > 1:
-        raise PolicyError(f"temperature = 0 with n = {n} would give {n} copies of one completion.")
+    if settings.greedy and n > 1:
+        raise PolicyError(f"{settings.greedy} with n = {n} would give {n} copies of one completion.")
+    if settings.noise:
+        raise PolicyError(f"{settings.noise} would give noise: every token is then about as likely as any other.")
 
 
 def uniforms(seed: int, step: int, prompt_id: str, sample: int, settings: SamplingSettings) -> np.ndarray:

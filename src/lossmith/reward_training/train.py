@@ -83,6 +83,9 @@ class RewardRecipe:
         for key in ("centring", "learning_rate", "penalty"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise RecipeError(f"{key} = {getattr(self, key)}, but must be finite and at least 0.")
+        if not 1e-12 <= self.learning_rate <= 1:
+            does = "destroys the model" if self.learning_rate > 1 else "changes nothing"
+            raise RecipeError(f"learning_rate = {self.learning_rate:g} {does}. Usual is 1e-6 to 1e-4.")
         for key, known in (("ensemble_by", ("seeds", "subsets")), ("combine", ("mean", "worst", "uncertain"))):
             if getattr(self, key) not in known:
                 raise RecipeError(f"{key} = {getattr(self, key)!r}.{nearest(getattr(self, key), known)}")

@@ -58,7 +58,9 @@ def _presets() -> Iterator[str]:
     yield "## Presets: other libraries' defaults"
     yield (
         "`name@library` starts from the named loss and changes what differs in that library. `lossmith losses compare "
-        "grpo@trl grpo@verl grpo@nemo_rl` shows them side by side."
+        "grpo@trl grpo@verl grpo@nemo_rl` shows them side by side. A number that stands here stays whatever option is "
+        "changed with it. `@trl` is TRL with use_vllm=False, its default; `@trl_vllm` is TRL with vLLM as the sampler, "
+        "where each completion is also weighted by how likely it is to the learner and was to the sampler."
     )
     rows = ["| preset | starts from | changes | note |", "| --- | --- | --- | --- |"]
     for entry in CATALOGUE.values():

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lossmith.losses import Loss
 from lossmith.rollouts import Rollout
 from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import Recipe
@@ -25,14 +26,21 @@ class Guard:
 
     watch_window: int = 0  # steps over which the watched score is averaged; 0 never stops
     kl_budget: float | None = None  # nats a completion
+    cut: str = ""  # what the loss does with completions that the token budget cut, and that nothing can be learned from
     seen: list[tuple[float, float]] = field(default_factory=list)  # (mean, its variance) of the watched score, by step
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Guard:
-        return cls(recipe.watch_window, recipe.kl_budget)
+    def of(cls, recipe: Recipe, loss: Loss) -> Guard:
+        cut = {"mask": "leaves those out", "zero": "gives those reward 0"}.get(loss.of_truncated, "")
+        return cls(recipe.watch_window, recipe.kl_budget, f"{loss.name} {cut}" if cut else "")
 
     def reason_to_stop(self, record: Mapping[str, Any]) -> str:
         """Why the run should end after this step, or ""."""
+        if self.cut and record.get("ended") == 0:
+            return (
+                "no signal: every completion was cut at max_tokens before it ended, and the loss "
+                f"{self.cut} (truncated); raise max_tokens"
+            )
         if "watch" in record:
             self.seen.append((record["watch"], record["watch_variance"]))
         kl = kl_of_completion(record)

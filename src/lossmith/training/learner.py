@@ -79,6 +79,7 @@ class Learner:
         self._clock = Clock()
         self.bad_in_a_row = 0  # gradients that were not finite
         self.settled = True  # False from the first change that a round makes, until the loop has written the round down
+        self._largest = 0.0  # advantage of the round
 
     def update(self, rollouts: Sequence[Rollout], step: int, given: Mapping[str, Tensor] | None = None) -> Update:
         """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimiser steps.
@@ -94,13 +95,13 @@ class Learner:
         batch = self.formulate(scored, {k: v[rows_scored] for k, v in (given or {}).items()})
         with self._clock("loss"):
             credit = self.loss.credit(batch)
+        self._largest = float(credit.advantage.abs().max()) if credit.advantage.numel() else 0.0
         metrics: dict[str, float] = {}
         taken = skipped = 0
         for rows in self._parts(batch, step):
             part, share = batch.rows(rows), credit.rows(rows)
             if len(rows) < len(scored):
-                tokens = int(part.valid.sum())
-                share = dataclasses.replace(share, weight=self.loss.token_weights(part), tokens=tokens)
+                share = self.loss.as_whole(share, part)
             found = self.accumulate([scored[i] for i in rows], part, share)
             metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
             with self._clock("optimizer"):
@@ -143,7 +144,7 @@ class Learner:
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
         fields |= {
             "mask": mask.to(device),
-            "reward": _rewards(rollouts).to(device, dtype),
+            "reward": _in_order(_rewards(rollouts), device, dtype),
             "group": torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             "truncated": torch.tensor([r.truncated for r in rollouts], device=device),
             "lag": torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
@@ -301,7 +302,7 @@ class Learner:
         finite = math.isfinite(norm)
         bad = 0 if finite else self.bad_in_a_row + 1
         if bad == 3:
-            raise RunError(f"step {step + 1}: the gradient was not finite three times in a row; lower learning_rate.")
+            raise RunError(f"step {step + 1}: the gradient was not finite three times in a row; {self._cure()}.")
         self.settled, self.bad_in_a_row = False, bad
         if finite:
             factor = rate_factor(self.recipe, step)
@@ -312,6 +313,15 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return finite, norm if finite else 0.0
 
+    def _cure(self) -> str:
+        """What to do about gradients that are not finite: rewards may be the cause, or the learning rate."""
+        if self._largest < 1e6:
+            return "lower learning_rate"
+        return (
+            f"the rewards make advantages of {self._largest:.1e}, which gradients cannot carry: let the scorer give "
+            "smaller numbers, or choose a loss that divides by their spread (advantage_scale='group_std')"
+        )
+
     def _adapt(self, metrics: dict[str, float], completions: int) -> None:
         """Move an adaptive KL coefficient by the KL of a completion that was just seen."""
         self.settled = False
@@ -321,6 +331,19 @@ class Learner:
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
+
+
+def _in_order(rewards: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rewards in this type; in float64, as they come, where the narrower one would lose their size or order."""
+    narrow = rewards.to(dtype)
+    if bool(narrow.isfinite().all()) and len(narrow.unique()) == len(rewards.unique()):
+        return narrow.to(device)
+    if device.type == "mps":
+        raise RunError(
+            f"rewards up to {float(rewards.abs().max()):.3g} need float64 to keep their size and order, which {device} "
+            "does not have: let the scorer give smaller numbers, or train on the CPU (device = 'cpu')."
+        )
+    return rewards.to(device)
 
 
 def _rewards(rollouts: Sequence[Rollout]) -> Tensor:

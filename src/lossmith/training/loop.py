@@ -348,7 +348,7 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
-    guard = Guard.of(recipe)
+    guard = Guard.of(recipe, learner.loss)
     return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guard, going_on)
 
 

@@ -27,6 +27,7 @@ from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.pairs import GIVEN, Paired
 from lossmith.policy import Policy, check_model, load_policy
 from lossmith.rollouts import Rollout
+from lossmith.training.can_learn import check_optimizer
 from lossmith.training.clock import Clock
 from lossmith.training.examples import Example, Examples, make_examples
 from lossmith.training.learner import Learner
@@ -99,6 +100,7 @@ class PreferenceRecipe(Settings):
         recipe = cls.checked(source, fields)
         if recipe.preferences is None:
             raise RecipeError(f"{source}: which preferences? Give a file or a database of judgements.")
+        check_optimizer(source, recipe)
         recipe.policy_loss()
         return recipe
 

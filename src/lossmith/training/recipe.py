@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from lossmith.errors import RecipeError, nearest, quiet_traps
+from lossmith.errors import RecipeError, quiet_traps
 from lossmith.files import at_home, read_text, text_at_home
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
 from lossmith.rewards import ScorerSettings
 from lossmith.rewards.address import redacted
+from lossmith.training.can_learn import check_loss, check_optimizer, check_sampling
+from lossmith.training.elsewhere import instead_of
 from lossmith.training.paths import absolute
 from lossmith.training.wanted import wanted
 
@@ -62,7 +64,9 @@ class Settings(BaseModel):
         """RecipeError: an unknown key (and the nearest), a wrong type or range. `~` in a path is the home folder."""
         for key in fields:
             if key not in cls.model_fields:
-                raise RecipeError(f"{source}: there is no setting {key!r}.{nearest(key, cls.model_fields)}")
+                raise RecipeError(
+                    f"{source}: there is no setting {key!r}.{instead_of(key, fields[key], cls.model_fields)}"
+                )
         fields = {key: _at_home(value) if key in cls.paths else value for key, value in fields.items()}
         try:
             return cls(**fields)
@@ -218,12 +222,8 @@ class Recipe(Settings):
     def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
         """A checked recipe. RecipeError: an unknown key (and the nearest), a wrong type or range, a bad combination."""
         recipe = cls.checked(source, fields)
-        recipe.sampling  # noqa: B018  (checked before anything is loaded)
-        if recipe.temperature == 0:
-            raise RecipeError(
-                f"{source}: temperature = 0 with samples_per_prompt = {recipe.samples_per_prompt} is greedy: every "
-                "sample of a prompt is the same completion, and there is nothing to learn from. Raise the temperature."
-            )
+        check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
+        check_optimizer(source, recipe)
         if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
             raise RecipeError(
                 f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "
@@ -269,9 +269,12 @@ class Recipe(Settings):
     def policy_loss(self) -> Loss:
         """The loss that the recipe names, its token limit filled in.
 
-        RecipeError: a trap, and traps are not allowed; something it needs that training does not provide.
+        RecipeError: a trap, and traps are not allowed; something it needs that training does not provide; completions
+        that it would compare and that there are none of.
         """
-        return checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
+        loss = checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
+        check_loss(loss, self.samples_per_prompt, self.prompts_per_step)
+        return loss
 
 
 def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: int | None = None) -> Loss:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.advantage.signal import Estimator, Groups, Signal
+from lossmith.losses.as_tensor import wide
 from lossmith.losses.piece import number, param
 from lossmith.losses.shaping import part_weights
 
@@ -55,6 +56,7 @@ class BatchMean(Estimator):
     option: ClassVar[str] = "batch_mean"
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
     coupling: ClassVar[str] = "batch"
+    compares: ClassVar[str] = "batch"
 
     def sequence(self, signal: Signal) -> Tensor:
         everyone = signal.everyone()
@@ -73,6 +75,7 @@ class _OverGroup(Estimator):
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
+    compares: ClassVar[str] = "group"
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         """[N], where the group's rewards differ."""
@@ -92,6 +95,10 @@ class _Centred(_OverGroup):
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
         return self.singleton == "zero"
+
+    @property
+    def compares(self) -> str:  # type: ignore[override]
+        return "group" if self.singleton == "zero" else ""
 
     @property
     def homogeneous(self) -> bool:  # type: ignore[override]
@@ -280,7 +287,8 @@ class ScaledGroup(_Centred):
         return self._alpha(groups) * groups.reward
 
     def _alpha(self, groups: Groups) -> Tensor:
-        return groups.live.sum() / ((groups.reward != 0) & groups.live).sum().clamp(min=1)
+        counted = ((groups.reward != 0) & groups.live).sum().clamp(min=1)
+        return groups.live.sum().to(groups.reward.dtype) / counted
 
     def formula(self) -> tuple[str, str]:
         return self.with_alone("N/#(R≠0) · (R − mean_g(R))", r"\frac{N}{\#(R\ne 0)}(R-\mu_g)")
@@ -319,7 +327,7 @@ class MaxRL(_OverGroup):
 
     option: ClassVar[str] = "maxrl"
     scale_invariant: ClassVar[bool] = True
-    eps: float = param("eps", 1e-6, "added to the denominator", above=0)
+    eps: float = param("eps", 1e-6, "added to the denominator", above=0, high=1)
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         mean = groups.mean
@@ -342,15 +350,15 @@ class Shortest(_OverGroup):
 
     option: ClassVar[str] = "gfpo"
     shift_invariant: ClassVar[bool] = False  # efficiency moves with the reward
-    keep: int | None = param("keep", None, "completions of a group that are kept", above=0, required=True)
+    keep: int | None = param("keep", None, "completions of a group that are kept", low=2, required=True)
     metric: str = param("metric", "length", "what they are chosen by", choices=("length", "efficiency"))
-    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         lengths = signal.batch.lengths.to(groups.reward.dtype)
         key = lengths if self.metric == "length" else -groups.reward / lengths.clamp(min=1)
         chosen, left = torch.zeros_like(groups.live), groups.live
-        for _ in range(self.given("keep")):
+        for _ in range(min(self.given("keep"), len(key))):
             rest = Groups(groups.index, left, -key)
             first = rest.first_where(-key == rest.largest)
             chosen, left = chosen | first, left & ~first
@@ -388,10 +396,10 @@ class Decoupled(_OverGroup):
     shift_invariant: ClassVar[bool] = True
     scale_invariant: ClassVar[bool] = True
     weights: tuple[float, ...] = param("score_weights", (), "weight of each score; all 1 if not given")
-    eps: float = param("eps", 1e-6, "added to the standard deviations", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviations", above=0, high=1)
 
     def sequence(self, signal: Signal) -> Tensor:
-        parts = signal.batch.require("reward_parts", "advantage='gdpo'")
+        parts = wide(signal.batch.require("reward_parts", "advantage='gdpo'"))
         weights = part_weights(self.weights, parts)
         total = torch.zeros_like(parts[:, 0])
         for k, weight in enumerate(weights):

@@ -31,7 +31,7 @@ class Return(Estimator):
     option: ClassVar[str] = "return"
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
     per_token: ClassVar[bool] = True
-    gamma: float = param("gamma", 1.0, "discount per token", low=0)
+    gamma: float = param("gamma", 1.0, "discount per token", low=0, high=1)
 
     def __call__(self, signal: Signal) -> Tensor:
         return discounted(signal.per_token, signal.batch.valid, self.gamma)
@@ -65,7 +65,7 @@ class TD(Critic):
     """A_t = r_t + gamma V_{t+1} - V_t, the temporal-difference error (book eq. 4.31)."""
 
     option: ClassVar[str] = "td"
-    gamma: float = param("gamma", 1.0, "discount per token", low=0)
+    gamma: float = param("gamma", 1.0, "discount per token", low=0, high=1)
 
     def __call__(self, signal: Signal) -> Tensor:
         return gae(signal.per_token, signal.values("advantage='td'"), signal.batch.valid, self.gamma, 0.0)
@@ -99,8 +99,8 @@ class GAE(Critic):
     """A_t = δ_t + gamma lam A_{t+1}, δ_t = r_t + gamma V_{t+1} - V_t (arXiv:1506.02438, eq. 16)."""
 
     option: ClassVar[str] = "gae"
-    gamma: float = param("gamma", 1.0, "discount per token", low=0)
-    lam: float = param("lam", 1.0, "bias-variance knob: 0 is 'td', 1 (with gamma 1) is 'mc'", low=0)
+    gamma: float = param("gamma", 1.0, "discount per token", low=0, high=1)
+    lam: float = param("lam", 1.0, "bias-variance knob: 0 is 'td', 1 (with gamma 1) is 'mc'", low=0, high=1)
 
     def __call__(self, signal: Signal) -> Tensor:
         return gae(signal.per_token, signal.values("advantage='gae'"), signal.batch.valid, self.gamma, self.lam)
@@ -169,10 +169,11 @@ class OptimalToken(Estimator):
     """
 
     option: ClassVar[str] = "otb"
+    compares: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group", "sum_prob_sq"})
     per_token: ClassVar[bool] = True
     coupling: ClassVar[str] = "group"
-    eps: float = param("eps", 1e-8, "added to the denominator", above=0)
+    eps: float = param("eps", 1e-8, "added to the denominator", above=0, high=1)
 
     def __call__(self, signal: Signal) -> Tensor:
         mask, batch = signal.batch.valid, signal.batch

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmith.losses.advantage.signal import Signal
+from lossmith.losses.advantage.signal import Signal, unit_of
 from lossmith.losses.piece import Piece, number, options, param
 
 __all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LooStd", "NoScale", "Scale", "Whiten"]
@@ -42,7 +42,7 @@ class NoScale(Scale):
 
     option: ClassVar[str] = "none"
     scale_invariant: ClassVar[bool] = False
-    eps: float = param("eps", 1e-6, "added to the standard deviation; of no effect without a scale", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviation; of no effect without a scale", above=0, high=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +99,7 @@ class GroupStd(_Std):
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     symbol: ClassVar[tuple[str, str]] = ("std_g(R)", r"\sigma_g")
-    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
         groups = signal.groups("advantage_scale='group_std'")
@@ -117,7 +117,7 @@ class GroupStdBiased(_Std):
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     symbol: ClassVar[tuple[str, str]] = ("std0_g(R)", r"\sigma^{0}_g")
-    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
         groups = signal.groups("advantage_scale='group_std_biased'")
@@ -136,7 +136,7 @@ class BatchStd(_Std):
     coupling: ClassVar[str] = "batch"
     shift_invariant: ClassVar[bool] = False  # prompts may be shifted apart
     symbol: ClassVar[tuple[str, str]] = ("std_batch(R)", r"\sigma_{\mathrm{batch}}")
-    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
         return signal.everyone().std()
@@ -153,7 +153,7 @@ class LooStd(_Std):
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     symbol: ClassVar[tuple[str, str]] = ("std_{j≠i}(R_j)", r"\sigma_{g\setminus i}")
-    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0)
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
         std = signal.groups("advantage_scale='loo_std'").std_of_others()
@@ -178,7 +178,9 @@ class Whiten(Scale):
         kept = torch.where(mask, advantage, torch.zeros_like(advantage))
         mean = kept.sum() / count
         centred = torch.where(mask, advantage - mean, torch.zeros_like(advantage))
-        return centred * torch.rsqrt((centred**2).sum() / (count - 1) + 1e-8)
+        unit = unit_of(centred.abs().max())
+        centred = centred / unit
+        return centred * torch.rsqrt((centred**2).sum() / (count - 1) + 1e-8 / unit**2)
 
     def formula(self, text: str, latex: str) -> tuple[str, str]:
         return f"whiten_tokens({text})", rf"\operatorname{{whiten}}\left({latex}\right)"

@@ -12,7 +12,12 @@ from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece
 from lossmith.losses.shaping import on_last_token
 
-__all__ = ["Estimator", "Groups", "Signal"]
+__all__ = ["Estimator", "Groups", "Signal", "unit_of"]
+
+
+def unit_of(size: Tensor) -> Tensor:
+    """What to divide numbers of this size by before they are squared: 1, or the size where its square overflows."""
+    return torch.where(size > torch.finfo(size.dtype).max ** 0.25, size, torch.ones_like(size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +53,10 @@ class Groups:
         return self.size / (self.size - 1).clamp(min=1) * (self.reward - self.mean)
 
     def std(self, ddof: int = 1) -> Tensor:
-        square = self.total((self.reward - self.mean) ** 2)
-        return (square / (self.size - ddof).clamp(min=1)).sqrt()
+        centred = self.reward - self.mean
+        unit = unit_of(self._extreme(centred.abs(), "amax"))
+        square = self.total((centred / unit) ** 2)
+        return unit * (square / (self.size - ddof).clamp(min=1)).sqrt()
 
     def std_of_others(self) -> Tensor:
         """[N], unbiased standard deviation of the group's other rewards; 0 where they are equal or fewer than two."""
@@ -58,8 +65,9 @@ class Groups:
         reward, count = self.reward.expand(others.shape), others.sum(1)
         zero = torch.zeros_like(reward)
         mean = torch.where(others, reward, zero).sum(1) / count.clamp(min=1)
-        square = torch.where(others, (reward - mean[:, None]) ** 2, zero).sum(1)
-        std = (square / (count - 1).clamp(min=1)).sqrt()
+        centred = torch.where(others, reward - mean[:, None], zero)
+        unit = unit_of(centred.abs().amax(1) if len(others) else mean)
+        std = unit * ((centred / unit[:, None]).square().sum(1) / (count - 1).clamp(min=1)).sqrt()
         # equal numbers have a standard deviation of exactly 0, whatever rounding says
         low = torch.where(others, reward, zero + torch.inf).amin(1, keepdim=True) if len(others) else std[:, None]
         equal = (torch.where(others, reward, low) == low).all(1)
@@ -131,6 +139,7 @@ class Estimator(Piece):
 
     per_token: ClassVar[bool] = False  # may differ between the tokens of one completion
     coupling: ClassVar[str] = "sequence"
+    compares: ClassVar[str] = ""  # with what a reward is compared, and is 0 without: "group", "batch", or "" (nothing)
     shift_invariant: ClassVar[bool] = False  # promises: R + c within each group changes nothing
     scale_invariant: ClassVar[bool] = False  # promises: c·R with c > 0 changes nothing (but for eps)
     homogeneous: ClassVar[bool] = True  # c·R gives c·A, so that a scale takes c out again

@@ -22,8 +22,10 @@ from lossmith.losses.catalogue import (
     terms,
     user,
 )
+from lossmith.losses.catalogue.call import read_call
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.loss import Loss
+from lossmith.losses.loss import Loss, together
+from lossmith.losses.piece import shown
 
 __all__ = ["CATALOGUE", "Entry", "example_loss", "find_entry", "get_loss", "list_losses"]
 
@@ -57,15 +59,22 @@ def find_entry(name: str) -> Entry:
     raise LossError(f"There is no loss {name!r}.{close} `lossmith losses list` shows them all.")
 
 
-def get_loss(name: str, **changes: Any) -> Loss:
+def get_loss(spec: str | None = None, /, **changes: Any) -> Loss:
     """A loss of the catalogue, with any axis choice or parameter changed by its flat name.
 
-    get_loss("grpo", beta=0.04);  get_loss("grpo@trl");  get_loss("reinforce", advantage="gae", lam=0.95);
-    get_loss("my_package.losses:mine", beta=0.2)
+    get_loss("grpo", beta=0.04);  get_loss("grpo(beta=0.04)");  get_loss("grpo@trl");
+    get_loss("reinforce", advantage="gae", lam=0.95);  get_loss("my_package.losses:mine", beta=0.2)
+
+    name: what the loss is called from then on; where there is no spec, also which loss it is.
 
     LossError: unknown name or parameter (with the nearest ones), a parameter that would have no effect, a value out
     of range, a composition that means nothing. TrapWarning: legal, and known to mislead.
     """
+    spec = changes.pop("name", None) if spec is None else spec
+    if not isinstance(spec, str):
+        raise LossError(f"a loss is asked for by its name, not by {shown(spec)}.")
+    name, called = read_call(spec)
+    changes = together(called, changes)
     entry = find_entry(name)
     own = {key: changes.pop(key) for key in _own_parameters(entry) if key in changes}
     with quiet_traps():  # the default's traps; what is returned is checked below
@@ -85,10 +94,9 @@ def _refuse_fixed(entry: Entry, default: Loss, changes: dict[str, Any]) -> None:
     """A fixed choice is refused loudly when another is asked for, never ignored."""
     flat = default.to_dict()
     for key in entry.fixed:
-        if key in changes and changes[key] != flat[key]:
-            raise LossError(
-                f"{entry.name} is defined with {key}={flat[key]!r}; {key}={changes[key]!r} would be another loss."
-            )
+        given = getattr(changes.get(key), "option", changes.get(key, flat[key]))
+        if not isinstance(given, str) or given != flat[key]:
+            raise LossError(f"{entry.name} is defined with {key}={flat[key]!r}; {key}={shown(given)} is another loss.")
 
 
 def example_loss(name: str, max_length: int = 8, **changes: Any) -> Loss:
@@ -96,9 +104,10 @@ def example_loss(name: str, max_length: int = 8, **changes: Any) -> Loss:
 
     Trap warnings are not raised: what is looked at shows them.
     """
-    entry = find_entry(name)
+    plain, called = read_call(name)
+    changes = together(called, changes)
     with quiet_traps():
-        loss = get_loss(name, **{**entry.example, **changes})
+        loss = get_loss(plain, **{**find_entry(plain).example, **changes})
         return loss.set({"max_length": max_length}) if "max_length" in loss.needs else loss
 
 

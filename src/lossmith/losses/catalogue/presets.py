@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lossmith.errors import quiet_traps
 from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.flat import AXES, House
 from lossmith.losses.loss import Loss
+from lossmith.losses.policy_loss import PolicyLoss
 
 __all__ = ["PRESETS", "entries"]
 
@@ -23,9 +26,7 @@ OFF = {"beta": 0.0}
 PLAIN_DAPO = {"shaping": [], "group_filter": "none"}
 K1_REWARD = {"kl_estimator": "k1", "kl_place": "reward"}
 
-# TRL: eps 1e-4; icepop over the product of a completion's token ratios, at most 3, where the sampler is vLLM
-TRL = {**GROUPED, "eps": 1e-4, "clip_low": 0.2, "clip_high": 0.2, "mismatch": "icepop", "mismatch_level": "sequence"}
-TRL |= {"mismatch_low": 0.0, "mismatch_high": 3.0, "beta": 0.0, "kl_ratio_weight": True}
+TRL = {**GROUPED, "eps": 1e-4, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.0, "kl_ratio_weight": True}
 TRL_SOFT = {k: v for k, v in TRL.items() if not k.startswith("clip")}
 VERL = {**GROUPED, "eps": 1e-6, "singleton": "raw", "beta": 0.0}
 VERL_CLIP = {**VERL, "clip_low": 0.2, "clip_high": 0.2}
@@ -50,7 +51,12 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "vespo@trl": ("vespo", "grpo_trainer.py", {**TRL_SOFT, "kl_ratio_weight": False}, ""),
     "luspo@trl": ("luspo", "grpo_trainer.py", TRL, "clip bounds of the token ratio on the completion's"),
     "gspo@trl": ("gspo", "grpo_trainer.py", TRL, "clip bounds of the token ratio on the completion's"),
-    "gmpo@trl": ("gmpo", "gmpo_trainer.py", {**TRL_SOFT, "clip_low": 0.4, "clip_high": 0.4}, ""),
+    "gmpo@trl": (
+        "gmpo",
+        "gmpo_trainer.py",
+        {**TRL_SOFT, "clip_low": 0.4, "clip_high": 0.4, "kl_ratio_weight": False},
+        "no factor for vLLM either",
+    ),
     "rloo@trl": ("rloo", "rloo_config.py", {"beta": 0.05}, "groups of 2 by default"),
     "online_dpo@trl": ("online_dpo", "online_dpo_trainer.py", {"beta": 0.1}, "pairs: two completions a prompt"),
     "ipo@trl": ("ipo", "dpo_trainer.py", {"per_token": True}, "loss_type 'ipo': log-ratios are means over tokens"),
@@ -113,11 +119,8 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
         {
             "trust": "clip",
             **OPENRLHF,
-            "mismatch": "gate",
-            "mismatch_level": "geometric",
-            "mismatch_stat": "binary_kl",
         },
-        "batch mean as baseline; completions far off the sampler are dropped",
+        "batch mean as baseline; its gate for completions far off the sampler is off unless set",
     ),
     # -- SkyRL
     "grpo@skyrl": (
@@ -208,17 +211,32 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
 }
 
 
+# Where vLLM samples, TRL's GRPOTrainer weights each completion by the product of its ratios learner/sampler, and drops
+# it beyond 3. With use_vllm=False, its default, there is no such factor; in VESPO it is a part of W, and its default
+# mode is refused; GMPO's trainer has none.
+VLLM = {"mismatch": "icepop", "mismatch_level": "sequence", "mismatch_low": 0.0, "mismatch_high": 3.0}
+WITH_VLLM = ("grpo", "dapo", "bnpo", "dr_grpo", "grpo_classic", "cispo", "sapo", "luspo", "gspo")
+
+
+def _with_vllm(name: str) -> tuple[str, str, Mapping[str, Any], str]:
+    base, where, changes, _ = PRESETS[name]
+    return base, where, {**changes, **VLLM}, f"{name} with use_vllm=True"
+
+
+PRESETS |= {f"{name}@trl_vllm": _with_vllm(f"{name}@trl") for name in WITH_VLLM}
+
+
 def entries(catalogue: Mapping[str, Entry]) -> Iterator[Entry]:
     """The presets as entries, on top of the named losses."""
     for name, (base, where, changes, note) in PRESETS.items():
-        library = name.partition("@")[2]
+        library = _library(name)
         of = catalogue[base]
         yield Entry(
             name=name,
             year=of.year,
             paper=f"{library}, {where}",
             summary=f"{base} with {library}'s defaults" + (f": {note}." if note else "."),
-            build=_build(of, changes),
+            build=_build(of, changes, library, catalogue),
             fixed=of.fixed,
             demonstration=of.demonstration,
             example=of.example,
@@ -226,5 +244,29 @@ def entries(catalogue: Mapping[str, Entry]) -> Iterator[Entry]:
         )
 
 
-def _build(of: Entry, changes: Mapping[str, Any]) -> Callable[[], Loss]:
-    return lambda: of.build().set(changes)
+def _library(name: str) -> str:
+    return name.partition("@")[2].removesuffix("_vllm")
+
+
+def _build(of: Entry, changes: Mapping[str, Any], library: str, catalogue: Mapping[str, Entry]) -> Callable[[], Loss]:
+    def build() -> Loss:
+        made = of.build().set(changes)
+        return made.replace(house=_house(library, catalogue)) if isinstance(made, PolicyLoss) else made
+
+    return build
+
+
+_HOUSES: dict[str, House] = {}
+
+
+def _house(library: str, catalogue: Mapping[str, Entry]) -> House:
+    """The pieces of all presets of a library, in the order of the table."""
+    if library not in _HOUSES:
+        with quiet_traps():
+            losses = [
+                catalogue[base].build().set(x) for name, (base, _, x, _) in PRESETS.items() if _library(name) == library
+            ]
+        composed = [loss for loss in losses if isinstance(loss, PolicyLoss)]
+        axes = {axis: field for axis, (field, _) in AXES.items()}
+        _HOUSES[library] = House(tuple((axis, getattr(x, field)) for x in composed for axis, field in axes.items()))
+    return _HOUSES[library]

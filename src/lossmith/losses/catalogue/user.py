@@ -97,11 +97,23 @@ def _of_object(found: Any, where: str, name: str) -> Entry:
 def _of_function(function: Callable[..., Any], where: str) -> Entry:
     """The entry of a function, decorated or not. where: how to find it again."""
     said: dict[str, Any] = getattr(function, _SAID, {})
-    name = str(said.get("name", function.__name__))
+    name = str(said.get("name", getattr(function, "__name__", where)))
     doc = (inspect.getdoc(function) or "a loss of your own").split("\n")[0]
-    parameters = list(inspect.signature(function).parameters)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # written in C, without a signature
+        parameters = None
+    if parameters is None or inspect.isbuiltin(function):
+        raise LossError(f"{where} is no loss, but a function of Python itself.")
     build: Callable[..., Any] = function
-    if parameters and parameters[0] == "batch":
+    if next(iter(parameters), None) != "batch":
+        for p in parameters.values():
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                raise LossError(
+                    f"{where} is no loss: its parameter {p.name!r} has no default. A function that builds a loss can "
+                    "be called with nothing; one that computes a loss has `batch` as its first parameter."
+                )
+    else:
         needs = said.get("needs")
         reads = read_fields(function) if needs is None else frozenset(needs)
         opaque = FunctionLoss(name, function, parameters_of(function, skip=1), reads, where, said.get("stops", False))

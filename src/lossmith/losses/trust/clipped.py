@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lossmith.errors import LossError
 from lossmith.losses.piece import number, param, symbol
 from lossmith.losses.ratio import bounded_exp
 from lossmith.losses.trust.base import Tokens, Trust
@@ -65,9 +66,11 @@ class Clip(_Clipped):
     """
 
     option: ClassVar[str] = "clip"
-    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0)
-    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0)
-    dual: float | None = param("dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1)
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
+    dual: float | None = param(
+        "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
+    )
 
     def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
         return clipped_at(at, 1 - self.low, 1 + self.high, self.dual)
@@ -93,7 +96,9 @@ class BookClip(_Clipped):
     """
 
     option: ClassVar[str] = "book_clip"
-    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts, whatever the sign of A", low=0)
+    high: float = param(
+        "clip_high", 0.2, "how far above 1 the ratio still counts, whatever the sign of A", low=0, bound=True
+    )
 
     def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
         bound = torch.full_like(at.ratio.detach(), 1 + self.high)
@@ -121,11 +126,13 @@ class Preserve(Trust):
 
     option: ClassVar[str] = "preserve"
     stops_gradient: ClassVar[bool] = True
-    low: float = param("clip_low", 0.2, "how far below 1 the ratio counts in full when A < 0", low=0)
-    high: float = param("clip_high", 0.28, "how far above 1 the ratio counts in full when A > 0", low=0)
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio counts in full when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.28, "how far above 1 the ratio counts in full when A > 0", low=0, bound=True)
     beta_low: float = param("beta_low", 1.0, "share of the lower bound's gradient that is kept", low=0)
     beta_high: float = param("beta_high", 1.0, "share of the upper bound's gradient that is kept", low=0)
-    dual: float | None = param("dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1)
+    dual: float | None = param(
+        "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
+    )
 
     def _kept(self, at: Tokens) -> tuple[Tensor, Tensor]:
         """(where a bound holds, its weight β·bound)."""
@@ -182,10 +189,12 @@ class DynamicClip(_Clipped):
 
     option: ClassVar[str] = "dynamic_clip"
     token_only: ClassVar[bool] = True
-    low: float = param("clip_low", 0.16, "sets the lower bound, through the old probability", low=0)
-    high: float = param("clip_high", 0.2, "sets the upper bound, through the old probability", low=0)
-    hi_max: float = param("hi_max", 10.0, "largest upper bound", above=1)
-    dual: float | None = param("dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1)
+    low: float = param("clip_low", 0.16, "sets the lower bound, through the old probability", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "sets the upper bound, through the old probability", low=0, bound=True)
+    hi_max: float = param("hi_max", 10.0, "largest upper bound", above=1, bound=True)
+    dual: float | None = param(
+        "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
+    )
 
     def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
         inverse = bounded_exp(-at.below)
@@ -222,6 +231,7 @@ class BalancedClip(_Clipped):
     """
 
     option: ClassVar[str] = "balanced_clip"
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low_start", "low_max"), ("high_start", "high_max"))
     whole_batch: ClassVar[bool] = True
     low_start: float = param("low_start", 0.6, "first lower bound of the ratio", low=0)
     low_max: float = param("low_max", 0.9, "last lower bound of the ratio", low=0)
@@ -229,7 +239,14 @@ class BalancedClip(_Clipped):
     high_start: float = param("high_start", 1.2, "first upper bound of the ratio", above=0)
     high_max: float = param("high_max", 3.0, "last upper bound of the ratio", above=0)
     high_step: float | None = param("high_step", None, "by how much the upper bound rises", above=0, required=True)
-    target: float = param("target", 0.5, "wanted share of positive advantages", low=0)
+    target: float = param("target", 0.5, "wanted share of positive advantages", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, way in (("low_step", self.low_max - self.low_start), ("high_step", self.high_max - self.high_start)):
+            step = getattr(self, name)
+            if step is not None and way / step > 10_000:
+                raise LossError(f"balanced_clip: {name} = {step} takes more than 10,000 steps to the last bound.")
 
     def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
         return clipped_at(at, *self._balanced(at.detach()))
@@ -292,9 +309,9 @@ class Influence(Trust):
     option: ClassVar[str] = "influence"
     token_only: ClassVar[bool] = True
     stops_gradient: ClassVar[bool] = True
-    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0)
-    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0)
-    gamma: float = param("gamma", 2 ** (-1 / 32), "discount of later tokens' log-ratios", low=0)
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
+    gamma: float = param("gamma", 2 ** (-1 / 32), "discount of later tokens' log-ratios", low=0, high=1)
     floor: float = param("fipo_low", 1.0, "smallest influence", low=0)
     ceiling: float = param("fipo_clip", 0.2, "1 + fipo_clip is the largest influence", low=0)
 

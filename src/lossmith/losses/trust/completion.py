@@ -25,8 +25,8 @@ class LogClip(Trust):
     option: ClassVar[str] = "log_clip"
     through: ClassVar[str] = "logp"
     token_only: ClassVar[bool] = True
-    low: float = param("clip_low", 0.4, "smallest log-ratio that counts is -clip_low, for A < 0", low=0)
-    high: float = param("clip_high", 0.4, "largest log-ratio that counts, for A > 0", low=0)
+    low: float = param("clip_low", 0.4, "smallest log-ratio that counts is -clip_low, for A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.4, "largest log-ratio that counts, for A > 0", low=0, bound=True)
 
     def _log_mean(self, at: Tokens, delta: Tensor) -> Tensor:
         """mean_t c_t, [N, 1]."""

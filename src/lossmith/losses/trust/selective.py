@@ -22,7 +22,7 @@ class TVMaskSymmetric(Trust):
 
     option: ClassVar[str] = "tv_mask_symmetric"
     token_only: ClassVar[bool] = True
-    delta: float = param("delta", 0.1, "largest move of a token's probability that still counts", above=0)
+    delta: float = param("delta", 0.1, "largest move of a token's probability that still counts", above=0, bound=True)
 
     def _keep(self, at: Tokens) -> Tensor:
         return (at.logp.detach().exp() - at.below.exp()).abs() <= self.delta
@@ -104,9 +104,11 @@ class TVMask(_Divergence):
     """Drop A >= 0 with p - q > delta_high, and A < 0 with q - p > delta_low: total variation of the sampled token."""
 
     option: ClassVar[str] = "tv_mask"
-    delta_low: float = param("delta_low", 0.2, "largest fall of a token's probability for A <= 0", low=0)
-    delta_high: float = param("delta_high", 0.2, "largest rise of a token's probability for A > 0", low=0)
-    cap: float | None = param("cap", 20.0, "the largest weight (surrogate 'logp'); or none", above=0, optional=True)
+    delta_low: float = param("delta_low", 0.2, "largest fall of a token's probability for A <= 0", low=0, bound=True)
+    delta_high: float = param("delta_high", 0.2, "largest rise of a token's probability for A > 0", low=0, bound=True)
+    cap: float | None = param(
+        "cap", 20.0, "the largest weight (surrogate 'logp'); or none", above=0, optional=True, bound=True
+    )
     surrogate: str = param("surrogate", "logp", "what carries the gradient", choices=("logp", "ratio"))
 
     def keep(self, at: Tokens) -> Tensor:
@@ -131,9 +133,15 @@ class KLMask(_Divergence):
     """
 
     option: ClassVar[str] = "kl_mask"
-    delta_low: float = param("delta_low", 0.05, "largest binary KL of a falling token for A <= 0, nats", low=0)
-    delta_high: float = param("delta_high", 0.05, "largest binary KL of a rising token for A > 0, nats", low=0)
-    cap: float | None = param("cap", 20.0, "the largest weight (surrogate 'logp'); or none", above=0, optional=True)
+    delta_low: float = param(
+        "delta_low", 0.05, "largest binary KL of a falling token for A <= 0, nats", low=0, bound=True
+    )
+    delta_high: float = param(
+        "delta_high", 0.05, "largest binary KL of a rising token for A > 0, nats", low=0, bound=True
+    )
+    cap: float | None = param(
+        "cap", 20.0, "the largest weight (surrogate 'logp'); or none", above=0, optional=True, bound=True
+    )
     surrogate: str = param("surrogate", "logp", "what carries the gradient", choices=("logp", "ratio"))
 
     def keep(self, at: Tokens) -> Tensor:
@@ -169,10 +177,15 @@ class M2Mask(Trust):
     option: ClassVar[str] = "m2_mask"
     whole_batch: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
-    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0)
-    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0)
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
     threshold: float | None = param(
-        "m2_threshold", None, "largest mean squared log-ratio of sampler and old policy", above=0, required=True
+        "m2_threshold",
+        None,
+        "largest mean squared log-ratio of sampler and old policy",
+        above=0,
+        required=True,
+        bound=True,
     )
 
     def _keep(self, at: Tokens) -> Tensor:
@@ -238,12 +251,13 @@ class CovDrop(Trust):
     """
 
     option: ClassVar[str] = "cov_drop"
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("cov_low", "cov_high"),)
     whole_batch: ClassVar[bool] = True
-    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0)
-    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0)
-    fraction: float = param("fraction", 2e-4, "share of the tokens that is dropped", above=0)
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
+    fraction: float = param("fraction", 2e-4, "share of the tokens that is dropped", above=0, high=1)
     cov_low: float = param("cov_low", 1.0, "covariance above which a token may be dropped")
-    cov_high: float = param("cov_high", 5.0, "covariance above which it may not")
+    cov_high: float = param("cov_high", 5.0, "covariance above which it may not", bound=True)
     seed: int = param("seed", 0, "decides which candidates are dropped")
 
     def _drop(self, at: Tokens) -> Tensor:
@@ -310,7 +324,7 @@ class CovKL(Trust):
     acts_alone: ClassVar[bool] = True
     token_only: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
-    fraction: float = param("fraction", 2e-4, "share of the tokens that is penalised", above=0)
+    fraction: float = param("fraction", 2e-4, "share of the tokens that is penalised", above=0, high=1)
     coef: float = param("coef", 1.0, "coefficient of the penalty |log r|", low=0)
 
     def _chosen(self, at: Tokens) -> Tensor:

@@ -109,8 +109,10 @@ class SgClip(_Weighted):
     """ℓ = -sg(clip(r, 1 - low, cap))·A·logp (CISPO, arXiv:2506.13585, eq. 4; cap from arXiv:2510.13786)."""
 
     option: ClassVar[str] = "sg_clip"
-    low: float = param("clip_low", 1.0, "1 - clip_low is the smallest weight; 1 means no lower bound", low=0)
-    cap: float = param("cap", 5.0, "the largest weight", above=0)
+    low: float = param(
+        "clip_low", 1.0, "1 - clip_low is the smallest weight; 1 means no lower bound", low=0, bound=True
+    )
+    cap: float = param("cap", 5.0, "the largest weight", above=0, bound=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,7 +145,7 @@ class Truncate(_Weighted):
     """ℓ = -sg(min(r, cap))·A·logp: truncated importance sampling as a policy gradient."""
 
     option: ClassVar[str] = "truncate"
-    cap: float = param("cap", 1.0, "the largest weight", above=0)
+    cap: float = param("cap", 1.0, "the largest weight", above=0, bound=True)
 
     def weight(self, at: Tokens) -> Tensor:
         return at.ratio.clamp(max=self.cap)
@@ -166,7 +168,7 @@ class Taper(_Weighted):
     """
 
     option: ClassVar[str] = "taper"
-    cap: float = param("cap", 1.0, "the largest weight of a completion that is not rewarded", above=0)
+    cap: float = param("cap", 1.0, "the largest weight of a completion that is not rewarded", above=0, bound=True)
     split: str = param("split", "reward", "what divides good from bad completions", choices=("reward", "advantage"))
 
     def weight(self, at: Tokens) -> Tensor:
@@ -190,8 +192,8 @@ class Band(_Weighted):
     """ℓ = -sg(r·1[1 - low < r < 1 + high])·A·logp: nothing outside the band, whatever the sign of A (IcePop)."""
 
     option: ClassVar[str] = "icepop"
-    low: float = param("clip_low", 0.2, "1 - clip_low is the lower end of the band", low=0)
-    high: float = param("clip_high", 0.2, "1 + clip_high is the upper end of the band", low=0)
+    low: float = param("clip_low", 0.2, "1 - clip_low is the lower end of the band", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "1 + clip_high is the upper end of the band", low=0, bound=True)
 
     def weight(self, at: Tokens) -> Tensor:
         inside = (at.ratio > 1 - self.low) & (at.ratio < 1 + self.high)

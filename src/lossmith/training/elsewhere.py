@@ -1,0 +1,28 @@
+"""A setting that a recipe does not have: another library's word for one, or a parameter of the loss."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from lossmith.errors import nearest
+from lossmith.losses import all_parameters
+from lossmith.losses.foreign import FOREIGN
+
+__all__ = ["instead_of"]
+
+
+def instead_of(key: str, value: Any, known: Iterable[str]) -> str:
+    """What to write instead, as the tail of an error message."""
+    known, word = list(known), FOREIGN.get(key)
+    example = f"grpo({key}={reprlib.repr(value)})"
+    if "loss" not in known or (word is not None and word.setting and word.setting not in known):
+        return nearest(key, known)
+    if word is not None and word.setting:
+        return f" It is {word.whose}'s name for {word.setting} here."
+    if word is not None:
+        return f' It is a parameter of the loss, as in loss = "grpo(beta=0.04)": {word.said(key, value, ())}'
+    if key in all_parameters():
+        return f' It is a parameter of the loss: write loss = "{example}".'
+    return nearest(key, known)
