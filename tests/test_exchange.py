@@ -466,7 +466,7 @@ def test_export_refuses(full, store, tmp_path):
         ("--ties", "o.jsonl", {"form": "labels", "ties": True}),
         (r"written to \.jsonl files", "o.csv", {"form": "judgements"}),
         (r"\.jsonl and \.csv", "o.parquet", {}),
-        ("no folder", "nowhere/o.jsonl", {}),
+        ("is a file", "there.jsonl/o.jsonl", {}),
     ]:
         with pytest.raises(FeedbackError, match=message):
             export_file(full, tmp_path / path, **options)
@@ -495,7 +495,7 @@ def test_the_command_says_what_does_not_go_together(tmp_path):
         (("--export", "o.jsonl", "--import", "i.jsonl", "--db", "j.db"), "one at a time"),
         (("--form", "pairs", "--db", "j.db"), "no file is given"),
         (("--export", "o.jsonl", "--db", "j.db"), "there is no judgement file"),
-        (("s.jsonl", "--criteria", "@absent.txt"), "cannot be read"),
+        (("s.jsonl", "--criteria", "@absent.txt"), "there is no file of output sets"),
     ]:
         assert message in lossmith("annotate", *arguments, code=2, cwd=tmp_path).stderr
 
@@ -549,7 +549,7 @@ def test_the_page_is_served_until_it_is_stopped_and_then_says_what_is_next(tmp_p
 
 def test_judge_report_and_accounts_are_asked_for_what_was_given(tmp_path, stub, capsys, monkeypatch):
     sets = write(tmp_path / "s.jsonl", [{"prompt": "Why?", "outputs": ["a", "b"]}])
-    stub("judges", judge=lambda spec, sets, store, **o: f"{spec} {len(sets)} {sorted(o.items())}")
+    stub("judges", judge=lambda spec, sets, store, on_progress, **o: f"{spec} {len(sets)} {sorted(o.items())}")
     annotate(sets, judge="length", judge_model="m", question="ranking")
     assert (
         "length 1 [('criteria', None), ('model', 'm'), ('question', 'ranking'), ('scale', '1-5')]"

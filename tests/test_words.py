@@ -132,6 +132,8 @@ WRONG = [
     (("plot", "x", "--smooth", "0"), "--smooth 0"),
     (("plot", "x", "-o", "x.gif"), ".svg, .png or .pdf"),
     (("annotate",), "--db"),
+    (("annotate", "."), "is a folder"),
+    (("init", "p", "--prompts", "x.jsonl", "--prompt-limit", "0"), "--prompt-limit 0 keeps no prompt"),
     (("status",), "is in no project"),
 ]  # fmt: skip
 

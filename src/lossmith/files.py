@@ -152,6 +152,8 @@ def check_writable(path: str | Path, error: type[LossmithError] = RunError, *, n
         probe.unlink()
     except (OSError, ValueError) as found:
         reason = getattr(found, "strerror", None) or found
+        if isinstance(found, FileExistsError | NotADirectoryError):
+            reason = "a folder on the way to it is a file"
         raise error(f"nothing can be written to {str(path)!r}: {reason}. Choose another place.") from None
     return place
 

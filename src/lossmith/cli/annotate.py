@@ -18,7 +18,7 @@ from lossmith.feedback.convert import standing
 from lossmith.feedback.exchange import export_file, import_file
 from lossmith.feedback.output_set import OutputSet, read_sets
 from lossmith.feedback.store import Store
-from lossmith.files import at_home, read_text
+from lossmith.files import at_home, check_writable, read_text
 from lossmith.project import Project, check_order
 from lossmith.report.waiting import waiting
 
@@ -97,12 +97,14 @@ def annotate(
         Print the report as JSON.
     """
     _check_options(import_, export, report, judge, add_account, form, ties, as_json)
-    path = _judgement_file(sets, db)
     if sets is not None:
         check_order("annotate", sets)
     given = None if sets is None else read_sets(sets)
+    path = _judgement_file(sets, db)
     text = _criteria(criteria)
     made_here = given is not None or import_ is not None or add_account is not None
+    if made_here:
+        check_writable(path, FeedbackError)
     with Store(path, create=made_here) as store:
         if given is not None:
             store.add_sets(given)
@@ -187,8 +189,11 @@ def _add_account(store: Store, name: str) -> None:
 
     password = os.environ.get("LOSSMITH_PASSWORD")
     if password is None:
-        password = getpass.getpass(f"password for {name}: ")
-        if getpass.getpass("again: ") != password:
+        try:
+            password, again = getpass.getpass(f"password for {name}: "), getpass.getpass("again: ")
+        except EOFError:
+            raise FeedbackError("no password came from the terminal: put it in LOSSMITH_PASSWORD.") from None
+        if again != password:
             raise FeedbackError("the two passwords differ; no account was made.")
     add_account(store, name, password)
     _say(f"account {name} is in {store.path}")

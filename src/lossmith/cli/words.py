@@ -21,6 +21,7 @@ from lossmith.training.recipe import Settings
 __all__ = ["in_options", "options_of", "said", "settings_of"]
 
 S = typing.TypeVar("S", bound=Settings)
+_OF_PROMPTS = {"limit": "prompt_limit", "column": "prompt_column", "split": "prompt_split"}  # as load_prompts has them
 _IN_RECIPE: set[str] = set()  # settings whose value is the recipe file's
 _QUOTED = r"(?<!\w)(?:'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")(?!\w)"  # a user's own words: left as they are
 
@@ -48,7 +49,9 @@ def options_of(app: cyclopts.App, words: Sequence[str]) -> dict[str, str]:
     if command.default_command is None:
         return {}
     arguments = command.assemble_argument_collection()
-    return {a.field_info.name: a.names[0] for a in arguments if a.names[0].startswith("--")}
+    found = {a.field_info.name: a.names[0] for a in arguments if a.names[0].startswith("--")}
+    other = {name: found[setting] for name, setting in _OF_PROMPTS.items() if setting in found}
+    return other | found
 
 
 def in_options(text: str, options: Mapping[str, str]) -> str:
