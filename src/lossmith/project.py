@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -233,7 +233,7 @@ def _describe_model(manifest: dict[str, Any]) -> tuple[str, str]:
 
 def _columns(path: Path) -> tuple[str, ...]:
     """All columns of a project's own prompts file: what was let in when it was made stays let in."""
-    rows = (row for _, row in read_rows(path))
+    rows = (row for _, row in read_rows(path) if isinstance(row, Mapping))  # of any other it is said when it is read
     return tuple({key for row in rows for key in row} - {"prompt"})
 
 
