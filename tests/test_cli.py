@@ -86,9 +86,10 @@ def test_resume_goes_on(tmp_path):
 
 def test_sample_writes_a_set_a_line(tmp_path):
     prompts = tmp_path / "p.txt"
-    prompts.write_text("one\ntwo\n")
+    prompts.write_text("one\ntwo\none\n")
     out = tmp_path / "out.jsonl"
-    lossmith("sample", prompts, "--n", 3, "-o", out, "--model", tiny.folder(), "--max-tokens", 6)
+    said = lossmith("sample", prompts, "--n", 3, "-o", out, "--model", tiny.folder(), "--max-tokens", 6).stderr
+    assert "3 rows are 2 prompts: 1 exact duplicate left out (p.txt:3)" in said
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["prompt"], len(r["outputs"])) for r in rows] == [("one", 3), ("two", 3)]
     assert all(len(o["tokens"]) == len(o["behavior_logp"]) for r in rows for o in r["outputs"])

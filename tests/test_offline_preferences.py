@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+import test_text
 import tiny
 from lossmith.api import train
 from lossmith.cli import app
@@ -20,7 +21,7 @@ from lossmith.policy import token_outputs
 from lossmith.rewards.best_of import best_of, choose_best
 from lossmith.rollouts import LogProbs, Measure, Score
 from lossmith.training import Learner, Recipe
-from lossmith.training.examples import make_examples, turn_end
+from lossmith.training.examples import around_answer, make_examples
 from lossmith.training.preferences import (
     PreferenceRecipe,
     _rows,
@@ -260,13 +261,13 @@ def pair(chosen, rejected="no"):
 
 def test_texts_end_the_assistants_turn_as_the_template_does():
     policy = tiny.loaded()
-    assert turn_end(policy) == 256
+    assert around_answer(policy) == ("", 256)
     assert ids(policy, pair("yes"))[0] == (*policy.tokenizer("yes")["input_ids"], 256)
     rollout = make_examples(policy, [pair("yes")]).examples[0].rollouts[0]
     assert rollout.prompt_ids == policy.encode(rollout.prompt) and rollout.finish_reason == "eos"
     assert policy.decode(rollout.completion_ids) == "yes" == rollout.completion
     assert rollout.behavior_logp.values.isnan().all()
-    assert turn_end(tiny.policy(chat=False)) == 256
+    assert around_answer(tiny.policy(chat=False)) == ("", 256)
 
 
 def test_a_special_token_spelled_out_is_text():
@@ -400,3 +401,22 @@ def test_best_of_n_is_the_largest_of_every_prompt():
     best = {r.prompt.id: r.score.value for r in choose_best(rollouts).rollouts}
     for r in rollouts:
         assert r.score.value <= best[r.prompt.id]
+
+
+def test_tokens_are_those_of_a_text_whichever_special_tokens_were_shown():
+    policy, p = tiny.loaded(), tiny.prompts("Why?")[0]
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    tokens = policy.tokenizer("<think>so")["input_ids"]
+    for text in ("<think>so", "so"):
+        found = make_examples(policy, [Pair(p, named(p, text, tokens), named(p, "no"))])
+        assert found.examples[0].rollouts[0].completion_ids == tuple(tokens)
+
+
+def test_the_space_that_a_template_puts_before_an_answer_is_kept():
+    policy = tiny.policy(tiny.llama(vocab=512))
+    policy.tokenizer = test_text.space_tokenizer()
+    assert around_answer(policy) == (" ", 2)
+    first = ids(policy, pair("so it"))[0]
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "so it"}]
+    whole = policy.tokenizer.apply_chat_template(said)["input_ids"]
+    assert [*policy.encode(tiny.prompts("Why?")[0]), *first] == list(whole)

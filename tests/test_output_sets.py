@@ -1,6 +1,7 @@
 """Output sets: different outputs, named by what they hold, read back as they were written."""
 
 import dataclasses
+import datetime
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from lossmith.errors import FeedbackError
 from lossmith.feedback.distinct import likeness, sample_sets, split_duplicates
 from lossmith.feedback.output_set import OutputSet, named, read_sets, write_sets
 from lossmith.policy import SamplingSettings, sample
+from lossmith.prompts import load_prompts
 
 
 @pytest.mark.parametrize(
@@ -108,3 +110,16 @@ def test_the_same_text_for_another_prompt_is_another_output():
     first, second = tiny.prompts("a", "b")
     assert named(first, "x").id != named(second, "x").id
     assert OutputSet(first, (named(first, "x"),)).id != OutputSet(first, (named(first, "y"),)).id
+
+
+def test_columns_are_written_down_and_are_no_part_of_a_name(tmp_path):
+    """An annotator is shown prompt and outputs; sets that were written before ids knew of columns keep their names."""
+    policy = tiny.loaded()
+    (plain,) = tiny.prompts("Why?")
+    (dated,) = load_prompts([{"prompt": "Why?", "day": datetime.date(2024, 2, 29), "raw": b"ab"}])
+    settings = SamplingSettings(max_tokens=6)
+    first, second = (sample_sets(policy, [p], 2, settings, model="m", seed=0)[0] for p in (plain, dated))
+    assert first.id == second.id and first.prompt.id != second.prompt.id
+    write_sets(tmp_path / "s.jsonl", [second])
+    (again,) = read_sets(tmp_path / "s.jsonl")
+    assert again.id == second.id and dict(again.prompt.columns) == {"day": "2024-02-29", "raw": "YWI="}

@@ -1,9 +1,12 @@
 """A project knows its stage from its files, and a step taken too early is refused with the reason."""
 
+import datetime
+import decimal
 import itertools
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 import lossmith as ls
@@ -154,3 +157,26 @@ def test_training_on_a_weak_reward_model_is_asked_about_wherever_it_stands(tmp_p
     for spec in (good, "helpfulness", "http://localhost/x", "a.py:f", lambda completions: completions, [good, "length"],
                  trained(tmp_path / "silent", None), str(tmp_path), str(tmp_path / "nothing")):  # fmt: skip
         refuse_weak(spec)
+
+
+def test_a_project_copies_rows_of_any_type_that_differ_in_a_column(tmp_path):
+    when = datetime.date(2024, 2, 29)
+    rows = [{"question": "Why?", "target_word": w, "day": when, "price": decimal.Decimal("1.10")} for w in ("a", "b")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    project = Project.create(tmp_path / "demo", str(tmp_path / "p.parquet"), column="question")
+    kept = [json.loads(line) for line in project.prompts.read_text().splitlines()]
+    assert kept == [{"prompt": "Why?", "target_word": w, "day": "2024-02-29", "price": "1.10"} for w in ("a", "b")]
+    assert project.stages()[0].found == "2 prompts"
+
+
+def test_a_project_that_cannot_be_begun_leaves_no_folder(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    with pytest.raises(PromptError, match=r"p\.jsonl:2"):
+        Project.create(tmp_path / "demo", str(tmp_path / "p.jsonl"))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_what_was_left_out_of_a_project_is_said(tmp_path):
+    (tmp_path / "p.txt").write_text("Why?\nWhy?\nHow?\n")
+    project = Project.create(tmp_path / "demo", str(tmp_path / "p.txt"))
+    assert "3 rows are 2 prompts: 1 exact duplicate left out (p.txt:2)" in project.said

@@ -1,11 +1,17 @@
 """The input-only data set: every format gives the same prompts, and everything wrong is named with its place."""
 
 import csv
+import datetime
+import decimal
+import enum
 import json
 import math
+import pathlib
 import sys
+import uuid
 
 import datasets
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossmith.errors import PromptError
-from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
+from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts, plain
+from lossmith.prompts.content import NOTHING, is_blank
 
 ROWS = [
     {"prompt": "What is 2 + 2?", "topic": "numbers"},
@@ -63,7 +70,8 @@ def test_every_format_gives_the_same_prompts(tmp_path):
     assert [p.source for p in lines] == ["p.txt:1", "p.txt:3"]
 
 
-rows_of_text = st.lists(st.tuples(st.text(min_size=1).filter(str.strip), st.text()), min_size=1, max_size=6)
+visible = st.text(min_size=1).filter(lambda text: not is_blank(text) and text.strip() not in NOTHING)
+rows_of_text = st.lists(st.tuples(visible, st.text()), min_size=1, max_size=6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,10 +87,10 @@ def test_whatever_was_written_comes_back_from_every_format(tmp_path_factory, pai
             writer.writeheader()
             writer.writerows(rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "p.parquet")
-    distinct = dict(reversed(pairs))  # the first of each stays
+    distinct = set(pairs)
     for name in ("p.jsonl", "p.json", "p.csv", "p.tsv", "p.parquet"):
         found = load_prompts(folder / name)
-        assert {p.content: p.columns["note"] for p in found} == distinct
+        assert {(p.content, p.columns["note"]) for p in found} == distinct
         assert len(found) + len(found.duplicates) == len(pairs)
         assert [p.id for p in found] == [p.id for p in load_prompts(rows)]
 
@@ -134,12 +142,12 @@ def test_exact_duplicates_are_left_out_and_reported(tmp_path):
     found = load_prompts(jsonl(tmp_path, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}, {"prompt": "a "}]))
     assert [p.content for p in found] == ["a", "b", "a "]
     assert found.duplicates == ("p.jsonl:3",)
-    assert "1 exact duplicates left out (p.jsonl:3)" in found.summary()
+    assert "4 rows are 3 prompts: 1 exact duplicate left out (p.jsonl:3)" in found.summary()
 
 
 # -- split and batches ------------------------------------------------------------------------------------------------
 
-texts = st.lists(st.text(min_size=1).filter(str.strip), min_size=4, max_size=30, unique=True)
+texts = st.lists(visible, min_size=4, max_size=30, unique=True)
 
 
 @settings(max_examples=50, deadline=None)
@@ -269,7 +277,6 @@ GOOD = '{"prompt": "a"}\n'
         ("p.csv", "prompt,topic\na,b\nc\n", "p.csv:3: the row has not as many fields"),
         ("p.csv", "prompt\n", r"p.csv holds no prompt: its one line \(prompt\) is taken for the header.*rows below"),
         ("p.csv", 'prompt\na\n"b\nc\nd\n', "p.csv:3: the row that begins here is no CSV.*Close every quote"),
-        ("p.csv", "prompt\n" + "x" * 140_000, "p.csv:2: the row that begins here is no CSV: field larger"),
         ("p.csv", "prompt,t,t\na,b,c\n", "p.csv:1: two columns are named 't'; rename one"),
         ("p.csv", 'prompt,t\n"a\nb",x\n"  ",x\n', "p.csv:4: the column 'prompt' is blank"),
         ("p.csv", "What is it?\nWho?\n", "p.csv:2: no column 'prompt'. Known: What is it.*first line .* must name"),
@@ -394,9 +401,10 @@ def test_a_hub_name_that_gives_nothing_says_how_it_was_understood(monkeypatch):
 # -- what a prompt is ------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_the_same_when_their_content_is():
+def test_prompts_are_the_same_when_content_and_columns_are():
     one, two = load_prompts(["a", {"prompt": CHAT}]), load_prompts([{"prompt": "a", "topic": "x"}, CHAT])
-    assert list(one) == list(two) and len({*one, *two}) == 2
+    assert one[1] == two[1] and one[0] != two[0] and len({*one, *two}) == 3
+    assert one[0].content_id == two[0].content_id == one[0].id
     assert Prompt(tuple(reversed(CHAT))) != Prompt(tuple(CHAT)) == Prompt(CHAT)
 
 
@@ -411,3 +419,226 @@ def test_the_shipped_prompts():
     assert isinstance(found, PromptSet)
     words = [len(p.text.split()) for p in found]
     assert min(words) >= 3 and max(words) <= 80
+
+
+# -- rows that differ in a column -------------------------------------------------------------------------------------
+
+TARGETS = [{"prompt": "Write a poem.", "must_contain": word} for word in ("lamp", "river", "owl", "moon")]
+
+
+def test_one_prompt_with_several_targets_is_several_prompts(tmp_path):
+    found = load_prompts(jsonl(tmp_path, [*TARGETS, TARGETS[1], {"prompt": "Another."}]))
+    assert [p.columns.get("must_contain") for p in found] == ["lamp", "river", "owl", "moon", None]
+    assert found.duplicates == ("p.jsonl:5",)
+    assert len({p.id for p in found}) == 5 and len({p.content_id for p in found}) == 2
+    again = load_prompts([*reversed(TARGETS), {"prompt": "Another."}])
+    assert {p.id for p in again} == {p.id for p in found}
+    assert Prompt("a", {"x": 1}) != Prompt("a", {"x": 2}) and Prompt("a", {"x": None}) == Prompt("a")
+
+
+def test_a_column_changes_nothing_that_is_sampled_unless_it_tells_two_rows_apart():
+    """Random numbers are keyed by the content as long as that is enough to name the prompt."""
+    bare, topic = load_prompts(["a", "b"]), load_prompts([{"prompt": "a", "topic": "x"}, {"prompt": "b", "topic": "y"}])
+    assert [p.key for p in bare] == [p.key for p in topic] == [p.id for p in bare]
+    assert [p.key for p in topic.batch(0, 2, 7)] == [p.key for p in bare.batch(0, 2, 7)]
+    several = load_prompts(TARGETS)
+    assert len({p.key for p in several}) == 4
+    assert [p.key for p in default_prompts()] == [p.content_id for p in default_prompts()]
+
+
+def default_prompts():
+    return load_prompts(default_prompts_path())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 9)), min_size=3, unique=True), st.integers(0, 3))
+def test_rows_of_one_content_stand_on_one_side_of_a_split(rows, seed):
+    found = load_prompts([{"prompt": text, "n": n} for text, n in rows])
+    if len({text for text, _ in rows}) < 2:
+        with pytest.raises(PromptError, match="of 1 text, those of one text staying together"):
+            found.split(2, seed)
+        return
+    train, held_out = found.split(2, seed)
+    assert len(train) + len(held_out) == len(found) and len(train) > 0 and len(held_out) > 0
+    assert not {p.content for p in train} & {p.content for p in held_out}
+
+
+def test_too_few_prompts_to_hold_out_say_how_many_rows_were_duplicates():
+    with pytest.raises(
+        PromptError, match=r"cannot hold out 4 of 1 prompt \(20 rows, of which 19 are exact duplicates\)"
+    ):
+        load_prompts(["a"] * 20).split(4, 0)
+
+
+# -- chat in a cell, and every field of a message -------------------------------------------------------------------
+
+
+def test_chat_as_json_in_a_cell_is_chat(tmp_path):
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], [json.dumps(CHAT)], ["[1, 2] is a list. What is its sum?"]])
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [json.dumps(CHAT)]}), tmp_path / "p.parquet")
+    found = load_prompts(tmp_path / "p.csv")
+    assert list(found[0].content) == CHAT and found[0].id == load_prompts([CHAT])[0].id
+    assert found[1].content.startswith("[1, 2]")
+    assert list(load_prompts(tmp_path / "p.parquet")[0].content) == CHAT
+    assert load_prompts([str(CHAT)])[0] == found[0]  # as pandas writes a list into a table
+    assert load_prompts(['["a", "b"]', '{"a": 1}', "[{"])[0].content == '["a", "b"]'
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (str(CHAT)[:-9], "begins as chat messages do, but is not JSON"),
+        (json.dumps(CHAT)[:-9], "begins as chat messages do, but is not JSON"),
+        (json.dumps(CHAT[0]), r"holds one chat message as JSON; write a list"),
+        (json.dumps([*CHAT, {"text": "x"}]), "the item 3 is none"),
+        (json.dumps([{"role": "usr", "content": "x"}]), "message 1 of 'prompt' must be"),
+        (json.dumps([*CHAT, {"role": "assistant", "content": "x"}]), "end with the assistant's"),
+    ],
+)
+def test_a_cell_that_is_half_chat_is_refused(tmp_path, cell, message):
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], [cell]])
+    with pytest.raises(PromptError, match=rf"p.csv:2: .*{message}"):
+        load_prompts(tmp_path / "p.csv")
+
+
+CALL = {"type": "function", "function": {"name": "rain", "arguments": {"town": "Ghent"}}}
+TURNS = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "look"},
+    {"role": "tool", "content": "", "tool_call_id": "1", "name": "rain"},
+]
+
+
+def test_every_field_of_a_message_is_kept(tmp_path):
+    found = load_prompts(jsonl(tmp_path, [{"prompt": TURNS}]))
+    assert list(found[0].content) == TURNS
+    # a table gives every message every field; what is None is not there
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": TURNS}]), tmp_path / "p.parquet")
+    assert load_prompts(tmp_path / "p.parquet")[0] == found[0]
+
+
+def test_content_in_parts_is_their_text_and_pictures_are_refused():
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "this?"}]
+    assert load_prompts([[{"role": "user", "content": parts}]])[0].text == "What is this?"
+    with pytest.raises(PromptError, match="message 1 of 'prompt' holds a part of type 'image'"):
+        load_prompts([[{"role": "user", "content": [*parts, {"type": "image", "image": "a.png"}]}]])
+
+
+def test_sharegpt_messages_are_chat_messages():
+    rows = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Why?"}]
+    assert list(load_prompts([{"conversations": rows}], column="conversations")[0].content) == CHAT
+    with pytest.raises(PromptError, match="message 1 of 'prompt' must be"):
+        load_prompts([[{"from": "narrator", "value": "Once"}]])
+
+
+def test_arrays_of_messages_as_pandas_gives_them():
+    assert list(load_prompts([{"prompt": numpy.array(CHAT, dtype=object)}])[0].content) == CHAT
+
+
+# -- other layouts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_input_of_an_instruction_is_joined_to_it():
+    rows = [{"instruction": "Sort these.", "input": "b, a"}, {"instruction": "Say hi.", "input": ""}]
+    found = load_prompts(rows, column="instruction")
+    assert [p.content for p in found] == ["Sort these.\nb, a", "Say hi."]
+    assert "input joined to instruction in 1 of them" in found.summary()
+    (long,) = load_prompts([rows[0] | {"history": [["Hi", "Hello"]]}], column="instruction")
+    assert [(m["role"], m["content"]) for m in long.content] == [
+        ("user", "Hi"), ("assistant", "Hello"), ("user", "Sort these.\nb, a"),
+    ]  # fmt: skip
+    with pytest.raises(PromptError, match="the column 'history' must hold a list of"):
+        load_prompts([rows[0] | {"history": "Hi"}], column="instruction")
+
+
+def test_a_system_column_is_the_system_message():
+    found = load_prompts([{"prompt": "Why?", "system": "Be brief."}, {"prompt": "How?", "system": ""}])
+    assert list(found[0].content) == CHAT and found[1].content == "How?"
+    assert "system as the system message in 1 of them" in found.summary()
+    # written down and read again it is the same
+    again = load_prompts([{"prompt": [dict(m) for m in found[0].content], "system": "Be brief."}])
+    assert again[0] == found[0]
+    with pytest.raises(PromptError, match="begins with another system message than the column 'system'"):
+        load_prompts([{"prompt": CHAT, "system": "Be long."}])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a", "n": 1}, r"Is it 'question'\? --prompt-column question"),
+        ({"instruction": "a", "input": "b"}, "--prompt-column instruction"),
+        ({"messages": CHAT}, "--prompt-column messages"),
+        ({"conversations": []}, "--prompt-column conversations"),
+        ({"chosen": "a", "rejected": "b"}, "a file of preferences, to learn from with `lossmith prefer`"),
+    ],
+)
+def test_other_layouts_are_told_what_to_do(row, message):
+    with pytest.raises(PromptError, match=f"memory:1: no column 'prompt'.*{message}"):
+        load_prompts([row])
+
+
+def test_a_column_that_would_pass_for_the_prompt_is_refused():
+    with pytest.raises(PromptError, match="the column 'prompt' stands beside 'question'"):
+        load_prompts([{"prompt": "a", "question": "b"}], column="question")
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff \u2060", "\x00"])
+def test_what_nobody_can_see_is_blank(text):
+    with pytest.raises(PromptError, match="is blank"):
+        load_prompts([text])
+
+
+@pytest.mark.parametrize("text", ["NaN", "None", " null "])
+def test_an_empty_cell_that_was_printed_is_no_prompt(tmp_path, text):
+    with pytest.raises(PromptError, match=f"p.txt:2: .*holds '{text.strip()}', which is how a program"):
+        load_prompts(written(tmp_path, "p.txt", f"Why?\n{text}\n"))
+
+
+def test_a_long_cell_is_read_and_the_process_keeps_its_limit(tmp_path):
+    limit = csv.field_size_limit()
+    rows = load_prompts(written(tmp_path, "p.csv", f"prompt,document\nWhat?,{'x' * 150_000}\nAnd?,short\n"))
+    assert [len(p.columns["document"]) for p in rows] == [150_000, 5] and csv.field_size_limit() == limit
+
+
+# -- columns of any type ----------------------------------------------------------------------------------------------
+
+
+class Level(enum.Enum):
+    HIGH = "high"
+
+
+@pytest.mark.parametrize(
+    ("value", "made"),
+    [
+        (datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.UTC), "2024-02-29T12:00:00+00:00"),
+        (datetime.date(2024, 2, 29), "2024-02-29"),
+        (datetime.timedelta(minutes=1.5), 90.0),
+        (decimal.Decimal("0.10"), "0.10"),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (b"\x00\xff", "AP8="),
+        (numpy.int64(3), 3),
+        (numpy.float32(0.5), 0.5),
+        (numpy.array([[1, 2]]), [[1, 2]]),
+        (numpy.datetime64("2024-02-29"), "2024-02-29"),
+        (math.nan, None),
+        (math.inf, "inf"),
+        ((1, {"a": {2}}), [1, {"a": [2]}]),
+        (Level.HIGH, "high"),
+        (pathlib.PurePosixPath("a/b"), "a/b"),
+    ],
+)
+def test_a_column_of_any_type_can_be_written_down(value, made):
+    assert plain(value) == made
+    json.dumps(plain(value), allow_nan=False)
+    assert load_prompts([{"prompt": "a", "x": value}])[0].columns["x"] is value  # a scorer sees what was given
+
+
+def test_a_column_that_cannot_be_written_down_is_named():
+    with pytest.raises(PromptError, match="memory:1: the column 'x' holds a object, which cannot be written down"):
+        load_prompts([{"prompt": "a", "x": object()}])
+    itself = []
+    itself.append(itself)
+    with pytest.raises(PromptError, match="memory:1: the column 'x' holds itself"):
+        load_prompts([{"prompt": "a", "x": itself}])

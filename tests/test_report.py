@@ -11,9 +11,12 @@ import lossmith as ls
 import tiny
 from lossmith.cli import app
 from lossmith.errors import LossmithError, printable
+from lossmith.prompts import load_prompts
 from lossmith.report.closing import closing
 from lossmith.report.code import code_that_runs
 from lossmith.report.opening import batch_arithmetic, opening
+from lossmith.report.prompts import who_reads
+from lossmith.rewards import load_scorer
 from lossmith.training.evaluate import comparison
 
 
@@ -175,3 +178,25 @@ def test_the_opening_says_batch_arithmetic_formula_and_memory(run):
         assert piece in text
     lines = batch_arithmetic(ls.Recipe.make(prompts_per_step=4, updates_per_step=2, epochs=3, steps=5), 10)
     assert "6 updates a step x 5 steps = 30 updates; the prompts are seen 2.00 times" in lines[1]
+
+
+def target(completions, target_word):
+    return [float(text.count(word)) for text, word in zip(completions, target_word, strict=True)]
+
+
+def anything(completions, **columns):
+    return [0.0 for _ in completions]
+
+
+def test_what_reaches_whom_is_said_before_the_run():
+    rows = [{"prompt": "Why?", "tools": [{"name": "x"}], "target_word": w, "topic": "t"} for w in "ab"]
+    prompts, policy = load_prompts(rows), tiny.policy()
+    scorer, every = load_scorer(target, columns=prompts.columns), load_scorer(anything, columns=prompts.columns)
+    unread = "! the model's chat template does not read: tools (2 prompts)"
+    assert who_reads(policy, prompts, [scorer]) == ["to the scorer: target_word", "to nobody: topic", unread]
+    assert who_reads(policy, prompts, [load_scorer("length")]) == ["to nobody: target_word, topic", unread]
+    assert who_reads(policy, prompts, [scorer, every]) == ["to the scorer: target_word, tools, topic", unread]
+    assert who_reads(policy, prompts) == [unread]
+    policy.tokenizer.chat_template = "{{ tools }}" + tiny.TEMPLATE
+    reached = ["to the scorer: target_word", "to the chat template: tools", "to nobody: topic"]
+    assert who_reads(policy, prompts, [scorer]) == reached

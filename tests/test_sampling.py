@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from lossmith.errors import PolicyError
-from lossmith.policy import SamplingSettings, sample, token_outputs
+from lossmith.policy import SamplingSettings, sample, sampling, token_outputs
 from lossmith.prompts import load_prompts
 
 SHORT = SamplingSettings(max_tokens=12)
@@ -111,6 +111,19 @@ def test_seed_step_and_sample_each_matter(policy):
     assert len(completions) == 8
 
 
+def test_prompts_that_differ_in_a_column_are_sampled_for_themselves(policy):
+    rows = load_prompts([{"prompt": "Why?", "target": word} for word in "ab"], pass_columns=["target"])
+    drawn = draw(policy, list(rows))
+    assert [r.prompt.columns["target"] for r in drawn] == ["a"] * 4 + ["b"] * 4
+    first, second = ({r.completion_ids for r in drawn if r.prompt.columns["target"] == word} for word in "ab")
+    assert not first & second
+    # a column alone changes nothing
+    (one,) = load_prompts([{"prompt": "Why?", "target": "a"}], pass_columns=["target"])
+    assert [r.completion_ids for r in draw(policy, [one])] == [
+        r.completion_ids for r in draw(policy, tiny.prompts("Why?"))
+    ]
+
+
 def test_the_global_random_state_is_neither_read_nor_moved(policy):
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -167,6 +180,58 @@ def test_a_stop_string_ends_the_text_but_not_the_record():
         assert not set(r.completion) & set(letters)
         assert set(policy.decode(r.completion_ids)) & set(letters)
         assert not set(policy.decode(r.completion_ids[:-1])) & set(letters)
+
+
+PAD, BEGINS, ENDS = 257, 258, 259
+
+
+def tagged_policy(shown="answer"):
+    """As `ending_policy`, with tags that are special tokens, and a padding token."""
+    policy = ending_policy(256)
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"], "pad_token": "<pad>"})
+    assert policy.tokenizer.convert_tokens_to_ids(["<pad>", "<think>", "</think>"]) == [PAD, BEGINS, ENDS]
+    policy.special_tokens = shown
+    return policy
+
+
+@pytest.mark.parametrize("shown", ["answer", "all", "none"])
+def test_a_special_token_as_a_stop_string(shown):
+    """It is matched as a token, whether or not texts show it; what stands before it stays."""
+    policy = tagged_policy(shown)
+    free = draw(policy, n=32, settings=SamplingSettings(max_tokens=100))
+    drawn = draw(policy, n=32, settings=SamplingSettings(max_tokens=100, stop=("</think>",)))
+    stopped = 0
+    for r, was in zip(drawn, free, strict=True):
+        assert r.completion_ids == was.completion_ids[: len(r.completion_ids)]
+        assert (r.finish_reason == "stop") == (ENDS in was.completion_ids)
+        assert "</think>" not in r.completion and ("<think>" in r.completion) == (
+            shown != "none" and BEGINS in r.completion_ids
+        )
+        if r.finish_reason == "stop":
+            stopped += 1
+            assert r.completion_ids.index(ENDS) == len(r.completion_ids) - 1
+            assert r.completion == policy.decode(r.completion_ids[:-1], r.prompt_ids)
+    assert stopped > 5
+
+
+def test_a_padding_token_as_a_stop_string():
+    policy = tagged_policy()
+    drawn = draw(policy, n=32, settings=SamplingSettings(max_tokens=100, stop=("<pad>",)))
+    stopped = [r for r in drawn if r.finish_reason == "stop"]
+    assert len(stopped) > 5
+    for r in stopped:
+        assert r.completion_ids[-1] == PAD and r.completion == policy.decode(r.completion_ids, r.prompt_ids)
+
+
+def test_a_stop_string_that_spans_tokens_special_and_not():
+    policy = tagged_policy()
+    x, a = policy.tokenizer.convert_tokens_to_ids(["x", "a"])
+    settings = SamplingSettings(max_tokens=4, stop=("x</think>a",))
+    row = sampling._Row(tiny.prompts("Why?")[0], (1, 2), 0, sampling.uniforms(0, 0, "k", 0, settings))
+    for ids, finish in (([x, ENDS], None), ([x, ENDS, a], "stop"), ([x, a, x, a], "length")):
+        row.ids, row.finish = ids, None
+        sampling._finish(policy, [row], policy.eos_ids, settings)
+        assert row.finish == finish
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ import tomli_w
 
 from lossmith.errors import StageError
 from lossmith.feedback.convert import standing
-from lossmith.feedback.output_set import OutputSet, prompt_content, read_sets, write_rows
+from lossmith.feedback.output_set import OutputSet, read_sets, write_rows
 from lossmith.feedback.store import Store
 from lossmith.files import at_home, check_writable, write_whole
 from lossmith.intervals import doubt, in_words
-from lossmith.prompts import default_prompts_path, load_prompts, read_rows
+from lossmith.prompts import default_prompts_path, load_prompts, plain, prompt_content, read_rows
 from lossmith.training.recipe import Recipe
 
 __all__ = ["MARK", "Project", "Stage", "Step", "check_order", "check_recipe_order"]
@@ -61,6 +61,7 @@ class Project:
         self.judgements = folder / "judgements.db"
         self.reward_model = folder / "reward_model"
         self.runs = folder / "runs"
+        self.said = ""  # of the prompts, when it was made
 
     @classmethod
     def create(cls, folder: Path, prompts: str, **reading: Any) -> Project:
@@ -74,7 +75,7 @@ class Project:
         if (folder / MARK).exists():
             raise StageError(f"{folder} is a project already. See where it stands: lossmith status {_quoted(folder)}")
         chosen = load_prompts(default_prompts_path() if prompts == "default" else prompts, **reading)
-        rows = [{"prompt": prompt_content(p), **p.columns} for p in chosen]
+        rows = [{**plain(p.columns), "prompt": prompt_content(p)} for p in chosen]  # before anything is made
         project, made_here = cls(folder), not folder.exists()
         try:
             check_writable(project.prompts, StageError, new=True)
@@ -84,6 +85,7 @@ class Project:
             if made_here:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        project.said = chosen.summary()
         return project
 
     @classmethod
@@ -106,7 +108,7 @@ class Project:
         yield Stage("prompts", count > 0, f"{count} prompts", f"lossmith init {_quoted(self.folder)}")
 
         sets = read_sets(self.outputs) if self.outputs.exists() else []
-        found, problem = _describe_sets(sets, {p.id for p in prompts or ()})
+        found, problem = _describe_sets(sets, {p.content_id for p in prompts or ()})
         yield Stage("sample", bool(sets), found, f"lossmith sample {q['prompts']} --n 4 -o {q['outputs']}", problem)
 
         found, judged = self._describe_judgements(sets)
@@ -213,7 +215,7 @@ def _describe_sets(sets: list[OutputSet], known: set[str]) -> tuple[str, str]:
     alike = sum(s.near_duplicates for s in sets)
     models = sorted({str(s.provenance.get("model", "unknown")) for s in sets})
     found = f"{len(sets)} sets, {outputs} outputs" + (f" of {', '.join(models)}" if models else "")
-    strange = sum(s.prompt.id not in known for s in sets)
+    strange = sum(s.prompt.content_id not in known for s in sets)
     problem = f"{strange} sets are of prompts that prompts.jsonl does not hold" if strange else ""
     return found + (f", {alike} near-duplicates" if alike else ""), problem
 

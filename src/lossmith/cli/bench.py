@@ -39,6 +39,7 @@ def bench(
     made = settings_of(Recipe, recipe, settings)
     show_code(console, scorer=made.scorer, watch=made.watch, loss=made.loss)
     checked = plan(made)
+    console.print(checked.report, highlight=False, markup=False, soft_wrap=True)
     with console.status("measuring"):
         found = measure_recipe(checked)
     if as_json:

@@ -14,6 +14,7 @@ from lossmith.cli.words import settings_of
 from lossmith.intervals import in_words
 from lossmith.report.code import show_code
 from lossmith.report.live import Busy, step_line
+from lossmith.report.prompts import who_reads
 from lossmith.training.preferences import (
     PreferenceRecipe,
     PreferenceRun,
@@ -86,9 +87,12 @@ def _opening(run: PreferenceRun) -> str:
     def block(name: str, text: str) -> str:
         return f"{name:<10}" + text.replace("\n", "\n" + " " * 10)
 
+    prompts = {e.prompt.id: e.prompt for e in (*run.train.examples, *run.held_out.examples)}
+    fields = who_reads(run.learner.policy, prompts.values())
     lines = [
         block("train", run.train.report()),
         block("held out", run.held_out.report()),
+        *([block("fields", "\n".join(fields))] if fields else []),
         *(block("note", note) for note in run.notes),
         block("batch", f"{len(run.batches)} steps of about {run.recipe.preferences_per_step} {run.train.form}"),
         block("loss", str(run.learner.loss)),

@@ -42,6 +42,7 @@ def init(
         Target-like columns that the scorer may see.
     """
     project = Project.create(folder, prompts, column=prompt_column, limit=prompt_limit, pass_columns=pass_columns)
+    Console(stderr=True).print(project.said, highlight=False, markup=False, soft_wrap=True)
     _show(project.folder, project.stages())
 
 

@@ -16,9 +16,11 @@ from lossmith.feedback.distinct import sample_sets
 from lossmith.feedback.output_set import OutputSet, json_line, set_of_rollouts, write_sets
 from lossmith.files import check_writable
 from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
+from lossmith.policy.text import SpecialTokens
 from lossmith.project import check_order
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
 from lossmith.report.code import show_code
+from lossmith.report.prompts import who_reads
 from lossmith.report.waiting import waiting
 from lossmith.rewards import check_scorer, close_scorer, load_scorer
 from lossmith.rewards.address import shown
@@ -42,6 +44,8 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
     stop: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    special_tokens: SpecialTokens = "answer",
+    chat_template: str | None = None,
     seed: int = 0,
     resample: int = 3,
     best_by: str | None = None,
@@ -72,7 +76,11 @@ def sample(
     top_k
         Only the k likeliest tokens; 0 is off.
     stop
-        Strings that end a completion.
+        Strings that end a completion, special tokens among them.
+    special_tokens
+        Special tokens that a text shows: those that are part of the answer (<think>, tool calls), all, or none.
+    chat_template
+        Which of the model's chat templates, where it has several.
     seed
         Decides what is sampled, whatever the order of the prompts.
     resample
@@ -98,15 +106,20 @@ def sample(
     if output is not None:
         output = check_writable(output, new=True)
     source = default_prompts_path() if prompts == "default" else prompts
-    chosen = list(load_prompts(source, column=prompt_column, pass_columns=pass_columns, limit=limit))
+    read = load_prompts(source, column=prompt_column, pass_columns=pass_columns, limit=limit)
+    chosen = list(read)
     if n * len(chosen) > AT_MOST:
         raise PolicyError(f"n = {n} outputs of {len(chosen)} prompts are more than the {AT_MOST} that fit one file.")
     if best_by is not None:
         show_code(Console(stderr=True), scorer=best_by)
-        check_scorer(best_by, columns={name for prompt in chosen for name in prompt.columns})
+        check_scorer(best_by, columns=read.columns)
     check_model(model)
-    policy = load_policy(model, device=device, compute_dtype=dtype)
+    policy = load_policy(
+        model, device=device, compute_dtype=dtype, special_tokens=special_tokens, chat_template=chat_template
+    )
     console = Console(stderr=True)
+    reported = [read.summary(), *who_reads(policy, chosen)]
+    console.print("\n".join(reported), highlight=False, markup=False, soft_wrap=True)
     with waiting(console, f"sampling {len(chosen)} x {n} completions") as count:
         if best_by is None:
             sets = sample_sets(

@@ -36,8 +36,9 @@ from lossmith.feedback.agreement_tables import (
 )
 from lossmith.feedback.convert import standing
 from lossmith.feedback.judgement import SCALES, Judgement
-from lossmith.feedback.output_set import OutputSet, prompt_content
+from lossmith.feedback.output_set import OutputSet
 from lossmith.intervals import FEWEST
+from lossmith.prompts import prompt_content
 
 __all__ = ["Agreement", "AgreementReport", "AnnotatorSummary", "LookAgain", "PositionBias", "agreement_report"]
 

@@ -17,14 +17,13 @@ images, a message's tool calls), is refused.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from lossmith.errors import FeedbackError, nearest
+from lossmith.prompts.content import BEGINS_CHAT, as_python_spells
 
 __all__ = ["FIELDS", "our_rows"]
 
@@ -49,7 +48,6 @@ _ROLES = {
 }  # fmt: skip
 _NOT_KEPT = ("tools", "images", "videos", "audios", "image", "rejected_images", "rejected_tools")
 _NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "audio", "tool_call_id")
-_BEGUN = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -104,9 +102,9 @@ def _json(text: str) -> Any:
 
 def _chat(text: str, key: str, where: str) -> Any:
     """The chat messages that a text is JSON of; any other text is a text."""
-    found, begun = _json(text), _BEGUN.match(text)
+    found, begun = _json(text), BEGINS_CHAT.match(text)
     if found is text and begun:
-        found = _literal(text)  # pandas writes a list into a table as Python spells it
+        found = as_python_spells(text)
         if found is None:
             raise FeedbackError(
                 f"{where}: {key} begins like chat messages, but is no JSON that can be read. Write the column as JSON "
@@ -115,15 +113,6 @@ def _chat(text: str, key: str, where: str) -> Any:
     messages = found if isinstance(found, list) else [found]
     whole = isinstance(found, Mapping) and key == "input" and "messages" in found
     return found if whole or (messages and all(_is_message(m) for m in messages)) else text
-
-
-def _literal(text: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an odd escape in a text
-            return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        return None
 
 
 def _is_message(value: Any) -> bool:

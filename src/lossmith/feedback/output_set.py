@@ -1,7 +1,8 @@
 """Output sets: several outputs that a model wrote for one prompt, to be judged against each other.
 
 A set is no training target: nothing in it was chosen by anyone yet. Everything is named by what it holds, so a
-judgement can never be attached to another text than the one that was read.
+judgement can never be attached to another text than the one that was read. Columns of a prompt, which no annotator is
+shown, are no part of a name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from lossmith.errors import FeedbackError, PromptError
 from lossmith.files import at_home, read_text, write_whole
 from lossmith.policy import SamplingSettings
-from lossmith.prompts import Prompt, load_prompts
+from lossmith.prompts import Prompt, load_prompts, plain, prompt_content
 from lossmith.rollouts import Rollout
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "OutputSet",
     "json_line",
     "named",
-    "prompt_content",
     "read_set",
     "read_sets",
     "set_of_rollouts",
@@ -60,7 +60,7 @@ class OutputSet:
     @property
     def id(self) -> str:
         """16 hex digits of what the set holds."""
-        return _digest(self.prompt.id, *(output.id for output in self.outputs))
+        return _digest(self.prompt.content_id, *(output.id for output in self.outputs))
 
     def output(self, name: str) -> Output:
         return next(output for output in self.outputs if output.id == name)
@@ -79,7 +79,7 @@ class OutputSet:
             }
             for o in self.outputs
         ]
-        columns = {"columns": dict(self.prompt.columns)} if self.prompt.columns else {}
+        columns = {"columns": plain(self.prompt.columns)} if self.prompt.columns else {}
         return {
             "set_id": self.id,
             "prompt": prompt_content(self.prompt),
@@ -96,7 +96,7 @@ def named(
 ) -> Output:
     """An output under its own name; `made` is the set's provenance."""
     ids = None if tokens is None else tuple(tokens)
-    return Output(_digest(prompt.id, text, ids, sorted((made or {}).items())), text, ids, **more)
+    return Output(_digest(prompt.content_id, text, ids, sorted((made or {}).items())), text, ids, **more)
 
 
 def set_of_rollouts(
@@ -133,11 +133,6 @@ def set_of_rollouts(
         for r in rollouts
     )
     return OutputSet(rollouts[0].prompt, outputs, made, near_duplicates)
-
-
-def prompt_content(prompt: Prompt) -> str | list[dict[str, str]]:
-    """A prompt as JSON holds it: text or chat messages."""
-    return prompt.content if isinstance(prompt.content, str) else [dict(message) for message in prompt.content]
 
 
 def write_sets(path: Path, sets: Iterable[OutputSet]) -> None:

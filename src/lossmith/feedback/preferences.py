@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from lossmith.errors import FeedbackError, PromptError, nearest
 from lossmith.feedback.layouts import FIELDS, our_rows
-from lossmith.feedback.output_set import Output, named, prompt_content, write_rows
-from lossmith.prompts import Prompt, load_prompts
+from lossmith.feedback.output_set import Output, named, write_rows
+from lossmith.prompts import TEMPLATE_COLUMNS, Prompt, load_prompts, plain, prompt_content
 
 __all__ = [
     "Label",
@@ -124,8 +124,9 @@ def split_by_prompt(
     """(train, held out), every prompt on one side: pairs of one prompt are correlated, and would leak."""
     prompts = load_prompts([{"prompt": prompt_content(p.prompt)} for p in preferences])
     _, kept = prompts.split(held_out, seed)
-    ids = {prompt.id for prompt in kept}
-    return [p for p in preferences if p.prompt.id not in ids], [p for p in preferences if p.prompt.id in ids]
+    ids = {prompt.content_id for prompt in kept}
+    train = [p for p in preferences if p.prompt.content_id not in ids]
+    return train, [p for p in preferences if p.prompt.content_id in ids]
 
 
 def write_preferences(path: Path, preferences: Iterable[Preference]) -> None:
@@ -170,7 +171,7 @@ def _parse(row: Mapping[str, Any], where: str) -> Preference:
 def _pair(row: Mapping[str, Any], where: str, who: str) -> Pair:
     prompt, chosen = _split_chat(row.get("prompt"), row["chosen"], where, "chosen")
     other, rejected = _split_chat(row.get("prompt"), row["rejected"], where, "rejected")
-    if prompt.id != other.id:
+    if prompt.content_id != other.content_id:
         raise FeedbackError(
             f"{where}: chosen and rejected answer different prompts: they part before the last message. One answer of "
             "each is compared."
@@ -299,7 +300,8 @@ def _plain(text: Any, where: str, field: str) -> str:
 
 
 def _row(prompt: Prompt, annotator: str) -> dict[str, Any]:
-    return {"prompt": prompt_content(prompt)} | ({"annotator": annotator} if annotator else {})
+    beside = {name: plain(prompt.columns[name]) for name in TEMPLATE_COLUMNS if name in prompt.columns}
+    return {"prompt": prompt_content(prompt)} | beside | ({"annotator": annotator} if annotator else {})
 
 
 def _text(prompt: Prompt, field: str, output: Output) -> dict[str, Any]:

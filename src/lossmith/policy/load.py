@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.errors import PolicyError, nearest
+from lossmith.policy.text import SpecialTokens, answer_text, prompt_ids
 from lossmith.prompts import Prompt
 
 __all__ = ["Policy", "find_device", "find_dtype"]
@@ -38,6 +39,7 @@ class Policy:
     version: int = 0
     value_head: nn.Linear | None = None
     _encoded: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
     shares: bool | None = None  # whether completions may share their prompt; found out when it is first asked
 
     @property
@@ -55,9 +57,9 @@ class Policy:
                 where = type(owner).__name__.removesuffix("Fast")
                 raise PolicyError(f"eos_token_id of the model is {ids!r} ({where}), and must be a token's number.")
             found |= set(each)
-        template = self.tokenizer.chat_template
-        if isinstance(template, str):
-            added = self.tokenizer.get_added_vocab()
+        known = self.tokenizer.chat_template or ""
+        added = self.tokenizer.get_added_vocab()
+        for template in known.values() if isinstance(known, dict) else [known]:
             found |= {added[mark] for mark in _TURN_ENDS if mark in added and mark in template}
         return frozenset(found)
 
@@ -87,38 +89,44 @@ class Policy:
         PolicyError: the template refuses the prompt, or its ids are none, or not the model's.
         """
         if prompt.id not in self._encoded:
-            self._encoded[prompt.id] = self._ids(prompt)
+            ids = prompt_ids(self.tokenizer, prompt, self.eos_ids)
+            if not ids:
+                raise PolicyError(f"{prompt.source}: the tokenizer makes no token of the prompt {prompt.content!r}.")
+            known = self.model.get_input_embeddings().weight.shape[0]
+            if max(ids) >= known:
+                raise PolicyError(
+                    f"{prompt.source}: the tokenizer makes the id {max(ids)}, but the model knows ids below {known}: "
+                    "the tokenizer in the model's folder belongs to another model."
+                )
+            self._encoded[prompt.id] = tuple(ids)
         return self._encoded[prompt.id]
 
-    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if self.tokenizer.chat_template:
-            ids = self.tokenizer(self._chat_text(prompt), add_special_tokens=False)["input_ids"]
-        elif isinstance(prompt.content, str):
-            ids = self.tokenizer(prompt.content)["input_ids"]
-        else:
-            raise PolicyError(f"{prompt.source}: the prompt holds chat messages, but the model has no chat template.")
-        if not ids:
-            raise PolicyError(f"{prompt.source}: the tokenizer makes no token of the prompt {prompt.content!r}.")
-        known = self.model.get_input_embeddings().weight.shape[0]
-        if max(ids) >= known:
-            raise PolicyError(
-                f"{prompt.source}: the tokenizer makes the id {max(ids)}, but the model knows ids below {known}: "
-                "the tokenizer in the model's folder belongs to another model."
-            )
-        return tuple(ids)
+    def decode(self, ids: Sequence[int], after: Sequence[int] = (), special_tokens: SpecialTokens | None = None) -> str:
+        """Text of a completion's ids after those of its prompt: a view for people and scorers, never trained on.
 
-    def _chat_text(self, prompt: Prompt) -> str:
-        from jinja2 import TemplateError
+        special_tokens: "answer" shows those that are part of the answer, "all" every one, "none" none; the policy's
+        own choice if not given.
+        """
+        return answer_text(self.tokenizer, ids, after, self._hidden(special_tokens or self.special_tokens))
 
-        try:
-            messages = [dict(m) for m in prompt.messages]
-            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            raise PolicyError(f"{prompt.source}: the model's chat template refuses the prompt: {error}") from None
+    def _hidden(self, special_tokens: SpecialTokens) -> frozenset[int]:
+        if special_tokens == "all":
+            return frozenset()
+        added = self.tokenizer.added_tokens_decoder
+        if special_tokens == "none":
+            return frozenset(i for i, token in added.items() if token.special)
+        around = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} | self.eos_ids
+        return frozenset(i for i in added if i in around)
 
-    def decode(self, ids: tuple[int, ...] | list[int]) -> str:
-        """Text of token ids without special tokens: a view for people and scorers, never encoded again for training."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def use_template(self, name: str) -> None:
+        """Take one of the model's named chat templates, from now on and in what `save` writes. PolicyError: no such."""
+        known = self.tokenizer.chat_template
+        names = sorted(known) if isinstance(known, dict) else []
+        if name not in names:
+            has = f"has {', '.join(names)}" if names else "has no named chat templates"
+            raise PolicyError(f"chat_template = {name!r}: the model {has}.")
+        self.tokenizer.chat_template = known[name]
+        self._encoded.clear()
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

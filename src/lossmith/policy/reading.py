@@ -13,26 +13,39 @@ from lossmith.policy.embedded import embedded_model
 from lossmith.policy.folder import check_config, check_model, in_brief
 from lossmith.policy.load import Policy, find_device, find_dtype
 from lossmith.policy.memory import keep_freed_memory
+from lossmith.policy.text import SpecialTokens, check_special_tokens
 from lossmith.policy.trial import sharing_is_exact
 
 __all__ = ["check_weights", "load_policy", "read_pretrained"]
 
 
 def load_policy(
-    model: str | Path = "default", *, device: str = "auto", compute_dtype: str = "auto", trainable: bool = True
+    model: str | Path = "default",
+    *,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    trainable: bool = True,
+    special_tokens: SpecialTokens = "answer",
+    chat_template: str | None = None,
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
+
+    special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
+    the model has several.
 
     PolicyError: what check_model finds, weights that are missing, damaged or not finite, or a model whose sampling or
     log-probabilities are not those of its plain forward pass.
     """
     check_model(model)
+    check_special_tokens(special_tokens)
     where = find_device(device)
     if where.type == "cpu":
         keep_freed_memory()
     tokenizer, network = _read(str(model))
     network = network.to(where).eval().requires_grad_(trainable)
-    policy = Policy(network, tokenizer, find_dtype(compute_dtype, where))
+    policy = Policy(network, tokenizer, find_dtype(compute_dtype, where), special_tokens=special_tokens)
+    if chat_template is not None:
+        policy.use_template(chat_template)
     _check_parts(policy, str(model))
     sharing_is_exact(policy)
     return policy

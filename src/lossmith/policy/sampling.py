@@ -52,7 +52,7 @@ def sample(
     distinct = list({prompt.id: p for p, prompt in enumerate(prompts)}.values())
     order = sorted(distinct, key=lambda p: len(encoded[p]))  # prompts of like length side by side
     pending = deque(
-        [Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].id, k, settings)) for k in ks]
+        [Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].key, k, settings)) for k in ks]
         for p in order
         for ks in _portions(n, batch_rows)
     )
@@ -92,9 +92,9 @@ def check_samples(n: int, settings: SamplingSettings) -> None:
         raise PolicyError(f"{settings.noise} would give noise: every token is then about as likely as any other.")
 
 
-def uniforms(seed: int, step: int, prompt_id: str, sample: int, settings: SamplingSettings) -> np.ndarray:
+def uniforms(seed: int, step: int, prompt_key: str, sample: int, settings: SamplingSettings) -> np.ndarray:
     """[max_tokens] numbers in [0, 1), a function of their key alone (Philox, a counter-based generator)."""
-    key = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{sample}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(f"{seed}/{step}/{prompt_key}/{sample}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(settings.max_tokens)
 
 
@@ -112,16 +112,30 @@ def _finish(policy: Policy, ends: frozenset[int], settings: SamplingSettings, ro
     """Set the finish reason of a row that has just ended: an end token, a stop string, or the budget."""
     if row.ids[-1] in ends:
         row.finish = "eos"
-    elif settings.stop and any(text in policy.decode(row.ids) for text in settings.stop):
+    elif settings.stop and _stops(policy, row, settings.stop):
         row.finish = "stop"
     elif len(row.ids) == settings.max_tokens:
         row.finish = "length"
 
 
+def _stops(policy: Policy, row: Row, stop: tuple[str, ...]) -> bool:
+    """Whether the last token completes a stop string, special tokens spelled out. Every token is a byte or more."""
+    far = max(len(text.encode("utf-8", "replace")) for text in stop) + 1
+    before, last = [*row.prompt_ids, *row.ids[:-far]], row.ids[-far:]
+    text = policy.decode(last, before, "all")
+    return any(end in text for end in stop)
+
+
 def _rollout(policy: Policy, row: Row, settings: SamplingSettings, measure: Measure) -> Rollout:
-    text = policy.decode(row.ids)
+    text = policy.decode(row.ids, row.prompt_ids)
     if row.finish == "stop":
-        text = text[: min(text.find(stop) for stop in settings.stop if stop in text)]
+        whole = policy.decode(row.ids, row.prompt_ids, "all")
+        at = min(place for stop in settings.stop if (place := whole.find(stop)) >= 0)
+        if text.startswith(whole[:at]):
+            text = whole[:at]
+        else:  # special tokens before it are not shown
+            kept = [k for k in range(len(row.ids)) if len(policy.decode(row.ids[:k], row.prompt_ids, "all")) <= at]
+            text = policy.decode(row.ids[: kept[-1]], row.prompt_ids)
     assert row.finish is not None
     return Rollout(
         prompt=row.prompt,

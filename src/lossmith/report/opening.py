@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lossmith.report.prompts import who_reads
 from lossmith.training import Learner, Plan, Recipe, Run
 
 __all__ = ["batch_arithmetic", "memory_estimate", "opening"]
@@ -10,8 +11,10 @@ __all__ = ["batch_arithmetic", "memory_estimate", "opening"]
 def opening(plan: Plan, run: Run) -> str:
     """The text printed before the first step."""
     recipe = plan.recipe
+    scorers = [scorer for scorer in (run.scorer, run.watch) if scorer is not None]
+    read_by = who_reads(run.policy, [*plan.train, *plan.held_out], scorers)
     lines = [
-        "prompts   " + plan.report.replace("\n", "\n          "),
+        "prompts   " + "\n          ".join([*plan.report.split("\n"), *read_by]),
         f"          {len(plan.train)} to train on, {len(plan.held_out)} held out",
         "batch     " + "\n          ".join(batch_arithmetic(recipe, len(plan.train))),
         "memory    " + memory_estimate(run.learner),

@@ -55,7 +55,9 @@ def make_examples(
             continue
         lengths = tuple(len(o.text.split()) for o in outputs)
         made.append(
-            Example(preference.prompt.id, tuple(map(tuple, rows)), lengths, **said, annotator=preference.annotator)
+            Example(
+                preference.prompt.content_id, tuple(map(tuple, rows)), lengths, **said, annotator=preference.annotator
+            )
         )
     if not made:
         raise FeedbackError("no preference is left to train on.")

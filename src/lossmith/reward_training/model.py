@@ -13,7 +13,7 @@ from lossmith.errors import PolicyError
 from lossmith.policy import check_model, check_weights, embedded_model, read_pretrained
 from lossmith.policy.load import find_device, find_dtype
 from lossmith.reward_training.examples import Example
-from lossmith.rewards.reward_model import score_rows
+from lossmith.rewards.reward_model import score_rows, separator_of
 
 __all__ = ["Scoring", "load_scoring"]
 
@@ -23,6 +23,7 @@ class Scoring:
 
     def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.separator = separator_of(tokenizer, model)
 
     @property
     def max_length(self) -> int:
@@ -33,7 +34,7 @@ class Scoring:
     def scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """r(x, y) [N], float32, of ragged token ids, at each row's true last token."""
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return score_rows(self.model, rows).float()
+            return score_rows(self.model, rows, self.separator).float()
 
     @torch.no_grad()
     def all_scores(self, examples: Sequence[Example], budget: int) -> list[Tensor]:

@@ -293,9 +293,9 @@ def _loss_name(wanted: Loss, form: Form) -> str:
 
 def _subset(preferences: list[Preference], seed: int, member: int) -> list[Preference]:
     """Four fifths of the prompts, another draw for each member."""
-    ids = sorted({p.prompt.id for p in preferences})
+    ids = sorted({p.prompt.content_id for p in preferences})
     kept = np.random.default_rng([seed, member]).permutation(ids)[: max(1, round(0.8 * len(ids)))]
-    return [p for p in preferences if p.prompt.id in set(kept.tolist())]
+    return [p for p in preferences if p.prompt.content_id in set(kept.tolist())]
 
 
 def _digest(preferences: Sequence[Preference]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from lossmith.rollouts import Rollout, Score
@@ -26,6 +26,10 @@ class Builtin:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [self.function(rollout) for rollout in rollouts]
+
+    def columns_read(self, names: Set[str]) -> set[str]:
+        """None."""
+        return set()
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
         """As `score`: microseconds of plain Python need no limit."""
@@ -102,7 +106,7 @@ def _words(text: str) -> list[str]:
 
 def _question(rollout: Rollout) -> str:
     """What the user said last."""
-    asked = [str(m["content"]) for m in rollout.prompt.messages if m.get("role") == "user"]
+    asked = [str(m.get("content", "")) for m in rollout.prompt.messages if m.get("role") == "user"]
     return asked[-1] if asked else rollout.prompt.text
 
 

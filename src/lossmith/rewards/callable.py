@@ -15,7 +15,7 @@ to the completion at fault.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any
 
 from lossmith.errors import ScorerError, nearest
@@ -30,7 +30,6 @@ __all__ = ["FunctionScorer", "PathScorer", "as_batch"]
 
 LISTS = ("prompts", "completions", "completion_ids")
 OURS = (*LISTS, "completions_ids", "trainer_state", "log_extra", "log_metric")
-_NOT_COLUMNS = {"prompt", "completion", *LISTS}
 # What functions written for other libraries take, and why it is not given.
 _ELSEWHERE = {
     **dict.fromkeys(
@@ -87,6 +86,11 @@ class FunctionScorer:
                 f"timeout: no answer within {round(timeout or 0, 2):g} s; the call was left behind in its thread"
             ) from None
 
+    def columns_read(self, names: Set[str]) -> set[str]:
+        """Those that the function names; all of them where it takes any."""
+        signature = self._caller.signature
+        return set(names) if signature["anything"] else set(names & set(signature["named"]))
+
     def close(self) -> None:
         """End the thread once it is idle."""
         self._thread.stop(last=self._caller.close)
@@ -110,7 +114,7 @@ class PathScorer:
         self.path = path
         self.columns, self.settings = columns, settings or ScorerSettings()
         self._worker = Worker(path, startup)
-        signature = self._worker.start()
+        self._signature = signature = self._worker.start()
         self.name = signature["name"]
         try:
             _check_signature(signature, columns)
@@ -126,6 +130,11 @@ class PathScorer:
         verdicts = in_parts(lambda part, left, whole: self._worker.ask(part, left), batch, timeout)
         return [Score(**verdict) for verdict in verdicts]
 
+    def columns_read(self, names: Set[str]) -> set[str]:
+        """As `FunctionScorer.columns_read`."""
+        signature = self._signature
+        return set(names) if signature["anything"] else set(names & set(signature["named"]))
+
     def close(self) -> None:
         """Kill the process. Asked again, it starts again."""
         self._worker.stop()
@@ -136,7 +145,7 @@ def as_batch(
 ) -> Batch:
     """Rollouts as the lists a scoring function takes; every list is a copy that it may change."""
     pairs = [_prompt_and_completion(rollout) for rollout in rollouts]
-    names = set(columns or ()).union(*(rollout.prompt.columns for rollout in rollouts)) - _NOT_COLUMNS
+    names = set(columns or ()).union(*(rollout.prompt.columns for rollout in rollouts)) - {*LISTS}
     return Batch(
         prompts=[prompt for prompt, _ in pairs],
         completions=[completion for _, completion in pairs],
@@ -163,7 +172,7 @@ def _prompt_and_completion(rollout: Rollout) -> tuple[Any, Any]:
     if isinstance(content, str):
         return content, rollout.completion
     messages = [dict(message) for message in content]
-    begun = messages.pop()["content"] if messages and messages[-1].get("role") == "assistant" else ""
+    begun = messages.pop().get("content", "") if messages and messages[-1].get("role") == "assistant" else ""
     return messages, [{"role": "assistant", "content": begun + rollout.completion}]
 
 

@@ -7,11 +7,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from lossmith.errors import ScorerError, nearest
-from lossmith.rewards.scorer import Scorer, ask, close_scorer, verify_scorer
+from lossmith.rewards.scorer import Scorer, ask, close_scorer, columns_read, verify_scorer
 from lossmith.rollouts import Rollout, Score
 
 __all__ = ["COMBINE", "Ensemble", "WeightedSum", "check_weights"]
@@ -53,6 +53,10 @@ class _Members:
         """Have every member look whether it is still what was trained."""
         for scorer in self.scorers:
             verify_scorer(scorer)
+
+    def columns_read(self, names: Set[str]) -> set[str]:
+        """What any member is given."""
+        return set().union(*(columns_read(scorer, names) for scorer in self.scorers))
 
     def _ask_all(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[list[Score]]:
         """Each member's column of scores; one time limit covers them all."""

@@ -7,11 +7,11 @@ Expected: {"scores": [0.5, "abstain", {"error": "..."}, ...]}, one entry per com
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from lossmith.prompts import plain
 from lossmith.rewards.address import KEY, Address
 from lossmith.rewards.callable import as_batch
 from lossmith.rewards.function import Batch, CallFailure, Verdict, judge_all
@@ -62,7 +62,7 @@ class HttpScorer:
     def _call(self, batch: Batch, timeout: float | None, whole: bool) -> list[Verdict]:
         limit = self.timeout if timeout is None else timeout
         sent = {key: batch[key] for key in ("prompts", "completions", "columns")}
-        body = json.dumps(_plain(sent), default=str).encode()  # dates and the like go as text
+        body = json.dumps(plain(sent)).encode()
         try:
             return self._verdicts(self._server.post(body, limit, patient=whole), len(batch["completions"]))
         except TimedOut:
@@ -93,12 +93,3 @@ class HttpScorer:
         if isinstance(entry, Mapping) and isinstance(entry.get("error"), str):
             return {"error": f"http: the server says {self._hide(entry['error'][:300])!r}"}
         return verdict
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they go as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(key): _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossmith.errors import ScorerError
+from lossmith.errors import PolicyError, ScorerError
 from lossmith.files import at_home
 from lossmith.policy import check_model, check_weights, read_pretrained
 from lossmith.policy.folder import in_brief
-from lossmith.prompts import Prompt
+from lossmith.policy.template import template_values
+from lossmith.policy.text import encode_chat
+from lossmith.prompts import TEMPLATE_COLUMNS, Prompt, message_text
 from lossmith.rewards.seal import Seal
 from lossmith.rollouts import Rollout, Score
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RewardModel", "check_reward_model", "encode_conversation", "score_rows"]
+__all__ = ["RewardModel", "check_reward_model", "encode_conversation", "score_rows", "separator_of"]
 
 
 class RewardModel:
@@ -26,8 +28,9 @@ class RewardModel:
 
     `path` is a folder or a hub name, with safetensors weights; no code of the model's is ever run. The weights are
     float32, frozen, and in evaluation mode; a folder that `lossmith reward train` wrote must be as it was written, now
-    and whenever it is asked. Where the tokenizer has a chat template the conversation goes through it;
-    else the text is the prompt (its messages, a line each) followed directly by the completion.
+    and whenever it is asked. `reading` says how it is given a conversation: through its chat template; as a pair,
+    prompt and completion with the separator between them (BERT and its kin); or, where it has neither, as one text,
+    the prompt (its messages, a line each) followed directly by the completion.
 
     `max_length` is in tokens (default: what the model reads); anything longer is an error of kind `too long`, because
     cutting it would score a different text. `batch_size` is in completions, and changes no score.
@@ -49,6 +52,8 @@ class RewardModel:
         self.tokenizer, model = _load(str(path))
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.max_length = max_length or _reads(self.tokenizer, model)
+        self.separator = separator_of(self.tokenizer, model)
+        self.reading = how_it_reads(self.tokenizer)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return self.score_within(rollouts, None)
@@ -65,6 +70,10 @@ class RewardModel:
                 return scores + [late] * (len(rollouts) - len(scores))
             scores += self._score_batch([self.encode(r) for r in rollouts[start : start + self.batch_size]])
         return scores if self.seal is None else [self.seal.rescaled(score) for score in scores]
+
+    def columns_read(self, names: Set[str]) -> set[str]:
+        """Those that its own chat template reads."""
+        return set(names & set(TEMPLATE_COLUMNS)) if getattr(self.tokenizer, "chat_template", None) else set()
 
     def verify(self) -> None:
         """ScorerError if any file of a frozen model is not what was trained: every byte is read again."""
@@ -93,26 +102,59 @@ class RewardModel:
         import torch
 
         with torch.no_grad():
-            return score_rows(self.model, rows).float().cpu()
+            return score_rows(self.model, rows, self.separator).float().cpu()
 
 
 def encode_conversation(tokenizer: Any, prompt: Prompt, completion: str) -> list[int]:
-    """The token ids [T] of a whole conversation: through the chat template, or the prompt and the text after it.
+    """The token ids [T] of a whole conversation: through the chat template, as a pair, or as one text.
 
-    Training and scoring both call this, so that a reward model is asked about what it was taught.
+    Training and scoring both call this, so that a reward model is asked about what it was taught. A control token that
+    a text spells out is text. ScorerError: the chat template refuses the conversation.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        said = "\n".join(message["content"] for message in prompt.messages)
-        return tokenizer(said + completion)["input_ids"]
     messages = [dict(message) for message in prompt.messages]
-    begun = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
-    messages.append({"role": "assistant", "content": begun + completion})
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+    if getattr(tokenizer, "chat_template", None):
+        begun = messages.pop().get("content", "") if messages[-1]["role"] == "assistant" else ""
+        messages.append({"role": "assistant", "content": begun + completion})
+        try:
+            return encode_chat(tokenizer, messages, template_values(tokenizer, prompt), answer_follows=False)
+        except PolicyError as error:
+            raise ScorerError(f"{prompt.source}: of the reward model: {error}") from None
+    said = "\n".join(map(message_text, messages))
+    if separates(tokenizer):
+        return list(tokenizer(said, completion, split_special_tokens=True)["input_ids"])
+    return list(tokenizer(said + completion)["input_ids"])
 
 
-def score_rows(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+def separates(tokenizer: Any) -> bool:
+    """Whether the tokenizer joins two texts with a token that ends the first: those of encoders (BERT, RoBERTa, T5)."""
+    bare = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b")]
+    pair = list(tokenizer("a", "b")["input_ids"])
+    start = next((i for i in range(len(pair)) if pair[i : i + len(bare[0])] == bare[0]), 0) + len(bare[0])
+    end = next((i for i in range(start, len(pair)) if pair[i : i + len(bare[1])] == bare[1]), start)
+    between = set(pair[start:end])
+    return bool(between & {tokenizer.sep_token_id, tokenizer.eos_token_id}) and (
+        tokenizer.sep_token_id in between or tokenizer.bos_token_id not in between
+    )
+
+
+def how_it_reads(tokenizer: Any) -> str:
+    """How `encode_conversation` gives a conversation, in words."""
+    if getattr(tokenizer, "chat_template", None):
+        return "through its chat template"
+    return "as a pair, prompt and completion" if separates(tokenizer) else "as one text, prompt and completion joined"
+
+
+def separator_of(tokenizer: Any, model: Any) -> int | None:
+    """The id after which a pair's second text begins, where the model tells the two apart by token types (BERT)."""
+    types = getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" in tokenizer.model_input_names
+    paired = types and not getattr(tokenizer, "chat_template", None) and separates(tokenizer)
+    return tokenizer.sep_token_id if paired else None
+
+
+def score_rows(model: Any, rows: Sequence[Sequence[int]], separator: int | None = None) -> torch.Tensor:
     """Logits [N] of ragged rows [T_i], each read at the row's own last token; with gradient where one is recorded.
+
+    separator: as `separator_of` gives it; token types are then 0 up to the first one, and 1 after it.
 
     transformers reads the logit at the rightmost token that is not the padding token, found by its id. With
     pad == eos that is the token *before* a final eos. A filler that no row ends in makes it the true last one.
@@ -124,10 +166,14 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     width = max(len(row) for row in rows)
     ids = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    more = {}
+    if separator is not None:
+        first = (ids == separator).int().cumsum(1)
+        more["token_type_ids"] = ((first > 0) & ~((first == 1) & (ids == separator))).long() * mask
     own = model.config.pad_token_id
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = filler
     try:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0]
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[:, 0]
     finally:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = own
 

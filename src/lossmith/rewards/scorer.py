@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lossmith.errors import ScorerError
@@ -31,7 +31,17 @@ from lossmith.rewards.deadline import DeadlinePassed, DeadlineThread
 from lossmith.rewards.function import ABSTAIN, describe_error
 from lossmith.rollouts import Rollout, Score
 
-__all__ = ["OnError", "Scorer", "TimedScorer", "ask", "bind_scorer", "close_scorer", "score_rollouts", "verify_scorer"]
+__all__ = [
+    "OnError",
+    "Scorer",
+    "TimedScorer",
+    "ask",
+    "bind_scorer",
+    "close_scorer",
+    "columns_read",
+    "score_rollouts",
+    "verify_scorer",
+]
 
 OnError = Literal["stop", "drop"]
 
@@ -104,6 +114,12 @@ def bind_scorer(scorer: Any, policy: Any) -> None:
     bind = getattr(scorer, "bind", None)
     if callable(bind):
         bind(policy)
+
+
+def columns_read(scorer: Any, names: Set[str]) -> set[str]:
+    """Which of the prompts' columns the scorer is given: all, where it does not say."""
+    reads = getattr(scorer, "columns_read", None)
+    return set(names) if reads is None else set(reads(names))
 
 
 def verify_scorer(scorer: Any) -> None:

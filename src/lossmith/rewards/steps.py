@@ -7,13 +7,14 @@ k, so that a loss reads rewards [N, T]. Equation numbers follow NLPBook ch. 10.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from lossmith.errors import ScorerError, nearest
-from lossmith.rewards.scorer import Scorer, ask, close_scorer
+from lossmith.rewards.scorer import Scorer, ask, close_scorer, columns_read
 from lossmith.rollouts import Rollout, Score
 
 __all__ = ["StepReward", "segment_ends"]
@@ -40,7 +41,7 @@ class StepReward:
         scorer: Scorer,
         segments: str | int = "sentence",
         gain: str = "difference",
-        decode: Callable[[Sequence[int]], str] | None = None,
+        decode: Callable[..., str] | None = None,
     ) -> None:
         known = isinstance(segments, str) and segments in _ENDS
         if not known and not (isinstance(segments, int) and segments > 0):
@@ -48,33 +49,40 @@ class StepReward:
         if gain not in GAINS:
             raise ScorerError(f"gain is {gain!r}.{nearest(gain, GAINS)}")
         self.scorer, self.segments, self.gain, self.decode = scorer, segments, gain, decode
+        self._bound = False  # to a policy, which decodes a completion as it stands after its prompt
         self.name = f"{gain} of {scorer.name} by {segments if isinstance(segments, str) else f'{segments} tokens'}"
 
     def bind(self, policy: Any) -> None:
         """Take the policy's tokenizer: only it knows which tokens a piece of text is."""
-        self.decode = policy.decode
+        self.decode, self._bound = policy.decode, True
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return self.score_within(rollouts, None)
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
-        if self.decode is None:
+        decode = self.decode
+        if decode is None:
             raise ScorerError(
                 f"{self.name} cuts token ids into text: give it decode=policy.decode, or call bind(policy)."
             )
-        ends = [segment_ends(r.completion_ids, self.segments, self.decode) for r in rollouts]
+        readers = [functools.partial(decode, after=r.prompt_ids) if self._bound else decode for r in rollouts]
+        ends = [segment_ends(r.completion_ids, self.segments, read) for r, read in zip(rollouts, readers, strict=True)]
         asked = [
             dataclasses.replace(
-                r, completion_ids=r.completion_ids[:end], completion=self.decode(r.completion_ids[:end]),
+                r, completion_ids=r.completion_ids[:end], completion=read(r.completion_ids[:end]),
                 finish_reason=r.finish_reason if end == len(r.completion_ids) else "length",
             )
-            for r, its in zip(rollouts, ends, strict=True) for end in its
+            for r, its, read in zip(rollouts, ends, readers, strict=True) for end in its
         ]  # fmt: skip
         answers = iter(ask(self.scorer, asked, timeout))
         return [
             self._combine(len(r.completion_ids), its, [next(answers) for _ in its])
             for r, its in zip(rollouts, ends, strict=True)
         ]
+
+    def columns_read(self, names: Set[str]) -> set[str]:
+        """What the scorer of the texts is given."""
+        return columns_read(self.scorer, names)
 
     def close(self) -> None:
         close_scorer(self.scorer)

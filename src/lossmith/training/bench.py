@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lossmith.errors import quiet_traps
-from lossmith.policy import Policy, load_policy, sample
+from lossmith.policy import Policy, sample
 from lossmith.prompts import Prompt
 from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import bind_scorer
@@ -21,7 +21,7 @@ from lossmith.rollouts import Rollout
 from lossmith.training.clock import Clock
 from lossmith.training.floor import Work, count_work, multiply_rate
 from lossmith.training.learner import Learner
-from lossmith.training.loop import Plan, columns_of
+from lossmith.training.loop import Plan, policy_of
 from lossmith.training.memory import Need
 from lossmith.training.recipe import Recipe
 
@@ -88,9 +88,9 @@ class Measurement:
 def measure_recipe(plan: Plan) -> Measurement:
     """Sample, score and update, several times. The policy's weights stay as they are."""
     recipe = plan.recipe.model_copy(update={"learning_rate": 0.0, "value_learning_rate": 0.0})
-    policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
+    policy = policy_of(recipe)
     settings = recipe.scorer_settings(len(plan.train))
-    scorer = load_scorer(recipe.scorer, columns=columns_of(plan.train), settings=settings)
+    scorer = load_scorer(recipe.scorer, columns=plan.train.columns, settings=settings)
     try:
         bind_scorer(scorer, policy)
         return _measure(plan, recipe, policy, scorer)

@@ -8,7 +8,8 @@
 | labels   | one annotator's of a prompt               | 1 and 0              | 1, and together they weigh 1           |
 
 The tokens that a policy wrote are used where the preferences recorded them and this tokenizer reads them as the same
-text; any other text is encoded as it stands, with the token that ends the assistant's turn. No template touches it.
+text; any other text is encoded as it stands, with the token that ends the assistant's turn. No template touches it,
+but for white space that it puts between its last token and an answer.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 
-from lossmith.errors import FeedbackError, LossmithError
+from lossmith.errors import FeedbackError, LossmithError, PolicyError
 from lossmith.feedback.output_set import Output
 from lossmith.feedback.preferences import Form, Label, Pair, Preference, Ranking, Rating, form_of
 from lossmith.policy import Policy
+from lossmith.policy.template import rendered
+from lossmith.policy.text import SpecialTokens, encode_text
 from lossmith.prompts import Prompt
 from lossmith.rollouts import LogProbs, Measure, Rollout, Score
 
-__all__ = ["Example", "Examples", "make_examples", "turn_end"]
+__all__ = ["Example", "Examples", "around_answer", "make_examples"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ class _Writer:
     """Texts as this policy's tokens, counting how they came to be."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.end = policy, turn_end(policy)
+        self.policy = policy
+        self.lead, self.end = around_answer(policy)
         self.known = policy.model.get_input_embeddings().weight.shape[0]
         self.count: Counter[str] = Counter()
 
@@ -153,7 +158,7 @@ class _Writer:
         made = []
         seen: dict[tuple[int, ...], float] = {}
         for k, (output, score) in enumerate(scored):
-            ids = self._ids(output)
+            ids = self._ids(output, prompt_ids)
             if len(prompt_ids) + len(ids) > self.policy.context_length:
                 raise _Unusable(
                     "too long for the context",
@@ -175,42 +180,49 @@ class _Writer:
         ended = ids[-1] in self.policy.eos_ids
         return Rollout(prompt, k, prompt_ids, ids, text, unknown, "eos" if ended else "length", Score(score))
 
-    def _ids(self, output: Output) -> tuple[int, ...]:
+    def _ids(self, output: Output, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         recorded = output.tokens
         if recorded:
-            if all(0 <= i < self.known for i in recorded) and self.policy.decode(recorded) == output.text:
+            if all(0 <= i < self.known for i in recorded) and self._read_as(recorded, prompt_ids, output.text):
                 self.count["with the tokens that were judged"] += 1
                 return recorded
             self.count["whose recorded tokens are another tokenizer's, encoded anew"] += 1
         else:
             self.count["encoded from text"] += 1
-        # a special token spelled out in the text is text
-        plain = self.policy.tokenizer(output.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = (*plain, *(() if self.end is None else (self.end,)))
+        lead = "" if output.text.startswith(self.lead) else self.lead
+        text = encode_text(self.policy.tokenizer, lead + output.text, self.policy.eos_ids)
+        ids = (*text, *(() if self.end is None else (self.end,)))
         if not ids:
             raise _Unusable("without a token", f"the tokenizer makes no token of the text {output.text!r}")
         if max(ids) >= self.known:
             raise _Unusable("not this model's tokens", f"the tokenizer makes the id {max(ids)}, unknown to the model")
-        if self.policy.decode(ids) != output.text:
+        if self.policy.decode(ids, prompt_ids) != lead + output.text:
             self.count["that the tokenizer does not give back unchanged"] += 1
         return ids
 
+    def _read_as(self, ids: tuple[int, ...], prompt_ids: tuple[int, ...], text: str) -> bool:
+        """Whether ids are this text, whichever special tokens were shown where it was written."""
+        views = {self.policy.decode(ids, prompt_ids, shown) for shown in get_args(SpecialTokens)}
+        return text in views | {self.policy.decode(ids)}
 
-def turn_end(policy: Policy) -> int | None:
-    """The token with which the chat template ends the assistant's turn; the end token where there is no template."""
+
+def around_answer(policy: Policy) -> tuple[str, int | None]:
+    """(white space that the chat template puts before an answer, the token with which it ends the assistant's turn).
+
+    ("", the end token) where there is no template.
+    """
     tokenizer = policy.tokenizer
-    if tokenizer.chat_template:
-        from jinja2 import TemplateError
-
-        mark = "lossmith-mark"
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError:
-            text = ""
-        after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"] if mark in text else []
-        ends = [i for i in after if i in policy.eos_ids]
-        if ends:
-            return int(ends[0])
     end: int | None = tokenizer.eos_token_id
-    return end
+    if not tokenizer.chat_template:
+        return "", end
+    mark = "lossmith-mark"
+    user = {"role": "user", "content": "a"}
+    try:
+        asked = rendered(tokenizer, [user], answer_follows=True)
+        text = rendered(tokenizer, [user, {"role": "assistant", "content": mark}], answer_follows=False)
+    except PolicyError:
+        return "", end
+    before, found, after = text.rpartition(mark)
+    lead = before.removeprefix(asked) if before.startswith(asked) else ""
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return lead if lead.isspace() else "", next((int(i) for i in ids if i in policy.eos_ids), end)

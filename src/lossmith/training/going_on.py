@@ -66,7 +66,8 @@ def split_again(prompts: PromptSet, held_out_ids: Sequence[str]) -> tuple[Prompt
             f"{prompts.name} has changed: {len(gone)} of the run's {len(held_out_ids)} held-out prompts are there no "
             "more, and before and after could not be compared. Put them back, or start a new run."
         )
-    train = tuple(p for p in prompts if p.id not in set(held_out_ids))
+    away = {known[i].content_id for i in held_out_ids}  # a new row of a held-out text is not trained on either
+    train = tuple(p for p in prompts if p.content_id not in away)
     return PromptSet(train, prompts.name), PromptSet(tuple(known[i] for i in held_out_ids), prompts.name)
 
 

@@ -33,7 +33,7 @@ from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
 
-__all__ = ["Plan", "Run", "Step", "columns_of", "learn", "open_run", "plan"]
+__all__ = ["Plan", "Run", "Step", "learn", "open_run", "plan", "policy_of"]
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
         )
     for scorer in (recipe.scorer, recipe.watch):
         if scorer is not None:
-            check_scorer(scorer, columns=columns_of(prompts))
+            check_scorer(scorer, columns=prompts.columns)
             if not recipe.accept_weak_scorer:
                 refuse_weak(scorer)
     check_model(recipe.model)
@@ -332,10 +332,10 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
     """
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
-    columns, settings = columns_of(plan.train), recipe.scorer_settings(len(plan.train))
+    columns, settings = plan.train.columns, recipe.scorer_settings(len(plan.train))
     scorer = load_scorer(recipe.scorer, columns=columns, settings=settings)
     watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns, settings=settings)
-    policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
+    policy = policy_of(recipe)
     for one in (scorer, watch):
         bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
@@ -352,8 +352,15 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
     return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guard, going_on)
 
 
-def columns_of(prompts: PromptSet) -> set[str]:
-    return {name for prompt in prompts for name in prompt.columns}
+def policy_of(recipe: Recipe) -> Policy:
+    """The policy that a recipe names, as it is to be read."""
+    return load_policy(
+        recipe.model,
+        device=recipe.device,
+        compute_dtype=recipe.dtype,
+        special_tokens=recipe.special_tokens,
+        chat_template=recipe.chat_template,
+    )
 
 
 def _check_lengths(policy: Policy, plan: Plan) -> Prompt:

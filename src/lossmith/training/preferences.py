@@ -72,6 +72,8 @@ class PreferenceRecipe(Settings):
         "auto", description="compute type; auto: bfloat16 where the machine is faster with it. Weights stay float32"
     )
 
+    chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
+
     loss: Any = Field("dpo", description="loss: dpo, ipo, kto, simpo, orpo, cpo, slic, 'dpo(beta=0.3)', ...")
     allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
     balance: bool = Field(True, description="KTO: weigh good and bad by their numbers, as its paper asks")
@@ -151,7 +153,7 @@ def plan_preferences(recipe: PreferenceRecipe) -> PreferencePlan:
         train, held_out = split_by_prompt(gathered.preferences, recipe.held_out, recipe.seed)
     except PromptError as error:
         raise RecipeError(str(error).replace("memory:", "the preferences:", 1)) from None
-    if len({p.prompt.id for p in held_out}) < 2:
+    if len({p.prompt.content_id for p in held_out}) < 2:
         raise RecipeError(f"held_out = {recipe.held_out} keeps one prompt, and an interval needs at least two.")
     return PreferencePlan(recipe, train, held_out, gathered.notes)
 
@@ -204,7 +206,9 @@ class PreferenceRun:
 def open_preferences(plan: PreferencePlan) -> PreferenceRun:
     """Load the model, put the preferences into its tokens, and open the run's folder."""
     recipe = plan.recipe
-    policy = load_policy(recipe.model, device=recipe.device, compute_dtype=recipe.dtype)
+    policy = load_policy(
+        recipe.model, device=recipe.device, compute_dtype=recipe.dtype, chat_template=recipe.chat_template
+    )
     train, held_out = (make_examples(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)
     notes += plan.notes
@@ -337,7 +341,7 @@ def stand(learner: Learner, examples: Examples) -> Standing:
     chosen = {w for w, _ in pairs} if pairs else {i for i, r in enumerate(reward.tolist()) if r > 0.5}
     rejected = {loser for _, loser in pairs} if pairs else set(range(len(rollouts))) - chosen
     logp = batch.require("logp", loss.name).sum(1).tolist()
-    ids = [r.prompt.id for r in rollouts]
+    ids = [r.prompt.content_id for r in rollouts]
     outcomes = _outcomes(score.tolist(), pairs or _ordered(reward.tolist()), ids)
     if pairs:
         by_prompt = _by_prompt([(name, value) for name, _, value in outcomes])

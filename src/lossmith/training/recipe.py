@@ -135,6 +135,8 @@ class Recipe(Settings):
         "auto", description="compute type; auto: bfloat16 where the machine is faster with it. Weights stay float32"
     )
 
+    chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
+
     prompts: Any = Field("default", description="prompts: 'default', a file, a datasets folder, a hub name, or a list")
     prompt_column: str = Field("prompt", description="column that holds the prompt: text or chat messages")
     prompt_split: str = Field("train", description="split of a Hugging Face data set")
@@ -187,7 +189,12 @@ class Recipe(Settings):
     temperature: float = Field(0.7, ge=0, description="sampling temperature; the policy is trained at it too")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus: smallest set of tokens with this probability; 1 is off")
     top_k: int = Field(0, ge=0, description="only the k likeliest tokens; 0 is off")
-    stop: list[str] = Field([], description="strings that end a completion")
+    stop: list[str] = Field([], description="strings that end a completion, special tokens among them")
+    special_tokens: Literal["answer", "all", "none"] = Field(
+        "answer",
+        description="special tokens that a completion's text shows to scorers and people: those that are part of the "
+        "answer (<think>, tool calls), all (the end token too), or none",
+    )
 
     updates_per_step: int = Field(1, gt=0, description="parts into which a round is cut, one optimiser step for each")
     epochs: int = Field(1, gt=0, description="passes over a round's completions")

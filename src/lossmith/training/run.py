@@ -29,7 +29,7 @@ from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
 from lossmith.files import add_line, read_text, replacing, said_plainly, sync, write_whole
 from lossmith.policy import Policy
-from lossmith.prompts import Prompt
+from lossmith.prompts import Prompt, plain
 from lossmith.rewards.seal import sha256
 from lossmith.rollouts import LogProbs, Measure, Rollout, Score
 from lossmith.training.evaluate import Evaluation, comparison
@@ -227,7 +227,7 @@ def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
     return pyarrow.table(
         {
             "prompt_id": [r.prompt.id for r in rollouts],
-            "prompt": [json.dumps(list(r.prompt.messages), ensure_ascii=False) for r in rollouts],
+            "prompt": [json.dumps(plain(r.prompt.messages), ensure_ascii=False) for r in rollouts],
             "sample": [r.sample for r in rollouts],
             "completion": [r.completion for r in rollouts],
             "prompt_tokens": [list(r.prompt_ids) for r in rollouts],

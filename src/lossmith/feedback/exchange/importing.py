@@ -125,11 +125,11 @@ def _judged(
     rated: dict[str, dict[str, Output]] = {}
     for s in said:
         if s.kind == "rating":
-            rated.setdefault(s.prompt.id, {})[s.outputs[0].id] = s.outputs[0]
+            rated.setdefault(s.prompt.content_id, {})[s.outputs[0].id] = s.outputs[0]
     sets: dict[str, OutputSet] = {}
     judgements = []
     for s in said:
-        held = rated[s.prompt.id].values() if s.kind == "rating" else s.outputs
+        held = rated[s.prompt.content_id].values() if s.kind == "rating" else s.outputs
         # In the order of their names, which is nobody's: the file's order is not one in which they were shown.
         of = OutputSet(s.prompt, tuple(sorted(held, key=lambda o: o.id)))
         names, value = tuple(o.id for o in s.outputs), s.value
@@ -255,7 +255,7 @@ def _preferred(j: Judgement, sets: Mapping[str, OutputSet]) -> Iterable[tuple[st
     for better, worse in itertools.combinations(tiers, 2):
         for a, b in itertools.product(better, worse):
             first, second = of.output(a).text, of.output(b).text
-            yield j.annotator, of.prompt.id, (min(first, second), max(first, second)), first < second
+            yield j.annotator, of.prompt.content_id, (min(first, second), max(first, second)), first < second
 
 
 def _silent(judgements: list[Judgement]) -> str:

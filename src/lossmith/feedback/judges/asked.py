@@ -24,6 +24,7 @@ from lossmith.feedback.convert import standing
 from lossmith.feedback.judgement import Judgement, Question
 from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
+from lossmith.prompts import message_text
 from lossmith.rewards.address import Address
 from lossmith.rewards.web import BUSY, NoAnswer, Server, TimedOut
 
@@ -207,7 +208,7 @@ def _conversation(of: OutputSet) -> str:
     """The whole prompt: the text, or every message under its role."""
     if isinstance(of.prompt.content, str):
         return of.prompt.content
-    return "\n".join(f"[{message['role']}] {message['content']}" for message in of.prompt.messages)
+    return "\n".join(f"[{message['role']}] {message_text(message)}" for message in of.prompt.messages)
 
 
 def _sigmoid(x: float) -> float:

@@ -33,6 +33,7 @@ from lossmith.feedback.page.session import Session, Sessions
 from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
 from lossmith.feedback.store import Store
+from lossmith.prompts import message_text
 
 __all__ = ["DEFAULT_CRITERIA", "Page", "make_app"]
 
@@ -380,7 +381,7 @@ def _work(page: Page, session: Session, desk: Desk) -> Response:
         times = [j.seconds for j in answers.values() if j.seconds is not None]
         return page.html("done.html", title="All done", kinds=kinds, median=median(times) if times else None, **values)
     content = shown.item.of.prompt.content
-    turns = [("prompt", content)] if isinstance(content, str) else [(m["role"], m["content"]) for m in content]
+    turns = [("prompt", content)] if isinstance(content, str) else [(m["role"], message_text(m)) for m in content]
     low, high = SCALES[page.scale]
     return page.html(
         f"{page.question}.html",
