@@ -13,6 +13,7 @@ import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, measure_of, sample, token_outputs
 from lossmith.policy import attention as attention_module
+from lossmith.policy import decode as decode_module
 from lossmith.policy import head as head_module
 from lossmith.policy.attention import Tree, TreeAttention
 from lossmith.policy.head import chosen_log_probs, head_is_plain
@@ -44,13 +45,20 @@ def dense(q, k, v, tree, scale):
     return found.masked_fill(~sees.tril(), -torch.inf).softmax(-1) @ v.repeat_interleave(rep, 0)
 
 
-@given(groups, st.sampled_from([(4, 4), (6, 2), (3, 1)]), st.sampled_from([2, 3, 512]), st.integers(0, 99))
+@given(
+    groups,
+    st.sampled_from([(4, 4), (6, 2), (3, 1)]),
+    st.sampled_from([2, 3, 512]),
+    st.sampled_from([1, 200, 1 << 26]),
+    st.integers(0, 99),
+)
 @settings(max_examples=60, deadline=None)
-def test_attention_over_a_tree_is_masked_attention(shape, heads, block, seed):
+def test_attention_over_a_tree_is_masked_attention(shape, heads, block, scores, seed):
     tree = Tree.of([((1,) * p, [(2,) * r for r in rows]) for p, rows in shape], torch.device("cpu"))
     torch.manual_seed(seed)
     q, k, v = (torch.randn(h, len(tree.ids), 5, dtype=torch.float64, requires_grad=True) for h in (*heads, heads[1]))
-    before, attention_module._BLOCK = attention_module._BLOCK, block
+    before = attention_module._BLOCK, attention_module.SCORES_AT_ONCE
+    attention_module._BLOCK, attention_module.SCORES_AT_ONCE = block, scores
     attention_module._layout_of.cache_clear()  # it is cut into blocks
     try:
         ours = TreeAttention(tree).attend(q[None], k[None], v[None], 0.4)[0]
@@ -60,7 +68,7 @@ def test_attention_over_a_tree_is_masked_attention(shape, heads, block, seed):
         found, expected = (torch.autograd.grad(x, (q, k, v), push) for x in (ours, theirs))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
     finally:
-        attention_module._BLOCK = before
+        attention_module._BLOCK, attention_module.SCORES_AT_ONCE = before
 
 
 def test_positions_in_a_tree_continue_from_the_prompt():
@@ -390,13 +398,13 @@ def test_layers_that_are_run_again_keep_less():
     assert kept[1] < 0.6 * kept[0]
 
 
-@pytest.mark.parametrize(("memory_gb", "again"), [(1000.0, False), (0.001, True)])
-def test_a_memory_budget_decides_whether_layers_are_run_again(memory_gb, again):
-    from lossmith.report.opening import memory_estimate
-    from lossmith.training import Learner, Recipe
-
-    recipe = Recipe.make(memory_gb=memory_gb)
-    learner = Learner(tiny.policy(), recipe.policy_loss(), recipe)
-    assert learner.recompute is again
-    text = memory_estimate(learner)
-    assert ("run again" in text) is again and ("more than there is" in text) is again
+def test_prompts_that_are_encoded_one_after_the_other_give_the_same_tokens(monkeypatch):
+    """A forward pass over long prompts is kept small."""
+    policy = tiny.policy()
+    settings = SamplingSettings(max_tokens=6)
+    expected = sample(policy, tiny.prompts(), 3, settings, seed=0, step=0)
+    monkeypatch.setattr(decode_module, "ENCODED_AT_ONCE", 20)
+    for shares in (True, False):
+        policy.shares = shares
+        found = sample(policy, tiny.prompts(), 3, settings, seed=0, step=0)
+        assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]

@@ -130,8 +130,10 @@ def _json_object(path: Path, error: type[LossmithError]) -> dict[str, Any]:
     text = read_text(path, error, path.name)
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{str(path)!r} is no JSON ({str(problem) or 'nested too deeply'}).") from None
+    except RecursionError:
+        raise error(f"{str(path)!r} is JSON that is nested too deeply.") from None
+    except ValueError as problem:
+        raise error(f"{str(path)!r} is no JSON ({problem}).") from None
     if not isinstance(found, dict):
         raise error(f"{str(path)!r} holds a JSON {type(found).__name__} where an object is meant.")
     return found

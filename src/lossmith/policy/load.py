@@ -156,7 +156,7 @@ class Policy:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)  # a number alone has no bytes to be seen as
+            flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
         return digest.hexdigest()
 

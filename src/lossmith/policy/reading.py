@@ -99,6 +99,9 @@ def read_pretrained(auto: Any, place: str, name: str, error: Any, what: str, **m
         raise error(
             f"{name!r} is a LoRA adapter: merge it into its base model first (merge_and_unload), and give that."
         )
+    most = tokenizer.model_max_length
+    if not isinstance(most, (int, float)) or not most > 0:
+        raise error(f"the tokenizer of {name!r} says model_max_length = {most!r}, and that must be a number of tokens.")
     return tokenizer, network, sorted(report["missing_keys"])
 
 

@@ -142,8 +142,8 @@ def check_memory(need: Need, again: bool, recipe: Recipe, source: str) -> None:
         return
     raise RecipeError(
         f"this run needs about {total / 1e9:.1f} GB of memory, and {need.budget / 1e9:.1f} GB are free: the longest "
-        f"prompt ({source}) has {need.longest:,} tokens. Shorten or drop it, lower samples_per_prompt, "
-        "prompts_per_step or micro_batch_tokens, or take a smaller model; "
+        f"prompt ({source}) has {need.longest:,} tokens. Shorten or drop it, take a smaller model, or lower "
+        "samples_per_prompt, prompts_per_step or micro_batch_tokens; "
         f"memory_gb = {-(-total // 1e9):.0f} starts the run all the same."
     )
 
