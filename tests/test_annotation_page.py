@@ -746,8 +746,10 @@ def test_stalled_clients_are_dropped_and_nothing_is_printed(tmp_path):
 
 def test_vanishing_clients_and_garbage_print_nothing(tmp_path):
     server = Server(tmp_path / "j.db")
+    chunk = b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
     whole = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     for sent in (*STALLED.values(), whole, b"\0\xff\r\n\r\n", whole + b"\0\xff\r\n\r\n", HEAD + b"\xff: 1\r\n\r\n",
+                 HEAD + chunk, HEAD.replace(b"/answer", b"/no") + chunk, HEAD.replace(b"Host: ", b"Host: x") + chunk,
                  HEAD + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"G" * 200_000):  # fmt: skip
         for reset in (False, True):
             client = server.connect()
