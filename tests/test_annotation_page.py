@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,7 +29,7 @@ from fastapi.testclient import TestClient
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named, write_sets
-from lossmith.feedback.page import add_account, connections, make_app, serve
+from lossmith.feedback.page import accounts, add_account, connections, make_app, serve
 from lossmith.feedback.page.accounts import Throttle, matches
 from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
@@ -260,11 +261,12 @@ def test_with_accounts_people_sign_in(store):
 def test_wrong_passwords_are_throttled(store):
     add_account(store, "Ada", "correct horse")
     app = app_of(store, accounts=True)
+    app.state.page.throttle = Throttle(window=3600)  # as many tries, however slow the machine
     person = Person(app, enter=False)
     for _ in range(5):
         assert person.post("/login", name="Ada", password="guess").status_code == 200
     late = person.post("/login", name="Ada", password="correct horse")
-    assert late.status_code == 429 and "in 12 seconds" in late.text  # one try comes back every 12 seconds
+    assert late.status_code == 429 and re.search(r"in [67]\d\d seconds", late.text)  # a fifth of the window
     assert person.post("/login", name="Bob", password="guess").status_code == 200  # another account
     ada = Person(app, enter=False, address="192.0.2.7")
     assert "Question" in ada.post("/login", name="Ada", password="correct horse").text  # the right one is not kept out
@@ -273,6 +275,7 @@ def test_wrong_passwords_are_throttled(store):
 def test_guesses_at_the_same_time_count_as_well(store, monkeypatch):
     add_account(store, "Ada", "correct horse")
     app, tried = app_of(store, accounts=True), []
+    app.state.page.throttle = Throttle(window=3600)
     monkeypatch.setattr(app.state.page, "knows", lambda *given: tried.append(given) or time.sleep(0.02))
 
     async def guess(client):
@@ -303,11 +306,17 @@ def test_a_throttle_counts_by_account_by_address_and_all_in_all():
     assert not several.enter("2001:db8:0:1::1", "ada")
 
 
-def test_a_throttle_opens_again_bit_by_bit():
-    throttle = Throttle(account=2, window=0.1)
-    assert not throttle.enter("a", "ada") and not throttle.enter("a", "ada") and throttle.enter("a", "ada") > 0
-    time.sleep(0.06)
-    assert not throttle.enter("a", "ada") and throttle.enter("a", "ada") > 0
+def test_a_throttle_opens_again_bit_by_bit(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(accounts, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    enter = Throttle(account=5, window=60).enter
+    assert [enter("a", "ada") for _ in range(6)] == [0, 0, 0, 0, 0, pytest.approx(12)]
+    now[0] += 11.9
+    assert enter("a", "ada") == pytest.approx(0.1)
+    now[0] += 0.2
+    assert not enter("a", "ada") and enter("a", "ada") == pytest.approx(11.9)
+    now[0] += 60
+    assert [enter("a", "ada") > 0 for _ in range(6)] == [False] * 5 + [True]
 
 
 def test_an_account_that_is_damaged_lets_nobody_in(store):
@@ -725,10 +734,10 @@ def test_stalled_clients_are_dropped_and_nothing_is_printed(tmp_path):
     slow = server.connect(b"GET / HT")
     began = time.monotonic()
     with contextlib.suppress(OSError):
-        while time.monotonic() - began < 5:  # a byte now and then buys no time
+        while time.monotonic() - began < 30:  # a byte now and then buys no time
             time.sleep(0.1)
             slow.sendall(b"T")
-    assert 0.4 < time.monotonic() - began < 3
+    assert 0.4 < time.monotonic() - began < 20
     slow.close()
     assert all(map(gone, clients))
     assert httpx.get(server.link).status_code == 303
@@ -737,8 +746,10 @@ def test_stalled_clients_are_dropped_and_nothing_is_printed(tmp_path):
 
 def test_vanishing_clients_and_garbage_print_nothing(tmp_path):
     server = Server(tmp_path / "j.db")
+    chunk = b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
     whole = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     for sent in (*STALLED.values(), whole, b"\0\xff\r\n\r\n", whole + b"\0\xff\r\n\r\n", HEAD + b"\xff: 1\r\n\r\n",
+                 HEAD + chunk, HEAD.replace(b"/answer", b"/no") + chunk, HEAD.replace(b"Host: ", b"Host: x") + chunk,
                  HEAD + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"G" * 200_000):  # fmt: skip
         for reset in (False, True):
             client = server.connect()
@@ -772,7 +783,7 @@ def test_an_endless_body_is_cut_and_the_client_is_told(tmp_path):
 def test_more_stalled_clients_than_places_leave_room_for_those_who_work(tmp_path, given):
     server = Server(tmp_path / "j.db", **given)
     clients = [server.connect(sent) for sent in (*STALLED.values(),) * 70]
-    with httpx.Client(timeout=5) as working:
+    with httpx.Client(timeout=30) as working:
         assert working.get(server.link).status_code == 303
         for _ in range(3):
             clients += [server.connect(b"GET") for _ in range(50)]

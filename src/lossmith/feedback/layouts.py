@@ -220,9 +220,9 @@ def _messages(value: Any, where: str, field: str) -> list[Message]:
 
 def _with_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Transcripts of Human and Assistant as chat messages, where both sides are one and no other prompt is there."""
-    sides = [side for side in _SIDES if isinstance(row.get(side), str)]
-    turns = {side: _turns(row[side]) for side in sides}
-    if not sides or not all(turns.values()):
+    sides = ("chosen", "rejected") if "chosen" in row and "rejected" in row else ("completion",)
+    turns = {side: _turns(row[side]) for side in sides if isinstance(row.get(side), str)}
+    if len(turns) < len(sides) or not all(turns.values()):
         return row
     prompt = row.get("prompt")
     if prompt is not None:

@@ -108,9 +108,12 @@ class Connection(H11Protocol):
             self._look()  # the next request may have come with this one
 
     def send_400_response(self, msg: str) -> None:
-        try:
+        if self.cycle is not None and not self.cycle.response_complete:  # garbage in the body of a request
+            self.cycle.disconnected = True  # what the app still says would stand behind the refusal
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
-        except h11.LocalProtocolError:  # garbage behind a request that is being answered
+        else:
             self.drop()
 
     def shutdown(self) -> None:
