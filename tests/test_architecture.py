@@ -32,6 +32,7 @@ ORDER = [
     "report",
     "api",
     "cli",
+    "__main__",
 ]
 
 

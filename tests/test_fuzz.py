@@ -18,9 +18,9 @@ import tiny
 from lossmith.errors import LossmithError
 from lossmith.feedback.agreement import agreement_report
 from lossmith.feedback.convert import convert
+from lossmith.feedback.gather import gather
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named, read_sets, write_sets
-from lossmith.feedback.preferences import read_preferences
 from lossmith.feedback.store import Store
 from lossmith.losses import parse_loss
 from lossmith.project import Project
@@ -154,7 +154,7 @@ def parquet(tmp_path, rng):
 def preferences(tmp_path, rng):
     file = tmp_path / "p.jsonl"
     file.write_bytes(wounded(rng.choice([PAIRS, *OTHERS]), rng))
-    read_preferences(file)
+    gather(file, skip_bad=rng.random() < 0.3)
 
 
 def made_sets():

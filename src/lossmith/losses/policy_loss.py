@@ -159,7 +159,7 @@ class PolicyLoss(Loss):
 
         LossError: a name that is neither, or a composition that means nothing.
         """
-        pieces = {f.name for f in dataclasses.fields(self)}
+        pieces = {f.name for f in dataclasses.fields(self)} - {"shaping"}
         flat = {k: v for k, v in changes.items() if k not in pieces or (k in AXES and not isinstance(v, Piece))}
         made = dataclasses.replace(self, **{k: v for k, v in changes.items() if k not in flat})
         return made.set(flat) if flat else made

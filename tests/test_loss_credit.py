@@ -158,6 +158,13 @@ def test_the_standard_deviation_of_huge_rewards_is_that_of_the_formula():
     assert others == pytest.approx([-0.25 * 3**0.5] * 3)  # each loser over the std of 1, 0, 0
 
 
+def test_the_mean_of_large_float32_rewards_is_not_rounded():
+    """1e8 + (0, 8, 16, 32) are whole numbers of float32; their sum, 4e8 + 56, is not, and once the mean was 2 off."""
+    reward = torch.tensor([1e8, 1e8 + 8, 1e8 + 16, 1e8 + 32], dtype=torch.float32)
+    batch = L.Batch(torch.full((4, 1), -1.0), torch.ones(4, 1).bool(), reward=reward, group=torch.zeros(4).long())
+    assert L.get_loss("dr_grpo", max_length=1).credit(batch).advantage[:, 0].tolist() == [-14, -6, 2, 18]
+
+
 @pytest.mark.parametrize(
     ("name", "rewards", "dtype", "message"),
     [
