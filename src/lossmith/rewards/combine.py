@@ -24,7 +24,7 @@ def check_weights(weights: Any, count: int) -> None:
     if weights is None:
         return
     if not isinstance(weights, list | tuple):
-        raise ScorerError(f"weights are a list of numbers, one per scorer, not {weights!r}.")
+        raise ScorerError(f"weights are a list of numbers, one per scorer, not {type(weights).__name__}.")
     if len(weights) != count:
         raise ScorerError(f"{count} scorers and {len(weights)} weights; give one weight per scorer.")
     if not all(isinstance(w, int | float) and abs(w) <= sys.float_info.max for w in weights):

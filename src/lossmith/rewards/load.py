@@ -74,8 +74,10 @@ def check_scorer(spec: Any, *, columns: Collection[str] | None = None) -> None:
     if isinstance(spec, str | Path):
         spec = text_at_home(str(spec), ScorerError)
     if isinstance(spec, Mapping):
-        for member in _read_combined(spec)[0]:
+        members, together = _read_combined(spec)
+        for member in members:
             check_scorer(member, columns=columns)
+        together([BUILTINS["length"]] * len(members))  # the settings of the combination, whatever is combined
     elif isinstance(spec, Sequence) and not isinstance(spec, str):
         check_scorer({"scorers": spec}, columns=columns)
     elif isinstance(spec, str) and "ensemble" in _manifest(spec):
