@@ -235,11 +235,7 @@ def _describe_model(manifest: dict[str, Any]) -> tuple[str, str]:
 
 def _columns(path: Path) -> tuple[str, ...]:
     """All columns of a project's own prompts file: what was let in when it was made stays let in."""
-<<<<<<< HEAD
     rows = (row for _, row in read_rows(path) if isinstance(row, Mapping))  # of any other it is said when it is read
-=======
-    rows = [row for _, row in read_rows(path) if not isinstance(row, PromptError)]  # load_prompts names the others
->>>>>>> 8f1d698 (python -m lossmith stands below the command line; the sweep reads preferences by their one reader)
     return tuple({key for row in rows for key in row} - {"prompt"})
 
 
