@@ -239,8 +239,12 @@ def sweep(count, seed, kinds, workers=2):
         chosen = sorted(chance.sample(range(1, calls + 1), share)) if share <= calls else range(1, calls + 1)
         chosen = [*chosen, *(chance.randint(1, calls) for _ in range(share - len(chosen)))]
         tasks += [(kind, pace, k, chance.randrange(1 << 30), expected, calls) for kind in kinds for k in chosen]
+    chance.shuffle(tasks)
+    found = []
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        found = pool.map(one, tasks, chunksize=4)
+        for ended in pool.imap_unordered(one, tasks):
+            found.append(ended)
+            print(f"{len(found)}/{len(tasks)} {' '.join(ended)}", file=sys.stderr, flush=True)
     counts = {kind: collections.Counter(outcome for k, outcome, _ in found if k == kind) for kind in kinds}
     return counts, [f"{kind}: {outcome}: {text}" for kind, outcome, text in found if text]
 
