@@ -9,6 +9,7 @@ summary.json     held-out before and after
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import re
@@ -69,7 +70,7 @@ class RunFolder:
             parent.mkdir(parents=True, exist_ok=True)
             path = _new_folder(parent, recipe, loss_name)
         except OSError as error:
-            reason = error.strerror or error
+            reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or error
             raise RunError(
                 f"cannot make a run folder in {str(parent)!r}: {reason}. Choose another with runs=..."
             ) from None
