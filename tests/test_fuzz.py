@@ -32,7 +32,7 @@ from lossmith.training.preferences import PreferenceRecipe
 
 ODD = (
     None, True, False, 0, -1, 10**30, 1e308, float("nan"), float("-inf"), "", " ", "x", "\ud800", "\x00", "\u2028",
-    "~nobody/x", "1e5", [], {}, [[]], [None], {"": None}, {"a": {"b": []}}, ["a", 1], "é" * 300, "a/b", "http://",
+    "~nobody/x", "1e5", [], {}, [[]], [None], {"": None}, {"a": {"b": []}}, ["a", 1], "é" * 300, "a/b/c", "http://",
 )  # fmt: skip
 SPLICES = (
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"\n", b"\r", b"null", b"NaN", b"1e999", b"[", b"]", b"{", b"}",
