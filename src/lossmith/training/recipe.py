@@ -126,8 +126,11 @@ class Recipe(Settings):
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
     paths: ClassVar[tuple[str, ...]] = ("model", "prompts", "scorer", "watch", "loss", "runs")
     resumed_by: ClassVar[str] = "lossmith train --resume"
-    # where and how often a run writes, which decides nothing of what it learns
-    free: ClassVar[tuple[str, ...]] = ("runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts")
+    # where and how often a run writes and asks, which decides nothing of what it learns
+    free: ClassVar[tuple[str, ...]] = (
+        "runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts",
+        "accept_weak_scorer", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
+    )  # fmt: skip
 
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
     device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
