@@ -264,3 +264,22 @@ def test_python_dash_m_is_the_command(capsys, monkeypatch):
     with pytest.raises(SystemExit) as left:
         runpy.run_module("lossmith", run_name="__main__")
     assert left.value.code == 0 and capsys.readouterr().out.strip() == lossmith.__version__
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--epsilon", "0.2"), "there is no option --epsilon.*TRL's name for clip_low and clip_high"),
+        (("--beta", "0.1"), r'there is no option --beta. It is a parameter of the loss: write --loss "grpo\(beta='),
+        (("--num-generations", "8"), "TRL's name for --samples-per-prompt here"),
+        (("--learning-rat", "1"), "Did you mean --learning-rate"),
+    ],
+)
+def test_an_option_that_is_a_word_of_the_loss_is_not_answered_by_the_nearest_spelling(
+    words, message, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["lossmith", "train", *words])
+    with pytest.raises(SystemExit):
+        main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, said) and "--json" not in said

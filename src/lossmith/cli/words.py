@@ -16,6 +16,7 @@ from pathlib import Path
 import cyclopts
 
 from lossmith.errors import LossmithError, printable
+from lossmith.training.elsewhere import instead_of, is_word
 from lossmith.training.recipe import Settings
 
 __all__ = ["in_options", "options_of", "said", "settings_of"]
@@ -37,8 +38,8 @@ def settings_of(kind: type[S], recipe: Path | None, options: S | None, **more: t
 
 def said(app: cyclopts.App, error: LossmithError | cyclopts.CycloptsError) -> str:
     """The message of an error that was met while `app` did what the command line asks."""
-    text = str(error) if isinstance(error, LossmithError) else _misread(error)
     options = options_of(app, sys.argv[1:])
+    text = str(error) if isinstance(error, LossmithError) else _misread(error, options)
     kept = {name: option for name, option in options.items() if name not in _IN_RECIPE}
     return printable(in_options(text.removeprefix("command line: "), kept))
 
@@ -79,7 +80,7 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
     return pattern.sub(spelled, text) + known + names
 
 
-def _misread(error: cyclopts.CycloptsError) -> str:
+def _misread(error: cyclopts.CycloptsError, options: Mapping[str, str]) -> str:
     """Words that fit no command or option. What a recipe's field refuses is said as a recipe says it."""
     import pydantic
 
@@ -89,4 +90,9 @@ def _misread(error: cyclopts.CycloptsError) -> str:
         return kind.refusal(error.__cause__, shlex.quote)
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"there is no place for {' '.join(map(shlex.quote, error.unused_tokens or ()))} in this command."
+    if isinstance(error, cyclopts.UnknownOptionError):
+        keyword = (error.token.keyword or error.token.value).partition("=")[0]
+        key = keyword.strip("-").replace("-", "_")
+        if "loss" in options and is_word(key):  # the nearest option would be another quantity
+            return f"there is no option {keyword}.{instead_of(key, ..., options)}"
     return str(error)

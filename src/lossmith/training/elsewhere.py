@@ -10,13 +10,18 @@ from lossmith.errors import nearest
 from lossmith.losses import all_parameters
 from lossmith.losses.foreign import FOREIGN
 
-__all__ = ["instead_of"]
+__all__ = ["instead_of", "is_word"]
+
+
+def is_word(key: str) -> bool:
+    """Whether it is a parameter of a loss, or another library's word for one or for a setting."""
+    return key in FOREIGN or key in all_parameters()
 
 
 def instead_of(key: str, value: Any, known: Iterable[str]) -> str:
-    """What to write instead, as the tail of an error message."""
+    """What to write instead, as the tail of an error message. value: ... where it is not known."""
     known, word = list(known), FOREIGN.get(key)
-    example = f"grpo({key}={reprlib.repr(value)})"
+    example = f"grpo({key}={'...' if value is ... else reprlib.repr(value)})"
     if "loss" not in known or (word is not None and word.setting and word.setting not in known):
         return nearest(key, known)
     if word is not None and word.setting:
