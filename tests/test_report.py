@@ -114,6 +114,10 @@ def train(tmp_path, scorer, **changes):
 
 
 def test_where_every_completion_has_one_score_there_is_no_verdict_and_no_advice_to_go_on(tmp_path):
+    rounded = train(
+        tmp_path, lambda completions, **_: [0.1] * len(completions), prompts_per_step=3, samples_per_prompt=4
+    )
+    assert 1.2 / 12 != 0.1 and rounded.summary["training"]["one_score"] == 0.1
     run = train(tmp_path, lambda completions, **_: [0.5] * len(completions))
     text = " ".join(printed(run).split())
     assert "No verdict: the scorer gave every completion the same score (0.5), so nothing was learned" in text

@@ -17,7 +17,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FEWEST", "Interval", "bears_verdict", "doubt", "in_words", "mean_of", "share_across", "share_of", "verdict"]
+__all__ = [
+    "ALIKE",
+    "FEWEST",
+    "Interval",
+    "alike",
+    "bears_verdict",
+    "doubt",
+    "in_words",
+    "mean_of",
+    "share_across",
+    "share_of",
+    "verdict",
+]
 
 FEWEST = 10
 """Prompts below which there is no verdict, whatever the interval.
@@ -58,7 +70,7 @@ def mean_of(values: Sequence[float], within: tuple[float, float] | None = None) 
     mean = statistics.fmean(values)
     ends = within or (mean, mean)
     size = ALIKE * max(map(abs, (*values, *ends)))
-    if max(values) - min(values) > size:
+    if not alike(values, size):
         from scipy.special import stdtrit
 
         half = float(stdtrit(n - 1, 1 - TAIL)) * statistics.stdev(values) / math.sqrt(n)
@@ -67,6 +79,13 @@ def mean_of(values: Sequence[float], within: tuple[float, float] | None = None) 
         return Interval(mean, math.nan, math.nan, n)
     others = 1 - TAIL ** (1 / n)
     return Interval(mean, mean - others * max(mean - ends[0], 0.0), mean + others * max(ends[1] - mean, 0.0), n)
+
+
+def alike(values: Sequence[float], size: float | None = None) -> bool:
+    """Whether values differ by no more than rounding, `size`; none are not alike."""
+    if not len(values):
+        return False
+    return max(values) - min(values) <= (ALIKE * max(map(abs, values)) if size is None else size)
 
 
 def share_of(values: Sequence[float], comparisons: int | None = None) -> Interval:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lossmith.intervals import Interval, bears_verdict, in_words, mean_of, share_of, verdict
+from lossmith.intervals import ALIKE, Interval, alike, bears_verdict, in_words, mean_of, share_of, verdict
 from lossmith.policy import Policy, sample
 from lossmith.prompts import PromptSet
 from lossmith.rewards import Scorer, score_rollouts
@@ -102,7 +102,6 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, Any]:
         "after": of(after),
         "difference": paired(before, after).as_dict(),
         "preferred": preferred(before, after).as_dict(),
-        "one_score": seen[0] if seen and len(set(seen)) == 1 else None,
     }
 
 
@@ -111,15 +110,21 @@ def _seen(*evaluations: Evaluation) -> list[float]:
     return [value for evaluation in evaluations for value in evaluation.scores.values()]
 
 
-def tally(records: Sequence[Mapping[str, Any]], completions: int) -> dict[str, Any]:
-    """What the steps of a run say together, as summary.json holds it. `completions`: of one step, scored or not."""
-    alike = bool(records) and all(r["reward_std"] == 0 and r["reward"] == records[0]["reward"] for r in records)
+def tally(
+    records: Sequence[Mapping[str, Any]], completions: int, before: Evaluation, after: Evaluation
+) -> dict[str, Any]:
+    """What the steps of a run say together, as summary.json holds it. `completions`: of one step, scored or not.
+
+    one_score: that of every completion, held-out ones included, where there was but one.
+    """
+    seen = [*_seen(before, after), *(r["reward"] for r in records)]
+    one = alike(seen) and all(r["reward_std"] <= ALIKE * abs(r["reward"]) for r in records)
     return {
         "completions": completions * len(records),
         "dropped": sum(r["dropped"] for r in records),
         "steps": len(records),
         "steps_without_signal": sum(map(without_signal, records)),
-        "one_score": records[0]["reward"] if alike else None,
+        "one_score": seen[0] if one else None,
     }
 
 
@@ -143,9 +148,9 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
 def _no_verdict(held_out: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
     """Why before and after say nothing of what was learned, however they differ."""
     count, before, after = steps.get("steps", 0), held_out["before"], held_out["after"]
-    if held_out.get("one_score") is not None and steps.get("one_score", held_out["one_score"]) == held_out["one_score"]:
+    if steps.get("one_score") is not None:
         return (
-            f"No verdict: the scorer gave every completion the same score ({held_out['one_score']:g}), so nothing was "
+            f"No verdict: the scorer gave every completion the same score ({steps['one_score']:g}), so nothing was "
             "learned from it. More steps or prompts would not change that; a scorer that tells completions apart would."
         )
     if count and steps["steps_without_signal"] == count:

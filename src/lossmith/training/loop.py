@@ -196,7 +196,9 @@ class Run:
         more = {
             "steps": self.recipe.steps,
             "loss": str(self.learner.loss),
-            "training": tally(self.folder.metrics(), self.recipe.prompts_per_step * self.recipe.samples_per_prompt),
+            "training": tally(
+                self.folder.metrics(), self.recipe.prompts_per_step * self.recipe.samples_per_prompt, self.before, after
+            ),
             "policy_checksum": self.policy.checksum(),
             "seconds": time.perf_counter() - self.started,
             **({"stopped": self.stopped} if self.stopped else {}),
