@@ -176,7 +176,7 @@ def test_a_download_that_fails_is_explained_even_where_standard_error_is_no_file
     )
     with (
         contextlib.redirect_stderr(io.StringIO()),
-        pytest.raises(PolicyError, match=r"no route to the index\n.*--model FOLDER"),
+        pytest.raises(PolicyError, match=r"no route to the index\. Try again, or name another"),
     ):
         embedded_model()
     assert list(Path(tmp_path).iterdir()) == []
