@@ -206,7 +206,7 @@ def test_no_nan_is_sent(serve):
     server = serve()
     scorer = load_scorer(server.url)
     score_rollouts(scorer, [rollout("a", weight=float("nan"), parts=[1.0, {"x": float("inf")}])])
-    assert server.asked[0][3]["columns"] == {"parts": [[1.0, {"x": None}]], "weight": [None]}
+    assert server.asked[0][3]["columns"] == {"parts": [[1.0, {"x": "inf"}]], "weight": [None]}
 
 
 # --- how often -------------------------------------------------------------------------------------------------------

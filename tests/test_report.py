@@ -56,7 +56,7 @@ def test_whose_code_will_run_is_said(specs, lines, tmp_path, monkeypatch):
     assert code_that_runs(**specs) == expected
 
 
-@pytest.mark.parametrize("door", ["train", "bench", "sample", "annotate", "prefer"])
+@pytest.mark.parametrize("door", ["train", "train with a loss", "bench", "sample", "annotate", "prefer"])
 def test_every_door_says_whose_code_will_run_before_it_runs(door, tmp_path, monkeypatch, capsys):
     own = tmp_path / "own.py"
     own.write_text("raise RuntimeError('it ran')\n")
@@ -66,13 +66,14 @@ def test_every_door_says_whose_code_will_run_before_it_runs(door, tmp_path, monk
     (tmp_path / "sets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sets))
     arguments = {
         "train": ["--scorer", f"{own}:f", *model],
+        "train with a loss": ["--loss", f"{own}:f", *model],
         "bench": ["--scorer", f"{own}:f", *model],
         "sample": [str(tmp_path / "p.txt"), "--best-by", f"{own}:f"],
         "annotate": [str(tmp_path / "sets.jsonl"), "--question", "ranking", "--judge", f"{own}:f"],
         "prefer": [str(tmp_path / "none.jsonl"), "--loss", f"{own}:f", *model],
     }[door]
     with pytest.raises(LossmithError, match="it ran"):
-        app([door, *arguments], exit_on_error=False)
+        app([door.split()[0], *arguments], exit_on_error=False)
     out, err = capsys.readouterr()
     assert f"will run: {own}:f" in (out + err).replace("\n", " ")
 

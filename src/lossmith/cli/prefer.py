@@ -56,8 +56,10 @@ def prefer(
         Print the summary as JSON on standard output, everything else on standard error.
     """
     console = Console(stderr=as_json)
-    made = settings_of(PreferenceRecipe, recipe, settings, preferences=preferences)
-    show_code(console, loss=made.loss)
+    made = settings_of(
+        PreferenceRecipe, recipe, settings, preferences=preferences,
+        first=lambda fields: show_code(console, loss=fields.get("loss")),
+    )  # fmt: skip
     plan = plan_preferences(made)
     with console.status("reading the preferences into the model's tokens"):
         run = open_preferences(plan)

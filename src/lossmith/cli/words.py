@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cyclopts
@@ -27,12 +27,24 @@ _IN_RECIPE: set[str] = set()  # settings whose value is the recipe file's
 _QUOTED = r"(?<!\w)(?:'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")(?!\w)"  # a user's own words: left as they are
 
 
-def settings_of(kind: type[S], recipe: Path | None, options: S | None, **more: typing.Any) -> S:
-    """The settings of a command: what was given as options wins over what the recipe file says."""
+def settings_of(
+    kind: type[S],
+    recipe: Path | None,
+    options: S | None,
+    *,
+    first: Callable[[dict[str, typing.Any]], None] | None = None,
+    **more: typing.Any,
+) -> S:
+    """The settings of a command: what was given as options wins over what the recipe file says.
+
+    first: is shown them before they are checked, for a check may run the code of a file that they name.
+    """
     given = {} if options is None else {key: getattr(options, key) for key in options.model_fields_set}
     fields = {} if recipe is None else kind.read(recipe)
     given |= {key: value for key, value in more.items() if value is not None}
     _IN_RECIPE.update(fields.keys() - given.keys())
+    if first is not None:
+        first(fields | given)
     return kind.make(str(recipe or "command line"), **fields | given)
 
 
