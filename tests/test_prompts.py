@@ -221,7 +221,7 @@ def test_ids_are_those_of_the_content_whatever_the_process():
 def test_a_target_is_refused_unless_it_is_passed_on(tmp_path, column):
     path = jsonl(tmp_path, [{"prompt": "a", column: None}, {"prompt": "b", column: "4"}])
     with pytest.raises(
-        PromptError, match=rf"p.jsonl:2: the column '{column}' looks like a target.*--pass-columns {column}"
+        PromptError, match=rf"p.jsonl:2: the column '{column}' looks like a target.*pass_columns = \[.{column}"
     ):
         load_prompts(path)
     assert load_prompts(path, pass_columns=[column])[1].columns == {column: "4"}
@@ -320,7 +320,7 @@ def test_a_row_of_parquet_or_of_a_saved_data_set_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
     for name in ("p.parquet", "set"):
-        with pytest.raises(PromptError, match=f"{name}: row 2: the column 'answer' .*--pass-columns answer"):
+        with pytest.raises(PromptError, match=f"{name}: row 2: the column 'answer' .*pass_columns = ..answer"):
             load_prompts(tmp_path / name)
 
 
@@ -567,10 +567,10 @@ def test_a_system_column_is_the_system_message():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "n": 1}, r"Is it 'question'\? --prompt-column question"),
-        ({"instruction": "a", "input": "b"}, "--prompt-column instruction"),
-        ({"messages": CHAT}, "--prompt-column messages"),
-        ({"conversations": []}, "--prompt-column conversations"),
+        ({"question": "a", "n": 1}, r"Is it 'question'\? prompt_column = .question"),
+        ({"instruction": "a", "input": "b"}, 'prompt_column = "instruction"'),
+        ({"messages": CHAT}, 'prompt_column = "messages"'),
+        ({"conversations": []}, 'prompt_column = "conversations"'),
         ({"chosen": "a", "rejected": "b"}, "a file of preferences, to learn from with `lossmith prefer`"),
     ],
 )

@@ -182,7 +182,7 @@ def test_stop_shows_scorer_kind_prompt_and_completion():
         "start xxx",
         "xxx end",
         "sample 3",
-        "--scorer-errors drop",
+        'scorer_errors = "drop"',
     ):
         assert shown in message
     assert len(message) < 1200

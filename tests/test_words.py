@@ -70,6 +70,23 @@ def test_a_setting_is_named_as_its_option(text, said):
     assert in_options(text, OPTIONS) == said
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"prompt": "Why?", "answer": "so"},
+            "If the scorer may see it: --pass-columns answer. Else",
+        ),
+        ({"question": "Why?"}, "Is it 'question'? --prompt-column \"question\"."),
+    ],
+)
+@pytest.mark.parametrize("words", [["train", "--prompts"], ["sample"], ["init", "new", "--prompts"]], ids=" ".join)
+def test_a_message_of_the_prompts_has_the_option_once(capsys, tmp_path, row, said, words):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, err = run(capsys, *words, tmp_path / "p.jsonl")
+    assert code == 2 and said in err and "=" not in err
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_has_a_line_of_help_and_every_option_too(words):
     command = app.parse_commands(words)[1][-1]

@@ -26,6 +26,8 @@ _OF_PROMPTS = {"limit": "prompt_limit", "column": "prompt_column", "split": "pro
 _IN_RECIPE: set[str] = set()  # settings whose value is the recipe file's
 _QUOTED = r"(?<!\w)(?:'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")(?!\w)"  # a user's own words: left as they are
 
+_LISTED = r" Known: .*?\.(?=\s|$)"  # what `nearest` lists are the names of where it looked
+
 
 def settings_of(
     kind: type[S],
@@ -74,10 +76,11 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
     """
     if not options:
         return text
-    text, known, names = text.partition(" Known: ")  # what `nearest` lists are the names of where it looked
     name = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
     value = r"(?P<value>true|True|false|False|\[\"[^\"\]]*\"\])?"
-    pattern = re.compile(rf"{_QUOTED}|(?<![\w./@-])(?P<name>{name})(?:(?P<equals> ?= ?){value}|(?![\w.(/-]*[\w(/]))")
+    pattern = re.compile(
+        rf"{_QUOTED}|{_LISTED}|(?<![\w./@-])(?P<name>{name})(?:(?P<equals> ?= ?){value}|(?![\w.(/-]*[\w(/]))"
+    )
 
     def spelled(match: re.Match[str]) -> str:
         key, equals, value = match["name"], match["equals"], match["value"] or ""
@@ -89,7 +92,7 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
             return options[key].replace("--", "--no-", 1)
         return options[key] + (" " if equals else "") + value.strip('[]"')
 
-    return pattern.sub(spelled, text) + known + names
+    return pattern.sub(spelled, text)
 
 
 def _misread(error: cyclopts.CycloptsError, options: Mapping[str, str]) -> str:

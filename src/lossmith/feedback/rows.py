@@ -66,7 +66,7 @@ def refuse(name: str, bad: Iterable[FeedbackError]) -> FeedbackError:
     bad = list(bad)
     return FeedbackError(
         f"{name}: {len(bad)} of its rows cannot be used, and nothing was taken from it.\n{listed(bad)}\nCorrect the "
-        "file, or leave such rows out and count them: --skip-bad (skip_bad in a recipe or Python)."
+        "file, or leave such rows out and count them: skip_bad = true."
     )
 
 

@@ -45,7 +45,8 @@ def check_model(model: str | Path, error: type[LossmithError] = PolicyError, wha
         if _HUB_NAME.fullmatch(str(model)) and not str(model).startswith("."):
             return
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, near) if near else ""
+        hint = nearest(folder.name, near)
+        hint = hint if "Did you mean" in hint else ""  # a folder's whole list helps nobody
         raise error(f"there is no model folder {str(model)!r}, and it is no hub name (owner/name).{hint}")
     if not folder.is_dir():
         raise error(f"{str(model)!r} is a file; a model is a folder with config.json, weights and tokenizer.")

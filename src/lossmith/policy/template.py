@@ -35,7 +35,7 @@ def chat_template(tokenizer: Any, tools: bool = False) -> str:
         names = ", ".join(sorted(known))
         raise PolicyError(
             f"the model has several chat templates ({names}), and none of them is called default. Choose one with "
-            "--chat-template (chat_template in a recipe), or set tokenizer.chat_template to it and save the tokenizer."
+            "chat_template, or set tokenizer.chat_template to it and save the tokenizer."
         )
     return str(known[name])
 

@@ -101,7 +101,7 @@ def _prompt(row: Mapping[str, Any], where: str, column: str, passed: Sequence[st
         if re.sub("[^a-z]", "", key.lower()) in TARGETS and key not in passed and not _is_empty(value):
             raise PromptError(
                 f"{where}: the column {key!r} looks like a target, and policy learning takes inputs only. If the "
-                f'scorer may see it: --pass-columns {key}, or pass_columns = ["{key}"]. Else remove the column.'
+                f'scorer may see it: pass_columns = ["{key}"]. Else remove the column.'
             )
     content, used = _with_input(read_content(row[column], where, column), columns, where, column)
     content, more = _with_system(content, columns, where, column)
@@ -115,7 +115,7 @@ def _no_column(row: Mapping[str, Any], where: str, column: str) -> str:
             "with `lossmith prefer` or `lossmith reward train`."
         )
     usual = next((name for name in USUAL if name in row), None)
-    hint = "" if usual is None else f' Is it {usual!r}? --prompt-column {usual}, or prompt_column = "{usual}".'
+    hint = "" if usual is None else f' Is it {usual!r}? prompt_column = "{usual}".'
     known = nearest(column, row) if row else " The row is empty."
     # A table without a header shows its first prompt as a column's name; that is not the name to give.
     header = " The first line of the file must name the columns." if _TABLE_LINE.search(where) else ""

@@ -169,7 +169,7 @@ def _stop_at_error(name: str, rollouts: Sequence[Rollout], scores: Sequence[Scor
         f"  prompt:     {_shorten(rollout.prompt.text)} (id {rollout.prompt.id}, sample {rollout.sample})\n"
         f"  completion: {_shorten(rollout.completion)}\n"
         f'Mend the scorer; let it return "{ABSTAIN}" where it has no opinion; or leave such completions out: '
-        '--scorer-errors drop, in a recipe scorer_errors = "drop", in score_rollouts on_error="drop". '
+        'scorer_errors = "drop" (on_error in score_rollouts). '
         "They are never scored 0."
     )
 

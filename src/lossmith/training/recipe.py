@@ -67,7 +67,7 @@ class Settings(BaseModel):
                 raise RecipeError(
                     f"{source}: there is no setting {key!r}.{instead_of(key, fields[key], cls.model_fields)}"
                 )
-        fields = {key: _at_home(value) if key in cls.paths else value for key, value in fields.items()}
+        fields = {key: _at_home(key, value) if key in cls.paths else value for key, value in fields.items()}
         try:
             return cls(**fields)
         except pydantic.ValidationError as error:
@@ -322,12 +322,12 @@ def _check_needs(loss: Loss, provided: Set[str]) -> None:
         raise RecipeError(f"The loss {loss.name!r} needs the parameter {name}: write {loss.name}({name}=...).")
 
 
-def _at_home(value: Any) -> Any:
-    """A path with its `~` resolved, in a table of scorers or a loss's too."""
-    if isinstance(value, Mapping):
-        return {key: _at_home(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_at_home(one) for one in value]
+def _at_home(field: str, value: Any) -> Any:
+    """A path with its `~` resolved, in a table of scorers or a loss's too; prompts in memory are texts, no paths."""
+    if field in ("scorer", "watch", "loss") and isinstance(value, Mapping):
+        return {key: _at_home(field, one) for key, one in value.items()}
+    if field in ("scorer", "watch") and isinstance(value, list):
+        return [_at_home(field, one) for one in value]
     return text_at_home(value, RecipeError) if isinstance(value, str) else value
 
 
