@@ -140,7 +140,7 @@ class Project:
         """What reward training wrote down of its model; None where no model was trained."""
         try:
             found = json.loads((self.reward_model / "reward_model.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 

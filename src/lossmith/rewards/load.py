@@ -180,6 +180,6 @@ def _members(folder: str) -> tuple[list[str], dict[str, Any]]:
 def _manifest(folder: str) -> dict[str, Any]:
     try:
         found = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Seal:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             files = dict(manifest["files"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ScorerError(f"reward model {str(path)!r}: its {MANIFEST} is damaged: {error}.") from None
         seal = cls(folder, manifest, {})
         for name in files:
@@ -78,7 +79,9 @@ def checksums(folder: Path) -> dict[str, str]:
 def _look(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    if not stat.S_ISREG(found.st_mode):
         return None
     return found.st_size, found.st_mtime_ns
 
