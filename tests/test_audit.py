@@ -225,5 +225,6 @@ def test_the_command(tmp_path):
 def test_the_command_says_what_is_wrong(tmp_path):
     with pytest.raises(L.LossError, match="Did you mean"):
         audit_("grop")
-    with pytest.raises(ProofError, match="cannot write the page"):
+    (tmp_path / "no").write_text("a file")
+    with pytest.raises(ProofError, match="nothing can be written"):
         audit_("reinforce", html=tmp_path / "no" / "page.html")

@@ -82,7 +82,8 @@ def test_gfpo_keeps_the_shortest_and_the_most_efficient():
     by_efficiency = {"advantage": "gfpo", "keep": 2, "metric": "efficiency"}
     got = credited([4, 1, 3, 0], by_efficiency, lengths=[4, 1, 2, 3])[:, 0]
     torch.testing.assert_close(got, double([half, 0, -half, 0]), rtol=0, atol=1e-6)
-    assert not credited([1, 1, 3, 0], {"advantage": "gfpo", "keep": 1}, lengths=[1, 2, 3, 4]).any()
+    with pytest.raises(L.LossError, match="at least 2"):  # one that is kept has nothing to be compared with
+        quiet_loss("reinforce", advantage="gfpo", keep=1)
 
 
 def test_gdpo_by_plain_loops():

@@ -78,10 +78,11 @@ def test_json_on_standard_output_and_all_else_beside_it(tmp_path):
 def test_resume_goes_on(tmp_path):
     lossmith("train", *small(tmp_path, "--name", "a", "--checkpoint-every", 1))
     folder = tmp_path / "runs" / "a"
-    assert "--resume goes on with the recipe" in lossmith("train", "--resume", folder, "--steps", 3, code=2).stderr
-    result = lossmith("train", "--resume", folder)
-    assert "step   2/2" in result.stdout and "step   1/2" not in result.stdout
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "--resume goes on with the recipe" in lossmith("train", "--resume", folder, "--seed", 3, code=2).stderr
+    assert "is finished" in lossmith("train", "--resume", folder).stdout
+    result = lossmith("train", "--resume", folder, "--steps", 3)
+    assert "step   3/3" in result.stdout and "step   2/3" not in result.stdout
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_sample_writes_a_set_a_line(tmp_path):
@@ -119,7 +120,7 @@ def test_best_of_n_keeps_what_the_scorer_likes_most(tmp_path):
         (("train", "--prompts", "none.jsonl"), "there is no prompt file"),
         (("sample", "x.txt", "--n", "2", "--temperature", "0"), "copies of one completion"),
         (("train", "--temperature", "0"), "greedy"),
-        (("train", "--resume", "nowhere"), "not a run folder"),
+        (("train", "--resume", "nowhere"), "there is no run folder"),
     ],
 )
 def test_mistakes_are_one_message_and_no_traceback(tmp_path, arguments, message):

@@ -149,7 +149,7 @@ def test_a_token_mean_divided_by_a_constant_is():
 def test_a_wrong_sign_and_a_loss_of_nothing():
     good, bad = (found(advantage="raw", shaping="scale", a=a, **SUM) for a in (1, -1))
     assert good.cosine == pytest.approx(1) and bad.cosine == pytest.approx(-1) and bad.scale == pytest.approx(-1)
-    nothing = found(advantage="raw", shaping="scale", a=0, **SUM)
+    nothing = found(advantage="raw", shaping="scale", a=1e-300, **SUM)  # 0 itself is refused
     assert (nothing.scale, nothing.cosine, nothing.norm_ratio) == (0, 0, 0) and nothing.residual == math.inf
 
 

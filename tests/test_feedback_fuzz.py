@@ -14,7 +14,7 @@ from lossmith.feedback.output_set import OutputSet, named, read_sets
 from lossmith.feedback.preferences import write_preferences
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
-from test_preference_files import LAYOUTS, write
+from test_preference_layouts import LAYOUTS, write
 
 ODD = [
     None,

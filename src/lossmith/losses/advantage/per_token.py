@@ -183,7 +183,8 @@ class OptimalToken(Estimator):
         # aligned by the number of the token in its completion, so that padding on either side changes nothing
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         groups, there = signal.groups("advantage='otb'"), mask.gather(1, order)
-        w, g = (torch.where(there, x.gather(1, order), torch.zeros_like(x)) for x in (weight, to_go))
+        wide = torch.promote_types(weight.dtype, to_go.dtype)  # rewards may be wider than log-probabilities
+        w, g = (torch.where(there, x.gather(1, order), 0.0).to(wide) for x in (weight, to_go))
         sums = torch.zeros(
             int(groups.index.max()) + 1 if len(mask) else 0, mask.shape[1], dtype=w.dtype, device=w.device
         )
