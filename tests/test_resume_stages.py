@@ -1,0 +1,180 @@
+"""`prefer`, `reward train` and `sample` survive a kill and a signal, and go on as if they had not been stopped."""
+
+import json
+import os
+import random
+import signal
+import sys
+
+import pytest
+
+import tiny
+from lossmith.api import resume
+from lossmith.cli import app, main
+from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError
+from lossmith.feedback.output_set import named
+from lossmith.feedback.preferences import Label, Pair, write_preferences
+from lossmith.training.preferences import (
+    PreferenceRecipe,
+    learn_preferences,
+    open_preferences,
+    plan_preferences,
+    resume_preferences,
+)
+from lossmith.training.run import RunFolder
+
+
+def command(*words):
+    """What the shell would do."""
+    return app([str(word) for word in words], result_action="return_value")
+
+
+def text(rng, letters):
+    return "".join(rng.choice(letters) for _ in range(rng.randint(3, 7)))
+
+
+def pairs(count=12, seed=0):
+    rng = random.Random(seed)
+    prompts = tiny.prompts(*(f"question {k}?" for k in range(count)))
+    return [Pair(p, named(p, text(rng, "abcde")), named(p, text(rng, "vwxyz"))) for p in prompts]
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_preferences(tmp_path / "pairs.jsonl", pairs())
+    return tmp_path / "pairs.jsonl"
+
+
+# -- prefer -----------------------------------------------------------------------------------------------------------
+
+
+def recipe(file, runs, **changes):
+    base = dict(
+        preferences=str(file), model=str(tiny.folder()), device="cpu", dtype="float32", held_out=4, epochs=2,
+        preferences_per_step=3, learning_rate=1e-3, runs=str(runs), name="run", checkpoint_every=2,
+        checkpoint_minutes=0,
+    )  # fmt: skip
+    return PreferenceRecipe.make(**base | changes)
+
+
+def whole(file, runs, **changes):
+    """A run that nothing interrupts."""
+    run = open_preferences(plan_preferences(recipe(file, runs, **changes)))
+    return ended(run)
+
+
+def ended(run):
+    for _ in learn_preferences(run):
+        pass
+    run.finish()
+    run.close()
+    return run.folder.path
+
+
+def begun(file, runs, steps, **changes):
+    """The folder of a run that was killed after so many steps."""
+    run = open_preferences(plan_preferences(recipe(file, runs, **changes)))
+    for step in learn_preferences(run) if steps else ():
+        if step.index + 1 == steps:
+            break
+    run.close()
+    return run.folder.path
+
+
+def result(folder):
+    """What must be equal to the bit."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in lines]
+    summary = json.loads((folder / "summary.json").read_text())
+    return records, {key: value for key, value in summary.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize(("loss", "steps"), [("dpo", 0), ("dpo", 1), ("kto", 5), ("dpo(beta=0.3)", 6)])
+def test_preferences_that_were_killed_end_equal_to_the_bit(file, tmp_path, loss, steps):
+    if loss == "kto":  # whose weights the data decide
+        write_preferences(
+            file, [Label(p.prompt, o, g) for p in pairs() for o, g in ((p.chosen, True), (p.rejected, False))]
+        )
+    wanted = result(whole(file, tmp_path / "whole", loss=loss))
+    folder = begun(file, tmp_path / "broken", steps, loss=loss)
+    run = resume_preferences(folder)
+    assert run.going_on.checkpoint is None if steps < 2 else run.going_on.checkpoint.step == steps - steps % 2
+    assert result(ended(run)) == wanted
+    with pytest.raises(FinishedError, match=r"is finished \(\d+ steps\).*policy"):
+        resume_preferences(folder)
+
+
+def test_a_signal_saves_and_names_the_command_that_goes_on(file, tmp_path, monkeypatch, capsys):
+    wanted = result(whole(file, tmp_path / "whole"))
+    true = RunFolder.add_metrics
+
+    def signalling(folder, record):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return true(folder, record)
+
+    monkeypatch.setattr(RunFolder, "add_metrics", signalling)
+    words = ["prefer", file, "--model", tiny.folder(), "--device", "cpu", "--dtype", "float32", "--held-out", "4"]
+    words += ["--epochs", "2", "--preferences-per-step", "3", "--learning-rate", "1e-3", "--runs", tmp_path]
+    left = {}
+    monkeypatch.setattr("lossmith.cli._leave", lambda code: left.update(code=code))
+    monkeypatch.setattr(sys, "argv", ["lossmith", *map(str, words), "--name", "run"])
+    main()
+    said = capsys.readouterr().err
+    folder = tmp_path / "run"
+    assert left["code"] == 128 + signal.SIGTERM
+    assert f"saved after step 1 of 6. Go on with: lossmith prefer --resume {folder}" in said
+    monkeypatch.undo()
+    command("prefer", "--resume", folder)
+    assert result(folder) == wanted
+    capsys.readouterr()
+    command("prefer", "--resume", folder)
+    assert "is finished (6 steps)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_each_command_sends_to_the_other_for_its_runs(file, tmp_path):
+    folder = begun(file, tmp_path, 1)
+    with pytest.raises(RunError, match=r"a run of `lossmith prefer`.*lossmith prefer --resume"):
+        resume(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "recipe.toml").write_text('prompts = "default"\n')
+    with pytest.raises(RunError, match=r"a run of `lossmith train`.*lossmith train --resume"):
+        command("prefer", "--resume", tmp_path / "other")
+    with pytest.raises(RunError, match=r"go on with it: lossmith prefer --resume .*run'?$"):
+        open_preferences(plan_preferences(recipe(file, tmp_path)))
+    with pytest.raises(RecipeError, match="only --accept-changes"):
+        command("prefer", "--resume", folder, "--epochs", "3")
+    with pytest.raises(RecipeError, match="goes with --resume"):
+        command("prefer", file, "--accept-changes")
+
+
+def test_what_decided_a_run_on_preferences_is_named_when_it_changed(file, tmp_path, monkeypatch):
+    folder = begun(file, tmp_path, 2)
+    toml = (folder / "recipe.toml").read_text()
+
+    def refused(words, **fields):
+        with pytest.raises(LossmithError, match=words):
+            resume_preferences(folder, **fields)
+
+    write_preferences(file, [*pairs()[:-1], Pair(pairs()[-1].prompt, pairs()[-1].chosen, pairs(13)[-1].chosen)])
+    refused(r"has changed since it began: the preferences: 12 pairs \w+ -> 12 pairs \w+;.*prefer --resume \S+ --accept")
+    write_preferences(file, pairs(2))
+    refused("held-out prompts are there no more")
+    write_preferences(file, pairs())
+    (folder / "recipe.toml").write_text(toml.replace("learning_rate = 0.001", "learning_rate = 0.1"))
+    refused(r"learning_rate: 0\.001 -> 0\.1")
+    (folder / "recipe.toml").write_text(toml.replace('"dpo"', '"ipo"'))
+    refused(r"loss: dpo -> ipo")
+    run = resume_preferences(folder, accept_changes=True)
+    assert run.going_on.checkpoint.step == 2 and run.learner.loss.name == "ipo"
+    ended(run)
+    assert json.loads((folder / "summary.json").read_text())["accepted_changes"] == ["loss: dpo -> ipo"]
+
+
+def test_live_preferences_are_given_again(tmp_path):
+    run = open_preferences(plan_preferences(recipe("x", tmp_path).model_copy(update={"preferences": pairs()})))
+    folder = run.folder.path
+    run.close()
+    with pytest.raises(RecipeError, match=r"preferences was a Python object.*resume_preferences\("):
+        resume_preferences(folder)
+    ended(resume_preferences(folder, preferences=pairs()))
+    assert (folder / "policy" / "model.safetensors").exists()
