@@ -14,6 +14,7 @@ from lossmith.cli import app, main
 from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError
 from lossmith.feedback.output_set import named
 from lossmith.feedback.preferences import Label, Pair, write_preferences
+from lossmith.feedback.under_way import UnderWay
 from lossmith.training.preferences import (
     PreferenceRecipe,
     learn_preferences,
@@ -178,3 +179,88 @@ def test_live_preferences_are_given_again(tmp_path):
         resume_preferences(folder)
     ended(resume_preferences(folder, preferences=pairs()))
     assert (folder / "policy" / "model.safetensors").exists()
+
+
+# -- sample -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Seven prompts, sampled two at a time, and the words of a command that samples them."""
+    monkeypatch.setattr("lossmith.feedback.under_way.TOGETHER", 4)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Question {k}?"}) + "\n" for k in range(7)))
+    words = ["sample", tmp_path / "prompts.jsonl", "--n", 2, "--max-tokens", 5, "--device", "cpu", "--dtype", "float32"]
+    return [*words, "--model", tiny.folder()]
+
+
+class Broken(Exception):
+    """Whatever ends the work."""
+
+
+def breaking(monkeypatch, after, act):
+    """`act` once so many parts are in the file."""
+    true = UnderWay.add
+
+    def add(file, part):
+        true(file, part)
+        if len(file.parts) == after:
+            act()
+
+    monkeypatch.setattr(UnderWay, "add", add)
+    return lambda: monkeypatch.setattr(UnderWay, "add", true)
+
+
+def raising(error):
+    def act():
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("more", [[], ["--best-by", "length"]])
+def test_sampling_that_broke_goes_on_and_writes_the_same_bytes(asked, tmp_path, monkeypatch, capsys, more):
+    command(*asked, *more, "-o", tmp_path / "whole.jsonl")
+    told = capsys.readouterr().err
+    mend = breaking(monkeypatch, 2, raising(Broken()))
+    with pytest.raises(Broken) as caught:
+        command(*asked, *more, "-o", tmp_path / "out.jsonl")
+    partial = tmp_path / "out.jsonl.partial"
+    assert f"4 of 7 prompts are in {partial}. The same command again" in caught.value.__notes__[0]
+    assert len(partial.read_text().splitlines()) == 3 and not (tmp_path / "out.jsonl").exists()
+    with partial.open("a") as torn:
+        torn.write('{"sets": [{"set')
+    mend()
+    capsys.readouterr()
+    command(*asked, *more, "-o", tmp_path / "out.jsonl")
+    said = capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not partial.exists() and "4 of 7 prompts are in" in " ".join(said.split())
+    assert said.splitlines()[-1] == told.splitlines()[-1]  # what is said of all sets is said of all
+
+
+def test_a_signal_while_sampling_says_how_to_go_on(asked, tmp_path, monkeypatch):
+    breaking(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        command(*asked, "-o", tmp_path / "out.jsonl")
+    assert "2 of 7 prompts are in" in caught.value.__notes__[0]
+
+
+def test_another_command_does_not_go_on_with_what_was_sampled(asked, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    mend = breaking(monkeypatch, 2, raising(Broken()))
+    with pytest.raises(Broken):
+        command(*asked, "-o", out)
+    mend()
+    kept = (tmp_path / "out.jsonl.partial").read_bytes()
+    for more, said in ((["--temperature", "0.5"], r"temperature: 1\.0 -> 0\.5"), (["--seed", "3"], "seed: 0 -> 3")):
+        with pytest.raises(RunError, match=rf"out\.jsonl\.partial' holds what was sampled already.*{said}.*delete it"):
+            command(*asked, *more, "-o", out)
+    with pytest.raises(RunError, match=r"the prompts: 7 prompts \w+ -> 6 prompts"):
+        command(*asked, "--limit", "6", "-o", out)
+    with pytest.raises(RunError, match="the model's weights"):
+        command(*asked[:-1], tiny.folder("gpt2"), "-o", out)
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == kept
+    (tmp_path / "mine.jsonl.partial").write_text("dear to somebody\n")
+    with pytest.raises(RunError, match="is not what `lossmith sample` leaves"):
+        command(*asked, "-o", tmp_path / "mine.jsonl")
+    assert (tmp_path / "mine.jsonl.partial").read_text() == "dear to somebody\n"
