@@ -7,6 +7,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 import tiny
 from lossmith.api import resume
@@ -15,6 +16,7 @@ from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError
 from lossmith.feedback.output_set import named
 from lossmith.feedback.preferences import Label, Pair, write_preferences
 from lossmith.feedback.under_way import UnderWay
+from lossmith.rewards.seal import MANIFEST
 from lossmith.training.preferences import (
     PreferenceRecipe,
     learn_preferences,
@@ -264,3 +266,94 @@ def test_another_command_does_not_go_on_with_what_was_sampled(asked, tmp_path, m
     with pytest.raises(RunError, match="is not what `lossmith sample` leaves"):
         command(*asked, "-o", tmp_path / "mine.jsonl")
     assert (tmp_path / "mine.jsonl.partial").read_text() == "dear to somebody\n"
+
+
+# -- reward train -----------------------------------------------------------------------------------------------------
+
+
+def reward_words(file, out, *more):
+    words = ["reward", "train", file, "-o", out, "--model", tiny.folder(), "--device", "cpu", "--dtype", "float32"]
+    return [*words, "--epochs", 2, "--comparisons-per-step", 3, "--learning-rate", "1e-3", *more]
+
+
+def learned(folder):
+    """What must be equal to the bit."""
+    found = {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".svg"
+    }
+    for name in [name for name in found if name.endswith(MANIFEST)]:
+        told = json.loads(found[name])
+        hashes = {} if "ensemble" in told else told["files"]  # those of an ensemble are of files that hold the time
+        found[name] = told | {"time": "", "files": hashes}
+    return found
+
+
+def hit(monkeypatch, at, act):
+    """`act` in the midst of the optimiser's step number `at`, of whichever member."""
+    true, calls = torch.optim.AdamW.step, []
+
+    def step(self, *arguments, **named_ones):
+        calls.append(1)
+        if len(calls) == at:
+            act()
+        return true(self, *arguments, **named_ones)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return lambda: monkeypatch.setattr(torch.optim.AdamW, "step", true)
+
+
+@pytest.mark.parametrize(("more", "at", "said"), [
+    ([], 4, "saved after step 4 of 6"),
+    (["--ensemble", 2, "--train-layers", 1], 9, "saved after step 3 of 6 of member 2"),
+])  # fmt: skip
+def test_a_reward_model_that_was_stopped_ends_equal_to_the_bit(file, tmp_path, monkeypatch, capsys, more, at, said):
+    command(*reward_words(file, tmp_path / "whole", *more))
+    lines = capsys.readouterr().out.splitlines()
+    mend = hit(monkeypatch, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as caught:
+        command(*reward_words(file, tmp_path / "RM", *more))
+    mend()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert f"{said}, in {tmp_path / 'RM.partial'}. The same command again" in caught.value.__notes__[0]
+    assert not (tmp_path / "RM").exists()
+    capsys.readouterr()
+    command(*reward_words(file, tmp_path / "RM", *more))
+    again = capsys.readouterr().out.splitlines()
+    assert learned(tmp_path / "RM") == learned(tmp_path / "whole")
+    assert not list(tmp_path.glob("RM.*")) and any(line.startswith("going on after step") for line in again)
+    assert [line for line in lines if "held-out" in line][-1] == [line for line in again if "held-out" in line][-1]
+
+
+def test_a_reward_model_that_was_killed_goes_on_from_its_checkpoint(file, tmp_path, monkeypatch):
+    words = reward_words(file, tmp_path / "RM", "--checkpoint-minutes", "1e-6")
+    monkeypatch.setattr("lossmith.durable.checkpoint.SHARE", 1e6)  # saved after every step
+    command(*reward_words(file, tmp_path / "whole"))
+    mend = hit(monkeypatch, 3, raising(Broken()))
+    with monkeypatch.context() as killed, pytest.raises(Broken):
+        killed.setattr("lossmith.reward_training.under_way.UnderWay.stopped", lambda *told: None)  # as a kill would
+        command(*words)
+    mend()
+    saved = sorted(p.name for p in (tmp_path / "RM.partial" / "training-0" / "checkpoints").iterdir())
+    assert saved == ["step-00001", "step-00002"]
+    command(*words)
+    found, wanted = learned(tmp_path / "RM"), learned(tmp_path / "whole")
+    assert found["model.safetensors"] == wanted["model.safetensors"]
+
+
+def test_another_command_does_not_go_on_with_what_was_trained(file, tmp_path, monkeypatch):
+    mend = hit(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        command(*reward_words(file, tmp_path / "RM"))
+    mend()
+    with pytest.raises(RunError, match=r"RM\.partial' holds what was trained already.*seed: 0 -> 3"):
+        command(*reward_words(file, tmp_path / "RM", "--seed", 3))
+    write_preferences(file, pairs(11))
+    with pytest.raises(RunError, match=r"the preferences: \w+ -> \w+\. Put that back to go on with it, or delete it"):
+        command(*reward_words(file, tmp_path / "RM"))
+
+
+def test_a_reward_model_that_diverged_leaves_nothing_to_go_on_with(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *a, **k: torch.tensor(torch.nan))
+    with pytest.raises(RunError, match="gradient is not finite"):
+        command(*reward_words(file, tmp_path / "RM"))
+    assert not list(tmp_path.glob("RM*"))
