@@ -24,13 +24,12 @@ from lossmith.training import Learner, Recipe
 from lossmith.training.examples import around_answer, make_examples
 from lossmith.training.preferences import (
     PreferenceRecipe,
-    _rows,
     fit_loss,
     learn_preferences,
     open_preferences,
     plan_preferences,
-    verdict,
 )
+from lossmith.training.standing import rows_of, verdict
 
 
 def text(rng, letters):
@@ -188,7 +187,7 @@ def test_two_judgements_of_one_prompt_are_two_groups():
     a, b = named(p, "aaa"), named(p, "zzzz")
     policy = tiny.policy(tiny.llama(), torch.float64)
     examples = make_examples(policy, [Pair(p, a, b), Pair(p, b, a, annotator="eva")]).examples
-    rollouts, given = _rows(examples)
+    rollouts, given = rows_of(examples)
     assert given["group"].tolist() == [0, 0, 1, 1]
     made = Learner(policy, get_loss("dpo"), Recipe.make(temperature=1.0))
     batch = made.formulate(rollouts, given)
@@ -347,7 +346,7 @@ def test_uncertain_pairs_are_read_as_such():
     soft = make_examples(policy, pairs(4, probability=0.7))
     loss, *_, notes = fit_loss(get_loss("dpo"), soft, soft)
     assert loss.to_dict()["labels"] == "given" and "4 uncertain pairs" in notes[0]
-    given = _rows(soft.examples)[1]["pair_probability"]
+    given = rows_of(soft.examples)[1]["pair_probability"]
     assert given.tolist() == pytest.approx([0.7] * 8)
     sure = make_examples(policy, pairs(4))
     assert fit_loss(get_loss("dpo"), sure, sure)[0].to_dict()["labels"] == "reward"

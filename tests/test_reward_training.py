@@ -16,9 +16,10 @@ from lossmith.feedback.output_set import named
 from lossmith.feedback.preferences import Label, Pair, Ranking, Rating, write_preferences
 from lossmith.prompts import Prompt
 from lossmith.reward_training.examples import Example, make_examples
+from lossmith.reward_training.fit import accumulate, loss_of
 from lossmith.reward_training.measure import measure
 from lossmith.reward_training.model import load_scoring
-from lossmith.reward_training.train import RewardRecipe, accumulate, loss_of, train_reward_model
+from lossmith.reward_training.train import RewardRecipe, train_reward_model
 from lossmith.rewards import load_scorer, score_rollouts
 from lossmith.rewards.combine import Ensemble
 from lossmith.rewards.reward_model import RewardModel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,16 @@ from rich.console import Console
 
 from lossmith.durable.inputs import Inputs
 from lossmith.durable.stopping import Stopping
-from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError
+from lossmith.errors import LossmithError, RunError
 from lossmith.files import at_home
 from lossmith.project import check_recipe_order
 from lossmith.report.closing import closing
 from lossmith.report.code import show_code
 from lossmith.report.live import LiveView
 from lossmith.report.opening import opening
-from lossmith.rewards import close_scorer
 from lossmith.training import Plan, Recipe, Run, learn, open_run, plan
+from lossmith.training.going_on import command_of, is_finished, recipe_of
+from lossmith.training.keeping import Keeping
 from lossmith.training.run import RunFolder
 
 __all__ = ["kept", "resume", "run_recipe", "train"]
@@ -54,7 +54,7 @@ def resume(
     """
     there = RunFolder.existing(at_home(folder))
     try:
-        recipe = _recipe_of(there, steps, objects)
+        recipe = recipe_of(there, Recipe, objects, {} if steps is None else {"steps": steps})
         _check_more(there, recipe)
         known = Inputs.read(there.path)
         return run_recipe(
@@ -69,39 +69,13 @@ def resume(
         there.close()
 
 
-def _recipe_of(folder: RunFolder, steps: int | None, objects: dict[str, Any]) -> Recipe:
-    path = folder.path / "recipe.toml"
-    fields = Recipe.read(path)
-    for key, value in fields.items():
-        if not str(value).startswith("python: "):
-            continue
-        if key not in objects:
-            raise RecipeError(
-                f"{path}: the run's {key} was a Python object ({value}), which a file cannot hold. Go on from Python, "
-                f"with lossmith.resume({str(folder.path)!r}, {key}=...), or write its importable path there "
-                "(module:function, or a file) and go on with --accept-changes."
-            )
-        fields[key] = objects.pop(key)
-    if objects:
-        raise RecipeError(f"{path} holds the run's {', '.join(objects)}: resume() takes no other.")
-    return Recipe.make(str(path), **fields | ({} if steps is None else {"steps": steps}))
-
-
 def _check_more(folder: RunFolder, recipe: Recipe) -> None:
     """RunError: the run has that many steps already."""
     known = Inputs.read(folder.path)
     had = recipe.steps if known is None else known.settings.get("steps", recipe.steps)
-    command = f"{recipe.resumed_by} {shlex.quote(str(folder.path))}"
     if recipe.steps < had:
         raise RunError(f"steps = {recipe.steps}, but the run {str(folder.path)!r} was begun with {had}; give more.")
-    summary = folder.finished(recipe.steps)
-    if summary is not None:
-        early = f"; it stopped early: {summary['stopped']}" if "stopped" in summary else ""
-        raise FinishedError(
-            f"The run {str(folder.path)!r} is finished ({recipe.steps} steps{early}). Its policy is in "
-            f"{folder.path / 'policy'}. For more steps: {command} --steps {2 * recipe.steps}",
-            summary,
-        )
+    is_finished(folder, recipe.steps, f" For more steps: {command_of(recipe, folder)} --steps {2 * recipe.steps}")
 
 
 def run_recipe(
@@ -142,7 +116,7 @@ def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None
 
 
 @contextlib.contextmanager
-def kept(run: Run, stop: Stopping) -> Iterator[None]:
+def kept(run: Keeping, stop: Stopping) -> Iterator[None]:
     """Whatever ends the block early, a signal or an error, the run is saved, and a note of it says how to go on."""
     stop.busy = lambda: run.busy
     try:
@@ -151,12 +125,10 @@ def kept(run: Run, stop: Stopping) -> Iterator[None]:
         error.add_note(_rescue(run, stop))
         raise
     finally:
-        close_scorer(run.scorer)
-        close_scorer(run.watch)
-        run.folder.close()
+        run.close()
 
 
-def _rescue(run: Run, stop: Stopping) -> str:
+def _rescue(run: Keeping, stop: Stopping) -> str:
     """Save what can be saved; what there is to go on with, in words."""
     failed = ""
     if run.learner.settled and not stop.at_once:
@@ -166,17 +138,13 @@ def _rescue(run: Run, stop: Stopping) -> str:
             failed = str(error) or "It was not saved: you left at once."
     if run.summary:
         return f"The run is finished: {run.folder.path}"
-    where = (
-        f"saved after step {run.saved} of {run.recipe.steps}"
-        if run.saved
-        else "no step saved: it begins with the first"
-    )
+    where = f"saved after step {run.saved} of {run.steps}" if run.saved else "no step saved: it begins with the first"
     return " ".join(filter(None, [failed, f"The run is {where}. Go on with: {how_to_go_on(run)}"]))
 
 
-def how_to_go_on(run: Run) -> str:
+def how_to_go_on(run: Keeping) -> str:
     """The command; where a file cannot hold all of the run, the call."""
     live = [key for key, value in run.recipe.as_toml().items() if str(value).startswith("python: ")]
     if live:
-        return f"lossmith.resume({str(run.folder.path)!r}, {', '.join(f'{key}=...' for key in live)})"
-    return f"{run.recipe.resumed_by} {shlex.quote(str(run.folder.path))}"
+        return f"{run.recipe.resumed_in_python}({str(run.folder.path)!r}, {', '.join(f'{key}=...' for key in live)})"
+    return command_of(run.recipe, run.folder)

@@ -9,8 +9,11 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from lossmith.cli.streams import print_json
+from lossmith.api import kept
+from lossmith.cli.streams import RunConsole, print_json
 from lossmith.cli.words import settings_of
+from lossmith.durable.stopping import Stopping
+from lossmith.errors import FinishedError, RecipeError
 from lossmith.intervals import in_words
 from lossmith.report.code import show_code
 from lossmith.report.live import Busy, step_line
@@ -21,8 +24,9 @@ from lossmith.training.preferences import (
     learn_preferences,
     open_preferences,
     plan_preferences,
-    verdict,
+    resume_preferences,
 )
+from lossmith.training.standing import verdict
 
 __all__ = ["prefer"]
 
@@ -42,6 +46,8 @@ def prefer(
     *,
     settings: Annotated[PreferenceRecipe | None, Parameter(name="*")] = None,
     recipe: Path | None = None,
+    resume: Path | None = None,
+    accept_changes: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train a policy on preferences: DPO, IPO, KTO and their kin, without a reward model.
@@ -52,37 +58,68 @@ def prefer(
         A preferences file (pairs, rankings, ratings or labels), or a database of judgements (.db).
     recipe
         A TOML file that sets any of the options below; options given here win over it.
+    resume
+        A run folder to go on with from its last checkpoint.
+    accept_changes
+        With --resume: go on although the recipe, the preferences, the loss or the model are not what they were.
     as_json
         Print the summary as JSON on standard output, everything else on standard error.
     """
-    console = Console(stderr=as_json)
-    made = settings_of(
-        PreferenceRecipe, recipe, settings, preferences=preferences,
-        first=lambda fields: show_code(console, loss=fields.get("loss")),
-    )  # fmt: skip
-    plan = plan_preferences(made)
-    with console.status("reading the preferences into the model's tokens"):
-        run = open_preferences(plan)
+    console = RunConsole(stderr=as_json)
+    given = settings is not None and settings.model_fields_set
+    if resume is not None and (preferences is not None or recipe is not None or given):
+        raise RecipeError(
+            "--resume goes on with the recipe of its run folder: of all other options, only --accept-changes goes with "
+            "it."
+        )
+    if resume is None and accept_changes:
+        raise RecipeError("--accept-changes goes with --resume: a new run has nothing that could have changed.")
+    try:
+        with Stopping() as stop:
+            if resume is not None:
+                run = resume_preferences(resume, accept_changes=accept_changes)
+            else:
+                made = settings_of(
+                    PreferenceRecipe, recipe, settings, preferences=preferences,
+                    first=lambda fields: show_code(console, loss=fields.get("loss")),
+                )  # fmt: skip
+                plan = plan_preferences(made)
+                with console.status("reading the preferences into the model's tokens"):
+                    run = open_preferences(plan)
+            with kept(run, stop):
+                _show(run, console, stop)
+    except FinishedError as done:
+        console.print(str(done), soft_wrap=True, highlight=False, markup=False)
+        if as_json:
+            print_json(done.summary | {"folder": str(resume)})
+        return
+    if as_json:
+        print_json(run.summary | {"folder": str(run.folder.path)})
+
+
+def _show(run: PreferenceRun, console: Console, stop: Stopping) -> None:
+    """The run from its opening to its closing words."""
     console.print(_opening(run), highlight=False, soft_wrap=True, markup=False)
     with Busy(console) as busy:
         busy.about("held-out preferences before training")
         run.start()
+        for note in run.going_on.notes:
+            console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
         busy.about("training")
         for step in learn_preferences(run):
             figures = [(name, form.format(step.record[key])) for key, name, form in _FIGURES if key in step.record]
-            console.print(step_line(step.index + 1, len(run.batches), figures), highlight=False, soft_wrap=True)
+            console.print(step_line(step.index + 1, run.steps, figures), highlight=False, soft_wrap=True)
             if step.record["skipped_updates"]:
                 console.print("  ! update skipped: gradient not finite", highlight=False)
             busy.told()
-            busy(f"step {min(step.index + 2, len(run.batches))}", step.index + 1, len(run.batches))
+            busy(f"step {min(step.index + 2, run.steps)}", step.index + 1, run.steps)
+            stop.check()
         busy.about("held-out preferences after training")
         run.finish()
     console.print(_table(run.summary["held_out"]))
     for sentence in verdict(run.summary):
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
-    if as_json:
-        print_json(run.summary | {"folder": str(run.folder.path)})
 
 
 def _opening(run: PreferenceRun) -> str:

@@ -37,6 +37,7 @@ def train(
     normalise: bool = True,
     max_length: int | None = None,
     skip_bad: bool = False,
+    checkpoint_minutes: float = 1.0,
     micro_batch_tokens: int = 2048,
     seed: int = 0,
     device: str = "auto",
@@ -50,7 +51,8 @@ def train(
     preferences
         A preferences file (pairs, rankings, ratings or labels), or a judgement database (.db).
     output
-        Folder of the reward model; never overwritten.
+        Folder of the reward model; never overwritten. What there is when it stops stays in FOLDER.partial, and the
+        same command goes on with it.
     model
         Where its body comes from: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name.
     form
@@ -83,6 +85,8 @@ def train(
         Tokens of the longest text; longer ones are refused.
     skip_bad
         Leave out texts that are too long, and count them.
+    checkpoint_minutes
+        Minutes between checkpoints, more where saving takes over 3% of the time; 0 for none but when it stops.
     micro_batch_tokens
         Tokens in one forward and backward pass; changes no result.
     seed

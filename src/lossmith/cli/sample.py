@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from lossmith import policy as policies
 from lossmith.cli.streams import write_lines
+from lossmith.durable.inputs import Inputs, circumstances, of_code, of_model, of_prompts
+from lossmith.durable.stopping import Stopping
 from lossmith.errors import PolicyError
 from lossmith.feedback.distinct import sample_sets
-from lossmith.feedback.output_set import OutputSet, json_line, set_of_rollouts, write_sets
+from lossmith.feedback.output_set import json_line, set_of_rollouts
+from lossmith.feedback.under_way import Part, UnderWay, in_parts, part_size
 from lossmith.files import check_writable
 from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
 from lossmith.policy.text import SpecialTokens
@@ -22,7 +26,7 @@ from lossmith.prompts import Prompt, default_prompts_path, load_prompts
 from lossmith.report.code import show_code
 from lossmith.report.prompts import who_reads
 from lossmith.report.waiting import waiting
-from lossmith.rewards import check_scorer, close_scorer, load_scorer
+from lossmith.rewards import Scorer, check_scorer, close_scorer, load_scorer
 from lossmith.rewards.address import shown
 from lossmith.rewards.best_of import best_of
 from lossmith.rewards.weak import doubts
@@ -30,6 +34,16 @@ from lossmith.rewards.weak import doubts
 __all__ = ["sample"]
 
 AT_MOST = 1_000_000  # outputs: they are held in memory until all are there
+_COUNTED = {
+    "without": "prompts without any score left out",
+    "failed": "completions that the scorer failed on",
+    "abstained": "completions without an opinion",
+    "tied": "prompts with several best; the first was taken",
+}
+_DECIDES = (
+    "n", "model", "max_tokens", "temperature", "top_p", "top_k", "stop", "special_tokens", "chat_template", "seed",
+    "resample", "best_by",
+)  # fmt: skip
 
 
 def sample(
@@ -64,7 +78,8 @@ def sample(
     n
         Outputs of each prompt.
     output
-        File to write; standard output if not given. An existing file is not overwritten.
+        File to write; standard output if not given. An existing file is not overwritten. What is there when it stops
+        stays in FILE.partial, and the same command goes on with the rest.
     model
         'default' (SmolLM2-135M-Instruct), a folder (a run's policy/, say), or a hub name.
     max_tokens
@@ -98,6 +113,8 @@ def sample(
     dtype
         Compute type: auto, float32 or bfloat16.
     """
+    options = locals()
+    given = {key: options[key] for key in _DECIDES}
     settings = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, stop=stop)
     check_samples(n, settings)
     check_order("sample", prompts)
@@ -114,66 +131,132 @@ def sample(
         show_code(Console(stderr=True), scorer=best_by)
         check_scorer(best_by, columns=read.columns)
     check_model(model)
-    policy = load_policy(
-        model, device=device, compute_dtype=dtype, special_tokens=special_tokens, chat_template=chat_template
-    )
     console = Console(stderr=True)
-    reported = [read.summary(), *who_reads(policy, chosen)]
-    console.print("\n".join(reported), highlight=False, markup=False, soft_wrap=True)
-    with waiting(console, f"sampling {len(chosen)} x {n} completions") as count:
-        if best_by is None:
-            sets = sample_sets(
-                policy, chosen, n, settings, model=model, seed=seed, resample=resample, on_progress=count
-            )
-            said = _kinds(sets, n)
-        else:
-            sets, said = _best(policy, chosen, n, settings, best_by, model, seed, count)
+    with Stopping() as stopping:
+        policy = load_policy(
+            model, device=device, compute_dtype=dtype, special_tokens=special_tokens, chat_template=chat_template
+        )
+        reported = [read.summary(), *who_reads(policy, chosen)]
+        console.print("\n".join(reported), highlight=False, markup=False, soft_wrap=True)
+        work = _Work(policy, n, settings, model, seed, resample, best_by, policy.checksum(), {*read.columns})
+        file = None if output is None else UnderWay(output, work.inputs(chosen, given))
+        with waiting(console, f"sampling {len(chosen)} x {n} completions") as count:
+            parts = _all(work, chosen, file, stopping, console, count)
+    said = work.said(parts)
     if output is None:
-        write_lines([json_line(s.as_row()) for s in sets])
+        write_lines([json_line(row) for part in parts for row in part.sets])
     else:
-        write_sets(output, sets)
-        said = f"{sum(len(s.outputs) for s in sets)} outputs of {len(sets)} prompts written to {output}\n{said}"
+        rows = [row for part in parts for row in part.sets]
+        said = f"{sum(len(row['outputs']) for row in rows)} outputs of {len(rows)} prompts written to {output}\n{said}"
     console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
-def _kinds(sets: list[OutputSet], n: int) -> str:
+def _all(
+    work: _Work,
+    prompts: list[Prompt],
+    file: UnderWay | None,
+    stop: Stopping,
+    console: Console,
+    count: Callable[[int, int], None],
+) -> list[Part]:
+    """Every set, in its file where there is one; whatever ends it early says what is kept."""
+    if file is None:
+        with work:
+            return in_parts(prompts, work.n, work.make, stop, None, count)
+    if file.done:
+        file.notes.insert(0, f"{file.done} of {len(prompts)} prompts are in {file.path}: going on with the others")
+    for note in file.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    stop.busy = lambda: False  # a part under way is lost, and nothing else
+    try:
+        with work:
+            parts = in_parts(prompts, work.n, work.make, stop, file, count)
+        file.finish()
+    except BaseException as error:
+        file.close()
+        if file.done:
+            error.add_note(
+                f"{file.done} of {len(prompts)} prompts are in {file.path}. The same command again goes on with the "
+                "others."
+            )
+        raise
+    return parts
+
+
+@dataclass
+class _Work:
+    """What is done with some of the prompts."""
+
+    policy: Policy
+    n: int
+    settings: SamplingSettings
+    model: str
+    seed: int
+    resample: int
+    best_by: str | None
+    checksum: str
+    columns: set[str] = field(default_factory=set)
+    judge: Scorer | None = None
+
+    def inputs(self, prompts: list[Prompt], given: dict[str, Any]) -> Inputs:
+        """What the sets follow from."""
+        decisive = {
+            "the prompts": of_prompts(prompts),
+            **of_model(self.policy),
+            **({} if self.best_by is None else of_code("scorer", self.best_by)),
+            "prompts sampled together": str(part_size(self.n)),
+        }
+        return Inputs(given, decisive, circumstances(self.policy.device))
+
+    def __enter__(self) -> None:
+        if self.best_by is not None:
+            self.judge = load_scorer(self.best_by, columns=self.columns)
+
+    def __exit__(self, *ended: object) -> None:
+        close_scorer(self.judge)
+
+    def make(self, prompts: Sequence[Prompt], progress: Callable[[int, int], None]) -> Part:
+        """The sets of these."""
+        if self.judge is not None:
+            return self._best(prompts, progress, self.judge)
+        sets = sample_sets(
+            self.policy, prompts, self.n, self.settings, model=self.model, seed=self.seed, resample=self.resample,
+            checksum=self.checksum, on_progress=progress,
+        )  # fmt: skip
+        return Part([one.as_row() for one in sets])
+
+    def _best(self, prompts: Sequence[Prompt], progress: Callable[[int, int], None], judge: Scorer) -> Part:
+        """Best of n: the output of each prompt that the scorer likes most."""
+        rollouts = policies.sample(
+            self.policy, prompts, self.n, self.settings, seed=self.seed, step=0, on_progress=progress
+        )
+        best = best_of(rollouts, judge, timeout=None)
+        sets = [
+            set_of_rollouts([rollout], self.model, self.settings, self.seed, self.checksum[:16])
+            for rollout in best.rollouts
+        ]
+        return Part([one.as_row() for one in sets], {key: getattr(best, key) for key in _COUNTED})
+
+    def said(self, parts: list[Part]) -> str:
+        """What there is to know of all of them."""
+        rows = [row for part in parts for row in part.sets]
+        if self.best_by is None:
+            return _kinds(rows, self.n)
+        scores = [output["score"] for row in rows for output in row["outputs"] if "score" in output]
+        said = f"best of {self.n} by {shown(self.best_by)}: mean score {sum(scores) / max(len(scores), 1):.4f}"
+        for key, what in _COUNTED.items():
+            count = sum(part.told[key] for part in parts)
+            said += f"; {count} {what}" if count else ""
+        return "\n".join([said, *(f"! {doubted}" for doubted in doubts(self.best_by))])
+
+
+def _kinds(rows: list[dict[str, Any]], n: int) -> str:
     """How different the outputs of the sets are."""
-    alike = sum(s.near_duplicates for s in sets)
-    missing = sum(n - len(s.outputs) for s in sets)
+    alike = sum(row["near_duplicates"] for row in rows)
+    missing = sum(n - len(row["outputs"]) for row in rows)
     lines = [f"{alike} nearly the same as another of their set" if alike else "all different within their set"]
     if missing:
         lines.append(f"{missing} left out: exact repetitions, however often they were drawn again")
-    if n > 1 and (alike + missing) > 0.2 * n * len(sets):
+    if n > 1 and (alike + missing) > 0.2 * n * len(rows):
         lines.append("many are alike: raise --temperature, or there is little to judge")
     return "; ".join(lines)
-
-
-def _best(
-    policy: Policy,
-    prompts: list[Prompt],
-    n: int,
-    settings: SamplingSettings,
-    scorer: str,
-    model: str,
-    seed: int,
-    on_progress: Callable[[int, int], None],
-) -> tuple[list[OutputSet], str]:
-    """Best of n: the output of each prompt that the scorer likes most."""
-    judge = load_scorer(scorer, columns={name for prompt in prompts for name in prompt.columns})
-    try:
-        rollouts = policies.sample(policy, prompts, n, settings, seed=seed, step=0, on_progress=on_progress)
-        best = best_of(rollouts, judge, timeout=None)
-    finally:
-        close_scorer(judge)
-    checksum = policy.checksum()[:16]
-    sets = [set_of_rollouts([rollout], model, settings, seed, checksum) for rollout in best.rollouts]
-    scores = [r.score.value for r in best.rollouts if r.score and r.score.value is not None]
-    said = f"best of {n} by {shown(scorer)}: mean score {sum(scores) / max(len(scores), 1):.4f}"
-    for count, what in (
-        (best.without, "prompts without any score left out"),
-        (best.failed, "completions that the scorer failed on"),
-        (best.abstained, "completions without an opinion"),
-        (best.tied, "prompts with several best; the first was taken"),
-    ):
-        said += f"; {count} {what}" if count else ""
-    return sets, "\n".join([said, *(f"! {doubted}" for doubted in doubts(scorer))])

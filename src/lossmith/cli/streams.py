@@ -9,9 +9,11 @@ import os
 import sys
 from typing import Any
 
+from rich.console import Console
+
 from lossmith.errors import RunError
 
-__all__ = ["bear_every_character", "check_names", "print_json", "write_lines"]
+__all__ = ["RunConsole", "bear_every_character", "check_names", "print_json", "write_lines"]
 
 _SPELLED = {
     "π": "pi", "θ": "theta", "κ": "kappa", "μ": "mu", "σ": "sigma", "ρ": "rho", "λ": "lambda", "β": "beta", "τ": "tau",
@@ -19,6 +21,12 @@ _SPELLED = {
     "−": "-", "–": "-", "·": "*", "×": "x", "≠": "!=", "≤": "<=", "≥": ">=", "≈": "~", "→": "->", "←": "<-",
     "∇": "grad ", "∞": "inf", "∈": " in ", "‖": "||", "✓": "+", "…": "...", "’": "'", "²": "^2",
 }  # fmt: skip
+
+
+class RunConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here; the run is to be saved first."""
+        raise BrokenPipeError
 
 
 def bear_every_character() -> None:

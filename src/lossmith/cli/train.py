@@ -6,22 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from lossmith.api import resume as resume_run
 from lossmith.api import run_recipe
-from lossmith.cli.streams import print_json
+from lossmith.cli.streams import RunConsole, print_json
 from lossmith.cli.words import settings_of
 from lossmith.errors import FinishedError, RecipeError
 from lossmith.training import Recipe
 
 __all__ = ["train"]
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """rich would end the process here; the run is to be saved first."""
-        raise BrokenPipeError
 
 
 def train(
@@ -48,7 +41,7 @@ def train(
     as_json
         Print the summary as JSON on standard output, everything else on standard error.
     """
-    console = _Console(stderr=as_json)
+    console = RunConsole(stderr=as_json)
     if resume is not None:
         given = set() if settings is None else settings.model_fields_set
         if recipe is not None or given - {"steps"}:

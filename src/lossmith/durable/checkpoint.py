@@ -24,7 +24,7 @@ from lossmith.errors import RunError
 from lossmith.files import said_plainly, sync
 from lossmith.rewards.seal import sha256
 
-__all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "remove", "save"]
+__all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "optimizer_state", "remove", "restore_optimizer", "save"]
 
 Tensors = Mapping[str, torch.Tensor]
 SHARE = 0.03  # of the time, that saving may take
@@ -155,6 +155,24 @@ def _all(folder: Path) -> list[Checkpoint]:
     there = (folder / "checkpoints").glob("step-*")
     named = ((p, _NAME.fullmatch(p.name)) for p in there)
     return sorted((Checkpoint(p, int(m[1])) for p, m in named if m), key=lambda c: c.step, reverse=True)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, what else there is of it), for a checkpoint."""
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]
+) -> None:
+    """As `optimizer_state` gave it."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
 
 
 class Pace:

@@ -1,4 +1,4 @@
-"""A folder that one process works in at a time."""
+"""A folder, or a file, that one process works in at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lossmith.errors import RunError
 
 __all__ = ["hold", "let_go"]
 
-_HELD: dict[tuple[int, int], int] = {}  # (device, inode) of a folder -> the handle that holds its lock
+_HELD: dict[tuple[int, int], int] = {}  # (device, inode) -> the handle that holds its lock
 
 
 def hold(folder: Path) -> None:
@@ -22,7 +22,7 @@ def hold(folder: Path) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself: no file to be left behind
+    handle = os.open(folder, os.O_RDONLY)  # itself: no file to be left behind
     key = _key(handle)
     if key in _HELD:  # this process has it, from a run that was stopped
         os.close(handle)
@@ -41,7 +41,7 @@ def hold(folder: Path) -> None:
 
 def let_go(folder: Path) -> None:
     """Let other processes in again."""
-    if folder.is_dir():
+    if folder.exists():
         found = folder.stat()
         handle = _HELD.pop((found.st_dev, found.st_ino), None)
         if handle is not None:

@@ -55,8 +55,20 @@ class Inputs:
     def read(cls, folder: Path) -> Inputs | None:
         """What was written there; None where it is missing or damaged, and nothing can be compared with."""
         try:
-            found = cls(**json.loads((folder / NAME).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return cls.parse((folder / NAME).read_bytes())
+        except OSError:
+            return None
+
+    def as_line(self) -> str:
+        """For a file that begins with it."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def parse(cls, text: bytes) -> Inputs | None:
+        """None where it is nothing of ours."""
+        try:
+            found = cls(**json.loads(text))
+        except (ValueError, TypeError):
             return None
         parts = (found.settings, found.decisive, found.around, found.known)
         return found if all(isinstance(part, dict) for part in parts) else None

@@ -52,6 +52,7 @@ def sample_sets(
     seed: int,
     resample: int = 3,
     same: float = SAME,
+    checksum: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[OutputSet]:
     """A set of up to n different outputs for each prompt.
@@ -59,8 +60,9 @@ def sample_sets(
     Outputs nearly the same as an earlier one of their set are drawn again, up to `resample` times; what is still alike
     then stays and is counted in `near_duplicates`, but an exact repetition is left out. The random numbers of round k
     are those of step k, and its outputs are samples k·n, k·n + 1, ...: every output can be made again by itself.
+    checksum: of the policy's weights, where it is known.
     """
-    checksum = policy.checksum()[:16]
+    checksum = (checksum or policy.checksum())[:16]
     drawn = _grouped(sample(policy, prompts, n, settings, seed=seed, step=0, on_progress=on_progress))
     for step in range(1, resample + 1 if n > 1 and settings.temperature > 0 else 1):
         short = [p for p in prompts if len(split_duplicates(drawn[p.id], same)[0]) < n]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lossmith.durable.checkpoint import Checkpoint, save
+from lossmith.durable.checkpoint import Checkpoint, optimizer_state, restore_optimizer, save
 from lossmith.errors import RunError
 from lossmith.losses import loss_from_dict
 from lossmith.training.learner import Learner
@@ -24,7 +24,7 @@ def save_checkpoint(
     folder: Path, learner: Learner, step: int, metrics: str = "", more: Mapping[str, Any] | None = None
 ) -> Checkpoint:
     """The state after `step` finished steps, with the lines of metrics.jsonl up to it and what else the loop keeps."""
-    tensors, numbers = _optimizer_state(learner)
+    tensors, numbers = optimizer_state(learner.optimizer)
     state = {
         "step": step,
         "policy_version": learner.policy.version,
@@ -58,7 +58,7 @@ def load_checkpoint(found: Checkpoint, learner: Learner, changed: Collection[str
     if "loss" not in changed:
         learner.loss = loss_from_dict(state["loss"])
     own = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in learner.optimizer.param_groups]
-    _restore_optimizer(learner, found.tensors("optimizer"), state["optimizer"])
+    restore_optimizer(learner.optimizer, found.tensors("optimizer"), state["optimizer"])
     for group, recipe in zip(learner.optimizer.param_groups, own, strict=True):
         group.update(recipe)
     return state
@@ -68,17 +68,3 @@ def _weights(learner: Learner) -> list[tuple[str, torch.Tensor]]:
     named = [("policy." + n, p.detach()) for n, p in learner.policy.model.named_parameters()]
     head = learner.policy.value_head
     return named + ([] if head is None else [("value_head." + n, p.detach()) for n, p in head.named_parameters()])
-
-
-def _optimizer_state(learner: Learner) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    state = learner.optimizer.state_dict()
-    tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
-    return tensors, {"param_groups": state["param_groups"]}
-
-
-def _restore_optimizer(learner: Learner, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    learner.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from lossmith.durable.checkpoint import Checkpoint, newest, remove
 from lossmith.durable.inputs import Inputs, circumstances, digest, of_code, of_model, of_prompts
-from lossmith.errors import RunError
+from lossmith.errors import FinishedError, RecipeError, RunError
 from lossmith.policy import Policy
 from lossmith.prompts import PromptSet
-from lossmith.training.recipe import Recipe
+from lossmith.training.recipe import Recipe, Settings
 from lossmith.training.run import RunFolder
 
-__all__ = ["GoingOn", "go_on", "inputs_of", "split_again"]
+__all__ = ["GoingOn", "command_of", "go_on", "inputs_of", "is_finished", "recipe_of", "split_again"]
+
+S = TypeVar("S", bound=Settings)
+# by a setting that only such a run has
+_RESUMED_BY = {"preferences": "lossmith prefer --resume", "prompts": "lossmith train --resume"}
+_FOUND = {"scorer": "module:function, or a file", "watch": "module:function, or a file"}
 
 
 @dataclass
@@ -37,6 +43,51 @@ class GoingOn:
         if damaged:
             shown = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
             self.notes.append(f"missing or damaged in rollouts/ ({shown}); the run does not need them, and goes on.")
+
+
+def command_of(recipe: Settings | type[Settings], folder: RunFolder) -> str:
+    """What goes on with the run."""
+    return f"{recipe.resumed_by} {shlex.quote(str(folder.path))}"
+
+
+def recipe_of(folder: RunFolder, kind: type[S], objects: Mapping[str, Any], more: Mapping[str, Any]) -> S:
+    """The recipe of a run that stopped, `more` winning over it. RunError: it is a run of another command.
+
+    objects: what were Python objects, which a file cannot hold. RecipeError: one of them is missing, or not asked for.
+    """
+    path, given = folder.path / "recipe.toml", dict(objects)
+    fields = kind.read(path)
+    for field_, command in _RESUMED_BY.items():
+        if field_ in fields and field_ not in kind.model_fields:
+            raise RunError(
+                f"{str(folder.path)!r} is a run of `{command.removesuffix(' --resume')}`. Go on with it: "
+                f"{command} {shlex.quote(str(folder.path))}"
+            )
+    for key, value in fields.items():
+        if not str(value).startswith("python: "):
+            continue
+        if key not in given:
+            raise RecipeError(
+                f"{path}: the run's {key} was a Python object ({value}), which a file cannot hold. Go on from Python, "
+                f"with {kind.resumed_in_python}({str(folder.path)!r}, {key}=...), or write there where it is to be "
+                f"found ({_FOUND.get(key, 'a file')}) and go on with --accept-changes."
+            )
+        fields[key] = given.pop(key)
+    if given:
+        raise RecipeError(f"{path} holds the run's {', '.join(given)}: {kind.resumed_in_python}() takes no other.")
+    return kind.make(str(path), **fields | dict(more))
+
+
+def is_finished(folder: RunFolder, steps: int | None, more: str = "") -> None:
+    """FinishedError: the run has come to its end, of so many steps; `more` says how it gets more."""
+    summary = folder.finished(steps)
+    if summary is not None:
+        early = f"; it stopped early: {summary['stopped']}" if "stopped" in summary else ""
+        raise FinishedError(
+            f"The run {str(folder.path)!r} is finished ({summary['steps']} steps{early}). Its policy is in "
+            f"{folder.path / 'policy'}.{more}",
+            summary,
+        )
 
 
 def inputs_of(recipe: Recipe, prompts: PromptSet, held_out: PromptSet, policy: Policy) -> Inputs:
@@ -71,7 +122,7 @@ def split_again(prompts: PromptSet, held_out_ids: Sequence[str]) -> tuple[Prompt
     return PromptSet(train, prompts.name), PromptSet(tuple(known[i] for i in held_out_ids), prompts.name)
 
 
-def go_on(folder: RunFolder, now: Inputs, recipe: Recipe, accept_changes: bool, more_steps: bool) -> GoingOn:
+def go_on(folder: RunFolder, now: Inputs, recipe: Settings, accept_changes: bool, more_steps: bool = False) -> GoingOn:
     """Where to go on from. RunError: inputs that changed, each named; no checkpoint that is whole."""
     state = GoingOn(resumed=True)
     _compare(state, folder, now, recipe, accept_changes, more_steps)
@@ -88,7 +139,7 @@ def go_on(folder: RunFolder, now: Inputs, recipe: Recipe, accept_changes: bool, 
             remove(one.path)
     if state.checkpoint is not None and "rollouts" not in state.checkpoint.state():
         raise RunError(f"{state.checkpoint.path} was written by another version of Lossmith. Start a new run.")
-    if more_steps:
+    if more_steps and isinstance(recipe, Recipe):
         folder.write_recipe(recipe)
     now.accepted = state.accepted
     now.write(folder.path)
@@ -96,7 +147,7 @@ def go_on(folder: RunFolder, now: Inputs, recipe: Recipe, accept_changes: bool, 
 
 
 def _compare(
-    state: GoingOn, folder: RunFolder, now: Inputs, recipe: Recipe, accept_changes: bool, more_steps: bool
+    state: GoingOn, folder: RunFolder, now: Inputs, recipe: Settings, accept_changes: bool, more_steps: bool
 ) -> None:
     """What is not as it was at the start of the run."""
     then = Inputs.read(folder.path)
@@ -113,18 +164,15 @@ def _compare(
             f"held_out: {settings['held_out']}, but which prompts are held out was decided at the start of the run. "
             "Put it back in recipe.toml, or start a new run."
         )
-    if more_steps and recipe.schedule == "constant":
-        settings.pop("steps", None)
-    elif more_steps and "steps" in settings:
-        settings["steps"] += f" (schedule = {recipe.schedule!r} falls over them, and was on its way to the former)"
-    elif "steps" in settings:
-        settings["steps"] += f" (more steps, and nothing else, are had with --resume ... --steps {recipe.steps})"
+    command = command_of(recipe, folder)
+    if isinstance(recipe, Recipe):
+        _say_of_steps(settings, recipe, more_steps)
+        command += f" --steps {recipe.steps}" * more_steps
     found = [f"{key}: {change}" for key, change in settings.items()] + then.changed(now)
-    command = f"{recipe.resumed_by} {shlex.quote(str(folder.path))}"
     if found and not accept_changes:
         raise RunError(
             f"what decides the run {str(folder.path)!r} has changed since it began: {'; '.join(found)}. Put it back, "
-            f"or go on with it as it is now: {command}{f' --steps {recipe.steps}' * more_steps} --accept-changes"
+            f"or go on with it as it is now: {command} --accept-changes"
         )
     if found:
         state.notes.append(f"accepted: {'; '.join(found)}.")
@@ -133,3 +181,13 @@ def _compare(
     moved = then.moved(now)
     if moved:
         state.notes.append(f"not where the run began ({'; '.join(moved)}): its last bits may differ.")
+
+
+def _say_of_steps(settings: dict[str, str], recipe: Recipe, more_steps: bool) -> None:
+    """What another number of steps means, where it is among the settings that changed."""
+    if more_steps and recipe.schedule == "constant":
+        settings.pop("steps", None)
+    elif more_steps and "steps" in settings:
+        settings["steps"] += f" (schedule = {recipe.schedule!r} falls over them, and was on its way to the former)"
+    elif "steps" in settings:
+        settings["steps"] += f" (more steps, and nothing else, are had with --resume ... --steps {recipe.steps})"

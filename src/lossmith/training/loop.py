@@ -14,19 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lossmith.durable.checkpoint import Pace
 from lossmith.errors import RecipeError, quiet_traps
 from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
-from lossmith.rewards import Scorer, check_scorer, load_scorer, score_rollouts
+from lossmith.rewards import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.rewards.scorer import bind_scorer, verify_scorer
 from lossmith.rewards.weak import refuse_weak
 from lossmith.rollouts import Rollout
-from lossmith.training.checkpoint import load_checkpoint, save_checkpoint
 from lossmith.training.clock import Clock
 from lossmith.training.evaluate import Evaluation, comparison, evaluate, tally
 from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
 from lossmith.training.guards import Guard, prompt_means
+from lossmith.training.keeping import Keeping
 from lossmith.training.learner import Learner, Update
 from lossmith.training.memory import check_memory
 from lossmith.training.metrics import in_completions
@@ -100,7 +99,7 @@ class Plan:
 
 
 @dataclass
-class Run:
+class Run(Keeping):
     """Everything a run works with."""
 
     recipe: Recipe
@@ -115,23 +114,15 @@ class Run:
     going_on: GoingOn = field(default_factory=GoingOn)
     stopped: str = ""  # why a guard ended the run before its last step
     before: Evaluation | None = None
-    first_step: int = 0
-    done: int = 0  # finished steps in what is in memory
-    saved: int = 0  # finished steps in the newest checkpoint
-    saving: bool = False
     after: Evaluation | None = None
     watched_before: Evaluation | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # what summary.json holds, once the run is finished
     started: float = field(default_factory=time.perf_counter)
     tell: Callable[[str, int, int], None] = lambda what, done, total: None  # told what is done, and how far it is
 
-    def __post_init__(self) -> None:
-        self.pace = Pace(self.recipe.checkpoint_every, self.recipe.checkpoint_minutes)
-
     @property
-    def busy(self) -> bool:
-        """Whether nothing may be interrupted now: the weights are between two steps, or are being written."""
-        return self.saving or not self.learner.settled
+    def steps(self) -> int:
+        return self.recipe.steps
 
     def start(self) -> None:
         """Measure the untrained policy on the held-out prompts; then, in a resumed run, load the checkpoint."""
@@ -145,13 +136,7 @@ class Run:
         )
         if self.watch is not None:
             self.watched_before = self._once("held-out-before-watched", lambda: self._watched(self.before))
-        metrics = ""
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.learner, self.going_on.changed)
-            self.first_step = self.done = self.saved = state["step"]
-            self.folder.digests = state["rollouts"] | self.folder.digests
-            metrics = checkpoint.text("metrics.jsonl")
-        self.going_on.set_right(self.folder, metrics)
+        self.load()
         for record in self.folder.metrics():
             self.guard.reason_to_stop(record)
 
@@ -171,19 +156,6 @@ class Run:
 
     def remaining_steps(self) -> range:
         return range(self.first_step, self.recipe.steps)
-
-    def save(self) -> None:
-        """A checkpoint of what is in memory, where the recipe wants any, unless it is there already."""
-        if not self.pace.active or self.done <= self.saved:
-            return
-        self.saving, start = True, time.perf_counter()
-        try:
-            more = {"rollouts": self.folder.digests}
-            save_checkpoint(self.folder.path, self.learner, self.done, self.folder.metrics_text(), more)
-        finally:
-            self.saving = False
-        self.saved = self.done
-        self.pace.saved(time.perf_counter() - start)
 
     def finish(self) -> None:
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
@@ -207,6 +179,11 @@ class Run:
         if self.watched_before is not None:
             more["watch"] = comparison(self.watched_before, self._watched(after))
         self.summary = self.folder.write_summary(self.before, after, more)
+
+    def close(self) -> None:
+        close_scorer(self.scorer)
+        close_scorer(self.watch)
+        super().close()
 
 
 def learn(run: Run) -> Iterator[Step]:
@@ -279,10 +256,7 @@ def record(run: Run, step: Step) -> None:
     run.folder.add_metrics(step.record)
     if recipe.save_rollouts:
         run.folder.add_rollouts(f"step-{step.index:05d}", step.rollouts)
-    run.done = step.index + 1
-    run.learner.settled = True  # from here on this step is never done again
-    if run.pace.due(run.done):
-        run.save()
+    run.recorded(step.index + 1)
 
 
 # -- before the first step --------------------------------------------------------------------------------------------

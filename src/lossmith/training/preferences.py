@@ -5,51 +5,50 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from lossmith.errors import FeedbackError, PromptError, RecipeError, quiet_traps
+from lossmith.durable.inputs import Inputs, circumstances, digest, of_code, of_model
+from lossmith.errors import FeedbackError, PromptError, RecipeError, RunError, quiet_traps
 from lossmith.feedback.gather import gather
 from lossmith.feedback.preferences import Form, Preference, split_by_prompt
-from lossmith.intervals import Interval, bears_verdict, mean_of, share_across, share_of
-from lossmith.intervals import verdict as said_of
+from lossmith.files import at_home
 from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.pairs import GIVEN, Paired
 from lossmith.policy import Policy, check_model, load_policy
-from lossmith.rollouts import Rollout
 from lossmith.training.can_learn import check_optimizer
 from lossmith.training.clock import Clock
 from lossmith.training.examples import Example, Examples, make_examples
+from lossmith.training.going_on import GoingOn, go_on, is_finished, recipe_of
+from lossmith.training.keeping import Keeping
 from lossmith.training.learner import Learner
 from lossmith.training.loop import disk_needed
 from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import PROVIDED, Recipe, Settings, checked_loss
 from lossmith.training.run import RunFolder, check_disk
+from lossmith.training.standing import Standing, compare, rows_of, score_of, stand
 
 __all__ = [
     "PreferencePlan",
     "PreferenceRecipe",
     "PreferenceRun",
     "PreferenceStep",
-    "Standing",
     "fit_loss",
     "learn_preferences",
     "open_preferences",
     "plan_preferences",
-    "verdict",
+    "resume_preferences",
 ]
 
 OFFLINE = PROVIDED - {"behavior_logp", "value", "old_value"} | GIVEN
+MAKES_LOSS = {"preferences", "form", "skip_bad", "loss", "balance", "inputs"}  # what `fit_loss` makes a loss of
 CLASS_RATIO = (1.0, 4 / 3)  # where KTO's paper wants λ_d·n_d / (λ_u·n_u)
 
 
@@ -58,6 +57,8 @@ class PreferenceRecipe(Settings):
 
     live: ClassVar[tuple[str, ...]] = ("preferences",)
     paths: ClassVar[tuple[str, ...]] = ("preferences", "model", "loss", "runs")
+    resumed_by: ClassVar[str] = "lossmith prefer --resume"
+    resumed_in_python: ClassVar[str] = "lossmith.training.preferences.resume_preferences"
 
     preferences: Any = Field(None, description="a preferences file of any tool, a judgement database (.db), or a list")
     form: Literal["auto", "pairs", "rankings", "ratings", "labels"] = Field(
@@ -95,6 +96,10 @@ class PreferenceRecipe(Settings):
     seed: int = Field(0, ge=0, description="decides order and split")
     runs: str = Field("runs", description="folder in which the run gets a folder of its own")
     name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
+    checkpoint_minutes: float = Field(
+        1.0, ge=0, description="minutes between checkpoints, more where saving takes over 3% of the time; 0 for none"
+    )
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
 
     @classmethod
     def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
@@ -120,14 +125,7 @@ class PreferenceRecipe(Settings):
     def for_learner(self, steps: int) -> Recipe:
         """What the learner reads: one pass over what it is given, log-probabilities at temperature 1."""
         fields = {key: getattr(self, key) for key in Recipe.model_fields.keys() & type(self).model_fields.keys()}
-        fields |= {
-            "steps": steps,
-            "epochs": 1,
-            "temperature": 1.0,
-            "held_out": 1,
-            "checkpoint_every": 0,
-            "checkpoint_minutes": 0,
-        }
+        fields |= {"steps": steps, "epochs": 1, "temperature": 1.0, "held_out": 1}
         return Recipe.make("recipe", **fields)
 
 
@@ -144,11 +142,17 @@ class PreferencePlan:
     notes: list[str]  # what was left out on the way, and what was not read
 
 
-def plan_preferences(recipe: PreferenceRecipe) -> PreferencePlan:
-    """Read and split. FeedbackError names file and line; RecipeError where too few prompts are held out."""
+def plan_preferences(recipe: PreferenceRecipe, held_out_ids: Sequence[str] | None = None) -> PreferencePlan:
+    """Read and split. FeedbackError names file and line; RecipeError where too few prompts are held out.
+
+    held_out_ids: of a resumed run, which keeps its held-out prompts whatever was added to the others.
+    """
     recipe.policy_loss()
     check_model(recipe.model)
     gathered = gather(recipe.preferences, _form(recipe), skip_bad=recipe.skip_bad)
+    if held_out_ids is not None:
+        train, held_out = _split_again(gathered.preferences, set(held_out_ids))
+        return PreferencePlan(recipe, train, held_out, gathered.notes)
     try:
         train, held_out = split_by_prompt(gathered.preferences, recipe.held_out, recipe.seed)
     except PromptError as error:
@@ -156,6 +160,19 @@ def plan_preferences(recipe: PreferenceRecipe) -> PreferencePlan:
     if len({p.prompt.content_id for p in held_out}) < 2:
         raise RecipeError(f"held_out = {recipe.held_out} keeps one prompt, and an interval needs at least two.")
     return PreferencePlan(recipe, train, held_out, gathered.notes)
+
+
+def _split_again(preferences: Sequence[Preference], held_out: set[str]) -> tuple[list[Preference], list[Preference]]:
+    """(train, held out) as a run had them. RunError: nothing to train on, or held-out prompts are there no more."""
+    train = [p for p in preferences if p.prompt.content_id not in held_out]
+    kept = [p for p in preferences if p.prompt.content_id in held_out]
+    gone = held_out - {p.prompt.content_id for p in kept}
+    if gone or not train:
+        raise RunError(
+            f"the preferences have changed: {len(gone)} of the run's {len(held_out)} held-out prompts are there no "
+            f"more, and {len(train)} preferences of others are left to learn from. Put them back, or start a new run."
+        )
+    return train, kept
 
 
 def _form(recipe: PreferenceRecipe) -> Form:
@@ -166,7 +183,7 @@ def _form(recipe: PreferenceRecipe) -> Form:
 
 
 @dataclass
-class PreferenceRun:
+class PreferenceRun(Keeping):
     """Everything a run on preferences works with. `notes` say what was decided on the way."""
 
     recipe: PreferenceRecipe
@@ -177,35 +194,52 @@ class PreferenceRun:
     folder: RunFolder
     batches: list[list[int]]  # examples of each step
     notes: list[str]
+    going_on: GoingOn = field(default_factory=GoingOn)
     before: Standing | None = None
     after: Standing | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
+    @property
+    def steps(self) -> int:
+        return len(self.batches)
+
     def start(self) -> None:
-        """Measure the untrained policy on the held-out preferences."""
-        self.before = self.before or stand(self.learner, self.held_out)
+        """Measure the untrained policy on the held-out preferences; then, in a resumed run, load the checkpoint."""
+        if self.before is None:
+            self.before = stand(self.learner, self.held_out)
+            self.load()
 
     def finish(self) -> None:
         """Measure again, save the policy, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
+        self.save()  # what a stop from here on goes on from
         self.after = stand(self.learner, self.held_out)
-        self.policy.save(self.folder.path / "policy")
-        self.summary = {
+        self.folder.save_policy(self.policy)
+        summary = {
             "held_out": compare(self.before, self.after),
-            "steps": len(self.batches),
+            "steps": self.steps,
             "loss": str(self.learner.loss),
             "preferences": {"train": self.train.report(), "held_out": self.held_out.report()},
             "notes": self.notes,
             "policy_checksum": self.policy.checksum(),
             "seconds": time.perf_counter() - self.started,
+            **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
-        self.folder.write_text("summary.json", json.dumps(self.summary, indent=2) + "\n")
+        self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.summary = summary
 
 
-def open_preferences(plan: PreferencePlan) -> PreferenceRun:
-    """Load the model, put the preferences into its tokens, and open the run's folder."""
+def open_preferences(
+    plan: PreferencePlan, resume: Path | None = None, *, accept_changes: bool = False
+) -> PreferenceRun:
+    """Load the model, put the preferences into its tokens, and open the run's folder: new, or that of `resume`, where
+    its last checkpoint stopped.
+
+    accept_changes: go on although what decided the run is not what it was. RunError: a change that is not accepted.
+    """
     recipe = plan.recipe
+    folder = None if resume is None else RunFolder.existing(resume)
     policy = load_policy(
         recipe.model, device=recipe.device, compute_dtype=recipe.dtype, chat_template=recipe.chat_template
     )
@@ -216,11 +250,51 @@ def open_preferences(plan: PreferencePlan) -> PreferenceRun:
     if recipe.warmup_steps > len(batches):
         raise RecipeError(f"warmup_steps = {recipe.warmup_steps} exceeds the {len(batches)} steps of this run.")
     settings = recipe.for_learner(len(batches))
-    check_disk(recipe.runs, disk_needed(policy, settings))
+    check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, settings, folder))
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, loss, settings)
-    folder = RunFolder.create(recipe, loss.name)
-    return PreferenceRun(recipe, train, held_out, policy, learner, folder, batches, notes)
+    now = _inputs_of(plan, policy, (train, held_out), len(batches))
+    if folder is None:
+        folder, going_on = RunFolder.create(recipe, loss.name, now), GoingOn()
+    else:
+        going_on = go_on(folder, now, recipe, accept_changes)
+        if going_on.changed & MAKES_LOSS:
+            going_on.changed |= {"loss"}
+    return PreferenceRun(recipe, train, held_out, policy, learner, folder, batches, notes, going_on)
+
+
+def resume_preferences(folder: str | Path, *, accept_changes: bool = False, **objects: Any) -> PreferenceRun:
+    """Open a run that stopped where its last checkpoint stopped; `learn_preferences` goes on, as if it had not stopped.
+
+    objects: `preferences` that were a Python object, which no file can hold. RunError: the run is finished; what
+    decided it has changed, and accept_changes is not set; another process works on it.
+    """
+    there = RunFolder.existing(at_home(folder))
+    try:
+        recipe = recipe_of(there, PreferenceRecipe, objects, {})
+        known = Inputs.read(there.path)
+        had = {} if known is None else known.known
+        is_finished(there, had.get("steps"), " For more epochs, start a new run.")
+        plan = plan_preferences(recipe, had.get("held_out"))
+        return open_preferences(plan, there.path, accept_changes=accept_changes)
+    except BaseException:
+        there.close()
+        raise
+
+
+def _inputs_of(plan: PreferencePlan, policy: Policy, examples: Sequence[Examples], steps: int) -> Inputs:
+    """Everything that decides what this run learns. Before the policy has learned anything."""
+    settings = plan.recipe.written()
+    given = [*plan.train, *plan.held_out]
+    tokens = [(r.prompt_ids, r.completion_ids) for e in examples for x in e.examples for r in x.rollouts]
+    decisive = {
+        "the preferences": f"{len(given)} {examples[0].form} {digest(p.as_row() for p in given)}",
+        **of_code("loss", settings["loss"]),
+        **of_model(policy),
+        "the preferences' tokens": digest(tokens),
+    }
+    held_out = list(dict.fromkeys(p.prompt.content_id for p in plan.held_out))
+    return Inputs(settings, decisive, circumstances(policy.device), {"held_out": held_out, "steps": steps})
 
 
 def _batches(count: int, recipe: PreferenceRecipe) -> list[list[int]]:
@@ -268,7 +342,7 @@ def _fit_kto(
     train, held_out = (_decided(examples, term.threshold) for examples in (train, held_out))
     if train.soft:
         notes.append(f"{loss.name} reads the uncertain sides of {train.soft} pairs as certain")
-    good = sum(_score(r) > term.threshold for e in train.examples for r in e.rollouts)
+    good = sum(score_of(r) > term.threshold for e in train.examples for r in e.rollouts)
     bad = sum(len(e.rollouts) for e in train.examples) - good
     if not good or not bad:
         raise FeedbackError(
@@ -293,113 +367,12 @@ def _decided(examples: Examples, threshold: float) -> Examples:
         return examples
     kept, neither = [], 0
     for e in examples.examples:
-        rows = tuple(r for r in e.rollouts if _score(r) != threshold)
+        rows = tuple(r for r in e.rollouts if score_of(r) != threshold)
         neither += len(e.rollouts) - len(rows)
         if rows:
             kept.append(Example(rows, e.probability, e.weight))
     left = examples.left_out | ({"ratings in the middle of the scale": neither} if neither else {})
     return Examples(examples.form, kept, examples.texts, left)
-
-
-def _score(rollout: Rollout) -> float:
-    assert rollout.score is not None and rollout.score.value is not None
-    return float(rollout.score.value)
-
-
-# -- held-out preferences ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A policy on held-out preferences; each prompt's mean is the unit of the statistics.
-
-    accuracy   share of pairs whose better text has the greater score of the loss (its log-ratio, or what it compares);
-               a tie counts one half. Where judgements hold no pairs: of a good and a bad text of any two prompts
-    contributions  {prompt: what it adds to the accuracy}; their mean is the accuracy
-    chosen_logp, rejected_logp  log-probability (nats) of the better and the worse texts
-    """
-
-    accuracy: Interval
-    contributions: dict[str, float]
-    chosen_logp: dict[str, float]
-    rejected_logp: dict[str, float]
-    loss: float
-
-
-@torch.no_grad()
-def stand(learner: Learner, examples: Examples) -> Standing:
-    """Measure the policy as it is."""
-    loss = learner.loss
-    assert isinstance(loss, CompletionLoss)
-    rollouts, given = _rows(examples.examples)
-    batch = learner.formulate(rollouts, given)
-    batch = batch.replace(logp=learner.outputs(learner.policy, rollouts, frozenset()).logp)
-    at = loss.completions(batch)
-    score = loss.term.score(at) if isinstance(loss.term, Paired) else at.log_ratio
-    reward = torch.tensor([_score(r) for r in rollouts], device=score.device)
-    pairs = _pairs(examples)
-    chosen = {w for w, _ in pairs} if pairs else {i for i, r in enumerate(reward.tolist()) if r > 0.5}
-    rejected = {loser for _, loser in pairs} if pairs else set(range(len(rollouts))) - chosen
-    logp = batch.require("logp", loss.name).sum(1).tolist()
-    ids = [r.prompt.content_id for r in rollouts]
-    outcomes = _outcomes(score.tolist(), pairs or _ordered(reward.tolist()), ids)
-    if pairs:
-        by_prompt = _by_prompt([(name, value) for name, _, value in outcomes])
-        accuracy = share_of(list(by_prompt.values()), len(outcomes))
-    else:
-        accuracy, by_prompt = share_across(outcomes)
-    return Standing(
-        accuracy=accuracy,
-        contributions=by_prompt,
-        chosen_logp=_by_prompt([(ids[i], logp[i]) for i in sorted(chosen)]),
-        rejected_logp=_by_prompt([(ids[i], logp[i]) for i in sorted(rejected)]),
-        loss=float(loss(batch).loss),
-    )
-
-
-def _pairs(examples: Examples) -> list[tuple[int, int]]:
-    """(better, worse) row numbers within each judgement; a tie of the judge's is none."""
-    found, start = [], 0
-    for e in examples.examples:
-        found += [(start + i, start + j) for i, j in (e.pairs if e.probability != 0.5 else [])]
-        start += len(e.rollouts)
-    return found
-
-
-def _ordered(reward: Sequence[float]) -> list[tuple[int, int]]:
-    """(better, worse) row numbers of any two texts of which one was found better, whatever their prompts."""
-    return [(i, j) for i, x in enumerate(reward) for j, y in enumerate(reward) if x > y]
-
-
-def _outcomes(
-    score: Sequence[float], pairs: Sequence[tuple[int, int]], ids: Sequence[str]
-) -> list[tuple[str, str, float]]:
-    """(prompt of the better, prompt of the worse, whether the score says so too; a tie one half)."""
-    return [(ids[w], ids[v], (score[w] > score[v]) + 0.5 * (score[w] == score[v])) for w, v in pairs]
-
-
-def _by_prompt(values: Sequence[tuple[str, float]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for name, value in values:
-        found.setdefault(name, []).append(value)
-    return {name: math.fsum(several) / len(several) for name, several in found.items()}
-
-
-def compare(before: Standing, after: Standing) -> dict[str, Any]:
-    """Before, after and the paired difference, prompt by prompt, with 95% intervals."""
-
-    def change(first: dict[str, float], second: dict[str, float], span: float) -> dict[str, Any]:
-        return mean_of([second[k] - first[k] for k in first if k in second], within=(-span, span)).as_dict()
-
-    said: dict[str, Any] = {}
-    for when, one in (("before", before), ("after", after)):
-        said[when] = {"accuracy": one.accuracy.as_dict(), "loss": one.loss}
-        for side in ("chosen_logp", "rejected_logp"):
-            said[when][side] = mean_of(list(getattr(one, side).values())).mean
-    said["difference"] = {"accuracy": change(before.contributions, after.contributions, 1.0)} | {
-        side: change(getattr(before, side), getattr(after, side), 0.0) for side in ("chosen_logp", "rejected_logp")
-    }
-    return said
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -417,39 +390,13 @@ def learn_preferences(run: PreferenceRun) -> Iterator[PreferenceStep]:
     """One step at a time, each recorded in the run's folder before it is yielded."""
     run.start()
     clock = Clock()
-    for index, chosen in enumerate(run.batches):
-        rollouts, given = _rows([run.train.examples[i] for i in chosen])
+    for index in range(run.first_step, run.steps):
+        chosen = run.batches[index]
+        rollouts, given = rows_of([run.train.examples[i] for i in chosen])
         with clock("update"):
             update = run.learner.update(rollouts, index, given)
         record = {"step": index, "skipped_updates": update.skipped, **in_completions(update.metrics)}
         record |= {f"seconds_{part}": value for part, value in clock.read().items()}
         run.folder.add_metrics(record)
+        run.recorded(index + 1)
         yield PreferenceStep(index, record)
-
-
-def _rows(examples: Sequence[Example]) -> tuple[list[Rollout], dict[str, Tensor]]:
-    """The rollouts of examples, and what the batch must know of them: a judgement is a group, whatever its prompt."""
-    rollouts = [dataclasses.replace(r, sample=1000 * k + r.sample) for k, e in enumerate(examples) for r in e.rollouts]
-
-    def each(value: Any, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([value(k, e) for k, e in enumerate(examples) for _ in e.rollouts], dtype=dtype)
-
-    return rollouts, {
-        "group": each(lambda k, e: k, torch.int64),
-        "pair_probability": each(lambda k, e: e.probability, torch.float32),
-        "pair_weight": each(lambda k, e: e.weight, torch.float32),
-    }
-
-
-def verdict(summary: dict[str, Any]) -> list[str]:
-    """What the paired differences say, in sentences."""
-    difference = summary["held_out"]["difference"]
-    said = [said_of(difference["accuracy"], "held-out preference accuracy")]
-    fell = difference["chosen_logp"]
-    if bears_verdict(fell) and fell["ci95_high"] < 0:
-        said.append(
-            f"Warning: the preferred texts themselves became less likely ({fell['mean']:+.2f} nats a text): a margin "
-            "grows as well when both sides fall. A smaller learning rate, a larger beta, or a loss that imitates the "
-            "winner (orpo, cpo) helps."
-        )
-    return said

@@ -35,6 +35,13 @@ class Settings(BaseModel):
     live: ClassVar[tuple[str, ...]] = ()  # fields that may hold a Python object
     paths: ClassVar[tuple[str, ...]] = ()  # fields that may name a file or a folder
     resumed_by: ClassVar[str] = ""  # the command that goes on with a run of such a recipe
+    resumed_in_python: ClassVar[str] = ""  # the function that does
+    extended_by: ClassVar[str] = ""  # what gives a finished run more steps, where anything can
+    # where and how often a run writes and asks, which decides nothing of what it learns
+    free: ClassVar[tuple[str, ...]] = (
+        "runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts",
+        "accept_weak_scorer", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
+    )  # fmt: skip
 
     @classmethod
     def read(cls, path: Path | str) -> dict[str, Any]:
@@ -126,11 +133,8 @@ class Recipe(Settings):
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
     paths: ClassVar[tuple[str, ...]] = ("model", "prompts", "scorer", "watch", "loss", "runs")
     resumed_by: ClassVar[str] = "lossmith train --resume"
-    # where and how often a run writes and asks, which decides nothing of what it learns
-    free: ClassVar[tuple[str, ...]] = (
-        "runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts",
-        "accept_weak_scorer", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
-    )  # fmt: skip
+    resumed_in_python: ClassVar[str] = "lossmith.resume"
+    extended_by: ClassVar[str] = " --steps MORE"
 
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
     device: str = Field("auto", description="auto, cpu, cuda, mps, ...")

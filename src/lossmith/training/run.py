@@ -42,6 +42,7 @@ class NamedSettings(Protocol):
     """What a run's folder asks of a recipe."""
 
     resumed_by: ClassVar[str]
+    extended_by: ClassVar[str]
 
     @property
     def runs(self) -> str: ...
@@ -195,13 +196,14 @@ class RunFolder:
         self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def finished(self, steps: int) -> dict[str, Any] | None:
-        """summary.json of a run of so many steps that has come to its end; else None."""
+    def finished(self, steps: int | None) -> dict[str, Any] | None:
+        """summary.json of a run of so many steps (None: of any) that has come to its end; else None."""
         try:
             summary = json.loads((self.path / "summary.json").read_bytes())
         except (OSError, ValueError):
             return None
-        there = isinstance(summary, dict) and summary.get("steps") == steps and (self.path / "policy").is_dir()
+        there = isinstance(summary, dict) and "steps" in summary and (self.path / "policy").is_dir()
+        there = there and steps in (None, summary["steps"])
         return summary if there else None
 
 
@@ -272,7 +274,7 @@ def _rollout(row: dict[str, Any], prompt: Prompt) -> Rollout:
 def _new_folder(parent: Path, recipe: NamedSettings, loss_name: str) -> Path:
     """Made, and held by this process."""
     if recipe.name is not None:
-        return _named_folder(parent, recipe.name, recipe.resumed_by)
+        return _named_folder(parent, recipe.name, recipe)
     stem = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{loss_name}"
     for suffix in ["", *(f"-{k}" for k in range(2, 1000))]:
         path = parent / (stem + suffix)
@@ -285,7 +287,7 @@ def _new_folder(parent: Path, recipe: NamedSettings, loss_name: str) -> Path:
     raise RunError(f"cannot find a free folder name for {stem!r} in {str(parent)!r}.")
 
 
-def _named_folder(parent: Path, name: str, resumed_by: str) -> Path:
+def _named_folder(parent: Path, name: str, recipe: NamedSettings) -> Path:
     if not re.fullmatch(r"[\w.\-]+", name):
         raise RunError(f"name = {name!r}: a run's name has letters, digits, '.', '-' and '_' only.")
     path = parent / name
@@ -294,9 +296,9 @@ def _named_folder(parent: Path, name: str, resumed_by: str) -> Path:
     except FileExistsError:
         if not path.is_dir() or not _nothing_in(path):
             go_on = ""
-            if resumed_by and (path / "recipe.toml").exists():
-                more = " --steps MORE" if (path / "summary.json").exists() else ""
-                go_on = f", or go on with it: {resumed_by} {shlex.quote(str(path))}{more}"
+            over = (path / "summary.json").exists()
+            if (path / "recipe.toml").exists() and (recipe.extended_by or not over):
+                go_on = f", or go on with it: {recipe.resumed_by} {shlex.quote(str(path))}{recipe.extended_by * over}"
             raise RunError(
                 f"the run folder {str(path)!r} exists, and a run never overwrites another. Choose another name{go_on}"
             ) from None
