@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 
-from lossmith.cli.streams import print_json
+from lossmith.cli.streams import RunConsole, print_json
 from lossmith.project import check_order
 from lossmith.report.live import Busy
 from lossmith.reward_training.train import RewardRecipe, train_reward_model
@@ -101,7 +100,7 @@ def train(
     given = locals()
     fields = {key: given[key] for key in RewardRecipe.__dataclass_fields__}
     check_order("reward", preferences, output)
-    console = Console(stderr=as_json)
+    console = RunConsole(stderr=as_json)
     with Busy(console) as busy:
 
         def say(line: str) -> None:
