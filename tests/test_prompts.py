@@ -351,7 +351,7 @@ def test_what_is_no_list_of_rows_is_not_read_as_one(source):
 
 
 def test_other_mistakes_in_memory():
-    with pytest.raises(PromptError, match=r"is no path: .*Texts are given as a list"):
+    with pytest.raises(PromptError, match=r"cannot be a path here: .*texts are given as a list"):
         load_prompts("What is the difference between weather and climate? " * 20)
     with pytest.raises(PromptError, match="memory:1: the column name 3 is int"):
         load_prompts([{"prompt": "a", 3: "x"}])

@@ -40,14 +40,13 @@ def rows_of(source: Any, split: str, column: str) -> tuple[str, Rows]:
             )
         items = [{column: item} if isinstance(item, (list, tuple)) else item for item in source]
         return "memory", _checked(((f"memory:{i}", item) for i, item in enumerate(items, 1)), column)
-    path = at_home(source, PromptError)
     try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:  # a text given for a path is too long for one
-        raise PromptError(f"{str(source)[:60]!r} is no path: {error.strerror}. Texts are given as a list.") from None
-    if is_folder:
+        path = at_home(source, PromptError)
+    except PromptError as error:  # a text given for a path is too long for one, say
+        raise PromptError(f"{error} A path names a file of prompts; texts are given as a list.") from None
+    if path.is_dir():
         return path.name, _from_folder(path, split)
-    if not exists:
+    if not path.exists():
         return str(source), _from_hub(str(source), path, split)
     suffix = path.suffix.lower()
     if suffix not in READERS:
