@@ -202,9 +202,10 @@ def problem(kind, status, said):
     fitting = {"kill": {-9}, "term": {143}, "int": {130}, "full": {2}}[kind] | {0}
     if status not in fitting:
         return f"status {status}: {said}"
-    full = "disk is full" in said or "No space left on device" in said
-    if kind == "full" and status == 2 and (not full or "\n" in said.strip()):
-        return f"not one sentence: {said}"
+    if kind == "full" and status == 2:
+        full = "disk is full" in said or "No space left on device" in said
+        if not full or "\n" in said.strip():
+            return f"not one sentence: {said}"
     if status in (130, 143) and said and "resume" not in said and "finished" not in said:
         return f"does not say how to go on: {said}"
     return ""

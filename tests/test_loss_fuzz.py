@@ -160,3 +160,8 @@ def test_odd_arguments_are_used_or_refused(trial, first):
 def test_odd_arguments_are_used_or_refused_ten_thousand_times(trial):
     for seed in range(1_000, 11_000):
         trial(seed)
+
+
+def test_complex_numbers_in_a_list_are_refused():
+    with pytest.raises(L.LossError, match=r"Batch\.reward must be a tensor, or nested lists of numbers"):
+        L.Batch(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), reward=[1 + 2j])

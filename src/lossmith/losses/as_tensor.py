@@ -57,6 +57,8 @@ def _read(name: str, given: Any) -> Tensor:
         if holds_tensors(given):
             raise TypeError
         found = torch.tensor(given)
+        if found.is_complex():
+            raise TypeError
         return torch.tensor(given, dtype=torch.float64) if found.is_floating_point() else found
     except (TypeError, ValueError, RuntimeError, OverflowError):  # whatever torch says of what it cannot read
         raise LossError(
