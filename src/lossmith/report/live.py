@@ -81,7 +81,7 @@ class Busy:
         while not self._over.wait(min(1.0, self.every / 4)):
             now = time.monotonic()
             if self._stage and now - self._told >= self.every:
-                doing = " ".join(filter(None, (f"{self._stage}:", self._what, self._count)))
+                doing = ": ".join(filter(None, (self._stage, f"{self._what} {self._count}".strip())))
                 self.console.print(
                     f"{doing}, for {_minutes(now - self._began)}", highlight=False, soft_wrap=True, markup=False
                 )
