@@ -273,3 +273,11 @@ def test_a_folder_that_is_a_file_and_one_without_a_home_are_said(tmp_path):
         check_model(tmp_path / "f")
     with pytest.raises(PolicyError, match="no home folder"):
         check_model("~nobody-of-this-name/model")
+
+
+def test_more_layers_than_any_model_has_are_refused_before_they_are_built(tmp_path):
+    folder = folder_for("policy", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**70}))
+    with pytest.raises(PolicyError, match="num_hidden_layers = .* which no model has"):
+        check_model(folder)

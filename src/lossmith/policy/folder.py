@@ -21,6 +21,7 @@ __all__ = ["check_config", "check_model", "find_config", "in_brief"]
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+MOST_PARTS = 100_000  # layers, blocks or experts: transformers would build them one by one, and never end
 _OTHER_HEADS = {
     "ForSequenceClassification": "a classifier",
     "ForTokenClassification": "a classifier of tokens",
@@ -153,6 +154,14 @@ def check_config(config: Mapping[str, Any], name: str, error: type[LossmithError
             f"the weights of {name!r} are quantised{f' ({method})' if isinstance(method, str) else ''}, and quantised "
             "weights cannot be trained or scored with here: give the unquantised model."
         )
+    for key, value in (item for part in (config, *inner) for item in part.items()):
+        if (
+            isinstance(value, int)
+            and value > MOST_PARTS
+            and re.search("layer|block|expert", key)
+            and "_size" not in key
+        ):
+            raise error(f"config.json of {name!r} says {key} = {value}, which no model has: it is damaged.")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         own = " It needs code of its own, and such code is never run." if config.get("auto_map") else ""
