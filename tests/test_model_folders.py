@@ -279,5 +279,5 @@ def test_more_layers_than_any_model_has_are_refused_before_they_are_built(tmp_pa
     folder = folder_for("policy", tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**70}))
-    with pytest.raises(PolicyError, match="num_hidden_layers = .* which no model has"):
+    with pytest.raises(PolicyError, match=r"num_hidden_layers = .* which no model has"):
         check_model(folder)
