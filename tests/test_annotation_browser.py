@@ -53,7 +53,7 @@ def served(tmp_path):
 def come_in(chromium, link, name, **how):
     """A browser that has never been here opens the link and says its name."""
     page = chromium.new_context(**how).new_page()
-    page.set_default_timeout(8000)
+    page.set_default_timeout(30_000)
     page.wrong = []
     page.on("dialog", lambda dialog: (page.wrong.append(dialog.message), dialog.dismiss()))
     page.on("pageerror", lambda error: page.wrong.append(str(error)))

@@ -612,6 +612,7 @@ def test_an_unknown_style_is_refused():
 # -- imports --------------------------------------------------------------------------------------------------------
 
 SOURCE = Path(L.__file__).parent
+BESIDE = {"lossmith.errors", "lossmith.files"}  # which import the standard library alone
 
 
 def test_importing_the_losses_loads_torch_and_nothing_more():
@@ -621,7 +622,7 @@ def test_importing_the_losses_loads_torch_and_nothing_more():
     assert "torch" in loaded
     assert not loaded & {"transformers", "pydantic", "datasets", "pyarrow", "rich", "cyclopts", "gguf", "safetensors"}
     ours = {m for m in loaded if m.startswith("lossmith.")}
-    strangers = {m for m in ours if m != "lossmith.errors" and not m.startswith("lossmith.losses")}
+    strangers = {m for m in ours if m not in BESIDE and not m.startswith("lossmith.losses")}
     assert not strangers
 
 
@@ -641,7 +642,7 @@ def test_modules_import_torch_the_standard_library_and_each_other(path):
     for module in imported(ast.parse(path.read_text())):
         root = module.partition(".")[0]
         if root == "lossmith":
-            assert module == "lossmith.errors" or module.startswith("lossmith.losses"), module
+            assert module in BESIDE or module.startswith("lossmith.losses"), module
         else:
             assert root == "torch" or root in sys.stdlib_module_names, module
 

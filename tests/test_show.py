@@ -225,7 +225,7 @@ def test_plot_writes_a_file_or_says_why_not(tmp_path, capsys):
     ET.parse(tmp_path / "ppo.svg")
     for words, message in [
         (["ppo", "--plot", str(tmp_path / "ppo.png")], r"ends in \.svg"),
-        (["ppo", "--plot", str(tmp_path / "gone" / "ppo.svg")], "there is no folder"),
+        (["ppo", "--plot", str(tmp_path / "ppo.svg" / "ppo.svg")], "nothing can be written"),
         (["online_dpo", "--plot", str(tmp_path / "dpo.svg")], "nothing to plot"),
     ]:
         with pytest.raises(L.LossError, match=message):
