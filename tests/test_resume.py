@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -173,6 +174,15 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path, un
     assert [c.name for c in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00002"]
     resume(tmp_path / "run", scorer=Signalling(0))
     assert result(tmp_path / "run") == result(unbroken)
+
+
+def test_the_watch_for_signals_ends_with_the_work():
+    """A thread that let go of a model's tensors while Python shut down ended a finished run with SIGABRT."""
+    before = threading.active_count()
+    for _ in range(50):
+        with stopping.Stopping():
+            assert threading.active_count() == before + 1
+        assert threading.active_count() == before
 
 
 def test_a_signal_in_the_middle_of_an_update_waits_for_its_end(tmp_path, monkeypatch):

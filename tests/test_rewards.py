@@ -645,11 +645,11 @@ def test_a_worker_that_closes_or_fills_its_output_still_scores(tmp_path, capfd):
 
 def test_lossmiths_own_keys_do_not_reach_a_worker_and_others_do(tmp_path, monkeypatch):
     for name in ("LOSSMITH_SCORER_KEY", "LOSSMITH_SCORER_KEY_2", "LOSSMITH_JUDGE_KEY", "LOSSMITH_PASSWORD", "MY_KEY"):
-        monkeypatch.setenv(name, "secret")
+        monkeypatch.setenv(name, "a test secret")
     (tmp_path / "own.py").write_text(
         "import os\n"
         "def f(completions, log_extra):\n"
-        "    log_extra('names', [[n for n in os.environ if n.startswith('LOSSMITH') or n == 'MY_KEY']])\n"
+        "    log_extra('names', [[n for n, value in os.environ.items() if value == 'a test secret']])\n"
         "    return [1.0]\n"
     )
     (score,) = ask(f"{tmp_path / 'own.py'}:f", [rollout()])

@@ -62,6 +62,7 @@ class Stopping:
         if hasattr(self, "_main"):
             signal.set_wakeup_fd(self._wakeup)
             self._ours.close()  # which ends the thread
+            self._waker.join()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(error, Stopped) and error.number != signal.SIGINT:
@@ -95,14 +96,8 @@ class Stopping:
         ours.setblocking(False)
         self._ours = ours
         self._wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
-
-        def wake() -> None:
-            with theirs:
-                while came := theirs.recv(1):
-                    if came[0] != signal.SIGURG:
-                        signal.pthread_kill(self._main, signal.SIGURG)
-
-        threading.Thread(target=wake, daemon=True).start()
+        self._waker = threading.Thread(target=_wake, args=(theirs, self._main), daemon=True)
+        self._waker.start()
 
     def _remind_later(self) -> None:
         self._timer = threading.Timer(GRACE, self._remind)
@@ -119,3 +114,12 @@ class Stopping:
             self._overdue = False
             self.check()
             self._remind_later()  # it could not be interrupted now
+
+
+def _wake(signals: socket.socket, main: int) -> None:
+    """Not a method: a thread that kept `busy`, and with it the model, would free tensors while Python shuts down, and
+    torch aborts the process then."""
+    with signals:
+        while came := signals.recv(1):
+            if came[0] != signal.SIGURG:
+                signal.pthread_kill(main, signal.SIGURG)
