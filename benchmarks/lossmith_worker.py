@@ -14,7 +14,7 @@ import torch
 
 from lossmith.policy import load_policy, sample
 from lossmith.prompts import Prompt
-from lossmith.rewards import load_scorer, score_rollouts
+from lossmith.scorers import load_scorer, score_rollouts
 from lossmith.training import Learner, Recipe
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/roofline.py [--works short long] [--rounds 5] [--compile] [--out FILE]
 
-The floor counts products with weights alone (see lossmith.training.floor); the rate is that of a product of the
+The floor counts products with weights alone (see lossmith.training.roofline); the rate is that of a product of the
 model's own shape in the type it computes in.
 """
 
@@ -22,9 +22,9 @@ from works import WORKS, prompt_texts
 
 from lossmith.policy import Policy, embedded_model, load_policy, sample
 from lossmith.prompts import Prompt
-from lossmith.rewards import load_scorer, score_rollouts
+from lossmith.scorers import load_scorer, score_rollouts
 from lossmith.training import Learner, Recipe
-from lossmith.training.floor import count_work, multiply_rate
+from lossmith.training.roofline import count_work, multiply_rate
 
 HERE = Path(__file__).parent
 

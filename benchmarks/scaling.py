@@ -42,7 +42,7 @@ def worker(given: dict[str, int], rounds: int) -> dict[str, Any]:
 
     from lossmith.policy import embedded_model, load_policy, sample
     from lossmith.prompts import Prompt
-    from lossmith.rewards import load_scorer, score_rollouts
+    from lossmith.scorers import load_scorer, score_rollouts
     from lossmith.training import Learner, Recipe
 
     policy = load_policy(str(embedded_model()))

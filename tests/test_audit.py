@@ -14,9 +14,10 @@ import lossmith.losses as L
 from batches import no_trap_warnings
 from lossmith.cli.audit import audit_
 from lossmith.errors import ProofError
-from lossmith.proofs import audit, html_page, sections
-from lossmith.proofs.table import HEADS, markdown
-from lossmith.proofs.words import short
+from lossmith.proofs import audit
+from lossmith.report.audit import html_page, sections
+from lossmith.report.audit.sentences import short
+from lossmith.report.audit.table import HEADS, markdown
 from test_proofs import Pairs
 
 

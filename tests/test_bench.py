@@ -9,9 +9,9 @@ from rich.console import Console
 
 import lossmith as ls
 import tiny
-from lossmith.report.bench import as_record, recommendations, show_measurement
+from lossmith.report.run.bench import as_record, recommendations, show_measurement
 from lossmith.training import Recipe, measure_recipe, plan
-from lossmith.training.floor import Work, count_work, multiply_rate
+from lossmith.training.roofline import Work, count_work, multiply_rate
 from test_cli import lossmith, small
 
 PROMPTS = [f"Prompt number {i}?" for i in range(8)]

@@ -8,9 +8,9 @@ import lossmith.losses as L
 from batches import COMPLETION, EVERY, NAMES, quiet_loss, random_fields
 from lossmith.errors import LossmithError, PolicyError, RecipeError
 from lossmith.policy import SamplingSettings, check_samples
-from lossmith.reward_training.train import RewardRecipe
+from lossmith.reward_model.train import RewardRecipe
 from lossmith.training import Recipe
-from lossmith.training.preferences import PreferenceRecipe
+from lossmith.training.offline.loop import PreferenceRecipe
 from test_training import metrics, settings
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import tiny
-from lossmith.rewards import load_scorer
+from lossmith.scorers import load_scorer
 from test_cli import lossmith
 
 SMALL = ("--model", tiny.folder(), "--device", "cpu")

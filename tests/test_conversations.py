@@ -21,8 +21,8 @@ import test_text
 import tiny
 from lossmith.errors import ScorerError
 from lossmith.prompts import load_prompts
-from lossmith.rewards.reward_model import RewardModel, encode_conversation
-from lossmith.rollouts import LogProbs, Measure, Rollout
+from lossmith.rollouts import Distribution, LogProbs, Rollout
+from lossmith.scorers.reward_model import RewardModel, encode_conversation
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
              initializer_range=0.3, max_position_embeddings=130, pad_token_id=1)  # fmt: skip
@@ -57,7 +57,7 @@ def encoder(kind):
 
 def written(content, completion):
     (prompt,) = load_prompts([{"prompt": content}])
-    return Rollout(prompt, 0, (1,), (1,), completion, LogProbs(torch.zeros(1), Measure(0)), "eos")
+    return Rollout(prompt, 0, (1,), (1,), completion, LogProbs(torch.zeros(1), Distribution(0)), "eos")
 
 
 PAIRS = [("What are tides?", "A."), ("Hm?", "A longer one, with more in it."), ("a", "b")]

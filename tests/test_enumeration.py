@@ -12,8 +12,8 @@ from batches import quiet_loss
 from lossmith.errors import ProofError
 from lossmith.proofs import Tree, World, bias, default_world, group_gradients, kl_push, kl_table, length_weights
 from lossmith.proofs.enumeration import WORLD_FIELDS, long_world
-from lossmith.proofs.fields import FIELDS
-from lossmith.proofs.settings import (
+from lossmith.proofs.random_batches import FIELDS
+from lossmith.proofs.scenarios import (
     SUCCESS,
     baseline_variances,
     difficulty,

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 
 import tiny
 from lossmith.errors import PolicyError
-from lossmith.policy import SamplingSettings, measure_of, sample, token_outputs, trial
+from lossmith.policy import SamplingSettings, distribution_of, sample, token_outputs, trial
 from lossmith.policy import attention as attention_module
 from lossmith.policy import decode as decode_module
 from lossmith.policy import head as head_module
-from lossmith.policy.attention import Tree, TreeAttention
+from lossmith.policy.attention import PrefixTree, TreeAttention
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.memory import available_bytes, keep_freed_memory
 from lossmith.policy.packed import packed_weights
@@ -54,7 +54,7 @@ def dense(q, k, v, tree, scale):
 )
 @settings(max_examples=60, deadline=None)
 def test_attention_over_a_tree_is_masked_attention(shape, heads, block, scores, seed):
-    tree = Tree.of([((1,) * p, [(2,) * r for r in rows]) for p, rows in shape], torch.device("cpu"))
+    tree = PrefixTree.of([((1,) * p, [(2,) * r for r in rows]) for p, rows in shape], torch.device("cpu"))
     torch.manual_seed(seed)
     q, k, v = (torch.randn(h, len(tree.ids), 5, dtype=torch.float64, requires_grad=True) for h in (*heads, heads[1]))
     before = attention_module._BLOCK, attention_module.SCORES_AT_ONCE
@@ -72,14 +72,14 @@ def test_attention_over_a_tree_is_masked_attention(shape, heads, block, scores, 
 
 
 def test_positions_in_a_tree_continue_from_the_prompt():
-    tree = Tree.of([((1, 2, 3), [(4, 5), (), (6,)]), ((7,), [(8,)])], torch.device("cpu"))
+    tree = PrefixTree.of([((1, 2, 3), [(4, 5), (), (6,)]), ((7,), [(8,)])], torch.device("cpu"))
     assert tree.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert tree.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
     assert tree.before == (2, 2, 2, 6) and tree.rows == ((3, 2), (5, 0), (5, 1), (7, 1))
 
 
 def test_attention_in_bfloat16_is_within_its_rounding():
-    tree = Tree.of([((1,) * 40, [(2,) * 30] * 4)], torch.device("cpu"))
+    tree = PrefixTree.of([((1,) * 40, [(2,) * 30] * 4)], torch.device("cpu"))
     torch.manual_seed(0)
     wide = [torch.randn(1, h, len(tree.ids), 16) for h in (4, 2, 2)]
     exact = TreeAttention(tree).attend(*wide, 0.25)
@@ -197,7 +197,7 @@ def accumulated(compile_, dtype=torch.float64, compute=None, model=None):
             r,
             score=Score(value=float(i % 3)),
             behavior_logp=LogProbs(
-                torch.full((len(r.completion_ids),), torch.nan), measure_of(policy, recipe.sampling)
+                torch.full((len(r.completion_ids),), torch.nan), distribution_of(policy, recipe.sampling)
             ),
         )
         for i, r in enumerate(tiny.rollouts())

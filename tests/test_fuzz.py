@@ -25,10 +25,10 @@ from lossmith.feedback.store import Store
 from lossmith.losses import parse_loss
 from lossmith.project import Project
 from lossmith.prompts import load_prompts
-from lossmith.report.frontier import read_steps
-from lossmith.rewards import check_scorer
+from lossmith.report.run.frontier import read_steps
+from lossmith.scorers import check_scorer
 from lossmith.training import Recipe, plan
-from lossmith.training.preferences import PreferenceRecipe
+from lossmith.training.offline.loop import PreferenceRecipe
 
 ODD = (
     None, True, False, 0, -1, 10**30, 1e308, float("nan"), float("-inf"), "", " ", "x", "\ud800", "\x00", "\u2028",

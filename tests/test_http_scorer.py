@@ -18,9 +18,9 @@ import pytest
 import lossmith as ls
 import tiny
 from lossmith.errors import RecipeError, ScorerError
-from lossmith.rewards import ScorerSettings, check_scorer, load_scorer, score_rollouts, web
-from lossmith.rewards.address import Address, redacted, shown
-from lossmith.rewards.http import HttpScorer
+from lossmith.scorers import ScorerSettings, check_scorer, load_scorer, score_rollouts, web
+from lossmith.scorers.address import Address, redacted, shown
+from lossmith.scorers.http import HttpScorer
 from lossmith.training import Recipe
 from test_rewards import rollout
 

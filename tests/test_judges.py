@@ -22,7 +22,7 @@ def made(*texts, prompt="Why?"):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    monkeypatch.setattr("lossmith.rewards.web.BACKOFF_SECONDS", 0.005)
+    monkeypatch.setattr("lossmith.scorers.web.BACKOFF_SECONDS", 0.005)
     with Store(tmp_path / "j.db") as opened:
         yield opened
 

@@ -12,7 +12,7 @@ import tiny
 from lossmith.errors import PolicyError, RunError, TrapWarning
 from lossmith.losses import CATALOGUE, Batch, example_loss, parse_loss
 from lossmith.policy import sample
-from lossmith.rollouts import LogProbs, Measure, Score
+from lossmith.rollouts import Distribution, LogProbs, Score
 from lossmith.training import Learner, Recipe
 from lossmith.training.recipe import PROVIDED
 
@@ -24,7 +24,7 @@ SPECS = {
 }
 NAMES = sorted(SPECS.values())
 AT_REST = {"opd", "kl_only"}
-MEASURE = Measure(0, temperature=0.8, dtype="float64")
+MEASURE = Distribution(0, temperature=0.8, dtype="float64")
 VARIANTS = [
     "grpo(kl_estimator='full')",
     "grpo(entropy_coef=0.1)",
@@ -311,7 +311,7 @@ def test_the_measure_of_stored_log_probs_is_checked():
     """Rollouts sampled at another temperature than the learner measures at are refused."""
     made = learner("grpo", torch.float32)
     rollouts = sampled(made)
-    other = dataclasses.replace(rollouts[0].behavior_logp.measure, temperature=0.3)
+    other = dataclasses.replace(rollouts[0].behavior_logp.distribution, temperature=0.3)
     wrong = dataclasses.replace(rollouts[0], behavior_logp=LogProbs(rollouts[0].behavior_logp.values, other))
     with pytest.raises(PolicyError, match="measured under different distributions"):
         made.update([wrong, *rollouts[1:]], 0)

@@ -10,8 +10,8 @@ from rich.console import Console
 import lossmith as ls
 import tiny
 from lossmith.api import run_recipe
-from lossmith.report import live
-from lossmith.report.live import WIDTH, Busy, LiveView, step_line
+from lossmith.report.run import live
+from lossmith.report.run.live import WIDTH, Busy, LiveView, step_line
 from lossmith.training import Recipe
 from lossmith.training.evaluate import Evaluation
 

@@ -9,10 +9,10 @@ import torch
 
 import tiny
 from lossmith.errors import PolicyError
-from lossmith.policy import SamplingSettings, measured_log_softmax, token_outputs
+from lossmith.policy import SamplingSettings, log_softmax_under, token_outputs
 from lossmith.policy import head as head_module
 from lossmith.policy.trial import sharing_is_exact
-from lossmith.rollouts import LogProbs, Measure
+from lossmith.rollouts import Distribution, LogProbs
 
 LAYOUTS = ("shared", "right", "left", "packed", "single")
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
@@ -103,7 +103,7 @@ def test_the_critic_reads_the_state_before_each_token_and_leaves_the_policy_alon
 def test_the_measure_against_enumeration_by_hand(settings):
     """Temperature, then top-k, then top-p, then renormalise; written out with sorted lists."""
     logits = torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
-    ours = measured_log_softmax(logits, settings).exp()
+    ours = log_softmax_under(logits, settings).exp()
     for row in range(4):
         p = (logits[row] / settings.temperature).softmax(0)
         order = sorted(range(30), key=lambda v: -float(p[v]))
@@ -120,19 +120,19 @@ def test_the_measure_against_enumeration_by_hand(settings):
 
 def test_a_sampled_token_outside_the_support_keeps_a_finite_log_probability():
     logits = torch.tensor([[5.0, 1.0, 0.0, -3.0]])
-    assert measured_log_softmax(logits, SamplingSettings(top_k=2))[0, 3] == -torch.inf
-    assert torch.isfinite(measured_log_softmax(logits, SamplingSettings(top_k=2), keep=torch.tensor([3]))[0, 3])
+    assert log_softmax_under(logits, SamplingSettings(top_k=2))[0, 3] == -torch.inf
+    assert torch.isfinite(log_softmax_under(logits, SamplingSettings(top_k=2), keep=torch.tensor([3]))[0, 3])
 
 
 def test_log_probs_measured_differently_cannot_be_subtracted():
     values = torch.zeros(3)
-    a, b = LogProbs(values, Measure(0, temperature=1.0)), LogProbs(values + 1, Measure(4, temperature=1.0))
+    a, b = LogProbs(values, Distribution(0, temperature=1.0)), LogProbs(values + 1, Distribution(4, temperature=1.0))
     assert ((b - a) == 1).all()  # versions may differ: that is what a ratio is
     for other in (
-        Measure(0, temperature=0.7),
-        Measure(0, top_p=0.9),
-        Measure(0, top_k=5),
-        Measure(0, dtype="bfloat16"),
+        Distribution(0, temperature=0.7),
+        Distribution(0, top_p=0.9),
+        Distribution(0, top_k=5),
+        Distribution(0, dtype="bfloat16"),
     ):
         with pytest.raises(PolicyError, match="measured under different distributions"):
             a - LogProbs(values, other)
@@ -235,12 +235,12 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(settings, spre
     p = values.softmax(-1)
     kept = (p.cumsum(-1) - p < settings.top_p) & (p > 0)
     expected = torch.zeros_like(kept).scatter(1, order, kept)
-    assert torch.equal(measured_log_softmax(logits, settings) > -torch.inf, expected)
+    assert torch.equal(log_softmax_under(logits, settings) > -torch.inf, expected)
 
 
 def test_equally_likely_tokens_stay_or_go_together():
     """The support is a function of the values, not of the order in which a sort happens to leave them."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     for settings in (SamplingSettings(top_k=2), SamplingSettings(top_p=0.6)):
-        support = measured_log_softmax(logits, settings) > -torch.inf
+        support = log_softmax_under(logits, settings) > -torch.inf
         assert support.tolist() == [[False, True, True, True, True, False]]

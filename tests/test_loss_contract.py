@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import lossmith.losses as L
 from batches import EVERY, LEAVES, NAMES, evaluate, make, no_trap_warnings, normal, quiet_loss, random_fields
-from lossmith.losses.flat import AXES, pieces_of
+from lossmith.losses.composition.flat import AXES, pieces_of
 
 TRAPS_BY_DEFAULT = {"book_clip", "book_ppo_clip", "bnpo"}
 

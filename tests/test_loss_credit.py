@@ -10,7 +10,7 @@ import tiny
 from batches import COMPLETION, NAMES, double, evaluate, no_trap_warnings, quiet_loss, random_fields
 from lossmith.errors import RunError
 from lossmith.losses.function_loss import FunctionLoss
-from lossmith.rollouts import Measure, Score
+from lossmith.rollouts import Distribution, Score
 from lossmith.training import Learner, Recipe
 
 OTHER = "the credit is of other rows than the batch"
@@ -195,7 +195,7 @@ def learner(loss="grpo(beta=0)", **fields):
 
 
 def scored(values):
-    found = tiny.rollouts(measure=Measure(0, temperature=0.8, dtype="float32"))
+    found = tiny.rollouts(measure=Distribution(0, temperature=0.8, dtype="float32"))
     return [dataclasses.replace(r, score=Score(values[i % len(values)])) for i, r in enumerate(found)]
 
 

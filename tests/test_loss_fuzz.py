@@ -11,8 +11,8 @@ import torch
 
 import lossmith.losses as L
 from batches import OPEN, no_trap_warnings, random_fields
-from lossmith.losses.flat import AXES, PLAIN
-from lossmith.losses.foreign import FOREIGN
+from lossmith.losses.composition.flat import AXES, PLAIN
+from lossmith.losses.composition.foreign import FOREIGN
 
 FIELDS = [f.name for f in dataclasses.fields(L.Batch)]
 ODD = (

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import lossmith.losses as L
 from batches import LEAVES, NAMES, evaluate, gradients, make, no_trap_warnings, normal, quiet_loss, random_fields
-from lossmith.losses.advantage import ADVANTAGE, SCALE
-from lossmith.losses.aggregate import AGGREGATE
-from lossmith.losses.extra import EXTRA
-from lossmith.losses.masks import GROUP_FILTER, SEQUENCE_MASK
-from lossmith.losses.trust import TRUST
+from lossmith.losses.axes.advantage import ADVANTAGE, SCALE
+from lossmith.losses.axes.aggregate import AGGREGATE
+from lossmith.losses.axes.extra import EXTRA
+from lossmith.losses.axes.masks import GROUP_FILTER, SEQUENCE_MASK
+from lossmith.losses.axes.trust import TRUST
 
 # Settings that together touch every piece; the catalogue is added to them.
 COMPOSITIONS = {

@@ -7,7 +7,7 @@ import torch
 
 import lossmith.losses as L
 from batches import double, evaluate, quiet_loss, random_fields
-from lossmith.losses.kl import kl_slope
+from lossmith.losses.axes.kl import kl_slope
 
 KAPPA = double([-1.3, -0.2, 0.4, 2.0])
 

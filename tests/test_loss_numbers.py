@@ -7,7 +7,7 @@ import torch
 
 import lossmith.losses as L
 from batches import NAMES, double, evaluate, no_trap_warnings, normal, quiet_loss, random_fields, single_tokens
-from lossmith.losses.ratio import RATIO
+from lossmith.losses.axes.ratio import RATIO
 
 GRID = [0.05, 0.5, 0.79, 0.81, 0.95, 1.0, 1.1, 1.19, 1.21, 1.5, 2.9, 3.1, 10.0]
 

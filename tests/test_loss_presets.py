@@ -8,8 +8,8 @@ import torch
 import lossmith.losses as L
 from batches import EVERY, no_trap_warnings, quiet_loss, random_fields
 from lossmith.errors import RecipeError
-from lossmith.losses.flat import AXES
-from lossmith.losses.foreign import FOREIGN
+from lossmith.losses.composition.flat import AXES
+from lossmith.losses.composition.foreign import FOREIGN
 from lossmith.training import Recipe
 
 PRESETS = [name for name in EVERY if "@" in name and isinstance(quiet_loss(name), L.PolicyLoss)]

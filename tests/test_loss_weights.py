@@ -8,11 +8,11 @@ import torch
 
 import lossmith.losses as L
 from batches import NAMES, double, evaluate, make, no_trap_warnings, normal, quiet_loss, random_fields, single_tokens
-from lossmith.losses.aggregate import AGGREGATE
-from lossmith.losses.correction import MISMATCH
-from lossmith.losses.kl import ESTIMATORS
-from lossmith.losses.ratio import RATIO
-from lossmith.losses.trust import TRUST, Clip
+from lossmith.losses.axes.aggregate import AGGREGATE
+from lossmith.losses.axes.kl import ESTIMATORS
+from lossmith.losses.axes.mismatch import MISMATCH
+from lossmith.losses.axes.ratio import RATIO
+from lossmith.losses.axes.trust import TRUST, Clip
 
 # drift .3 puts tokens on both sides of PPO's clip, .001 does so for clips of a few ten-thousandths
 DRIFTS = (0.3, 0.001)

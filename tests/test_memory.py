@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from lossmith.errors import RecipeError
-from lossmith.report.opening import memory_estimate
+from lossmith.report.run.opening import memory_estimate
 from lossmith.training import Learner, Recipe
 from lossmith.training.loop import open_run, plan
 from lossmith.training.memory import Need, check_memory, estimate

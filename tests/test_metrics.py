@@ -9,10 +9,10 @@ import torch
 import lossmith as ls
 import tiny
 from batches import evaluate, quiet_loss, random_fields
-from lossmith.report.metrics import page
+from lossmith.report.run.metrics_page import page
 from lossmith.training.guards import kl_of_completion
 from lossmith.training.metrics import METRICS, documented, in_completions, without_signal
-from lossmith.training.preferences import PreferenceRecipe, learn_preferences, open_preferences, plan_preferences
+from lossmith.training.offline.loop import PreferenceRecipe, learn_preferences, open_preferences, plan_preferences
 
 GIVEN = {"ppo@rlax": "advantage", "value_clipped": "returns"}  # what a user computes for these
 PROMPTS = [f"Prompt number {i}?" for i in range(12)]
@@ -40,7 +40,7 @@ def measured(name):
 
 def test_the_page_is_the_list():
     written = Path(__file__).parent.parent / "docs" / "metrics.md"
-    assert written.read_text(encoding="utf-8") == page(), "python -m lossmith.report.metrics > docs/metrics.md"
+    assert written.read_text(encoding="utf-8") == page(), "python -m lossmith.report.run.metrics_page > docs/metrics.md"
     assert all(meaning for meaning, _ in METRICS.values())
 
 

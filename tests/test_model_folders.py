@@ -13,8 +13,8 @@ from transformers import LlamaForSequenceClassification, OPTConfig, OPTForCausal
 import tiny
 from lossmith.errors import LossmithError, PolicyError, ScorerError
 from lossmith.policy import Policy, SamplingSettings, check_model, load_policy, sample
-from lossmith.reward_training.model import load_scoring
-from lossmith.rewards.reward_model import RewardModel
+from lossmith.reward_model.model import load_scoring
+from lossmith.scorers.reward_model import RewardModel
 
 DOORS = {
     "policy": (lambda folder: load_policy(folder, device="cpu", compute_dtype="float32"), PolicyError),

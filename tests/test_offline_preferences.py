@@ -18,11 +18,11 @@ from lossmith.feedback.preferences import Label, Pair, Ranking, Rating, write_pr
 from lossmith.feedback.store import Store
 from lossmith.losses import get_loss
 from lossmith.policy import token_outputs
-from lossmith.rewards.best_of import best_of, choose_best
-from lossmith.rollouts import LogProbs, Measure, Score
+from lossmith.rollouts import Distribution, LogProbs, Score
+from lossmith.scorers.best_of import best_of, choose_best
 from lossmith.training import Learner, Recipe
-from lossmith.training.examples import around_answer, make_examples
-from lossmith.training.preferences import (
+from lossmith.training.offline.examples import around_answer, judged_rollouts
+from lossmith.training.offline.loop import (
     PreferenceRecipe,
     fit_loss,
     learn_preferences,
@@ -149,7 +149,7 @@ def test_micro_batches_change_nothing(tmp_path):
 
 def online_rollouts():
     generator = torch.Generator().manual_seed(3)
-    measure = Measure(0, dtype="float64")
+    measure = Distribution(0, dtype="float64")
     rollouts = tiny.rollouts(samples=2, measure=measure)
     values = torch.rand(len(rollouts), generator=generator).tolist()
     return [dataclasses.replace(r, score=Score(v)) for r, v in zip(rollouts, values, strict=True)]
@@ -173,7 +173,9 @@ def test_given_pairs_have_the_gradient_of_sampled_ones(offline, online):
     sampled = online_rollouts()
     loss, wanted = gradient(online, sampled)
     unknown = [
-        dataclasses.replace(r, behavior_logp=LogProbs(torch.full_like(r.behavior_logp.values, torch.nan), Measure(0)))
+        dataclasses.replace(
+            r, behavior_logp=LogProbs(torch.full_like(r.behavior_logp.values, torch.nan), Distribution(0))
+        )
         for r in sampled
     ]
     found, same = gradient(offline, unknown, {"group": torch.tensor([7, 7, 3, 3, 5, 5])})
@@ -186,7 +188,7 @@ def test_two_judgements_of_one_prompt_are_two_groups():
     p = tiny.prompts("Why?")[0]
     a, b = named(p, "aaa"), named(p, "zzzz")
     policy = tiny.policy(tiny.llama(), torch.float64)
-    examples = make_examples(policy, [Pair(p, a, b), Pair(p, b, a, annotator="eva")]).examples
+    examples = judged_rollouts(policy, [Pair(p, a, b), Pair(p, b, a, annotator="eva")]).examples
     rollouts, given = rows_of(examples)
     assert given["group"].tolist() == [0, 0, 1, 1]
     made = Learner(policy, get_loss("dpo"), Recipe.make(temperature=1.0))
@@ -220,7 +222,7 @@ def test_what_needs_the_sampler_is_refused_with_the_reason():
     with pytest.raises(RecipeError, match=r"needs Batch\.reference_reward"):
         PreferenceRecipe.make(preferences=[], loss="a2po")
     unknown = [
-        dataclasses.replace(r, score=Score(1.0)) for r in make_examples(tiny.loaded(), pairs(2)).examples[0].rollouts
+        dataclasses.replace(r, score=Score(1.0)) for r in judged_rollouts(tiny.loaded(), pairs(2)).examples[0].rollouts
     ]
     learner = Learner(tiny.loaded(), get_loss("dppo_square"), Recipe.make(temperature=1.0))
     with pytest.raises(LossError, match="behavior_logp"):
@@ -250,7 +252,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 def ids(policy, output):
     p = output if isinstance(output, Pair) else pair(output)
-    return [r.completion_ids for r in make_examples(policy, [p]).examples[0].rollouts]
+    return [r.completion_ids for r in judged_rollouts(policy, [p]).examples[0].rollouts]
 
 
 def pair(chosen, rejected="no"):
@@ -262,7 +264,7 @@ def test_texts_end_the_assistants_turn_as_the_template_does():
     policy = tiny.loaded()
     assert around_answer(policy) == ("", 256)
     assert ids(policy, pair("yes"))[0] == (*policy.tokenizer("yes")["input_ids"], 256)
-    rollout = make_examples(policy, [pair("yes")]).examples[0].rollouts[0]
+    rollout = judged_rollouts(policy, [pair("yes")]).examples[0].rollouts[0]
     assert rollout.prompt_ids == policy.encode(rollout.prompt) and rollout.finish_reason == "eos"
     assert policy.decode(rollout.completion_ids) == "yes" == rollout.completion
     assert rollout.behavior_logp.values.isnan().all()
@@ -280,7 +282,7 @@ def test_the_tokens_that_were_judged_are_those_that_are_trained():
     policy, p = tiny.loaded(), tiny.prompts("Why?")[0]
     tokens = policy.tokenizer("cut off")["input_ids"]  # without an end: the budget ended it
     foreign = Pair(p, named(p, "cut off", tokens), named(p, "other", [9999, 1]))
-    found = make_examples(policy, [foreign])
+    found = judged_rollouts(policy, [foreign])
     first, second = found.examples[0].rollouts
     assert first.completion_ids == tuple(tokens) and first.finish_reason == "length"
     assert policy.decode(second.completion_ids) == "other"
@@ -300,11 +302,11 @@ def test_what_cannot_be_learned_from_is_refused_with_its_line(tmp_path):
         plan = plan_preferences(recipe)
         every = plan.train + plan.held_out
         if skip:
-            found = make_examples(tiny.loaded(), every, skip_bad=True)
+            found = judged_rollouts(tiny.loaded(), every, skip_bad=True)
             assert found.left_out == {"too long for the context": 1} and "left out: 1 too long" in found.report()
         else:
             with pytest.raises(FeedbackError, match=r"pairs\.jsonl:11: .*301 tokens.*context is 256"):
-                make_examples(tiny.loaded(), every)
+                judged_rollouts(tiny.loaded(), every)
 
 
 def test_two_sides_that_are_the_same_tokens_are_refused():
@@ -312,19 +314,19 @@ def test_two_sides_that_are_the_same_tokens_are_refused():
     same = policy.tokenizer("ab")["input_ids"]
     twice = Pair(p, named(p, "ab", [*same, 256]), named(p, "ab", [*same, 256], sample=1))
     with pytest.raises(FeedbackError, match="same tokens"):
-        make_examples(policy, [twice])
+        judged_rollouts(policy, [twice])
 
 
 def test_forms_that_a_loss_cannot_read_are_refused():
     policy = tiny.loaded()
-    examples = make_examples(policy, [Label(x.prompt, x.output, x.good, str(k)) for k, x in enumerate(labels(4))])
+    examples = judged_rollouts(policy, [Label(x.prompt, x.output, x.good, str(k)) for k, x in enumerate(labels(4))])
     with pytest.raises(FeedbackError, match=r"no pair.*kto"):
         fit_loss(get_loss("dpo"), examples, examples)
     p = pairs(2)
-    ranked = make_examples(policy, [Ranking(x.prompt, ((x.chosen,), (x.rejected,))) for x in p])
+    ranked = judged_rollouts(policy, [Ranking(x.prompt, ((x.chosen,), (x.rejected,))) for x in p])
     with pytest.raises(FeedbackError, match="only which are better"):
         fit_loss(get_loss("kto"), ranked, ranked)
-    good = make_examples(policy, [x for x in labels(4) if x.good])
+    good = judged_rollouts(policy, [x for x in labels(4) if x.good])
     with pytest.raises(FeedbackError, match="nothing to tell apart"):
         fit_loss(get_loss("kto"), good, good)
 
@@ -332,7 +334,7 @@ def test_forms_that_a_loss_cannot_read_are_refused():
 @pytest.mark.parametrize(("good", "bad", "low", "high"), [(30, 10, 1, 4 / 3), (10, 30, 1, 4 / 3), (11, 10, 1.1, 1.1)])
 def test_the_classes_of_kto_are_balanced_as_the_paper_asks(good, bad, low, high):
     policy, p = tiny.loaded(), tiny.prompts("Why?")[0]
-    made = make_examples(policy, [Label(p, named(p, f"t{k}"), k < good, str(k)) for k in range(good + bad)])
+    made = judged_rollouts(policy, [Label(p, named(p, f"t{k}"), k < good, str(k)) for k in range(good + bad)])
     loss, *_, notes = fit_loss(get_loss("kto"), made, made)
     term = loss.term
     weighed = term.lam_d * good / (term.lam_u * bad)
@@ -343,12 +345,12 @@ def test_the_classes_of_kto_are_balanced_as_the_paper_asks(good, bad, low, high)
 
 def test_uncertain_pairs_are_read_as_such():
     policy = tiny.loaded()
-    soft = make_examples(policy, pairs(4, probability=0.7))
+    soft = judged_rollouts(policy, pairs(4, probability=0.7))
     loss, *_, notes = fit_loss(get_loss("dpo"), soft, soft)
     assert loss.to_dict()["labels"] == "given" and "4 uncertain pairs" in notes[0]
     given = rows_of(soft.examples)[1]["pair_probability"]
     assert given.tolist() == pytest.approx([0.7] * 8)
-    sure = make_examples(policy, pairs(4))
+    sure = judged_rollouts(policy, pairs(4))
     assert fit_loss(get_loss("dpo"), sure, sure)[0].to_dict()["labels"] == "reward"
 
 
@@ -407,7 +409,7 @@ def test_tokens_are_those_of_a_text_whichever_special_tokens_were_shown():
     policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     tokens = policy.tokenizer("<think>so")["input_ids"]
     for text in ("<think>so", "so"):
-        found = make_examples(policy, [Pair(p, named(p, text, tokens), named(p, "no"))])
+        found = judged_rollouts(policy, [Pair(p, named(p, text, tokens), named(p, "no"))])
         assert found.examples[0].rollouts[0].completion_ids == tuple(tokens)
 
 

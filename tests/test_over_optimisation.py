@@ -9,7 +9,7 @@ import pytest
 import lossmith as ls
 import tiny
 from lossmith.errors import RecipeError, RunError
-from lossmith.report.frontier import plot_frontier
+from lossmith.report.run.frontier import plot_frontier
 from lossmith.rollouts import Score
 from lossmith.training.evaluate import Evaluation, preferred
 from lossmith.training.guards import Guard, kl_of_completion

@@ -18,7 +18,7 @@ from lossmith.feedback.exchange import export_file
 from lossmith.feedback.store import Store
 from lossmith.policy import embedded
 from lossmith.project import Project
-from lossmith.reward_training.train import RewardRecipe, train_reward_model
+from lossmith.reward_model.train import RewardRecipe, train_reward_model
 
 
 def bad_places(folder):

@@ -14,8 +14,8 @@ from lossmith.feedback.output_set import OutputSet, named
 from lossmith.feedback.preferences import Label, Pair, Rating
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
-from lossmith.reward_training.train import RewardRecipe, train_reward_model
-from lossmith.training.preferences import PreferenceRecipe, open_preferences, plan_preferences
+from lossmith.reward_model.train import RewardRecipe, train_reward_model
+from lossmith.training.offline.loop import PreferenceRecipe, open_preferences, plan_preferences
 
 
 def write(path, rows):

@@ -17,7 +17,7 @@ from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named, read_sets, write_sets
 from lossmith.feedback.store import Store
 from lossmith.project import Project, check_order, check_recipe_order
-from lossmith.rewards.weak import doubts, refuse_weak
+from lossmith.scorers.weak import doubts, refuse_weak
 
 ORDER = ["prompts", "sample", "annotate", "reward", "policy"]
 

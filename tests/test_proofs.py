@@ -10,8 +10,8 @@ import lossmith.losses as L
 from batches import EVERY, no_trap_warnings, quiet_loss
 from lossmith.errors import ProofError
 from lossmith.proofs import CHECKS, check_loss, prove
-from lossmith.proofs.fields import FIELDS, LEAVES, random_fields
 from lossmith.proofs.finding import Finding, gap, worst
+from lossmith.proofs.random_batches import FIELDS, LEAVES, random_fields
 
 
 @pytest.mark.parametrize("name", EVERY)

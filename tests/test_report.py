@@ -12,11 +12,11 @@ import tiny
 from lossmith.cli import app
 from lossmith.errors import LossmithError, printable
 from lossmith.prompts import load_prompts
-from lossmith.report.closing import closing
-from lossmith.report.code import code_that_runs
-from lossmith.report.opening import batch_arithmetic, opening
-from lossmith.report.prompts import who_reads
-from lossmith.rewards import load_scorer
+from lossmith.report.run.closing import closing
+from lossmith.report.run.code import code_that_runs
+from lossmith.report.run.opening import batch_arithmetic, opening
+from lossmith.report.run.prompts import who_reads
+from lossmith.scorers import load_scorer
 from lossmith.training.evaluate import comparison
 
 

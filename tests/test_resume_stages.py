@@ -16,8 +16,8 @@ from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError
 from lossmith.feedback.output_set import named
 from lossmith.feedback.preferences import Label, Pair, write_preferences
 from lossmith.feedback.under_way import UnderWay
-from lossmith.rewards.seal import MANIFEST
-from lossmith.training.preferences import (
+from lossmith.scorers.seal import MANIFEST
+from lossmith.training.offline.loop import (
     PreferenceRecipe,
     learn_preferences,
     open_preferences,
@@ -330,7 +330,7 @@ def test_a_reward_model_that_was_killed_goes_on_from_its_checkpoint(file, tmp_pa
     command(*reward_words(file, tmp_path / "whole"))
     mend = hit(monkeypatch, 3, raising(Broken()))
     with monkeypatch.context() as killed, pytest.raises(Broken):
-        killed.setattr("lossmith.reward_training.under_way.UnderWay.stopped", lambda *told: None)  # as a kill would
+        killed.setattr("lossmith.reward_model.under_way.UnderWay.stopped", lambda *told: None)  # as a kill would
         command(*words)
     mend()
     saved = sorted(p.name for p in (tmp_path / "RM.partial" / "training-0" / "checkpoints").iterdir())

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lossmith.reward_training.losses import (
+from lossmith.reward_model.losses import (
     all_pairs,
     bradley_terry,
     centring,

@@ -15,15 +15,15 @@ from lossmith.errors import FeedbackError, RecipeError, RunError, ScorerError
 from lossmith.feedback.output_set import named
 from lossmith.feedback.preferences import Label, Pair, Ranking, Rating, write_preferences
 from lossmith.prompts import Prompt
-from lossmith.reward_training.examples import Example, make_examples
-from lossmith.reward_training.fit import accumulate, loss_of
-from lossmith.reward_training.measure import measure
-from lossmith.reward_training.model import load_scoring
-from lossmith.reward_training.train import RewardRecipe, train_reward_model
-from lossmith.rewards import load_scorer, score_rollouts
-from lossmith.rewards.combine import Ensemble
-from lossmith.rewards.reward_model import RewardModel
+from lossmith.reward_model.evaluate import measure
+from lossmith.reward_model.fit import accumulate, loss_of
+from lossmith.reward_model.model import load_scoring
+from lossmith.reward_model.scored_texts import ScoredTexts, make_scored_texts
+from lossmith.reward_model.train import RewardRecipe, train_reward_model
 from lossmith.rollouts import Rollout, Score
+from lossmith.scorers import load_scorer, score_rollouts
+from lossmith.scorers.combine import Ensemble
+from lossmith.scorers.reward_model import RewardModel
 
 SMALL = dict(model=str(tiny.folder()), device="cpu", dtype="float32", epochs=10, learning_rate=5e-3)
 
@@ -153,7 +153,7 @@ def test_padding_and_company_change_no_score(trained):
 
 def test_the_gradient_does_not_depend_on_the_micro_batches():
     scoring = load_scoring(str(tiny.folder()), 0, device="cpu", dtype="float32")
-    examples, _ = make_examples(judged("pairs", prompts=4), scoring.tokenizer, scoring.max_length)
+    examples, _ = make_scored_texts(judged("pairs", prompts=4), scoring.tokenizer, scoring.max_length)
     examples = [dataclasses.replace(e, weight=0.2 + 0.1 * k) for k, e in enumerate(examples)]
 
     def gradient(tokens):
@@ -176,14 +176,14 @@ def test_only_the_last_layers_are_trained(tmp_path):
 
 def test_loss_of_an_example_is_weighted_by_what_was_said():
     scores = torch.tensor([1.5, 0.5])
-    pair = Example("p", ((1,), (2,)), (1, 1), (0, 1))
+    pair = ScoredTexts("p", ((1,), (2,)), (1, 1), (0, 1))
     assert float(loss_of(scores, pair, "bradley_terry", 0.01)) == pytest.approx(0.353262, abs=1e-6)
-    rated = Example("p", ((1,),), (1,), target=0.25)
+    rated = ScoredTexts("p", ((1,),), (1,), target=0.25)
     assert float(loss_of(scores[:1], rated, "mean_squared", 0.01)) == pytest.approx(1.25**2)
 
 
 def test_figures_by_hand():
-    examples = [Example("p", ((1,), (2,)), (3, 1), (0, 1)), Example("q", ((1,), (2,)), (2, 2), (0, 1))]
+    examples = [ScoredTexts("p", ((1,), (2,)), (3, 1), (0, 1)), ScoredTexts("q", ((1,), (2,)), (2, 2), (0, 1))]
     found = measure(examples, [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])])
     assert (found.accuracy.mean, found.accuracy.n) == (0.5, 2)
     assert found.log_loss == pytest.approx((0.126928 + 1.313262) / 2, abs=1e-6)

@@ -20,25 +20,25 @@ import pytest
 import torch
 
 import lossmith
-from lossmith import rewards
+from lossmith import scorers as rewards
 from lossmith.errors import ScorerError
 from lossmith.prompts import Prompt
-from lossmith.rewards import (
+from lossmith.rollouts import Distribution, LogProbs, Rollout, Score
+from lossmith.scorers import (
     ABSTAIN,
     BUILTINS,
     HttpScorer,
     PathScorer,
     RewardModel,
     ScorerSettings,
-    WeightedSum,
+    WeightedScorers,
     check_scorer,
     close_scorer,
     list_scorers,
     load_scorer,
     score_rollouts,
 )
-from lossmith.rewards.process import Worker
-from lossmith.rollouts import LogProbs, Measure, Rollout, Score
+from lossmith.scorers.process import Worker
 
 COLUMNS = ("answer", "difficulty")
 
@@ -51,7 +51,7 @@ def rollout(completion="An answer.", prompt="A question?", finish_reason="eos", 
         prompt_ids=(1, 2),
         completion_ids=ids,
         completion=completion,
-        behavior_logp=LogProbs(torch.zeros(len(ids)), Measure(0)),
+        behavior_logp=LogProbs(torch.zeros(len(ids)), Distribution(0)),
         finish_reason=finish_reason,
     )
 
@@ -235,7 +235,7 @@ def test_trainer_state_says_where_the_run_stands():
         return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
 
     settings = ScorerSettings(updates=20, passes=2.5)
-    at_five = dataclasses.replace(rollout(), behavior_logp=LogProbs(torch.zeros(2), Measure(5)))
+    at_five = dataclasses.replace(rollout(), behavior_logp=LogProbs(torch.zeros(2), Distribution(5)))
     (scored,) = score_rollouts(load_scorer(reward, settings=settings), [at_five])
     assert scored.score == Score(value=0.25)
     (state,) = seen
@@ -490,7 +490,7 @@ def uses_alarm(completions):
     return [1.0] * len(completions)
 
 def abstains(completions):
-    from lossmith.rewards import ABSTAIN
+    from lossmith.scorers import ABSTAIN
     return [ABSTAIN] * len(completions)
 
 def beside(completions): return [neighbour.VALUE] * len(completions)
@@ -694,14 +694,14 @@ def test_a_worker_does_not_load_torch(tmp_path):
     file = tmp_path / "plain.py"
     file.write_text("import sys\ndef f(completions): return [float('torch' in sys.modules)] * len(completions)\n")
     assert values(ask(f"{file}:f")) == [0.0, 0.0]
-    code = "import sys, lossmith; had = 'torch' in sys.modules\nimport lossmith.rewards.worker\n"
+    code = "import sys, lossmith; had = 'torch' in sys.modules\nimport lossmith.scorers.worker\n"
     code += "sys.exit('torch' in sys.modules and not had)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_worker_dies_with_its_parent_even_in_mid_batch(scorer_file):
     code = (
-        "import sys; from lossmith.rewards.process import Worker\n"
+        "import sys; from lossmith.scorers.process import Worker\n"
         "w = Worker(sys.argv[1]); w.start()\n"
         "batch = lambda text: dict(prompts=['p'], completions=[text], completion_ids=[[1]], columns={})\n"
         "print(int(w.ask(batch('go'), 30)[0]['value']), flush=True)\n"
@@ -874,7 +874,7 @@ def test_a_server_that_does_not(server, path, kinds, requests):
 
 
 def test_a_server_that_comes_up_is_tried_again(server, monkeypatch):
-    monkeypatch.setattr("lossmith.rewards.web.BACKOFF_SECONDS", 0.005)
+    monkeypatch.setattr("lossmith.scorers.web.BACKOFF_SECONDS", 0.005)
     assert values(ask(f"{server.address}/mends", [rollout("ab")])) == [2.0]
     assert len(server.asked) == 3
 
@@ -888,7 +888,7 @@ def test_a_slow_server_is_bounded(server, path):
 
 
 def test_nobody_there(server, monkeypatch):
-    monkeypatch.setattr("lossmith.rewards.web.BACKOFF_SECONDS", 0.005)
+    monkeypatch.setattr("lossmith.scorers.web.BACKOFF_SECONDS", 0.005)
     server.server_close()  # the port was free a moment ago and nobody listens now
     server_gone = HttpScorer(server.address + "/x", timeout=5)
     assert all(score.error.startswith("http: ConnectionRefusedError") for score in server_gone.score([rollout()]))
@@ -913,7 +913,7 @@ THREE = [rollout("a"), rollout("b"), rollout("c")]
 
 
 def test_weighted_sum():
-    combined = WeightedSum([fixed("x", 1.0, 2.0, 3.0), fixed("y", 10.0, 0.0, 5.0)], [0.5, 0.1])
+    combined = WeightedScorers([fixed("x", 1.0, 2.0, 3.0), fixed("y", 10.0, 0.0, 5.0)], [0.5, 0.1])
     scores = ask(combined, THREE)
     assert values(scores) == pytest.approx([1.5, 1.0, 2.0])
     assert scores[0].parts == {"x": 1.0, "y": 10.0}
@@ -922,7 +922,7 @@ def test_weighted_sum():
 
 def test_standardised_members_count_alike_and_a_constant_one_counts_nothing():
     members = [fixed("x", 1.0, 2.0, 3.0), fixed("big", 1000.0, 3000.0, 2000.0), fixed("constant", 0.1, 0.1, 0.1)]
-    scores = ask(WeightedSum(members, [1.0, 1.0, 5.0], standardise=True), THREE)
+    scores = ask(WeightedScorers(members, [1.0, 1.0, 5.0], standardise=True), THREE)
     assert values(scores) == pytest.approx([-2.0, 1.0, 1.0])
     assert scores[1].parts == {"x": 2.0, "big": 3000.0, "constant": 0.1}
 
@@ -931,7 +931,7 @@ def test_an_error_of_one_member_is_everybodys_and_one_that_abstains_adds_nothing
     x = fixed("x", Score(error="raised: boom"), Score(abstained=True), 3.0)
     y = fixed("y", Score(abstained=True), 2.0, 1.0)
     for standardise in (False, True):
-        first, second, third = ask(WeightedSum([x, y], standardise=standardise), THREE)
+        first, second, third = ask(WeightedScorers([x, y], standardise=standardise), THREE)
         assert first.error == "raised: boom [x]"
         assert second.parts == {"y": 2.0}
         assert third.ok
@@ -940,13 +940,13 @@ def test_an_error_of_one_member_is_everybodys_and_one_that_abstains_adds_nothing
 def test_one_time_limit_covers_all_members():
     slow = Own(lambda rs: time.sleep(5))
     start = time.monotonic()
-    scores = ask(WeightedSum([slow, slow, slow]), THREE, timeout=0.2)
+    scores = ask(WeightedScorers([slow, slow, slow]), THREE, timeout=0.2)
     assert time.monotonic() - start < 3
     assert all(score.error.startswith("timeout") for score in scores)
 
 
 def test_members_of_one_name_keep_their_parts_apart():
-    scores = ask(WeightedSum([fixed("x", 1.0, 2.0, 3.0), fixed("x", 4.0, 5.0, 6.0)]), THREE)
+    scores = ask(WeightedScorers([fixed("x", 1.0, 2.0, 3.0), fixed("x", 4.0, 5.0, 6.0)]), THREE)
     assert scores[0].parts == {"x": 1.0, "x#2": 4.0}
 
 

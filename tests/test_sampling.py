@@ -65,7 +65,7 @@ def test_stored_log_probs_are_the_learners_to_float32(policy):
     with torch.no_grad():
         out = token_outputs(policy, drawn, settings)
     for row, r in enumerate(drawn):
-        assert r.behavior_logp.measure == out.measure
+        assert r.behavior_logp.distribution == out.measure
         torch.testing.assert_close(out.logp[row, : len(r.completion_ids)], r.behavior_logp.values, rtol=1e-5, atol=2e-5)
     ratio = (out.logp[out.mask] - torch.cat([r.behavior_logp.values for r in drawn])).exp()
     assert abs(float(ratio.mean()) - 1) < 1e-5
@@ -76,7 +76,7 @@ def test_behavior_log_probs_are_float32_whatever_the_model_computes_in(policy):
     half.compute_dtype = torch.bfloat16
     drawn = draw(half)
     assert all(r.behavior_logp.values.dtype == torch.float32 for r in drawn)
-    assert drawn[0].behavior_logp.measure.dtype == "bfloat16"
+    assert drawn[0].behavior_logp.distribution.dtype == "bfloat16"
 
 
 def test_greedy_takes_the_likeliest_token(policy):

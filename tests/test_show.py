@@ -11,10 +11,10 @@ import pytest
 import lossmith.losses as L
 from batches import quiet_loss
 from lossmith.cli import app
-from lossmith.show import changes_of_preset, compare, weight_plot
-from lossmith.show.compare import _value
-from lossmith.show.pages import catalogue_page
-from lossmith.show.plot import BOTTOM, HEIGHT, HIGH, LEFT, LOW, RIGHT, TOP, WIDTH, stopped_regions
+from lossmith.report.loss import changes_of_preset, compare, weight_plot
+from lossmith.report.loss.catalogue_page import catalogue_page
+from lossmith.report.loss.comparison import _value
+from lossmith.report.loss.curve import BOTTOM, HEIGHT, HIGH, LEFT, LOW, RIGHT, TOP, WIDTH, stopped_regions
 
 
 def run(*words: str) -> None:
@@ -239,12 +239,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_the_page_of_the_catalogue_is_current():
-    """Make it anew with: python -m lossmith.show.pages > docs/catalogue.md"""
+    """Make it anew with: python -m lossmith.report.loss.catalogue_page > docs/catalogue.md"""
     assert (DOCS / "catalogue.md").read_text(encoding="utf-8") == catalogue_page()
 
 
 def test_the_table_of_proofs_has_every_loss_and_no_failure():
-    """Make it anew with: python -m lossmith.proofs.table > docs/proofs.md (minutes)."""
+    """Make it anew with: python -m lossmith.report.audit.table > docs/proofs.md (minutes)."""
     lines = (DOCS / "proofs.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     losses = [row for row in rows if row[0] in L.CATALOGUE]

@@ -9,9 +9,9 @@ import pytest
 import lossmith as ls
 import tiny
 from lossmith.errors import ScorerError
-from lossmith.rewards import load_scorer
-from lossmith.rewards.steps import StepReward, segment_ends
 from lossmith.rollouts import LogProbs, Score
+from lossmith.scorers import load_scorer
+from lossmith.scorers.steps import StepReward, segment_ends
 from lossmith.training import Learner, Recipe
 
 
@@ -32,7 +32,7 @@ class Given:
 def rollout(text, policy):
     ids = tuple(policy.tokenizer(text)["input_ids"])
     base = tiny.rollouts(prompt_count=1, samples=1)[0]
-    logp = LogProbs(base.behavior_logp.values.new_zeros(len(ids)), base.behavior_logp.measure)
+    logp = LogProbs(base.behavior_logp.values.new_zeros(len(ids)), base.behavior_logp.distribution)
     return dataclasses.replace(base, completion_ids=ids, completion=text, behavior_logp=logp)
 
 

@@ -13,11 +13,11 @@ import tiny
 from batches import double, evaluate, no_trap_warnings, random_fields
 from lossmith.cli import app
 from lossmith.errors import RecipeError
+from lossmith.losses.axes.trust import TRUST
 from lossmith.losses.catalogue import user
-from lossmith.losses.trust import TRUST
 from lossmith.proofs import check_loss, prove
-from lossmith.proofs.audit import audit
-from lossmith.rollouts import Measure, Score
+from lossmith.proofs.auditing import audit
+from lossmith.rollouts import Distribution, Score
 from lossmith.training import Learner, Recipe
 
 PAGE = Path(__file__).parent.parent / "docs" / "your-own-loss.md"
@@ -139,7 +139,7 @@ def test_training_with_it_moves_the_policy(page, name, monkeypatch):
     monkeypatch.chdir(page[0])
     recipe = Recipe.make(loss=f"my_losses.py:{name}", temperature=0.8, max_tokens=9, learning_rate=1e-3)
     made = Learner(tiny.policy(tiny.llama(), torch.float64), recipe.policy_loss(), recipe)
-    measure = Measure(0, temperature=0.8, dtype="float64")
+    measure = Distribution(0, temperature=0.8, dtype="float64")
     rollouts = [
         tiny_rollout.__class__(**{**vars(tiny_rollout), "score": Score(value=float(i % 3))})
         for i, tiny_rollout in enumerate(tiny.rollouts(measure=measure))

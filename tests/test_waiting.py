@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from lossmith.report.waiting import minutes, waiting
+from lossmith.report.run.waiting import minutes, waiting
 
 
 def test_a_pipe_gets_a_line_a_minute_with_what_is_left():

@@ -15,7 +15,7 @@ from lossmith.cli import app, main, streams
 from lossmith.cli.words import in_options, options_of
 from lossmith.errors import RecipeError
 from lossmith.training import Recipe
-from lossmith.training.preferences import PreferenceRecipe
+from lossmith.training.offline.loop import PreferenceRecipe
 
 OPTIONS = {
     "prompt_column": "--prompt-column", "steps": "--steps", "runs": "--runs", "allow_traps": "--allow-traps",

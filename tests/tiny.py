@@ -16,7 +16,7 @@ from transformers import (
 
 from lossmith.policy import Policy, load_policy
 from lossmith.prompts import load_prompts
-from lossmith.rollouts import LogProbs, Measure, Rollout
+from lossmith.rollouts import Distribution, LogProbs, Rollout
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from a second thread
 
@@ -101,7 +101,7 @@ def rollouts(*, prompt_count=3, samples=3, seed=0, dtype=torch.float64, measure=
             length = int(torch.randint(1, 9, (), generator=generator))
             ids = tuple(torch.randint(0, 256, (length - 1,), generator=generator).tolist())
             ids += (256,) if k % 2 == 0 else (7,)
-            logp = LogProbs(-torch.rand(length, generator=generator, dtype=dtype) - 0.5, measure or Measure(0))
+            logp = LogProbs(-torch.rand(length, generator=generator, dtype=dtype) - 0.5, measure or Distribution(0))
             reason = "eos" if k % 2 == 0 else "length"
             made.append(Rollout(prompt, k, prompt_ids, ids, "text", logp, reason))
     return made

@@ -14,10 +14,10 @@ from lossmith.durable.stopping import Stopping
 from lossmith.errors import LossmithError, RunError
 from lossmith.files import at_home
 from lossmith.project import check_recipe_order
-from lossmith.report.closing import closing
-from lossmith.report.code import show_code
-from lossmith.report.live import LiveView
-from lossmith.report.opening import opening
+from lossmith.report.run.closing import closing
+from lossmith.report.run.code import show_code
+from lossmith.report.run.live import LiveView
+from lossmith.report.run.opening import opening
 from lossmith.training import Plan, Recipe, Run, learn, open_run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
 from lossmith.training.keeping import Keeping

@@ -14,14 +14,14 @@ import torch
 from lossmith.errors import PolicyError
 from lossmith.prompts import Prompt
 
-__all__ = ["FINISH_REASONS", "FinishReason", "LogProbs", "Measure", "Rollout", "Score", "pad_rows"]
+__all__ = ["FINISH_REASONS", "Distribution", "FinishReason", "LogProbs", "Rollout", "Score", "pad_rows"]
 
 FinishReason = Literal["eos", "stop", "length"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("eos", "stop", "length")
 
 
 @dataclass(frozen=True)
-class Measure:
+class Distribution:
     """What a log-probability was measured under: of which distribution it is the logarithm.
 
     `policy_version` is not part of the distribution's definition (a ratio compares two versions on purpose);
@@ -34,23 +34,23 @@ class Measure:
     top_k: int = 0
     dtype: str = "float32"
 
-    def comparable(self, other: Measure) -> bool:
+    def comparable(self, other: Distribution) -> bool:
         return dataclasses.replace(self, policy_version=other.policy_version) == other
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Log-probabilities [T] or [N, T] (nats, float32 or wider) together with their measure."""
+    """Log-probabilities [T] or [N, T] (nats, float32 or wider) together with the distribution that they are of."""
 
     values: torch.Tensor
-    measure: Measure
+    distribution: Distribution
 
     def __sub__(self, other: LogProbs) -> torch.Tensor:
         """The log-ratio self - other; refused where the two were measured differently."""
-        if not self.measure.comparable(other.measure):
+        if not self.distribution.comparable(other.distribution):
             raise PolicyError(
-                f"these log-probabilities were measured under different distributions and cannot be subtracted: "
-                f"{self.measure} and {other.measure}. Measure both with the same temperature, filters and dtype."
+                f"these log-probabilities are of different distributions and cannot be subtracted: {self.distribution} "
+                f"and {other.distribution}. Measure both with the same temperature, filters and dtype."
             )
         return self.values - other.values
 

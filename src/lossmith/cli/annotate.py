@@ -20,7 +20,7 @@ from lossmith.feedback.output_set import OutputSet, read_sets
 from lossmith.feedback.store import Store
 from lossmith.files import at_home, check_writable, read_text
 from lossmith.project import Project, check_order
-from lossmith.report.waiting import waiting
+from lossmith.report.run.waiting import waiting
 
 __all__ = ["annotate"]
 
@@ -175,7 +175,7 @@ def _report(store: Store, as_json: bool) -> None:
 
 def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> None:
     from lossmith.feedback.judges import judge
-    from lossmith.report.code import show_code
+    from lossmith.report.run.code import show_code
 
     if options["model"] is None:
         show_code(Console(), scorer=spec)

@@ -15,10 +15,10 @@ from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, ProofError, quiet_traps
 from lossmith.files import check_writable, write_whole
 from lossmith.losses import Loss
-from lossmith.proofs.audit import Audit, audit
-from lossmith.proofs.page import html_page
-from lossmith.proofs.words import Section, sections
-from lossmith.show import weight_plot
+from lossmith.proofs.auditing import Audit, audit
+from lossmith.report.audit.page import html_page
+from lossmith.report.audit.sentences import Section, sections
+from lossmith.report.loss import weight_plot
 
 __all__ = ["audit_"]
 

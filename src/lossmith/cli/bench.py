@@ -10,8 +10,8 @@ from rich.console import Console
 
 from lossmith.cli.streams import print_json
 from lossmith.cli.words import settings_of
-from lossmith.report.bench import as_record, show_measurement
-from lossmith.report.code import show_code
+from lossmith.report.run.bench import as_record, show_measurement
+from lossmith.report.run.code import show_code
 from lossmith.training import Recipe, measure_recipe, plan
 
 __all__ = ["bench"]

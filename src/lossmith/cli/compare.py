@@ -10,8 +10,8 @@ from rich.table import Table
 
 from lossmith.cli.losses import Json, example
 from lossmith.cli.streams import print_json
-from lossmith.show import RATIOS, Comparison
-from lossmith.show import compare as side_by_side
+from lossmith.report.loss import RATIOS, Comparison
+from lossmith.report.loss import compare as side_by_side
 
 __all__ = ["compare"]
 

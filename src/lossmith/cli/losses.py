@@ -16,9 +16,9 @@ from lossmith.files import check_writable, write_whole
 from lossmith.losses import Loss, PolicyLoss, describe, example_loss, find_entry, list_losses, parse_loss
 from lossmith.losses.batch import PROVIDERS
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.show import RATIOS, changes_of_preset, weight_plot
-from lossmith.show.compare import weights
-from lossmith.show.pages import FAMILIES
+from lossmith.report.loss import RATIOS, changes_of_preset, weight_plot
+from lossmith.report.loss.catalogue_page import FAMILIES
+from lossmith.report.loss.comparison import weights
 
 __all__ = ["example", "list_", "named_loss", "show"]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lossmith.errors import RunError
 from lossmith.files import at_home, check_writable
-from lossmith.report.frontier import plot_frontier
+from lossmith.report.run.frontier import plot_frontier
 
 __all__ = ["plot"]
 

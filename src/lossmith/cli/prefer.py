@@ -15,10 +15,10 @@ from lossmith.cli.words import settings_of
 from lossmith.durable.stopping import Stopping
 from lossmith.errors import FinishedError, RecipeError
 from lossmith.intervals import in_words
-from lossmith.report.code import show_code
-from lossmith.report.live import Busy, step_line
-from lossmith.report.prompts import who_reads
-from lossmith.training.preferences import (
+from lossmith.report.run.code import show_code
+from lossmith.report.run.live import Busy, step_line
+from lossmith.report.run.prompts import who_reads
+from lossmith.training.offline.loop import (
     PreferenceRecipe,
     PreferenceRun,
     learn_preferences,

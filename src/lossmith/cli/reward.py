@@ -9,8 +9,8 @@ from cyclopts import Parameter
 
 from lossmith.cli.streams import RunConsole, print_json
 from lossmith.project import check_order
-from lossmith.report.live import Busy
-from lossmith.reward_training.train import RewardRecipe, train_reward_model
+from lossmith.report.run.live import Busy
+from lossmith.reward_model.train import RewardRecipe, train_reward_model
 
 __all__ = ["train"]
 

@@ -23,13 +23,13 @@ from lossmith.policy import Policy, SamplingSettings, check_model, check_samples
 from lossmith.policy.text import SpecialTokens
 from lossmith.project import check_order
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
-from lossmith.report.code import show_code
-from lossmith.report.prompts import who_reads
-from lossmith.report.waiting import waiting
-from lossmith.rewards import Scorer, check_scorer, close_scorer, load_scorer
-from lossmith.rewards.address import shown
-from lossmith.rewards.best_of import best_of
-from lossmith.rewards.weak import doubts
+from lossmith.report.run.code import show_code
+from lossmith.report.run.prompts import who_reads
+from lossmith.report.run.waiting import waiting
+from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer
+from lossmith.scorers.address import shown
+from lossmith.scorers.best_of import best_of
+from lossmith.scorers.weak import doubts
 
 __all__ = ["sample"]
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lossmith.errors import RunError
 from lossmith.files import said_plainly, sync
-from lossmith.rewards.seal import sha256
+from lossmith.scorers.seal import sha256
 
 __all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "optimizer_state", "remove", "restore_optimizer", "save"]
 

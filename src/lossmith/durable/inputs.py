@@ -25,7 +25,7 @@ from lossmith import __version__
 from lossmith.files import write_whole
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
-from lossmith.rewards.seal import MANIFEST, checksums, sha256
+from lossmith.scorers.seal import MANIFEST, checksums, sha256
 
 __all__ = ["Inputs", "circumstances", "digest", "of_code", "of_model", "of_prompts"]
 

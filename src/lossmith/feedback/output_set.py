@@ -112,7 +112,7 @@ def set_of_rollouts(
     made = {
         "model": model,
         "policy_checksum": checksum,
-        "policy_version": rollouts[0].behavior_logp.measure.policy_version,
+        "policy_version": rollouts[0].behavior_logp.distribution.policy_version,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "top_k": settings.top_k,

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from lossmith.errors import LossError, TrapWarning
-from lossmith.losses.advantage import (
+from lossmith.losses.axes.advantage import (
     GAE,
     TD,
     Baseline,
@@ -41,7 +41,7 @@ from lossmith.losses.advantage import (
     Whiten,
     Zero,
 )
-from lossmith.losses.aggregate import (
+from lossmith.losses.axes.aggregate import (
     PromptMean,
     SeqMeanTokenMean,
     SeqMeanTokenSum,
@@ -49,35 +49,13 @@ from lossmith.losses.aggregate import (
     TokenMean,
     TokenSum,
 )
-from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.catalogue import CATALOGUE, Entry, example_loss, find_entry, get_loss, list_losses
-from lossmith.losses.catalogue.parse import loss_from_dict, parse_loss
-from lossmith.losses.catalogue.user import register_loss
-from lossmith.losses.completion_loss import CompletionLoss
-from lossmith.losses.completion_terms import A2PO, GVPO, SPPO, GroupClassification
-from lossmith.losses.correction import Gate, IcePop, NoMismatch, TruncatedIS
-from lossmith.losses.extra import Imitate, ImitatePositive, NoExtra, SquareLogRatio
-from lossmith.losses.flat import all_parameters, describe
-from lossmith.losses.function_loss import FunctionLoss
-from lossmith.losses.kl import KL, adapt_coefficient, kl_estimate
-from lossmith.losses.loss import Credit, Loss, LossOutput
-from lossmith.losses.masks import Above, Best, Fresh, KeepAll, OffPolicySequence, TopEntropy, ZeroVariance
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.preference_terms import (
-    CPO,
-    KTO,
-    ORPO,
-    Hinge,
-    OnlineDPO,
-    OnlineIPO,
-    OnlineKTO,
-    RobustDPO,
-    SimPO,
-    SLiC,
-)
-from lossmith.losses.ratio import SequenceRatio, SequenceSumRatio, SequenceTokenRatio, TokenRatio
-from lossmith.losses.shaping import Affine, ClipReward, Overlong, Potential, WeightedSum
-from lossmith.losses.trust import (
+from lossmith.losses.axes.extra import Imitate, ImitatePositive, NoExtra, SquareLogRatio
+from lossmith.losses.axes.kl import KL, adapt_coefficient, kl_estimate
+from lossmith.losses.axes.masks import Above, Best, Fresh, KeepAll, OffPolicySequence, TopEntropy, ZeroVariance
+from lossmith.losses.axes.mismatch import Gate, IcePop, NoMismatch, TruncatedIS
+from lossmith.losses.axes.ratio import SequenceRatio, SequenceSumRatio, SequenceTokenRatio, TokenRatio
+from lossmith.losses.axes.shaping import Affine, ClipReward, Overlong, Potential, WeightedSum
+from lossmith.losses.axes.trust import (
     BalancedClip,
     Band,
     BookClip,
@@ -103,7 +81,29 @@ from lossmith.losses.trust import (
     TVMask,
     TVMaskSymmetric,
 )
-from lossmith.losses.value import ValueLoss
+from lossmith.losses.axes.value import ValueLoss
+from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.catalogue import CATALOGUE, Entry, example_loss, find_entry, get_loss, list_losses
+from lossmith.losses.catalogue.parse import loss_from_dict, parse_loss
+from lossmith.losses.catalogue.user import register_loss
+from lossmith.losses.completion.completion_loss import CompletionLoss
+from lossmith.losses.completion.preferences import (
+    CPO,
+    KTO,
+    ORPO,
+    Hinge,
+    OnlineDPO,
+    OnlineIPO,
+    OnlineKTO,
+    RobustDPO,
+    SimPO,
+    SLiC,
+)
+from lossmith.losses.completion.regressions import A2PO, GVPO, SPPO, GroupClassification
+from lossmith.losses.composition.flat import all_parameters, describe
+from lossmith.losses.composition.policy_loss import PolicyLoss
+from lossmith.losses.function_loss import FunctionLoss
+from lossmith.losses.loss import Credit, Loss, LossOutput
 
 __all__ = [
     "A2PO",

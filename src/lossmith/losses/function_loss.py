@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossmith.errors import LossError
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.flat import no_parameter
+from lossmith.losses.composition.flat import no_parameter
 from lossmith.losses.loss import Loss, LossOutput, drift, outcome, together
 from lossmith.losses.piece import shown
 

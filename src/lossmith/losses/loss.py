@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError
+from lossmith.losses.axes.kl import KL, kl_estimate
+from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.kl import KL, kl_estimate
 from lossmith.losses.piece import shown
-from lossmith.losses.value import ValueLoss
 
 __all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "drift", "outcome", "together"]
 

@@ -1,12 +1,12 @@
 """The policy: loading, sampling, log-probabilities."""
 
 from lossmith.policy.compiled import check_compiler, compile_layers, narrowed
+from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.embedded import embedded_model
 from lossmith.policy.folder import check_model
 from lossmith.policy.forward import Layout
 from lossmith.policy.load import Policy
-from lossmith.policy.log_probs import TokenOutputs, measure_of, token_outputs
-from lossmith.policy.measure import SamplingSettings, measured_log_softmax
+from lossmith.policy.log_probs import TokenOutputs, distribution_of, token_outputs
 from lossmith.policy.memory import available_bytes
 from lossmith.policy.reading import check_weights, load_policy, read_pretrained
 from lossmith.policy.recompute import can_recompute
@@ -25,10 +25,10 @@ __all__ = [
     "check_samples",
     "check_weights",
     "compile_layers",
+    "distribution_of",
     "embedded_model",
     "load_policy",
-    "measure_of",
-    "measured_log_softmax",
+    "log_softmax_under",
     "narrowed",
     "read_pretrained",
     "sample",

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
-from lossmith.policy.measure import wide
+from lossmith.policy.distribution import wide
 
-__all__ = ["Plan", "Tree", "TreeAttention", "attending", "current_plan", "follow", "scaled_product"]
+__all__ = ["AttentionPlan", "PrefixTree", "TreeAttention", "attending", "current_plan", "follow", "scaled_product"]
 
 _NAME = "lossmith"
 _BLOCK = 512  # queries of a stretch whose scores exist at one time, or fewer:
 SCORES_AT_ONCE = 1 << 26  # about so many scores, whatever the length of a prompt
-_current: list[Plan] = []
+_current: list[AttentionPlan] = []
 
 
-class Plan(Protocol):
+class AttentionPlan(Protocol):
     """What to do with the queries, keys and values of each time that the model attends.
 
     A plan lasts one forward pass. What it keeps from one pass to the next goes by the order in which it is asked: some
@@ -39,7 +39,7 @@ class Plan(Protocol):
 
 
 @contextlib.contextmanager
-def attending(model: Any, plan: Plan) -> Iterator[None]:
+def attending(model: Any, plan: AttentionPlan) -> Iterator[None]:
     """Within, the model's attention is the plan's. Masks are not made, for plans know who sees whom."""
     from transformers import AttentionInterface
 
@@ -57,7 +57,7 @@ def attending(model: Any, plan: Plan) -> Iterator[None]:
             config._attn_implementation = name
 
 
-def follow(model: Any, plan: Plan, ids: Tensor, positions: Tensor) -> Tensor:
+def follow(model: Any, plan: AttentionPlan, ids: Tensor, positions: Tensor) -> Tensor:
     """Last hidden states [B, L, H] of ids [B, L] at these positions, attending as the plan says."""
     with attending(model, plan):
         out = model.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
@@ -65,7 +65,7 @@ def follow(model: Any, plan: Plan, ids: Tensor, positions: Tensor) -> Tensor:
     return hidden
 
 
-def current_plan() -> Plan | None:
+def current_plan() -> AttentionPlan | None:
     """The plan that attention follows now, or None outside of `attending`."""
     return _current[-1] if _current else None
 
@@ -87,7 +87,7 @@ def _attend(
 
 
 @dataclass(frozen=True)
-class Tree:
+class PrefixTree:
     """A packed row: each prompt, then its completions one after the other. Places are those in the row."""
 
     ids: Tensor  # [L]
@@ -98,7 +98,9 @@ class Tree:
     shape: Tensor  # what attention needs to know: of each group the prompt's length, its completions, their lengths
 
     @classmethod
-    def of(cls, groups: Sequence[tuple[tuple[int, ...], Sequence[tuple[int, ...]]]], device: torch.device) -> Tree:
+    def of(
+        cls, groups: Sequence[tuple[tuple[int, ...], Sequence[tuple[int, ...]]]], device: torch.device
+    ) -> PrefixTree:
         """groups: (prompt ids, ids that are fed of each completion)."""
         ids: list[int] = []
         positions: list[int] = []
@@ -128,7 +130,7 @@ class Tree:
 class TreeAttention:
     """Each token sees its own prompt, and what came before it in its own completion."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: PrefixTree) -> None:
         self.shape = tree.shape
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

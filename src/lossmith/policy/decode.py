@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lossmith.policy.attention import Tree, TreeAttention, follow, scaled_product
+from lossmith.policy.attention import PrefixTree, TreeAttention, follow, scaled_product
+from lossmith.policy.distribution import wide
 from lossmith.policy.forward import encode_prompts, select_rows
 from lossmith.policy.load import Policy
-from lossmith.policy.measure import wide
 
 __all__ = ["Cache", "PlainCache", "SharedCache"]
 
@@ -102,7 +102,7 @@ class SharedCache:
         return rows <= self._most and groups <= self._most_prompts and _encodes(prompts)
 
     def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
-        tree = Tree.of([(ids, ()) for ids in prompts], self.policy.device)
+        tree = PrefixTree.of([(ids, ()) for ids in prompts], self.policy.device)
         hidden = follow(
             self.policy.model, _Encoding(self, tree, len(self._lengths)), tree.ids[None], tree.positions[None]
         )
@@ -198,7 +198,7 @@ class SharedCache:
 class _Encoding:
     """The plan of `add`: each prompt attends to itself, and its keys and values are kept."""
 
-    def __init__(self, cache: SharedCache, tree: Tree, first: int) -> None:
+    def __init__(self, cache: SharedCache, tree: PrefixTree, first: int) -> None:
         self.cache, self.tree, self.first = cache, tree, first
         self.own = TreeAttention(tree)
         self.calls = 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
-from lossmith.policy.attention import Tree, TreeAttention, follow
+from lossmith.policy.attention import PrefixTree, TreeAttention, follow
 from lossmith.policy.load import Policy
 from lossmith.rollouts import Rollout
 
@@ -74,7 +74,7 @@ def _shared(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     for i, r in enumerate(rollouts):
         members.setdefault(r.prompt_ids, []).append(i)
     fed = [(prompt, [rollouts[i].completion_ids[:-1] for i in rows]) for prompt, rows in members.items()]
-    tree = Tree.of(fed, policy.device)
+    tree = PrefixTree.of(fed, policy.device)
     hidden = follow(policy.model, TreeAttention(tree), tree.ids[None], tree.positions[None])
     order = sorted(range(len(rollouts)), key=[i for rows in members.values() for i in rows].__getitem__)
     places = [j for k in order for j in (tree.before[k], *range(tree.rows[k][0], sum(tree.rows[k])))]

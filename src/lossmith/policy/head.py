@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lossmith.policy.distribution import SamplingSettings, wide
 from lossmith.policy.load import Policy
-from lossmith.policy.measure import SamplingSettings, wide
 
 __all__ = ["chosen_log_probs", "head_is_plain"]
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lossmith.errors import PolicyError
+from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
-from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.policy.recompute import recomputed
 from lossmith.policy.trial import sharing_is_exact
-from lossmith.rollouts import Measure, Rollout
+from lossmith.rollouts import Distribution, Rollout
 
-__all__ = ["TokenOutputs", "measure_of", "token_outputs"]
+__all__ = ["TokenOutputs", "distribution_of", "token_outputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +32,16 @@ class TokenOutputs:
 
     logp: Tensor  # [N, T], of each response token, under `measure`
     mask: Tensor  # [N, T] bool
-    measure: Measure
+    measure: Distribution
     entropy: Tensor | None = None  # [N, T], of the distribution at each position
     full_kl: Tensor | None = None  # [N, T], KL(policy || reference) at each position
     value: Tensor | None = None  # [N, T], the critic's value before each token
 
 
-def measure_of(policy: Policy, settings: SamplingSettings) -> Measure:
+def distribution_of(policy: Policy, settings: SamplingSettings) -> Distribution:
     """What the policy's log-probabilities are measured under with these settings."""
     kind = str(policy.compute_dtype).removeprefix("torch.")
-    return Measure(policy.version, settings.temperature, settings.top_p, settings.top_k, kind)
+    return Distribution(policy.version, settings.temperature, settings.top_p, settings.top_k, kind)
 
 
 def token_outputs(
@@ -83,7 +83,7 @@ def token_outputs(
     if "value" in want and policy.value_head is not None:
         detached = hidden.detach().to(policy.value_head.weight.dtype)
         found["value"] = _unflatten(policy.value_head(detached)[:, 0], mask)
-    return TokenOutputs(mask=mask, measure=measure_of(policy, settings), **found)
+    return TokenOutputs(mask=mask, measure=distribution_of(policy, settings), **found)
 
 
 class _Head:
@@ -108,13 +108,13 @@ class _Head:
         return self._columns(hidden, ids, ref_hidden)
 
     def _columns(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
-        logps = measured_log_softmax(self.policy.logits(hidden), self.settings, keep=ids)
+        logps = log_softmax_under(self.policy.logits(hidden), self.settings, keep=ids)
         columns = [logps.gather(1, ids[:, None])[:, 0]]
         if "entropy" in self.names:
             columns.append(-_expectation(logps, logps))
         if ref_hidden is not None and self.reference is not None:
             with torch.no_grad():
-                ref_logps = measured_log_softmax(self.reference.logits(ref_hidden), self.settings)
+                ref_logps = log_softmax_under(self.reference.logits(ref_hidden), self.settings)
             columns.append(_expectation(logps, logps - ref_logps))
         return tuple(columns)
 

@@ -17,14 +17,14 @@ import torch
 
 from lossmith.errors import PolicyError
 from lossmith.policy.compiled import uncompiled
+from lossmith.policy.distribution import SamplingSettings
 from lossmith.policy.load import Policy
-from lossmith.policy.log_probs import measure_of
-from lossmith.policy.measure import SamplingSettings
+from lossmith.policy.log_probs import distribution_of
 from lossmith.policy.packed import packed_weights
 from lossmith.policy.trial import sharing_is_exact
-from lossmith.policy.writing import Row, make_cache, write
+from lossmith.policy.writing import OpenCompletion, make_cache, write
 from lossmith.prompts import Prompt
-from lossmith.rollouts import LogProbs, Measure, Rollout
+from lossmith.rollouts import Distribution, LogProbs, Rollout
 
 __all__ = ["check_samples", "sample", "uniforms"]
 
@@ -52,12 +52,12 @@ def sample(
     distinct = list({prompt.id: p for p, prompt in enumerate(prompts)}.values())
     order = sorted(distinct, key=lambda p: len(encoded[p]))  # prompts of like length side by side
     pending = deque(
-        [Row(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].key, k, settings)) for k in ks]
+        [OpenCompletion(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].key, k, settings)) for k in ks]
         for p in order
         for ks in _portions(n, batch_rows)
     )
     total = sum(map(len, pending))
-    measure = measure_of(policy, settings)
+    measure = distribution_of(policy, settings)
     written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
     done = 0
     cache = make_cache(policy, pending, settings, batch_rows, sharing_is_exact(policy))
@@ -108,7 +108,7 @@ def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tupl
     return ids
 
 
-def _finish(policy: Policy, ends: frozenset[int], settings: SamplingSettings, row: Row) -> None:
+def _finish(policy: Policy, ends: frozenset[int], settings: SamplingSettings, row: OpenCompletion) -> None:
     """Set the finish reason of a row that has just ended: an end token, a stop string, or the budget."""
     if row.ids[-1] in ends:
         row.finish = "eos"
@@ -118,7 +118,7 @@ def _finish(policy: Policy, ends: frozenset[int], settings: SamplingSettings, ro
         row.finish = "length"
 
 
-def _stops(policy: Policy, row: Row, stop: tuple[str, ...]) -> bool:
+def _stops(policy: Policy, row: OpenCompletion, stop: tuple[str, ...]) -> bool:
     """Whether the last token completes a stop string, special tokens spelled out. Every token is a byte or more."""
     far = max(len(text.encode("utf-8", "replace")) for text in stop) + 1
     before, last = [*row.prompt_ids, *row.ids[:-far]], row.ids[-far:]
@@ -126,7 +126,7 @@ def _stops(policy: Policy, row: Row, stop: tuple[str, ...]) -> bool:
     return any(end in text for end in stop)
 
 
-def _rollout(policy: Policy, row: Row, settings: SamplingSettings, measure: Measure) -> Rollout:
+def _rollout(policy: Policy, row: OpenCompletion, settings: SamplingSettings, measure: Distribution) -> Rollout:
     text = policy.decode(row.ids, row.prompt_ids)
     if row.finish == "stop":
         whole = policy.decode(row.ids, row.prompt_ids, "all")

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 from lossmith.policy.compiled import uncompiled
+from lossmith.policy.distribution import SamplingSettings
 from lossmith.policy.forward import hidden_states
 from lossmith.policy.load import Policy
-from lossmith.policy.measure import SamplingSettings
-from lossmith.policy.writing import Row, make_cache, write
+from lossmith.policy.writing import OpenCompletion, make_cache, write
 from lossmith.prompts import Prompt
-from lossmith.rollouts import LogProbs, Measure, Rollout
+from lossmith.rollouts import Distribution, LogProbs, Rollout
 
 __all__ = ["FOREIGN", "sharing_is_exact"]
 
@@ -143,22 +143,22 @@ def _short(error: Exception) -> str:
 def _written(policy: Policy, shared: bool) -> list[Rollout]:
     """Completions of made-up prompts, through the cache that sampling uses."""
     uniforms = np.random.default_rng(0).random((len(_ENDS_AT), _SETTINGS.max_tokens))
-    groups: deque[list[Row]] = deque()
+    groups: deque[list[OpenCompletion]] = deque()
     for p, length in enumerate(_PROMPTS):
         ids, places = _made_up(policy, length, p), range(p * _COPIES, (p + 1) * _COPIES)
-        groups.append([Row(Prompt("trial"), ids, i, uniforms[i]) for i in places])
+        groups.append([OpenCompletion(Prompt("trial"), ids, i, uniforms[i]) for i in places])
 
-    def finish(row: Row) -> None:
+    def finish(row: OpenCompletion) -> None:
         if len(row.ids) == _ENDS_AT[row.sample]:
             row.finish = "length"
 
     store = make_cache(policy, groups, _SETTINGS, _SIDE_BY_SIDE, shared)
     rows = [row for ended in write(policy, store, groups, _SETTINGS, finish) for row in ended]
     rows.sort(key=lambda row: row.sample)
-    return [_rollout(row, Measure(policy.version)) for row in rows]
+    return [_rollout(row, Distribution(policy.version)) for row in rows]
 
 
-def _rollout(row: Row, measure: Measure) -> Rollout:
+def _rollout(row: OpenCompletion, measure: Distribution) -> Rollout:
     logp = LogProbs(torch.tensor(row.logp), measure)
     return Rollout(row.prompt, row.sample, row.prompt_ids, tuple(row.ids), "", logp, "length")
 

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 from lossmith.policy.decode import Cache, PlainCache, SharedCache
+from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.load import Policy
-from lossmith.policy.measure import SamplingSettings, measured_log_softmax
 from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason
 
-__all__ = ["Row", "inverse_of_cumulative", "make_cache", "write"]
+__all__ = ["OpenCompletion", "inverse_of_cumulative", "make_cache", "write"]
 
 _CACHED = 32  # rows whose probabilities are worked on at a time: few enough to stay in the processor's cache
 
 
 @dataclass
-class Row:
+class OpenCompletion:
     """One completion while it is being written."""
 
     prompt: Prompt
@@ -36,7 +36,7 @@ class Row:
 
 
 def make_cache(
-    policy: Policy, pending: deque[list[Row]], settings: SamplingSettings, batch_rows: int, shared: bool
+    policy: Policy, pending: deque[list[OpenCompletion]], settings: SamplingSettings, batch_rows: int, shared: bool
 ) -> Cache:
     """For these groups of rows, at most `batch_rows` side by side; `shared`: each prompt is kept once."""
     if not shared:
@@ -50,13 +50,17 @@ def make_cache(
 
 @torch.no_grad()
 def write(
-    policy: Policy, cache: Cache, pending: deque[list[Row]], settings: SamplingSettings, finish: Callable[[Row], None]
-) -> Iterator[list[Row]]:
+    policy: Policy,
+    cache: Cache,
+    pending: deque[list[OpenCompletion]],
+    settings: SamplingSettings,
+    finish: Callable[[OpenCompletion], None],
+) -> Iterator[list[OpenCompletion]]:
     """Fill in ids and log-probabilities; yields the rows that have just ended: those that `finish` gave a reason.
 
     Rows that end leave, and rows of the next prompt take their place.
     """
-    active: list[Row] = []
+    active: list[OpenCompletion] = []
     hidden = torch.empty(0)
     while active or pending:
         fresh = _next_groups(cache, pending)
@@ -76,15 +80,15 @@ def write(
             hidden = cache.step(chosen)
 
 
-def _next_groups(cache: Cache, pending: deque[list[Row]]) -> list[list[Row]]:
+def _next_groups(cache: Cache, pending: deque[list[OpenCompletion]]) -> list[list[OpenCompletion]]:
     """As many groups as there is room for, taken from those that wait."""
-    taken: list[list[Row]] = []
+    taken: list[list[OpenCompletion]] = []
     while pending and cache.room(*_described([*taken, pending[0]])):
         taken.append(pending.popleft())
     return taken
 
 
-def _described(groups: list[list[Row]]) -> tuple[list[tuple[int, ...]], list[int]]:
+def _described(groups: list[list[OpenCompletion]]) -> tuple[list[tuple[int, ...]], list[int]]:
     return [group[0].prompt_ids for group in groups], [len(group) for group in groups]
 
 
@@ -95,7 +99,7 @@ def _remaining(going: list[bool]) -> list[int]:
     return [i if going[i] else late.pop() for i in range(count)]
 
 
-def _choose(logits: Tensor, rows: list[Row], settings: SamplingSettings) -> Tensor:
+def _choose(logits: Tensor, rows: list[OpenCompletion], settings: SamplingSettings) -> Tensor:
     """Append one token to each row, and return their ids [rows]: the inverse of the cumulative distribution at u."""
     if settings.temperature == 0:
         _check_finite(logits.amax(-1))
@@ -114,7 +118,7 @@ def _choose(logits: Tensor, rows: list[Row], settings: SamplingSettings) -> Tens
 def _drawn(logits: Tensor, u: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
     """([M] ids, [M] log-probabilities). The logits are used up."""
     if settings.filtered:
-        weights = measured_log_softmax(logits, settings)
+        weights = log_softmax_under(logits, settings)
         _check_finite(weights.amax(-1))
     else:
         weights = logits if settings.temperature == 1 else logits.div_(settings.temperature)

@@ -2,20 +2,18 @@
 
 check_loss(loss)       raises with the list of what fails, like scikit-learn's check_estimator
 prove(loss)            every finding with its number
-audit(loss)            the page as data; html_page(audit) and `lossmith audit` show it
+audit(loss)            the page as data; lossmith.report.audit and `lossmith audit` show it
 group_gradients, bias  the expected gradient over all groups of a policy small enough to enumerate
 kl_table()             what each KL term regularises
 """
 
-from lossmith.proofs.audit import Audit, audit
+from lossmith.proofs.auditing import Audit, audit
 from lossmith.proofs.checks import CHECKS, check_loss, prove
 from lossmith.proofs.enumeration import Bias, GroupGradients, Tree, World, bias, default_world, group_gradients
 from lossmith.proofs.finding import Finding
 from lossmith.proofs.kl_push import KLRow, Push, kl_push, kl_table
 from lossmith.proofs.length import LengthWeights, length_weights
-from lossmith.proofs.page import html_page
-from lossmith.proofs.settings import Difficulty, Distance, difficulty, off_policy
-from lossmith.proofs.words import Line, Section, sections
+from lossmith.proofs.scenarios import Difficulty, Distance, difficulty, off_policy
 
 __all__ = [
     "CHECKS",
@@ -27,9 +25,7 @@ __all__ = [
     "GroupGradients",
     "KLRow",
     "LengthWeights",
-    "Line",
     "Push",
-    "Section",
     "Tree",
     "World",
     "audit",
@@ -38,11 +34,9 @@ __all__ = [
     "default_world",
     "difficulty",
     "group_gradients",
-    "html_page",
     "kl_push",
     "kl_table",
     "length_weights",
     "off_policy",
     "prove",
-    "sections",
 ]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lossmith.errors import ProofError, nearest
-from lossmith.proofs import form, layout, listed, slopes
+from lossmith.proofs import invariances, listing, round_trip, slopes
 from lossmith.proofs.enumeration import bias, default_world, group_gradients
-from lossmith.proofs.fields import batch_fields
 from lossmith.proofs.finding import FAILED, PASSED, Finding, not_applicable, worst
+from lossmith.proofs.random_batches import batch_fields
 
 __all__ = ["CHECKS", "check_loss", "prove", "raises_reward"]
 
@@ -44,22 +44,22 @@ CHECKS: dict[str, Callable[[Any, int], Finding]] = {
         slopes.finite_differences,
         slopes.far_ratios,
         slopes.zero_advantage,
-        layout.masked_positions,
-        layout.padding,
-        layout.row_order,
-        layout.group_labels,
-        layout.micro_batches,
-        layout.ranks,
-        layout.single_precision,
-        layout.all_masked,
-        layout.empty_rows,
-        form.deterministic,
-        form.inputs_untouched,
-        form.formula,
-        form.round_trip,
-        listed.listing,
-        form.reward_shift,
-        form.reward_scale,
+        invariances.masked_positions,
+        invariances.padding,
+        invariances.row_order,
+        invariances.group_labels,
+        invariances.micro_batches,
+        invariances.ranks,
+        invariances.single_precision,
+        invariances.all_masked,
+        invariances.empty_rows,
+        round_trip.deterministic,
+        round_trip.inputs_untouched,
+        round_trip.formula,
+        round_trip.round_trip,
+        listing.listing,
+        round_trip.reward_shift,
+        round_trip.reward_scale,
         raises_reward,
     )
 }

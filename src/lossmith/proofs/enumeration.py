@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lossmith.errors import ProofError
 from lossmith.losses import Batch
-from lossmith.proofs.fields import LEAVES, batch_fields
+from lossmith.proofs.random_batches import LEAVES, batch_fields
 
 __all__ = [
     "LIMIT",

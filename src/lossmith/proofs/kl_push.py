@@ -25,7 +25,7 @@ from lossmith.losses import (
     TokenRatio,
 )
 from lossmith.proofs.enumeration import World, default_world, group_gradients
-from lossmith.proofs.settings import moved_world
+from lossmith.proofs.scenarios import moved_world
 
 __all__ = ["KLRow", "Push", "kl_push", "kl_table"]
 

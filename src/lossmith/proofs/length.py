@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.proofs.fields import batch_fields, gradients, make
-from lossmith.proofs.settings import without_kl
+from lossmith.proofs.random_batches import batch_fields, gradients, make
+from lossmith.proofs.scenarios import without_kl
 
 __all__ = ["LengthWeights", "length_weights", "neutral_fields"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lossmith.errors import LossError
 from lossmith.losses import Batch
-from lossmith.proofs.fields import Draw, Evaluation, Fields, evaluate, gradients, make, random_fields
 from lossmith.proofs.finding import FAILED, PASSED, Finding, gap, judged, not_applicable
+from lossmith.proofs.random_batches import Draw, Evaluation, Fields, evaluate, gradients, make, random_fields
 
 __all__ = ["closed_form", "far_ratios", "finite_differences", "given_advantages", "zero_advantage"]
 

@@ -1,0 +1,1 @@
+"""What people look at: a loss (`loss/`), its proofs (`audit/`), a run (`run/`)."""

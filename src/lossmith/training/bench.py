@@ -15,15 +15,15 @@ import torch
 from lossmith.errors import quiet_traps
 from lossmith.policy import Policy, sample
 from lossmith.prompts import Prompt
-from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
-from lossmith.rewards.scorer import bind_scorer
 from lossmith.rollouts import Rollout
+from lossmith.scorers import Scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.scorers.scorer import bind_scorer
 from lossmith.training.clock import Clock
-from lossmith.training.floor import Work, count_work, multiply_rate
 from lossmith.training.learner import Learner
 from lossmith.training.loop import Plan, policy_of
 from lossmith.training.memory import Need
 from lossmith.training.recipe import Recipe
+from lossmith.training.roofline import Work, count_work, multiply_rate
 
 __all__ = ["Measurement", "measure_recipe"]
 

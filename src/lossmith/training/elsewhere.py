@@ -8,7 +8,7 @@ from typing import Any
 
 from lossmith.errors import nearest
 from lossmith.losses import all_parameters
-from lossmith.losses.foreign import FOREIGN
+from lossmith.losses.composition.foreign import FOREIGN
 
 __all__ = ["instead_of", "is_word"]
 

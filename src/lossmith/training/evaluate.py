@@ -10,8 +10,8 @@ from typing import Any
 from lossmith.intervals import ALIKE, Interval, alike, bears_verdict, in_words, mean_of, share_of, verdict
 from lossmith.policy import Policy, sample
 from lossmith.prompts import PromptSet
-from lossmith.rewards import Scorer, score_rollouts
 from lossmith.rollouts import Rollout
+from lossmith.scorers import Scorer, score_rollouts
 from lossmith.training.metrics import without_signal
 from lossmith.training.recipe import Recipe
 

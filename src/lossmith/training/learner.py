@@ -25,7 +25,7 @@ from lossmith.policy import (
     TokenOutputs,
     can_recompute,
     compile_layers,
-    measure_of,
+    distribution_of,
     narrowed,
     sharing_is_exact,
     token_outputs,
@@ -177,8 +177,8 @@ class Learner:
 
     def _check_measure(self, rollouts: Sequence[Rollout]) -> None:
         """The stored log-probabilities must be of the distribution that the learner measures."""
-        ours = LogProbs(torch.zeros(1), measure_of(self.policy, self.recipe.sampling))
-        for measure in {r.behavior_logp.measure for r in rollouts}:
+        ours = LogProbs(torch.zeros(1), distribution_of(self.policy, self.recipe.sampling))
+        for measure in {r.behavior_logp.distribution for r in rollouts}:
             ours - LogProbs(torch.zeros(1), measure)
 
     def outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:

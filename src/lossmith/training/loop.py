@@ -17,10 +17,10 @@ from typing import Any
 from lossmith.errors import RecipeError, quiet_traps
 from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
-from lossmith.rewards import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
-from lossmith.rewards.scorer import bind_scorer, verify_scorer
-from lossmith.rewards.weak import refuse_weak
 from lossmith.rollouts import Rollout
+from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.scorers.scorer import bind_scorer, verify_scorer
+from lossmith.scorers.weak import refuse_weak
 from lossmith.training.clock import Clock
 from lossmith.training.evaluate import Evaluation, comparison, evaluate, tally
 from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again

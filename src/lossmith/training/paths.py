@@ -10,7 +10,7 @@ from typing import Any
 
 from lossmith.errors import RecipeError
 from lossmith.files import at_home
-from lossmith.rewards import list_scorers
+from lossmith.scorers import list_scorers
 
 __all__ = ["absolute"]
 

@@ -15,8 +15,8 @@ from lossmith.errors import RecipeError, quiet_traps
 from lossmith.files import at_home, read_text, text_at_home
 from lossmith.losses import Batch, Loss, parse_loss
 from lossmith.policy import SamplingSettings
-from lossmith.rewards import ScorerSettings
-from lossmith.rewards.address import redacted
+from lossmith.scorers import ScorerSettings
+from lossmith.scorers.address import redacted
 from lossmith.training.can_learn import check_loss, check_optimizer, check_sampling
 from lossmith.training.elsewhere import instead_of
 from lossmith.training.paths import absolute

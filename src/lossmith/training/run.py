@@ -31,8 +31,8 @@ from lossmith.errors import RunError
 from lossmith.files import add_line, read_text, replacing, said_plainly, sync, write_whole
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt, plain
-from lossmith.rewards.seal import sha256
-from lossmith.rollouts import LogProbs, Measure, Rollout, Score
+from lossmith.rollouts import Distribution, LogProbs, Rollout, Score
+from lossmith.scorers.seal import sha256
 from lossmith.training.evaluate import Evaluation, comparison
 
 __all__ = ["RunFolder", "check_disk", "read_metrics"]
@@ -226,7 +226,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
     """Rollouts as a table: text for people, token ids and behaviour log-probabilities for replay."""
-    measure = [r.behavior_logp.measure for r in rollouts]
+    measure = [r.behavior_logp.distribution for r in rollouts]
     return pyarrow.table(
         {
             "prompt_id": [r.prompt.id for r in rollouts],
@@ -255,7 +255,7 @@ def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
 
 def _rollout(row: dict[str, Any], prompt: Prompt) -> Rollout:
     """A row of `rollout_table` as it was, but for rewards by token."""
-    measure = Measure(*(row[key] for key in ("policy_version", "temperature", "top_p", "top_k")))
+    measure = Distribution(*(row[key] for key in ("policy_version", "temperature", "top_p", "top_k")))
     value, error = row["score"], row["score_error"]
     score = Score(value, value is None and error is None, error, json.loads(row["score_parts"]))
     return Rollout(

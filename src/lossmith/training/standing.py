@@ -14,10 +14,10 @@ from torch import Tensor
 from lossmith.intervals import Interval, bears_verdict, mean_of, share_across, share_of
 from lossmith.intervals import verdict as said_of
 from lossmith.losses import CompletionLoss
-from lossmith.losses.pairs import Paired
+from lossmith.losses.completion.pairs import Paired
 from lossmith.rollouts import Rollout
-from lossmith.training.examples import Example, Examples
 from lossmith.training.learner import Learner
+from lossmith.training.offline.examples import JudgedRollouts, JudgedSet
 
 __all__ = ["Standing", "compare", "rows_of", "score_of", "stand", "verdict"]
 
@@ -40,7 +40,7 @@ class Standing:
 
 
 @torch.no_grad()
-def stand(learner: Learner, examples: Examples) -> Standing:
+def stand(learner: Learner, examples: JudgedSet) -> Standing:
     """Measure the policy as it is."""
     loss = learner.loss
     assert isinstance(loss, CompletionLoss)
@@ -70,7 +70,7 @@ def stand(learner: Learner, examples: Examples) -> Standing:
     )
 
 
-def _pairs(examples: Examples) -> list[tuple[int, int]]:
+def _pairs(examples: JudgedSet) -> list[tuple[int, int]]:
     """(better, worse) row numbers within each judgement; a tie of the judge's is none."""
     found, start = [], 0
     for e in examples.examples:
@@ -115,7 +115,7 @@ def compare(before: Standing, after: Standing) -> dict[str, Any]:
     return said
 
 
-def rows_of(examples: Sequence[Example]) -> tuple[list[Rollout], dict[str, Tensor]]:
+def rows_of(examples: Sequence[JudgedRollouts]) -> tuple[list[Rollout], dict[str, Tensor]]:
     """The rollouts of examples, and what the batch must know of them: a judgement is a group, whatever its prompt."""
     rollouts = [dataclasses.replace(r, sample=1000 * k + r.sample) for k, e in enumerate(examples) for r in e.rollouts]
 

@@ -25,8 +25,8 @@ from lossmith.feedback.judgement import Judgement, Question
 from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
 from lossmith.prompts import message_text
-from lossmith.rewards.address import Address
-from lossmith.rewards.web import BUSY, NoAnswer, Server, TimedOut
+from lossmith.scorers.address import Address
+from lossmith.scorers.web import BUSY, NoAnswer, Server, TimedOut
 
 __all__ = ["Endpoint", "judge_by_model"]
 

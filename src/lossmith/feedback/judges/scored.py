@@ -15,10 +15,10 @@ from lossmith.feedback.judgement import SCALES, Judgement, Question
 from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
-from lossmith.rewards import Scorer, close_scorer, load_scorer, score_rollouts
-from lossmith.rewards.address import is_address
-from lossmith.rewards.weak import doubts
-from lossmith.rollouts import LogProbs, Measure, Rollout
+from lossmith.rollouts import Distribution, LogProbs, Rollout
+from lossmith.scorers import Scorer, close_scorer, load_scorer, score_rollouts
+from lossmith.scorers.address import is_address
+from lossmith.scorers.weak import doubts
 
 __all__ = ["judge_by_scorer"]
 
@@ -106,7 +106,7 @@ def _scores(scorer: Scorer, of: OutputSet, errors: list[str]) -> dict[str, float
 def _rollout(prompt: Prompt, output: Output, k: int) -> Rollout:
     ids = output.tokens or ()
     reason = output.finish_reason if output.finish_reason in ("eos", "stop", "length") else "eos"
-    logp = LogProbs(torch.full((len(ids),), torch.nan), Measure(0))  # nobody knows them, and no scorer reads them
+    logp = LogProbs(torch.full((len(ids),), torch.nan), Distribution(0))  # nobody knows them, and no scorer reads them
     return Rollout(prompt, k, (), ids, output.text, logp, reason)  # type: ignore[arg-type]
 
 

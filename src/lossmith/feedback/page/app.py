@@ -28,7 +28,7 @@ from lossmith.feedback.judgement import SCALES, Judgement, Question
 from lossmith.feedback.output_set import OutputSet
 from lossmith.feedback.page.accounts import LONGEST_NAME, Throttle, clean_name, matches
 from lossmith.feedback.page.answer import Refused, read_answer, undo_of
-from lossmith.feedback.page.guard import Guard, host_names
+from lossmith.feedback.page.guard import LoginGuard, host_names
 from lossmith.feedback.page.session import Session, Sessions
 from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
@@ -176,7 +176,7 @@ def make_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.page = Page(store, sets, question, scale, criteria, sets_path, accounts, announce)
     app.include_router(_routes)
-    app.add_middleware(Guard, hosts=host_names(host), remote=accounts)
+    app.add_middleware(LoginGuard, hosts=host_names(host), remote=accounts)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _no_such_page)
     app.add_exception_handler(ClientDisconnect, _gone)

@@ -1,11 +1,11 @@
 """The book's forms as printed, to be looked at (numbering follows NLPBook ch. 10, arXiv:2501.09223)."""
 
-from lossmith.losses.advantage import Raw
-from lossmith.losses.aggregate import SeqMeanTokenSum
+from lossmith.losses.axes.advantage import Raw
+from lossmith.losses.axes.aggregate import SeqMeanTokenSum
+from lossmith.losses.axes.kl import KL
+from lossmith.losses.axes.trust import BookClip, LogP
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.kl import KL
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.trust import BookClip, LogP
+from lossmith.losses.composition.policy_loss import PolicyLoss
 
 ENTRIES = [
     Entry(

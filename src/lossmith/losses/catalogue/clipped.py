@@ -1,16 +1,16 @@
 """PPO and its descendants: a clipped ratio per token."""
 
-from lossmith.losses.advantage import GAE, BatchStd, Group, GroupStd, LengthAdaptiveGAE, PassAtK, Shortest
-from lossmith.losses.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
+from lossmith.losses.axes.advantage import GAE, BatchStd, Group, GroupStd, LengthAdaptiveGAE, PassAtK, Shortest
+from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
+from lossmith.losses.axes.extra import ImitatePositive
+from lossmith.losses.axes.kl import KL
+from lossmith.losses.axes.masks import OffPolicySequence, TopEntropy, ZeroVariance
+from lossmith.losses.axes.mismatch import TruncatedIS
+from lossmith.losses.axes.shaping import Overlong
+from lossmith.losses.axes.trust import BalancedClip, Clip, CovDrop, CovKL, DynamicClip, Influence, M2Mask, Preserve
+from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.correction import TruncatedIS
-from lossmith.losses.extra import ImitatePositive
-from lossmith.losses.kl import KL
-from lossmith.losses.masks import OffPolicySequence, TopEntropy, ZeroVariance
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.shaping import Overlong
-from lossmith.losses.trust import BalancedClip, Clip, CovDrop, CovKL, DynamicClip, Influence, M2Mask, Preserve
-from lossmith.losses.value import ValueLoss
+from lossmith.losses.composition.policy_loss import PolicyLoss
 
 INF = float("inf")
 

@@ -1,11 +1,11 @@
 """Imitation of completions that were chosen by their reward."""
 
-from lossmith.losses.advantage import Ones
-from lossmith.losses.aggregate import SeqMeanTokenSum, TokenMean
+from lossmith.losses.axes.advantage import Ones
+from lossmith.losses.axes.aggregate import SeqMeanTokenSum, TokenMean
+from lossmith.losses.axes.masks import Above, Best, GroupFilter
+from lossmith.losses.axes.trust import LogP
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.masks import Above, Best, GroupFilter
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.trust import LogP
+from lossmith.losses.composition.policy_loss import PolicyLoss
 
 
 def _imitate(group_filter: GroupFilter) -> PolicyLoss:

@@ -1,9 +1,8 @@
 """Preferences among completions, given or the policy's own, and regressions of its log-ratio on the reward."""
 
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.completion_loss import CompletionLoss
-from lossmith.losses.completion_terms import A2PO, GVPO, SPPO
-from lossmith.losses.preference_terms import (
+from lossmith.losses.completion.completion_loss import CompletionLoss
+from lossmith.losses.completion.preferences import (
     CPO,
     KTO,
     ORPO,
@@ -15,6 +14,7 @@ from lossmith.losses.preference_terms import (
     SimPO,
     SLiC,
 )
+from lossmith.losses.completion.regressions import A2PO, GVPO, SPPO
 
 ENTRIES = [
     Entry(

@@ -7,11 +7,11 @@ from typing import Any
 
 from lossmith.errors import LossError, nearest
 from lossmith.losses.catalogue import find_entry, get_loss
-from lossmith.losses.completion_loss import CompletionLoss
-from lossmith.losses.completion_terms import TERMS
+from lossmith.losses.completion.completion_loss import CompletionLoss
+from lossmith.losses.completion.regressions import TERMS
+from lossmith.losses.composition.policy_loss import PolicyLoss
 from lossmith.losses.loss import Loss, together
 from lossmith.losses.piece import shown
-from lossmith.losses.policy_loss import PolicyLoss
 
 _COMPLETE = {"advantage", "ratio_level", "trust", "aggregate"}  # a table that says it all is read as it stands
 

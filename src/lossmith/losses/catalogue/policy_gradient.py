@@ -1,6 +1,6 @@
 """REINFORCE and its baselines: the log-probability times an advantage."""
 
-from lossmith.losses.advantage import (
+from lossmith.losses.axes.advantage import (
     TD,
     BatchMean,
     Group,
@@ -14,13 +14,13 @@ from lossmith.losses.advantage import (
     ScaledGroup,
     Whiten,
 )
-from lossmith.losses.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, TokenMean
+from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, TokenMean
+from lossmith.losses.axes.kl import KL
+from lossmith.losses.axes.ratio import SequenceSumRatio
+from lossmith.losses.axes.trust import Clip, LogP, NoTrust, Taper, Truncate
+from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.kl import KL
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.ratio import SequenceSumRatio
-from lossmith.losses.trust import Clip, LogP, NoTrust, Taper, Truncate
-from lossmith.losses.value import ValueLoss
+from lossmith.losses.composition.policy_loss import PolicyLoss
 
 ENTRIES = [
     Entry(

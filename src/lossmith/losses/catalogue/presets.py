@@ -12,9 +12,9 @@ from typing import Any
 
 from lossmith.errors import quiet_traps
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.flat import AXES, House
+from lossmith.losses.composition.flat import AXES, House
+from lossmith.losses.composition.policy_loss import PolicyLoss
 from lossmith.losses.loss import Loss
-from lossmith.losses.policy_loss import PolicyLoss
 
 __all__ = ["PRESETS", "entries"]
 

@@ -1,13 +1,13 @@
 """Losses whose ratio belongs to the whole completion."""
 
-from lossmith.losses.advantage import Group, GroupStd
-from lossmith.losses.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, TokenMean
+from lossmith.losses.axes.advantage import Group, GroupStd
+from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, TokenMean
+from lossmith.losses.axes.ratio import SequenceRatio, SequenceSumRatio, SequenceTokenRatio
+from lossmith.losses.axes.trust import Clip, Gamma, LogClip
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.completion_loss import CompletionLoss
-from lossmith.losses.completion_terms import GroupClassification
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.ratio import SequenceRatio, SequenceSumRatio, SequenceTokenRatio
-from lossmith.losses.trust import Clip, Gamma, LogClip
+from lossmith.losses.completion.completion_loss import CompletionLoss
+from lossmith.losses.completion.regressions import GroupClassification
+from lossmith.losses.composition.policy_loss import PolicyLoss
 
 
 def _gspo(**more: object) -> PolicyLoss:

@@ -1,12 +1,10 @@
 """Stop-gradient weights, soft gates, and trust regions in probability space."""
 
-from lossmith.losses.advantage import Group, GroupStd
-from lossmith.losses.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
-from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.extra import SquareLogRatio
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.ratio import TokenRatio
-from lossmith.losses.trust import (
+from lossmith.losses.axes.advantage import Group, GroupStd
+from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
+from lossmith.losses.axes.extra import SquareLogRatio
+from lossmith.losses.axes.ratio import TokenRatio
+from lossmith.losses.axes.trust import (
     Band,
     KLMask,
     Luffy,
@@ -18,6 +16,8 @@ from lossmith.losses.trust import (
     TVMask,
     TVMaskSymmetric,
 )
+from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.composition.policy_loss import PolicyLoss
 
 
 def _scaled(trust: Trust, **more: object) -> PolicyLoss:

@@ -1,11 +1,11 @@
 """Terms that are used with others, as losses of their own: the KL penalty, the critic's loss."""
 
-from lossmith.losses.advantage import Zero
-from lossmith.losses.aggregate import TokenMean
+from lossmith.losses.axes.advantage import Zero
+from lossmith.losses.axes.aggregate import TokenMean
+from lossmith.losses.axes.kl import KL
+from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.kl import KL
-from lossmith.losses.policy_loss import PolicyLoss
-from lossmith.losses.value import ValueLoss
+from lossmith.losses.composition.policy_loss import PolicyLoss
 
 ENTRIES = [
     Entry(

@@ -1,0 +1,195 @@
+"""What advantages are divided by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.axes.advantage.signal import Signal, unit_of
+from lossmith.losses.piece import Piece, number, options, param
+
+__all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LooStd", "NoScale", "Scale", "Whiten"]
+
+
+class Scale(Piece):
+    """What advantages [N, T] are divided by."""
+
+    coupling: ClassVar[str] = "token"
+    shift_invariant: ClassVar[bool] = True  # R + c within each group leaves the divisor as it is
+    scale_invariant: ClassVar[bool] = True  # c·R with c > 0 multiplies the divisor by c (but for eps)
+
+    def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
+        raise NotImplementedError
+
+    def formula(self, text: str, latex: str) -> tuple[str, str]:
+        """Wrap the estimator's (text, LaTeX)."""
+        raise NotImplementedError
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that scale `A` [N] or [N, T]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoScale(Scale):
+    """A as the estimator gives it.
+
+    eps is accepted, so that a scale can be switched off without taking its parameter away; it is not part of the loss.
+    """
+
+    option: ClassVar[str] = "none"
+    scale_invariant: ClassVar[bool] = False
+    eps: float = param("eps", 1e-6, "added to the standard deviation; of no effect without a scale", above=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "eps", 1e-6)
+
+    def flat(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
+        return advantage
+
+    def formula(self, text: str, latex: str) -> tuple[str, str]:
+        return text, latex
+
+    def code(self) -> list[str]:
+        return []
+
+
+def _ones_where(degenerate: Tensor, std: Tensor, eps: float) -> Tensor:
+    """Standard deviations that, with eps added, divide by exactly 1 where they mean nothing."""
+    return torch.where(degenerate, torch.full_like(std, 1.0 - eps), std)
+
+
+class _Std(Scale):
+    """Division by a standard deviation of R, eps added to it."""
+
+    symbol: ClassVar[tuple[str, str]]
+    eps: float
+
+    def std(self, signal: Signal) -> Tensor:
+        """[N]"""
+        raise NotImplementedError
+
+    def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
+        return advantage / (self.std(signal) + self.eps)[:, None]
+
+    def formula(self, text: str, latex: str) -> tuple[str, str]:
+        e = number(self.eps)
+        return f"({text}) / ({self.symbol[0]} + {e})", rf"\frac{{{latex}}}{{{self.symbol[1]} + {e}}}"
+
+    def std_code(self) -> str:
+        """The standard deviation in plain torch, [N]."""
+        raise NotImplementedError
+
+    def code(self) -> list[str]:
+        return [f"std = {self.std_code()}", f"A = A / torch.where(std == 0, 1.0, std + {self.eps})"]
+
+
+@dataclass(frozen=True)
+class GroupStd(_Std):
+    """Divided by the group's unbiased standard deviation (ddof 1) plus eps. A group of one is left as it is."""
+
+    option: ClassVar[str] = "group_std"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+    coupling: ClassVar[str] = "group"
+    symbol: ClassVar[tuple[str, str]] = ("std_g(R)", r"\sigma_g")
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
+
+    def std(self, signal: Signal) -> Tensor:
+        groups = signal.groups("advantage_scale='group_std'")
+        return _ones_where(groups.singleton, groups.std(), self.eps)
+
+    def std_code(self) -> str:
+        return "std_g(R)"
+
+
+@dataclass(frozen=True)
+class GroupStdBiased(_Std):
+    """Divided by the group's biased standard deviation (ddof 0) plus eps."""
+
+    option: ClassVar[str] = "group_std_biased"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+    coupling: ClassVar[str] = "group"
+    symbol: ClassVar[tuple[str, str]] = ("std0_g(R)", r"\sigma^{0}_g")
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
+
+    def std(self, signal: Signal) -> Tensor:
+        groups = signal.groups("advantage_scale='group_std_biased'")
+        return _ones_where(groups.singleton, groups.std(ddof=0), self.eps)
+
+    def std_code(self) -> str:
+        return "std_g(R, ddof=0)"
+
+
+@dataclass(frozen=True)
+class BatchStd(_Std):
+    """Divided by the unbiased standard deviation of R over the batch plus eps (Lite-PPO, arXiv:2508.08221)."""
+
+    option: ClassVar[str] = "batch_std"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward"})
+    coupling: ClassVar[str] = "batch"
+    shift_invariant: ClassVar[bool] = False  # prompts may be shifted apart
+    symbol: ClassVar[tuple[str, str]] = ("std_batch(R)", r"\sigma_{\mathrm{batch}}")
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
+
+    def std(self, signal: Signal) -> Tensor:
+        return signal.everyone().std()
+
+    def std_code(self) -> str:
+        return "R.std().expand_as(R)"
+
+
+@dataclass(frozen=True)
+class LooStd(_Std):
+    """Divided by the unbiased standard deviation of the group's other rewards plus eps; a zero one leaves A."""
+
+    option: ClassVar[str] = "loo_std"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+    coupling: ClassVar[str] = "group"
+    symbol: ClassVar[tuple[str, str]] = ("std_{j≠i}(R_j)", r"\sigma_{g\setminus i}")
+    eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
+
+    def std(self, signal: Signal) -> Tensor:
+        std = signal.groups("advantage_scale='loo_std'").std_of_others()
+        return _ones_where(std == 0, std, self.eps)
+
+    def std_code(self) -> str:
+        return "std_of_others()"
+
+
+@dataclass(frozen=True)
+class Whiten(Scale):
+    """(A - mean) / sqrt(var + 1e-8) over all valid tokens, unbiased; fewer than two of them, or equal ones, give 0."""
+
+    option: ClassVar[str] = "whiten"
+    coupling: ClassVar[str] = "batch"
+
+    def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
+        mask = signal.batch.valid
+        valid, count = advantage[mask], mask.sum()
+        if count < 2 or valid.max() == valid.min():
+            return torch.zeros_like(advantage)
+        kept = torch.where(mask, advantage, torch.zeros_like(advantage))
+        mean = kept.sum() / count
+        centred = torch.where(mask, advantage - mean, torch.zeros_like(advantage))
+        unit = unit_of(centred.abs().max())
+        centred = centred / unit
+        return centred * torch.rsqrt((centred**2).sum() / (count - 1) + 1e-8 / unit**2)
+
+    def formula(self, text: str, latex: str) -> tuple[str, str]:
+        return f"whiten_tokens({text})", rf"\operatorname{{whiten}}\left({latex}\right)"
+
+    def code(self) -> list[str]:
+        return [
+            "A = A.expand(mask.shape) if A.ndim == 2 else A[:, None].expand(mask.shape)",
+            "A = (A - A[mask].mean()) / (A[mask].var() + 1e-8).sqrt()",
+        ]
+
+
+SCALE: dict[str, type[Scale]] = options(NoScale, GroupStd, GroupStdBiased, BatchStd, LooStd, Whiten)

@@ -1,0 +1,243 @@
+"""What is left out: tokens and completions that keep their place in the normaliser, and completions that lose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.axes.advantage import Signal
+from lossmith.losses.batch import Batch
+from lossmith.losses.piece import Piece, number, options, param, symbol
+
+__all__ = [
+    "GROUP_FILTER",
+    "SEQUENCE_MASK",
+    "TOKEN_MASK",
+    "Above",
+    "Best",
+    "Fresh",
+    "GroupFilter",
+    "KeepAll",
+    "Mask",
+    "NoMask",
+    "OffPolicySequence",
+    "TopEntropy",
+    "ZeroVariance",
+]
+
+
+# -- masks: the policy term of what they drop is 0, the normaliser stays that of the whole batch ----------------------
+
+
+class Mask(Piece):
+    """Which valid tokens keep their policy term, [N, T] bool; no gradient."""
+
+    whole_batch: ClassVar[bool] = False  # looks at all tokens of the update at once
+
+    def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
+        """None: all of them."""
+        return None
+
+    def formula(self) -> tuple[str, str] | None:
+        """(text, LaTeX) of what is kept; None: nothing to say."""
+        return None
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that set `keep` [N, T]."""
+        return []
+
+
+@dataclass(frozen=True)
+class NoMask(Mask):
+    """Everything counts."""
+
+    option: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class TopEntropy(Mask):
+    """Tokens whose entropy is at least the (1 - top_entropy) quantile over the valid tokens (arXiv:2506.01939)."""
+
+    option: ClassVar[str] = "top_entropy"
+    whole_batch: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    share: float = param("top_entropy", 0.2, "share of the tokens that is kept", above=0, high=1)
+
+    def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
+        entropy = batch.require("entropy", "token_mask='top_entropy'").detach()
+        if not bool(batch.valid.any()):
+            return None
+        return entropy >= quantile(entropy[batch.valid], 1 - min(self.share, 1.0))
+
+    def formula(self) -> tuple[str, str] | None:
+        s = number(self.share)
+        return f"the {s} of the tokens with the highest entropy", rf"\text{{the }} {s} \text{{ of highest entropy}}"
+
+    def code(self) -> list[str]:
+        return [f"keep = entropy >= torch.quantile(entropy[mask], 1 - {min(self.share, 1.0)})"]
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """Linear interpolation between order statistics, for any number of elements (torch.quantile stops at 16M)."""
+    x, place = x.sort().values, q * (len(x) - 1)
+    low = int(place)
+    high = min(low + 1, len(x) - 1)
+    return torch.lerp(x[low], x[high], place - low)
+
+
+@dataclass(frozen=True)
+class OffPolicySequence(Mask):
+    """Without completions that have A < 0 and mean_t(log μ - log π_θ) > opsm_delta (OPSM, arXiv:2512.02556).
+
+    μ falls back to the old policy where the sampler's log-probabilities are not given.
+    """
+
+    option: ClassVar[str] = "opsm"
+    delta: float | None = param(
+        "opsm_delta", None, "mean log-ratio (nats) beyond which a bad completion is dropped", required=True, bound=True
+    )
+
+    def drift(self, batch: Batch) -> Tensor:
+        """[N, 1] mean of log μ - log π_θ over the completion."""
+        mu = batch.behavior_logp if batch.behavior_logp is not None else batch.old("sequence_mask='opsm'")
+        gap = mu.detach() - batch.require("logp", "sequence_mask='opsm'").detach()
+        return gap.sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
+
+    def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
+        return ~((advantage < 0) & (self.drift(batch) > self.given("delta")))
+
+    def formula(self) -> tuple[str, str] | None:
+        d, tex = symbol(self.delta, "δ", r"\delta")
+        text = f"not (A < 0 and mean_t(log μ − log π_θ) > {d})"
+        return text, rf"\neg(A<0,\ \overline{{\log\mu-\log\pi_\theta}}>{tex})"
+
+    def code(self) -> list[str]:
+        return [
+            "drift = ((behavior_logp - logp.detach()) * mask).sum(1, keepdim=True) / T[:, None]",
+            f"keep = ~((A < 0) & (drift > {self.delta}))",
+        ]
+
+
+@dataclass(frozen=True)
+class Fresh(Mask):
+    """Without completions sampled more than max_lag policy versions ago."""
+
+    option: ClassVar[str] = "staleness"
+    needs: ClassVar[frozenset[str]] = frozenset({"lag"})
+    max_lag: int | None = param(
+        "max_lag", None, "largest number of policy versions since sampling", low=0, required=True
+    )
+
+    def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
+        lag = batch.require("lag", "sequence_mask='staleness'")
+        return (lag <= self.given("max_lag"))[:, None].expand_as(batch.valid)
+
+    def formula(self) -> tuple[str, str] | None:
+        m, tex = symbol(self.max_lag, "max_lag", r"\ell_{\max}")
+        return f"version lag ≤ {m}", rf"\text{{version lag}}\le {tex}"
+
+    def code(self) -> list[str]:
+        return [f"keep = (lag <= {self.max_lag})[:, None]"]
+
+
+TOKEN_MASK: dict[str, type[Mask]] = options(NoMask, TopEntropy)
+SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OffPolicySequence, Fresh)
+
+
+# -- filters: what they drop is gone, from the normaliser too ----------------------------------------------------------
+
+
+class GroupFilter(Piece):
+    """Which completions take part, [N] bool, judged by their raw reward."""
+
+    compares: ClassVar[str] = ""  # with what a completion is compared: "group", or "" (nothing)
+
+    def keep(self, batch: Batch) -> Tensor | None:
+        """None: all of them."""
+        return None
+
+    def formula(self) -> tuple[str, str] | None:
+        """(text, LaTeX) of what takes part; None: nothing to say."""
+        return None
+
+    def code(self) -> list[str]:
+        """Lines of plain torch that set `keep_row` [N]."""
+        return []
+
+
+@dataclass(frozen=True)
+class KeepAll(GroupFilter):
+    """Every completion takes part."""
+
+    option: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class ZeroVariance(GroupFilter):
+    """Without groups whose rewards are all equal (DAPO, arXiv:2503.14476): they carry no signal."""
+
+    option: ClassVar[str] = "zero_variance"
+    compares: ClassVar[str] = "group"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+
+    def keep(self, batch: Batch) -> Tensor | None:
+        if batch.reward is None:  # the advantage is given
+            return None
+        return ~Signal(batch, batch.reward).groups("group_filter='zero_variance'").constant
+
+    def formula(self) -> tuple[str, str] | None:
+        return "groups with equal rewards are left out", r"\text{groups with equal rewards are left out}"
+
+    def code(self) -> list[str]:
+        return ["keep_row = max_g(R) > min_g(R)"]
+
+
+@dataclass(frozen=True)
+class Best(GroupFilter):
+    """Only the completion with the highest reward of each group; the first, if several have it (arXiv:2304.06767)."""
+
+    option: ClassVar[str] = "best"
+    compares: ClassVar[str] = "group"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+
+    def keep(self, batch: Batch) -> Tensor | None:
+        groups = Signal(batch, batch.require("reward", "group_filter='best'")).groups("group_filter='best'")
+        return groups.first_where(groups.reward == groups.largest)
+
+    def formula(self) -> tuple[str, str] | None:
+        return "only the best completion of each group", r"\text{only the best completion of each group}"
+
+    def code(self) -> list[str]:
+        return [
+            "best = R == max_g(R)",
+            "earlier = (group[:, None] == group) & torch.ones(len(R), len(R), dtype=torch.bool).tril(-1)",
+            "keep_row = best & ~(earlier & best).any(1)  # ties: the first",
+        ]
+
+
+@dataclass(frozen=True)
+class Above(GroupFilter):
+    """Only completions with a reward above the threshold (rejection sampling, arXiv:2112.09332)."""
+
+    option: ClassVar[str] = "above"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward"})
+    threshold: float | None = param(
+        "threshold", None, "reward above which a completion takes part", required=True, bound=True
+    )
+
+    def keep(self, batch: Batch) -> Tensor | None:
+        signal = Signal(batch, batch.require("reward", "group_filter='above'"))
+        return signal.per_sequence > self.given("threshold")
+
+    def formula(self) -> tuple[str, str] | None:
+        t, tex = symbol(self.threshold, "τ", r"\tau")
+        return f"only completions with R > {t}", rf"\text{{only completions with }} R > {tex}"
+
+    def code(self) -> list[str]:
+        return [f"keep_row = R > {self.threshold}"]
+
+
+GROUP_FILTER: dict[str, type[GroupFilter]] = options(KeepAll, ZeroVariance, Best, Above)

@@ -1,0 +1,347 @@
+"""Ratios that a bound stops: PPO's clip and its descendants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import LossError
+from lossmith.losses.axes.ratio import bounded_exp
+from lossmith.losses.axes.trust.base import Tokens, Trust
+from lossmith.losses.piece import number, param, symbol
+
+__all__ = ["BalancedClip", "BookClip", "Clip", "DynamicClip", "Influence", "Preserve", "clipped_at"]
+
+
+def clipped_at(
+    at: Tokens, low: Tensor | float, high: Tensor | float, dual: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(where a bound holds, the bound), both [N, T]: r > high for A >= 0, r < low for A < 0, r > dual for A < 0."""
+    ratio, advantage = at.ratio.detach(), at.advantage
+    low, high = (torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device).expand_as(ratio) for x in (low, high))
+    above, below = (advantage >= 0) & (ratio > high), (advantage < 0) & (ratio < low)
+    bound, stopped = torch.where(above, high, low), above | below
+    if dual is not None:
+        far = (advantage < 0) & (ratio > dual)
+        bound, stopped = torch.where(far, torch.full_like(ratio, dual), bound), stopped | far
+    return stopped, bound
+
+
+class _Clipped(Trust):
+    """ℓ = -A·(bound where it holds, else r)."""
+
+    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
+        """(where a bound holds, the bound)."""
+        raise NotImplementedError
+
+    def value(self, at: Tokens) -> Tensor:
+        stopped, bound = self.bounds(at)
+        return -at.advantage * torch.where(stopped, bound, at.ratio)
+
+    def weight(self, at: Tokens) -> Tensor:
+        return torch.where(self.bounds(at)[0], torch.zeros_like(at.ratio), at.ratio)
+
+
+def _dual(text: tuple[str, str], dual: float | None) -> tuple[str, str]:
+    """A formula for both signs of A, and what a dual clip makes of it."""
+    if dual is None:
+        return text
+    d = number(dual)
+    tex = rf"\begin{{cases}}\max({text[1]}, {d}A) & A<0\\ {text[1]} & A\ge 0\end{{cases}}"
+    return f"[A<0: max({text[0]}, {d}·A); else {text[0]}]", tex
+
+
+def _dual_code(dual: float | None) -> list[str]:
+    return [] if dual is None else [f"loss = torch.where(A < 0, torch.minimum(loss, -{dual} * A), loss)"]
+
+
+@dataclass(frozen=True)
+class Clip(_Clipped):
+    """ℓ = -min(r·A, clip(r, 1 - low, 1 + high)·A) (PPO, arXiv:1707.06347, eq. 7).
+
+    With `dual` and A < 0: never more than -dual·A (dual-clip PPO, arXiv:1912.09729, eq. 5).
+    """
+
+    option: ClassVar[str] = "clip"
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
+    dual: float | None = param(
+        "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
+    )
+
+    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
+        return clipped_at(at, 1 - self.low, 1 + self.high, self.dual)
+
+    def formula(self) -> tuple[str, str]:
+        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
+        plain = f"min(r·A, clip(r, {lo}, {hi})·A)", rf"\min(rA, \operatorname{{clip}}(r, {lo}, {hi})A)"
+        return _dual(plain, self.dual)
+
+    def code(self) -> list[str]:
+        return [
+            f"loss = torch.maximum(-r * A, -r.clamp(1 - {self.low}, 1 + {self.high}) * A)",
+            *_dual_code(self.dual),
+        ]
+
+
+@dataclass(frozen=True)
+class BookClip(_Clipped):
+    """ℓ = -A·min(r, 1 + high): the book's eq. 4.50 as printed, a demonstration.
+
+    The minimum is taken before the product with A, so the lower bound never binds, and a worsening action
+    (A < 0, r > 1 + high) gets no gradient. The same as PPO's clip only where A >= 0.
+    """
+
+    option: ClassVar[str] = "book_clip"
+    high: float = param(
+        "clip_high", 0.2, "how far above 1 the ratio still counts, whatever the sign of A", low=0, bound=True
+    )
+
+    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
+        bound = torch.full_like(at.ratio.detach(), 1 + self.high)
+        return at.ratio.detach() > bound, bound
+
+    def trap(self) -> str | None:
+        return (
+            "the book's clip (eq. 4.50 as printed) gives no gradient to a worsening action (A < 0, r > "
+            f"{number(1 + self.high)}) and never binds below; it is a demonstration, use trust='clip' (PPO) to train"
+        )
+
+    def formula(self) -> tuple[str, str]:
+        return f"min(r, {number(1 + self.high)})·A", rf"\min(r, {number(1 + self.high)})A"
+
+    def code(self) -> list[str]:
+        return [f"loss = -A * r.clamp(max=1 + {self.high})"]
+
+
+@dataclass(frozen=True)
+class Preserve(Trust):
+    """PPO's clip whose bounds keep a gradient: outside the band ℓ = -β·bound·(r/sg(r))·A.
+
+    GPPO (arXiv:2508.07629) with both β = 1; CE-GPPO (arXiv:2509.20712) scales them and adds a dual clip.
+    """
+
+    option: ClassVar[str] = "preserve"
+    stops_gradient: ClassVar[bool] = True
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio counts in full when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.28, "how far above 1 the ratio counts in full when A > 0", low=0, bound=True)
+    beta_low: float = param("beta_low", 1.0, "share of the lower bound's gradient that is kept", low=0)
+    beta_high: float = param("beta_high", 1.0, "share of the upper bound's gradient that is kept", low=0)
+    dual: float | None = param(
+        "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
+    )
+
+    def _kept(self, at: Tokens) -> tuple[Tensor, Tensor]:
+        """(where a bound holds, its weight β·bound)."""
+        stopped, bound = clipped_at(at, 1 - self.low, 1 + self.high)
+        beta = torch.where(at.advantage >= 0, self.beta_high * torch.ones_like(bound), self.beta_low)
+        return stopped, beta * bound
+
+    def _far(self, at: Tokens) -> Tensor:
+        if self.dual is None:
+            return torch.zeros_like(at.mask)
+        return (at.advantage < 0) & (at.ratio.detach() > self.dual)
+
+    def value(self, at: Tokens) -> Tensor:
+        stopped, kept = self._kept(at)
+        # r/sg(r) has the value 1 and the gradient of log r
+        ratio = torch.where(stopped, kept * (at.ratio / at.ratio.detach()), at.ratio)
+        return -at.advantage * torch.where(self._far(at), torch.full_like(ratio, self.dual or 0.0), ratio)
+
+    def weight(self, at: Tokens) -> Tensor:
+        stopped, kept = self._kept(at)
+        return torch.where(self._far(at), torch.zeros_like(kept), torch.where(stopped, kept, at.ratio))
+
+    def formula(self) -> tuple[str, str]:
+        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
+        bl, bh = number(self.beta_low), number(self.beta_high)
+        text = f"c·A,  c = {bh}·{hi}·r/sg(r) if A≥0 and r>{hi}; {bl}·{lo}·r/sg(r) if A<0 and r<{lo}; else r"
+        tex = (
+            rf"cA,\ c=\begin{{cases}}{bh}\cdot {hi}\,\frac{{r}}{{\operatorname{{sg}}(r)}} & A\ge 0, r>{hi}\\"
+            rf" {bl}\cdot {lo}\,\frac{{r}}{{\operatorname{{sg}}(r)}} & A<0, r<{lo}\\ r & \text{{else}}\end{{cases}}"
+        )
+        if self.dual is not None:
+            text += f"; {number(self.dual)} if A<0 and r>{number(self.dual)}"
+            tex = tex.replace(r"\\ r &", rf"\\ {number(self.dual)} & A<0, r>{number(self.dual)}\\ r &")
+        return text, tex
+
+    def code(self) -> list[str]:
+        lines = [
+            "kept = r / r.detach()  # 1, with the gradient of log r",
+            f"up, down = (A >= 0) & (r > 1 + {self.high}), (A < 0) & (r < 1 - {self.low})",
+            f"c = torch.where(up, {self.beta_high} * (1 + {self.high}) * kept, r)",
+            f"c = torch.where(down, {self.beta_low} * (1 - {self.low}) * kept, c)",
+            "loss = -c * A",
+        ]
+        far = f"loss = torch.where((A < 0) & (r > {self.dual}), -{self.dual} * A, loss)"
+        return lines if self.dual is None else [*lines, far]
+
+
+@dataclass(frozen=True)
+class DynamicClip(_Clipped):
+    """PPO's clip with bounds that widen for rare tokens (DCPO, arXiv:2509.02333).
+
+    With q the old probability: low = ½(1 + √max(1 - 4·clip_low/q, 0)), high = ½(1 + √(1 + 4·clip_high/q)) <= hi_max.
+    """
+
+    option: ClassVar[str] = "dynamic_clip"
+    token_only: ClassVar[bool] = True
+    low: float = param("clip_low", 0.16, "sets the lower bound, through the old probability", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "sets the upper bound, through the old probability", low=0, bound=True)
+    hi_max: float = param("hi_max", 10.0, "largest upper bound", above=1, bound=True)
+    dual: float | None = param(
+        "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
+    )
+
+    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
+        inverse = bounded_exp(-at.below)
+        low = 0.5 * (1 + (1 - 4 * self.low * inverse).clamp(min=0).sqrt())
+        high = (0.5 * (1 + (1 + 4 * self.high * inverse).sqrt())).clamp(max=self.hi_max)
+        return clipped_at(at, low, high, self.dual)
+
+    def formula(self) -> tuple[str, str]:
+        a, b, c = number(4 * self.low), number(4 * self.high), number(self.hi_max)
+        bounds = f"½(1+√max(1−{a}/π_old, 0)), min(½(1+√(1+{b}/π_old)), {c})"
+        tex = (
+            rf"\tfrac12\bigl(1+\sqrt{{\max(1-{a}/\pi_{{\mathrm{{old}}}},0)}}\bigr),"
+            rf" \min\bigl(\tfrac12(1+\sqrt{{1+{b}/\pi_{{\mathrm{{old}}}}}}),{c}\bigr)"
+        )
+        return _dual((f"min(r·A, clip(r, {bounds})·A)", rf"\min(rA, \operatorname{{clip}}(r, {tex})A)"), self.dual)
+
+    def code(self) -> list[str]:
+        return [
+            "q = below.exp()",
+            f"lo = 0.5 * (1 + (1 - 4 * {self.low} / q).clamp(min=0).sqrt())",
+            f"hi = (0.5 * (1 + (1 + 4 * {self.high} / q).sqrt())).clamp(max={self.hi_max})",
+            "loss = torch.maximum(-r * A, -r.clamp(lo, hi) * A)",
+            *_dual_code(self.dual),
+        ]
+
+
+@dataclass(frozen=True)
+class BalancedClip(_Clipped):
+    """PPO's clip with bounds that move until positive advantages carry their share (BAPO, arXiv:2510.18927).
+
+    P = Σ_{A>0} min(r, high)·A and Q = Σ_{A<0} max(r, low)·|A| over the batch. low rises from low_start by low_step,
+    then high from high_start by high_step, until P/(P + Q) >= target or both stand at their maximum. The form of the
+    authors' code: the paper also weights P and Q by π. No step sizes are agreed.
+    """
+
+    option: ClassVar[str] = "balanced_clip"
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low_start", "low_max"), ("high_start", "high_max"))
+    whole_batch: ClassVar[bool] = True
+    low_start: float = param("low_start", 0.6, "first lower bound of the ratio", low=0)
+    low_max: float = param("low_max", 0.9, "last lower bound of the ratio", low=0)
+    low_step: float | None = param("low_step", None, "by how much the lower bound rises", above=0, required=True)
+    high_start: float = param("high_start", 1.2, "first upper bound of the ratio", above=0)
+    high_max: float = param("high_max", 3.0, "last upper bound of the ratio", above=0)
+    high_step: float | None = param("high_step", None, "by how much the upper bound rises", above=0, required=True)
+    target: float = param("target", 0.5, "wanted share of positive advantages", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, way in (("low_step", self.low_max - self.low_start), ("high_step", self.high_max - self.high_start)):
+            step = getattr(self, name)
+            if step is not None and way / step > 10_000:
+                raise LossError(f"balanced_clip: {name} = {step} takes more than 10,000 steps to the last bound.")
+
+    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
+        return clipped_at(at, *self._balanced(at.detach()))
+
+    def _balanced(self, at: Tokens) -> tuple[float, float]:
+        good, bad = at.mask & (at.advantage > 0), at.mask & (at.advantage < 0)
+        ratio, advantage = at.ratio.expand_as(at.mask), at.advantage.expand_as(at.mask)
+        up, gain = ratio[good], advantage[good]
+        down, harm = ratio[bad], advantage[bad].abs()
+
+        def enough(low: float, high: float) -> bool:
+            p, q = float((up.clamp(max=high) * gain).sum()), float((down.clamp(min=low) * harm).sum())
+            return p >= self.target * (p + q)
+
+        low, high = self.low_start, self.high_start
+        for i in range(1, 1 + _steps(low, self.low_max, self.given("low_step"))):
+            if enough(low, high):
+                return low, high
+            low = min(self.low_start + i * self.given("low_step"), self.low_max)
+        for i in range(1, 1 + _steps(high, self.high_max, self.given("high_step"))):
+            if enough(low, high):
+                return low, high
+            high = min(self.high_start + i * self.given("high_step"), self.high_max)
+        return low, high
+
+    def formula(self) -> tuple[str, str]:
+        low, high = symbol(self.low_step, "δ", r"\delta"), symbol(self.high_step, "δ'", r"\delta'")
+        lo = [f"{number(self.low_start)}, +{step}, …, {number(self.low_max)}" for step in low]
+        hi = [f"{number(self.high_start)}, +{step}, …, {number(self.high_max)}" for step in high]
+        share = number(self.target)
+        text = f"min(r·A, clip(r, a, b)·A), a = {lo[0]}, then b = {hi[0]}, until A>0 carries {share}"
+        tex = rf"\min(rA, \operatorname{{clip}}(r, a, b)A),\ a={lo[1]},\ b={hi[1]}"
+        return text, tex.replace("…", r"\dots") + rf"\ (\text{{until }} A>0 \text{{ carries }} {share})"
+
+    def code(self) -> list[str]:
+        return [
+            f"lo, hi = {self.low_start}, {self.high_start}",
+            "def short(lo, hi):  # positive advantages carry less than their share",
+            "    p = (r.detach().clamp(max=hi) * A)[mask & (A > 0)].sum()",
+            "    q = (r.detach().clamp(min=lo) * -A)[mask & (A < 0)].sum()",
+            f"    return p < {self.target} * (p + q)",
+            f"while lo < {self.low_max} and short(lo, hi): lo = min(lo + {self.low_step}, {self.low_max})",
+            f"while hi < {self.high_max} and short(lo, hi): hi = min(hi + {self.high_step}, {self.high_max})",
+            "loss = torch.maximum(-r * A, -r.clamp(lo, hi) * A)",
+        ]
+
+
+def _steps(start: float, end: float, step: float) -> int:
+    """How many steps lead from start to end; a last, smaller one included."""
+    return max(0, -int(-(end - start) / step // 1))
+
+
+@dataclass(frozen=True)
+class Influence(Trust):
+    """ℓ = f·ℓ_clip, with f_t = sg(clip(exp(Σ_{k>=t} gamma^(k-t) Δ_k), low, 1 + fipo_clip)) (FIPO, arXiv:2603.19835).
+
+    Masked tokens add nothing to the sum, but count as a step of gamma.
+    """
+
+    option: ClassVar[str] = "influence"
+    token_only: ClassVar[bool] = True
+    stops_gradient: ClassVar[bool] = True
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
+    gamma: float = param("gamma", 2 ** (-1 / 32), "discount of later tokens' log-ratios", low=0, high=1)
+    floor: float = param("fipo_low", 1.0, "smallest influence", low=0)
+    ceiling: float = param("fipo_clip", 0.2, "1 + fipo_clip is the largest influence", low=0)
+
+    def _influence(self, at: Tokens) -> Tensor:
+        step = torch.arange(at.mask.shape[1], device=at.mask.device, dtype=at.ratio.dtype)
+        gap = step[:, None] - step[None]  # from token t (column) to token k (row)
+        discount = torch.where(gap >= 0, self.gamma ** gap.clamp(min=0), torch.zeros_like(gap))
+        return bounded_exp(at.delta.detach() @ discount).clamp(self.floor, 1 + self.ceiling)
+
+    def value(self, at: Tokens) -> Tensor:
+        return self._influence(at) * Clip(self.low, self.high).value(at)
+
+    def weight(self, at: Tokens) -> Tensor:
+        return self._influence(at) * Clip(self.low, self.high).weight(at)
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = Clip(self.low, self.high).formula()
+        g, lo, hi = number(self.gamma), number(self.floor), number(1 + self.ceiling)
+        f = f"sg(clip(exp(Σ_{{k≥t}} {g}^(k−t)·log r_k), {lo}, {hi}))"
+        future = rf"e^{{\sum_{{k\ge t}} {g}^{{k-t}} \log r_k}}"
+        f_tex = rf"\operatorname{{sg}}\bigl(\operatorname{{clip}}({future}, {lo}, {hi})\bigr)"
+        return f"{f}·{text}", f_tex + tex
+
+    def code(self) -> list[str]:
+        return [
+            "k = torch.arange(mask.shape[1])",
+            "gap = (k[:, None] - k).to(r.dtype)",
+            f"discount = torch.where(gap >= 0, {self.gamma} ** gap.clamp(min=0), 0.0)",
+            "future = ((logp - below).detach() * mask) @ discount  # Σ_{k≥t} gamma^(k−t) log r_k",
+            f"f = future.exp().clamp({self.floor}, 1 + {self.ceiling})",
+            *Clip(self.low, self.high).code(),
+            "loss = f * loss",
+        ]

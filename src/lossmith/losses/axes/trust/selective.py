@@ -1,0 +1,406 @@
+"""Tokens that are let through or dropped: by how far their probability moved, by covariance, by a second moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.axes.ratio import LOG_RATIO_BOUND
+from lossmith.losses.axes.trust.base import Tokens, Trust
+from lossmith.losses.axes.trust.clipped import Clip
+from lossmith.losses.piece import number, param, symbol
+
+__all__ = ["CovDrop", "CovKL", "KLMask", "Luffy", "M2Mask", "TVMask", "TVMaskSymmetric"]
+
+
+@dataclass(frozen=True)
+class TVMaskSymmetric(Trust):
+    """ℓ = -A·r where |p - q| <= delta, else 0; p and q are the new and the old probability of the token."""
+
+    option: ClassVar[str] = "tv_mask_symmetric"
+    token_only: ClassVar[bool] = True
+    delta: float = param("delta", 0.1, "largest move of a token's probability that still counts", above=0, bound=True)
+
+    def _keep(self, at: Tokens) -> Tensor:
+        return (at.logp.detach().exp() - at.below.exp()).abs() <= self.delta
+
+    def value(self, at: Tokens) -> Tensor:
+        return -at.advantage * torch.where(self._keep(at), at.ratio, torch.zeros_like(at.ratio))
+
+    def weight(self, at: Tokens) -> Tensor:
+        return torch.where(self._keep(at), at.ratio, torch.zeros_like(at.ratio))
+
+    def formula(self) -> tuple[str, str]:
+        d = number(self.delta)
+        return f"r·A·[|π_θ − π_old| ≤ {d}]", rf"rA\,\mathbb 1[|\pi_\theta-\pi_{{\mathrm{{old}}}}|\le {d}]"
+
+    def code(self) -> list[str]:
+        keep = f"keep = (logp.detach().exp() - below.exp()).abs() <= {self.delta}"
+        return [keep, "loss = -r * A * keep"]
+
+
+class _Divergence(Trust):
+    """Tokens that moved too far in the direction their advantage pushes are dropped (DPPO, arXiv:2602.04879).
+
+    surrogate "logp": ℓ = -A·sg(min(r, cap))·logp·keep; "ratio": ℓ = -A·r·keep, and the cap is not used.
+    """
+
+    token_only: ClassVar[bool] = True
+    cap: float | None
+    surrogate: str
+
+    def keep(self, at: Tokens) -> Tensor:
+        """[N, T] bool, from detached numbers."""
+        raise NotImplementedError
+
+    @property
+    def through(self) -> str:  # type: ignore[override]
+        return self.surrogate
+
+    @property
+    def stops_gradient(self) -> bool:  # type: ignore[override]
+        return self.surrogate == "logp"
+
+    def value(self, at: Tokens) -> Tensor:
+        if self.surrogate == "logp":
+            return -self.weight(at.detach()) * at.advantage * at.logp
+        return -at.advantage * self.weight(at)
+
+    def weight(self, at: Tokens) -> Tensor:
+        ratio = at.ratio if self.surrogate == "ratio" or self.cap is None else at.ratio.clamp(max=self.cap)
+        return torch.where(self.keep(at.detach()), ratio, torch.zeros_like(ratio))
+
+    def dropped_formula(self) -> tuple[str, str]:
+        """(text, LaTeX) of what a dropped token looks like."""
+        raise NotImplementedError
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = self.dropped_formula()
+        if self.surrogate == "ratio":
+            return f"r·A·[not: {text}]", rf"rA\,\mathbb 1[\neg({tex})]"
+        r = ("r", "r") if self.cap is None else (f"min(r, {number(self.cap)})", rf"\min(r, {number(self.cap)})")
+        return (
+            f"sg({r[0]})·A·log π_θ(y_t)·[not: {text}]",
+            rf"\operatorname{{sg}}({r[1]})A\log\pi_\theta(y_t)\,\mathbb 1[\neg({tex})]",
+        )
+
+    def keep_code(self) -> list[str]:
+        """Lines that compute keep [N, T] from p and q."""
+        raise NotImplementedError
+
+    def code(self) -> list[str]:
+        lines = ["p, q = logp.detach().exp(), below.exp()", *self.keep_code()]
+        if self.surrogate == "ratio":
+            return [*lines, "loss = -r * A * keep"]
+        cap = "" if self.cap is None else f".clamp(max={self.cap})"
+        return [*lines, f"loss = -r.detach(){cap} * A * logp * keep"]
+
+
+@dataclass(frozen=True)
+class TVMask(_Divergence):
+    """Drop A >= 0 with p - q > delta_high, and A < 0 with q - p > delta_low: total variation of the sampled token."""
+
+    option: ClassVar[str] = "tv_mask"
+    delta_low: float = param("delta_low", 0.2, "largest fall of a token's probability for A <= 0", low=0, bound=True)
+    delta_high: float = param("delta_high", 0.2, "largest rise of a token's probability for A > 0", low=0, bound=True)
+    cap: float | None = param(
+        "cap", 20.0, "the largest weight (surrogate 'logp'); or none", above=0, optional=True, bound=True
+    )
+    surrogate: str = param("surrogate", "logp", "what carries the gradient", choices=("logp", "ratio"))
+
+    def keep(self, at: Tokens) -> Tensor:
+        move = at.logp.exp() - at.below.exp()
+        return torch.where(at.advantage >= 0, move <= self.delta_high, -move <= self.delta_low)
+
+    def dropped_formula(self) -> tuple[str, str]:
+        lo, hi = number(self.delta_low), number(self.delta_high)
+        text = f"A≥0 and π_θ−π_old>{hi}, or A<0 and π_old−π_θ>{lo}"
+        old = r"\pi_{\mathrm{old}}"
+        return text, rf"A\ge0,\ \pi_\theta-{old}>{hi} \ \text{{or}}\ A<0,\ {old}-\pi_\theta>{lo}"
+
+    def keep_code(self) -> list[str]:
+        return [f"keep = torch.where(A >= 0, p - q <= {self.delta_high}, q - p <= {self.delta_low})"]
+
+
+@dataclass(frozen=True)
+class KLMask(_Divergence):
+    """Drop by the binary KL of the sampled token, b = q(ln q - ln p) + (1 - q)ln((1 - q)/(1 - p)).
+
+    Dropped: A >= 0, p > q, b > delta_high; and A < 0, p < q, b > delta_low.
+    """
+
+    option: ClassVar[str] = "kl_mask"
+    delta_low: float = param(
+        "delta_low", 0.05, "largest binary KL of a falling token for A <= 0, nats", low=0, bound=True
+    )
+    delta_high: float = param(
+        "delta_high", 0.05, "largest binary KL of a rising token for A > 0, nats", low=0, bound=True
+    )
+    cap: float | None = param(
+        "cap", 20.0, "the largest weight (surrogate 'logp'); or none", above=0, optional=True, bound=True
+    )
+    surrogate: str = param("surrogate", "logp", "what carries the gradient", choices=("logp", "ratio"))
+
+    def keep(self, at: Tokens) -> Tensor:
+        p, q = at.logp.exp(), at.below.exp()
+        rest = (1 - q) * torch.log(((1 - q + 1e-8) / (1 - p + 1e-8)).clamp(min=1e-30))
+        divergence = q * (at.below - at.logp) + rest
+        rising = (at.advantage >= 0) & (p > q) & (divergence > self.delta_high)
+        falling = (at.advantage < 0) & (p < q) & (divergence > self.delta_low)
+        return ~(rising | falling)
+
+    def dropped_formula(self) -> tuple[str, str]:
+        lo, hi = number(self.delta_low), number(self.delta_high)
+        text = f"KL₂(π_old‖π_θ)>{hi} rising with A≥0, or >{lo} falling with A<0"
+        kl = r"\mathrm{KL}_2(\pi_{\mathrm{old}}\|\pi_\theta)"
+        return text, rf"{kl}>{hi},\ \pi_\theta \text{{ rising}}, A\ge0 \ \text{{or}}\ {kl}>{lo},\ \text{{falling}}, A<0"
+
+    def keep_code(self) -> list[str]:
+        return [
+            "kl = q * (below - logp.detach()) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()",
+            f"rising = (A >= 0) & (p > q) & (kl > {self.delta_high})",
+            f"falling = (A < 0) & (p < q) & (kl > {self.delta_low})",
+            "keep = ~(rising | falling)",
+        ]
+
+
+@dataclass(frozen=True)
+class M2Mask(Trust):
+    """PPO's clip on tokens whose mean (log μ - log π_old)² is below m2_threshold (M2PO, arXiv:2510.01161).
+
+    The tokens with the largest squares are dropped until it is. Dropped tokens stay in the normaliser.
+    """
+
+    option: ClassVar[str] = "m2_mask"
+    whole_batch: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
+    threshold: float | None = param(
+        "m2_threshold",
+        None,
+        "largest mean squared log-ratio of sampler and old policy",
+        above=0,
+        required=True,
+        bound=True,
+    )
+
+    def _keep(self, at: Tokens) -> Tensor:
+        if at.batch is None:
+            return at.mask
+        behavior = at.batch.require("behavior_logp", "trust='m2_mask'").detach()
+        square = (behavior - at.batch.old("trust='m2_mask'"))[at.mask] ** 2
+        order = square.argsort()
+        mean = square[order].cumsum(0) / torch.arange(1, len(square) + 1, device=square.device)
+        # sorted ascending, the running mean only grows: what stands before the first excess is kept
+        kept = torch.zeros_like(square, dtype=torch.bool)
+        kept[order] = mean < self.given("threshold")
+        return torch.zeros_like(at.mask).masked_scatter(at.mask, kept)
+
+    def value(self, at: Tokens) -> Tensor:
+        clipped = Clip(self.low, self.high).value(at)
+        return torch.where(self._keep(at), clipped, torch.zeros_like(clipped))
+
+    def weight(self, at: Tokens) -> Tensor:
+        weight = Clip(self.low, self.high).weight(at)
+        return torch.where(self._keep(at), weight, torch.zeros_like(weight))
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = Clip(self.low, self.high).formula()
+        bound, bound_tex = symbol(self.threshold, "M", "M")
+        return (
+            f"{text}·[kept: mean (log μ − log π_old)² < {bound}]",
+            rf"{tex}\,\mathbb 1[\text{{kept: }} \overline{{(\log\mu-\log\pi_{{\mathrm{{old}}}})^2}}<{bound_tex}]",
+        )
+
+    def code(self) -> list[str]:
+        return [
+            *Clip(self.low, self.high).code(),
+            "m2 = ((behavior_logp - below) ** 2)[mask]",
+            "order = m2.argsort()",
+            "kept = torch.zeros_like(m2, dtype=torch.bool)",
+            f"kept[order] = m2[order].cumsum(0) / torch.arange(1, len(m2) + 1) < {self.threshold}",
+            "loss = torch.where(torch.zeros_like(mask).masked_scatter(mask, kept), loss, 0.0)",
+        ]
+
+
+def covariance(at: Tokens) -> Tensor:
+    """(A_t - mean A)(logp_t - mean logp) [N, T], means over valid tokens (arXiv:2505.22317). No gradient."""
+    count = at.mask.sum().clamp(min=1)
+
+    def centred(x: Tensor) -> Tensor:
+        x = torch.where(at.mask, x, torch.zeros_like(x))
+        return x - x.sum() / count
+
+    return torch.where(at.mask, centred(at.advantage) * centred(at.logp.detach()), torch.zeros_like(at.advantage))
+
+
+def _how_many(fraction: float, at: Tokens) -> int:
+    return max(1, int(fraction * int(at.mask.sum())))
+
+
+@dataclass(frozen=True)
+class CovDrop(Trust):
+    """PPO's clip without a random share of the tokens whose covariance of A and logp is high (Clip-Cov, 2505.22317).
+
+    fraction of all valid tokens, drawn among those with cov_low < cov < cov_high that the clip has not stopped already.
+    The draw is keyed by the seed and the token's own numbers: the order of rows and the global generator do not matter.
+    """
+
+    option: ClassVar[str] = "cov_drop"
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("cov_low", "cov_high"),)
+    whole_batch: ClassVar[bool] = True
+    low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
+    high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
+    fraction: float = param("fraction", 2e-4, "share of the tokens that is dropped", above=0, high=1)
+    cov_low: float = param("cov_low", 1.0, "covariance above which a token may be dropped")
+    cov_high: float = param("cov_high", 5.0, "covariance above which it may not", bound=True)
+    seed: int = param("seed", 0, "decides which candidates are dropped")
+
+    def _drop(self, at: Tokens) -> Tensor:
+        if at.batch is None:
+            return torch.zeros_like(at.mask)
+        cov = covariance(at)
+        stopped = Clip(self.low, self.high).bounds(at)[0]
+        candidates = at.mask & ~stopped & (cov > self.cov_low) & (cov < self.cov_high)
+        key = torch.where(candidates, _key(at, self.seed), torch.full_like(at.below.double(), -1.0))
+        chosen = key.flatten().topk(min(_how_many(self.fraction, at), int(candidates.sum()))).indices
+        return torch.zeros_like(at.mask.flatten()).index_fill(0, chosen, True).view_as(at.mask)
+
+    def value(self, at: Tokens) -> Tensor:
+        clipped = Clip(self.low, self.high).value(at)
+        return torch.where(self._drop(at), torch.zeros_like(clipped), clipped)
+
+    def weight(self, at: Tokens) -> Tensor:
+        weight = Clip(self.low, self.high).weight(at)
+        return torch.where(self._drop(at), torch.zeros_like(weight), weight)
+
+    def formula(self) -> tuple[str, str]:
+        text, tex = Clip(self.low, self.high).formula()
+        share, lo, hi = number(self.fraction), number(self.cov_low), number(self.cov_high)
+        return (
+            f"{text}·[not dropped: {share} of all, from {lo} < cov(A, log π_θ) < {hi}, seed {self.seed}]",
+            rf"{tex}\,\mathbb 1[\text{{not among }} {share} \text{{ drawn from }} {lo}<\mathrm{{cov}}<{hi},"
+            rf"\ \text{{seed }} {self.seed}]",
+        )
+
+    def code(self) -> list[str]:
+        return [
+            *Clip(self.low, self.high).code(),
+            *_cov_code(),
+            f"stopped = ((A >= 0) & (r > 1 + {self.high})) | ((A < 0) & (r < 1 - {self.low}))",
+            f"candidates = mask & ~stopped & (cov > {self.cov_low}) & (cov < {self.cov_high})",
+            f"count = min(max(1, int({self.fraction} * int(n))), int(candidates.sum()))",
+            f"key = torch.sin(12.9898 * {self.seed} + 78.233 * below.double() + 37.719 * A.double()) * 43758.5453",
+            "key = torch.where(candidates, key - key.floor(), -1.0)  # a random number of its own for each token",
+            "drop = torch.zeros(mask.numel(), dtype=torch.bool)",
+            "drop[key.flatten().topk(count).indices] = True",
+            "loss = torch.where(drop.view_as(mask), 0.0, loss)",
+        ]
+
+
+def _key(at: Tokens, seed: int) -> Tensor:
+    """A number in [0, 1) for each token, random for all purposes, from the seed, the old log-probability and A."""
+    x = torch.sin(12.9898 * seed + 78.233 * at.below.double() + 37.719 * at.advantage.double()) * 43758.5453
+    return x - x.floor()
+
+
+def _cov_code() -> list[str]:
+    return [
+        "n = mask.sum()",
+        "a, l = A - A[mask].mean(), logp.detach() - logp.detach()[mask].mean()",
+        "cov = a * l",
+    ]
+
+
+@dataclass(frozen=True)
+class CovKL(Trust):
+    """ℓ = -A·r, plus coef·|Δ| on the share of tokens with the highest covariance of A and logp (KL-Cov, 2505.22317)."""
+
+    option: ClassVar[str] = "cov_kl"
+    acts_alone: ClassVar[bool] = True
+    token_only: ClassVar[bool] = True
+    whole_batch: ClassVar[bool] = True
+    fraction: float = param("fraction", 2e-4, "share of the tokens that is penalised", above=0, high=1)
+    coef: float = param("coef", 1.0, "coefficient of the penalty |log r|", low=0)
+
+    def _chosen(self, at: Tokens) -> Tensor:
+        if at.batch is None:  # a single token, not among the chosen
+            return torch.zeros_like(at.mask)
+        cov = torch.where(at.mask, covariance(at), torch.full_like(at.advantage, -torch.inf))
+        top = cov.flatten().sort(descending=True, stable=True).indices[: _how_many(self.fraction, at)]
+        return torch.zeros_like(at.mask.flatten()).index_fill(0, top, True).view_as(at.mask) & at.mask
+
+    def value(self, at: Tokens) -> Tensor:
+        # the ratio's log, so that the gradient runs through it and stops at the same bound
+        penalty = torch.where(self._chosen(at), at.ratio.log().abs(), torch.zeros_like(at.ratio))
+        return -at.advantage * at.ratio + self.coef * penalty
+
+    def slope(self, at: Tokens) -> Tensor:
+        penalty = torch.where(self._chosen(at), at.ratio.log().sign(), torch.zeros_like(at.ratio))
+        return -at.advantage * at.ratio + self.coef * penalty
+
+    def weight(self, at: Tokens) -> Tensor:
+        return torch.where(at.advantage == 0, at.ratio, -self.slope(at) / at.advantage)
+
+    def formula(self) -> tuple[str, str]:
+        share, c = number(self.fraction), number(self.coef)
+        return (
+            f"[r·A − {c}·|log r| on the {share} with the highest cov(A, log π_θ)]",
+            rf"\left[rA - {c}|\log r|\,\mathbb 1[\text{{top }} {share} \text{{ by }} \mathrm{{cov}}(A,\log\pi)]\right]",
+        )
+
+    def code(self) -> list[str]:
+        return [
+            *_cov_code(),
+            "cov = torch.where(mask, cov, -torch.inf)",
+            f"top = cov.flatten().sort(descending=True, stable=True).indices[: max(1, int({self.fraction} * int(n)))]",
+            "chosen = torch.zeros(mask.numel(), dtype=torch.bool)",
+            "chosen[top] = True",
+            f"loss = -r * A + {self.coef} * (logp - below).abs() * chosen.view_as(mask)",
+        ]
+
+
+@dataclass(frozen=True)
+class Luffy(Trust):
+    """On-policy completions: ℓ = -A·r; completions of another policy: ℓ = -A·p/(p + shape) (LUFFY, arXiv:2504.14945).
+
+    The other policy's probability is taken as 1, as in the authors' code. Batch.off_policy marks its completions.
+    """
+
+    option: ClassVar[str] = "luffy"
+    through: ClassVar[str] = "logp"
+    token_only: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"off_policy"})
+    shape: float = param("shape", 0.1, "how strongly rare tokens of the other policy count", above=0)
+
+    def _foreign(self, at: Tokens) -> Tensor:
+        if at.batch is None:
+            return torch.zeros_like(at.mask)
+        return at.batch.require("off_policy", "trust='luffy'")[:, None].expand_as(at.mask)
+
+    def value(self, at: Tokens) -> Tensor:
+        p = at.logp.exp()
+        return -at.advantage * torch.where(self._foreign(at), p / (p + self.shape), at.ratio)
+
+    def weight(self, at: Tokens) -> Tensor:
+        p = at.logp.exp()
+        inside = (at.delta.abs() <= LOG_RATIO_BOUND).to(p.dtype)
+        return torch.where(self._foreign(at), p * self.shape / (p + self.shape) ** 2, at.ratio * inside)
+
+    def formula(self) -> tuple[str, str]:
+        s = number(self.shape)
+        text = f"A·(r; π_θ/(π_θ + {s}) for completions of the other policy)"
+        return (
+            text,
+            rf"A\cdot\begin{{cases}} r\\ \frac{{\pi_\theta}}{{\pi_\theta+{s}}} & \text{{other policy}}\end{{cases}}",
+        )
+
+    def code(self) -> list[str]:
+        return [
+            "p = logp.exp()",
+            f"loss = -A * torch.where(off_policy[:, None], p / (p + {self.shape}), r)",
+        ]

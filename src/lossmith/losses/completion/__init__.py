@@ -1,0 +1,1 @@
+"""Losses of whole completions: pairs of them, preferences, regressions."""

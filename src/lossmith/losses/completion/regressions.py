@@ -1,0 +1,209 @@
+"""The losses of whole completions: regressions of Λ on the reward; and the list of all, with those of preferences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossmith.losses.axes.advantage import Groups
+from lossmith.losses.completion.completion_loss import Completions, CompletionTerm
+from lossmith.losses.completion.pairs import GROUPED
+from lossmith.losses.completion.preferences import (
+    CPO,
+    KTO,
+    ORPO,
+    Hinge,
+    OnlineDPO,
+    OnlineIPO,
+    OnlineKTO,
+    RobustDPO,
+    SimPO,
+    SLiC,
+)
+from lossmith.losses.piece import number, options, param, symbol
+
+__all__ = ["A2PO", "GVPO", "SPPO", "TERMS", "GroupClassification"]
+
+
+@dataclass(frozen=True)
+class A2PO(CompletionTerm):
+    """(β2·Λ_i - (R_i - V*))², V* = β1 ln mean e^{R/β1} over the reference's completions (A*-PO, arXiv:2505.20686)."""
+
+    option: ClassVar[str] = "a2po"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "reference_reward"})
+    coupling: ClassVar[str] = "sequence"
+    beta1: float = param("beta1", 0.5, "temperature of the optimal value V*", above=0)
+    beta2: float = param("beta2", 1e-3, "factor of the log-ratio", above=0)
+
+    def _target(self, at: Completions) -> Tensor:
+        rewards = at.batch.require("reference_reward", "a2po").to(at.reward.dtype)
+        mean = torch.logsumexp(rewards / self.beta1, 1) - math.log(rewards.shape[1])
+        return at.reward - self.beta1 * mean
+
+    def value(self, at: Completions, units: float) -> Tensor:
+        return at.mean((self.beta2 * at.log_ratio - self._target(at)) ** 2, units)
+
+    def slope(self, at: Completions, units: float) -> Tensor:
+        return 2 * self.beta2 * (self.beta2 * at.log_ratio - self._target(at)) / max(units, 1)
+
+    def formula(self) -> tuple[str, str]:
+        a, b = number(self.beta1), number(self.beta2)
+        text = f"mean_i ({b}·Λ_i − (R_i − V*))², V* = {a}·ln mean_ref e^(R/{a})"
+        return (
+            text,
+            rf"\tfrac1N\sum_i ({b}\Lambda_i-(R_i-V^*))^2,\ "
+            rf"V^*={a}\ln\operatorname{{mean}}_{{\mathrm{{ref}}}} e^{{R/{a}}}",
+        )
+
+    def code(self) -> list[str]:
+        return [
+            f"V = {self.beta1} * torch.exp(reference_reward / {self.beta1}).mean(1).log()",
+            f"return (({self.beta2} * Lam - (R - V)) ** 2).mean()",
+        ]
+
+
+@dataclass(frozen=True)
+class GVPO(CompletionTerm):
+    """½(β(Λ_i - sg mean_g Λ) - A_i)², A = R - mean_g(R): Σ over the group/(G - 1), mean over groups (arXiv:2504.19599).
+
+    Λ is taken against the old policy; groups of one take no part. The mean over groups is ours: the recipe sums. The
+    detached mean stops no gradient: what it would add sums to 0 over the group.
+    """
+
+    option: ClassVar[str] = "gvpo"
+    anchor: ClassVar[str] = "old"
+    needs: ClassVar[frozenset[str]] = GROUPED
+    beta: float = param("beta", 0.1, "factor of the log-ratio", above=0)
+
+    def units(self, at: Completions) -> float:
+        groups = at.groups()
+        return int(groups.index[at.live & ~groups.singleton].unique().numel())
+
+    def _gap(self, at: Completions) -> tuple[Tensor, Tensor]:
+        """(β(Λ - mean Λ) - A, 1/(G - 1) or 0), [N]."""
+        groups = at.groups()
+        mean = at.groups(at.log_ratio.detach()).mean
+        share = torch.where(groups.singleton, 0.0, 1 / (groups.size - 1).clamp(min=1))
+        return self.beta * (at.log_ratio - mean) - (at.reward - groups.mean), share
+
+    def value(self, at: Completions, units: float) -> Tensor:
+        gap, share = self._gap(at)
+        return at.mean(0.5 * share * gap**2, units)
+
+    def slope(self, at: Completions, units: float) -> Tensor:
+        gap, share = self._gap(at)
+        return self.beta * share * gap / max(units, 1)
+
+    def formula(self) -> tuple[str, str]:
+        b = number(self.beta)
+        text = f"mean_g 1/(G−1) Σ_i ½({b}·(Λ_i − sg(mean_g Λ)) − (R_i − mean_g R))²"
+        return text, (
+            rf"\operatorname{{mean}}_g \tfrac1{{G-1}}\sum_i"
+            rf" \tfrac12\bigl({b}(\Lambda_i-\operatorname{{sg}}\mu_g(\Lambda))"
+            r"-(R_i-\mu_g(R))\bigr)^2"
+        )
+
+    def code(self) -> list[str]:
+        return [
+            "total = 0.0",
+            "several = [g for g in group.unique() if (group == g).sum() > 1]",
+            "for g in several:",
+            "    lam, r = Lam[group == g], R[group == g]",
+            f"    gap = {self.beta} * (lam - lam.detach().mean()) - (r - r.mean())",
+            "    total = total + 0.5 * (gap**2).sum() / (len(r) - 1)",
+            "return total / max(len(several), 1) + 0.0 * Lam.sum()",
+        ]
+
+
+@dataclass(frozen=True)
+class SPPO(CompletionTerm):
+    """(Λ_i - eta·R_i)², mean over completions (SPPO, arXiv:2405.00675); the paper's R is a centred win rate, P - ½."""
+
+    option: ClassVar[str] = "sppo"
+    anchor: ClassVar[str] = "old"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward"})
+    coupling: ClassVar[str] = "sequence"
+    eta: float | None = param("eta", None, "factor of the reward", above=0, required=True)
+
+    def value(self, at: Completions, units: float) -> Tensor:
+        return at.mean((at.log_ratio - self.given("eta") * at.reward) ** 2, units)
+
+    def slope(self, at: Completions, units: float) -> Tensor:
+        return 2 * (at.log_ratio - self.given("eta") * at.reward) / max(units, 1)
+
+    def formula(self) -> tuple[str, str]:
+        e, tex = symbol(self.eta, "η", r"\eta")
+        dot = "" if self.eta is None else r"\,"
+        return f"mean_i (Λ_i − {e}·R_i)²", rf"\tfrac1N\sum_i (\Lambda_i-{tex}{dot} R_i)^2"
+
+    def code(self) -> list[str]:
+        return [f"return ((Lam - {self.eta} * R) ** 2).mean()"]
+
+
+@dataclass(frozen=True)
+class GroupClassification(CompletionTerm):
+    """Good against bad completions of a group by their mean log-ratio s = Λ/T (REAL, arXiv:2602.05630).
+
+    log(1 + Σ_{A<=0} e^{s/tau}) + log(1 + Σ_{A>0} e^{-s/tau}), A = R - mean_g(R), summed over groups that hold both and
+    divided by the number of all groups.
+    """
+
+    option: ClassVar[str] = "real"
+    anchor: ClassVar[str] = "old"
+    needs: ClassVar[frozenset[str]] = GROUPED
+    tau: float = param("tau", 0.5, "temperature", above=0)
+
+    def units(self, at: Completions) -> float:
+        return int(at.groups().index[at.live].unique().numel())
+
+    def _parts(self, at: Completions) -> tuple[Tensor, Tensor, Groups, Groups]:
+        """(exponent of each row, sign of its side, the bad and the good rows of mixed groups)."""
+        groups = at.groups()
+        good, mixed = (groups.reward > groups.mean) & ~groups.constant, at.live & ~groups.constant
+        sign = torch.where(good, -torch.ones_like(at.reward), torch.ones_like(at.reward))
+        x = sign * at.log_ratio / (at.lengths * self.tau)
+        return x, sign, Groups(groups.index, mixed & ~good, x), Groups(groups.index, mixed & good, x)
+
+    def value(self, at: Completions, units: float) -> Tensor:
+        x, _, bad, good = self._parts(at)
+        total = torch.zeros((), dtype=x.dtype, device=x.device)
+        for side in (bad, good):
+            each = torch.log1p(side.total(x.exp()))  # the same number on each row of a group
+            first = side.first_where(side.live)
+            total = total + torch.where(first, each, torch.zeros_like(each)).sum()
+        return total / max(units, 1)
+
+    def slope(self, at: Completions, units: float) -> Tensor:
+        x, sign, bad, good = self._parts(at)
+        slope = torch.zeros_like(x)
+        for side in (bad, good):
+            share = x.exp() / (1 + side.total(x.exp()))
+            slope = slope + torch.where(side.live, sign * share / (at.lengths * self.tau), torch.zeros_like(x))
+        return slope / max(units, 1)
+
+    def formula(self) -> tuple[str, str]:
+        t = number(self.tau)
+        text = f"1/#g Σ_(mixed g) [ln(1 + Σ_{{A≤0}} e^(Λ/({t}T))) + ln(1 + Σ_{{A>0}} e^(−Λ/({t}T)))], A = R − mean_g(R)"
+        return text, (
+            rf"\tfrac1{{\#g}}\sum_{{g\ \mathrm{{mixed}}}} \ln\bigl(1+\sum_{{A\le0}} e^{{\Lambda_i/({t}T_i)}}\bigr)"
+            rf"+\ln\bigl(1+\sum_{{A>0}} e^{{-\Lambda_i/({t}T_i)}}\bigr),\ A=R-\mu_g"
+        )
+
+    def code(self) -> list[str]:
+        return [
+            f"total, s = 0.0 * Lam.sum(), Lam / (T * {self.tau})",
+            "for g in group.unique():",
+            "    x, r = s[group == g], R[group == g]",
+            "    if r.max() > r.min():",
+            "        good = r > r.mean()",
+            "        total = total + torch.log(1 + x[~good].exp().sum()) + torch.log(1 + (-x[good]).exp().sum())",
+            "return total / len(group.unique())",
+        ]
+
+
+_PREFERENCES = (OnlineDPO, RobustDPO, OnlineIPO, Hinge, SLiC, CPO, SimPO, ORPO, KTO, OnlineKTO)
+TERMS: dict[str, type[CompletionTerm]] = options(*_PREFERENCES, A2PO, GVPO, SPPO, GroupClassification)

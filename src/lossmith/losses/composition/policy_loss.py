@@ -1,0 +1,467 @@
+"""The loss as a value: a point in a product of axes, evaluated in two halves.
+
+credit     whole rollout batch, no gradient: shaping, KL in the reward, advantage, masks, and every normaliser
+objective  per token, with gradient, on any micro-batch of it
+
+    L = Σ_it  weight_it · [ u_it·ℓ(r_it, A_it) + β·k_it - c_H·H_it + c_V·v_it ]
+
+weight_it comes from the aggregation over the whole batch, so the sum over any micro-batches is the same number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.errors import LossError, TrapWarning
+from lossmith.losses.as_tensor import wide
+from lossmith.losses.axes.advantage import (
+    BatchMean,
+    Critic,
+    Estimator,
+    NoScale,
+    OptimalToken,
+    ReferenceGap,
+    Scale,
+    Signal,
+    Zero,
+)
+from lossmith.losses.axes.aggregate import AGGREGATE, Aggregate, PromptMean, TokenMean
+from lossmith.losses.axes.extra import Extra, NoExtra
+from lossmith.losses.axes.kl import KL
+from lossmith.losses.axes.masks import GroupFilter, KeepAll, Mask, NoMask
+from lossmith.losses.axes.mismatch import Mismatch, NoMismatch
+from lossmith.losses.axes.ratio import Ratio, SequenceTokenRatio, TokenRatio
+from lossmith.losses.axes.shaping import Shaping
+from lossmith.losses.axes.trust import LogP, M2Mask, Tokens, Trust
+from lossmith.losses.axes.value import ValueLoss
+from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.composition.flat import AXES, House, to_flat, with_flat
+from lossmith.losses.composition.formula import render
+from lossmith.losses.composition.legality import check_legal
+from lossmith.losses.composition.listing import listing
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome, together
+from lossmith.losses.piece import Piece
+
+__all__ = ["PolicyLoss"]
+
+_COUPLING = ("token", "sequence", "group", "batch")
+
+
+@dataclass(frozen=True)
+class PolicyLoss(Loss):
+    """L(θ) as a product of axes. Read the fields in the order of evaluation."""
+
+    name: str = "custom"
+    shaping: tuple[Shaping, ...] = ()
+    truncated: str = "keep"  # keep | mask | zero: what becomes of completions that the token budget cut
+    group_filter: GroupFilter = dataclasses.field(default_factory=KeepAll)
+    advantage: Estimator = dataclasses.field(default_factory=BatchMean)
+    scale: Scale = dataclasses.field(default_factory=NoScale)
+    advantage_mul: float = 1.0
+    advantage_clip: float | None = None
+    ratio: Ratio = dataclasses.field(default_factory=TokenRatio)
+    trust: Trust = dataclasses.field(default_factory=LogP)
+    token_mask: Mask = dataclasses.field(default_factory=NoMask)
+    sequence_mask: Mask = dataclasses.field(default_factory=NoMask)
+    mismatch: Mismatch = dataclasses.field(default_factory=NoMismatch)
+    kl: KL = dataclasses.field(default_factory=KL)
+    entropy_coef: float = 0.0
+    extra: Extra = dataclasses.field(default_factory=NoExtra)
+    value: ValueLoss = dataclasses.field(default_factory=ValueLoss)
+    aggregate: Aggregate = dataclasses.field(default_factory=TokenMean)
+    kl_aggregate: str = "same"  # the aggregation of the KL term, where it differs
+    entropy_aggregate: str = "same"
+    local_normalizer: bool = False  # counts are taken over the rows at hand: micro-batches do not add up
+    house: House | None = dataclasses.field(default=None, compare=False, repr=False)  # whose numbers a new option gets
+
+    def __post_init__(self) -> None:
+        check_legal(self)
+        for trap in self.traps:
+            warnings.warn(f"{self.name}: {trap}.", TrapWarning, stacklevel=3)
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def traps(self) -> tuple[str, ...]:
+        local = "a local normaliser: the loss depends on how the batch is cut into micro-batches and ranks"
+        return tuple(t for t in (self.trust.trap(), self.kl.trap(), local if self.local_normalizer else None) if t)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Everything that is chosen on an axis, shaping included."""
+        axes = (self.group_filter, self.advantage, self.scale, self.ratio, self.trust, self.token_mask)
+        rest = (self.sequence_mask, self.mismatch, self.kl, self.extra, self.value, self.aggregate)
+        return (*self.shaping, *axes, *rest)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needed = frozenset().union(*(p.needs | p.missing for p in self.pieces)) | self.kl.required
+        conditions = {
+            "behavior_logp": not isinstance(self.mismatch, NoMismatch) or self.ratio.denominator == "behavior",
+            "ref_logp": self.ratio.denominator == "ref",
+            "entropy": self.entropy_coef > 0,
+            "truncated": self.truncated != "keep",
+            "value": self.value.active,
+            "returns": self.value.active and isinstance(self.advantage, Zero),
+        }
+        return needed | {name for name, holds in conditions.items() if holds}
+
+    @property
+    def uses_old(self) -> bool:
+        ratio = self._needs_ratio and self.ratio.denominator == "old"
+        in_reward = self.kl.in_reward
+        reads = isinstance(self.advantage, (ReferenceGap, OptimalToken)) or isinstance(self.trust, M2Mask)
+        return ratio or in_reward or reads or not isinstance(self.mismatch, NoMismatch)
+
+    @property
+    def coupling(self) -> str:
+        levels = [self.advantage.coupling, self.scale.coupling, "sequence" if self.ratio.per_sequence else "token"]
+        if not isinstance(self.group_filter, KeepAll) or isinstance(self.aggregate, PromptMean):
+            levels.append("group")
+        if not self.separable or self.mismatch.whole_batch or self.local_normalizer:
+            levels.append("batch")
+        return max(levels, key=_COUPLING.index)
+
+    @property
+    def compares(self) -> str:
+        return self.advantage.compares or self.group_filter.compares
+
+    @property
+    def of_truncated(self) -> str:
+        return self.truncated
+
+    @property
+    def separable(self) -> bool:
+        return not (self.trust.whole_batch or self.token_mask.whole_batch)
+
+    @property
+    def stops_gradient(self) -> bool:
+        by_ratio = self.trust.uses_ratio and (
+            isinstance(self.ratio, SequenceTokenRatio) or self.ratio.denominator == "self"
+        )
+        kl = self.kl.in_loss and self.kl.straight_through
+        return self.trust.stops_gradient or by_ratio or kl
+
+    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> PolicyLoss:
+        """A copy with these flat parameters changed: `loss.set(clip_high=0.28, beta=0.04)`, or a mapping of them."""
+        return with_flat(self, together(changes, more))
+
+    def replace(self, **changes: Any) -> PolicyLoss:
+        """A copy with some axes changed: `loss.replace(trust=Clip(low=0.2, high=0.28))`. Flat parameters are taken too.
+
+        LossError: a name that is neither, or a composition that means nothing.
+        """
+        pieces = {f.name for f in dataclasses.fields(self)} - {"shaping"}
+        flat = {k: v for k, v in changes.items() if k not in pieces or (k in AXES and not isinstance(v, Piece))}
+        made = dataclasses.replace(self, **{k: v for k, v in changes.items() if k not in flat})
+        return made.set(flat) if flat else made
+
+    # -- credit -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, normalizer: Normalizer | None = None) -> Credit:
+        """Whole batch -> advantages, token weights, mismatch weights, returns.
+
+        normalizer: counts over all ranks, where this batch is one rank's share; by default this batch's own.
+        """
+        signal = self._signal(batch)
+        advantage, raw = self._advantage(batch, signal)
+        advantage = self._as_narrow(advantage, batch, signal)
+        weight = self.token_weights(batch, normalizer)
+        return Credit(
+            advantage=advantage,
+            weight=weight,
+            mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
+            returns=self._returns(batch, signal, raw),
+            tokens=normalizer.tokens if normalizer is not None else batch.tokens,
+            measure=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
+            whole=len(batch.valid),
+            given=batch.given,
+            **self._other_weights(batch, normalizer),
+        )
+
+    def as_whole(self, credit: Credit, batch: Batch) -> Credit:
+        return dataclasses.replace(super().as_whole(credit, batch), **self._other_weights(batch, None))
+
+    def _other_weights(self, batch: Batch, normalizer: Normalizer | None) -> dict[str, Any]:
+        """Weights of the terms that are aggregated in another way than the policy term."""
+        how = {"kl_weight": self.kl_aggregate, "entropy_weight": self.entropy_aggregate}
+        return {k: self._weights_by(AGGREGATE[x](), batch, normalizer) for k, x in how.items() if x != "same"}
+
+    @torch.no_grad()
+    def token_weights(self, batch: Batch, normalizer: Normalizer | None = None) -> Tensor:
+        """1/Z of each token, [N, T]: the aggregation over these rows, groups and truncated rows left out as asked.
+
+        normalizer: counts over all ranks, where this batch is one rank's share; by default this batch's own.
+        """
+        return self._weights_by(self.aggregate, batch, normalizer)
+
+    def counts(self, batch: Batch) -> Normalizer:
+        """Of what takes part: completions that the filter leaves out are not counted."""
+        return Normalizer.of(self._counted(batch).valid, batch.group)
+
+    def _counted(self, batch: Batch) -> Batch:
+        taking_part = self.group_filter.keep(batch)
+        return batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
+
+    def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
+        norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
+        weights = aggregate.weights(self._counted(batch), norm, batch.dtype)
+        if self.truncated == "mask":  # left out of the loss, still counted by the normaliser
+            weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
+        return weights
+
+    def _as_narrow(self, x: Tensor, batch: Batch, signal: Signal | None, *, squared: bool = False) -> Tensor:
+        """[N, T] in the type of the batch, 0 at masked positions. LossError: gradients would overflow with it."""
+        x, kind = _valid(x, batch), batch.dtype if batch.logp is None else batch.logp.dtype
+        limit = torch.finfo(kind).max / 1e6
+        limit = math.sqrt(limit) if squared else limit
+        if not bool((x.abs() <= limit).all()):
+            rewards = "the rewards" if signal is None else f"rewards of {float(signal.reward.abs().max()):.3g}"
+            raise LossError(
+                f"{self.name}: {rewards} are too large: with them the {'critic' if squared else 'loss'} leaves what "
+                f"{kind} holds. Scale them (shaping='scale', a=...), or divide by their spread (advantage_scale='...')."
+            )
+        return x.to(batch.dtype)
+
+    def _signal(self, batch: Batch) -> Signal | None:
+        """Rewards after shaping, with the KL penalty taken off, in float64; None where the advantage is given."""
+        if batch.advantage is not None:
+            if self.kl.in_reward:
+                raise LossError(
+                    f"{self.name} takes its KL penalty off the reward, but Batch.advantage is given and bypasses it. "
+                    "Give reward instead, or build the loss with beta=0."
+                )
+            if batch.reward is None:
+                return None
+        reward = wide(self._reward(batch))
+        for shaping in self.shaping:
+            reward = shaping(reward, batch)
+            if reward.ndim == 2:  # a shift would put a reward on padding
+                reward = _valid(reward, batch)
+        if self.truncated == "zero":
+            cut = batch.require("truncated", "truncated='zero'")
+            reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
+        if self.kl.in_reward:
+            reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
+        _check_size(self.name, reward, batch)
+        return Signal(batch, reward)
+
+    def _reward(self, batch: Batch) -> Tensor:
+        """Batch.reward; zeros where nothing of this loss reads a reward."""
+        if batch.reward is None and not self.needs & {"reward", "reward_parts"}:
+            return torch.zeros(len(batch.valid), dtype=batch.dtype, device=batch.valid.device)
+        return batch.require("reward", self.name)
+
+    def _advantage(self, batch: Batch, signal: Signal | None) -> tuple[Tensor, Tensor]:
+        """(final advantage, advantage before scaling), both [N, T]."""
+        if batch.advantage is not None:
+            given = batch.advantage if batch.advantage.ndim == 2 else batch.advantage[:, None]
+            given = given.expand(batch.valid.shape)
+            return given, given
+        assert signal is not None
+        raw = self.advantage(signal)
+        scaled = self.scale(raw, signal) * self.advantage_mul
+        if self.advantage_clip is not None:
+            scaled = scaled.clamp(-self.advantage_clip, self.advantage_clip)
+        return scaled, raw
+
+    def _group_counts(self, batch: Batch, signal: Signal | None) -> dict[str, float]:
+        """How many groups there are, and how many carry no signal because their rewards are all equal."""
+        if batch.group is None or signal is None:
+            return {}
+        groups, live = signal.groups(self.name), signal.live
+        constant = groups.index[live & groups.constant].unique().numel()
+        return {"groups": float(groups.index[live].unique().numel()), "constant_groups": float(constant)}
+
+    def _mismatch_of_old(self, batch: Batch, weight: Tensor) -> Tensor:
+        """u where no forward pass has been made yet: from the old log-probabilities."""
+        if isinstance(self.mismatch, NoMismatch):
+            return torch.ones((), dtype=weight.dtype, device=weight.device).expand_as(weight)
+        return self.mismatch(batch.replace(logp=batch.require("old_logp", "a mismatch correction")))
+
+    def _returns(self, batch: Batch, signal: Signal | None, raw: Tensor) -> Tensor | None:
+        """The critic's target: what its estimator says (A before scaling plus V_old, as a rule), or Batch.returns.
+
+        None with a given advantage and no returns: the estimator is bypassed, and its critic with it.
+        """
+        bypassed = batch.advantage is not None and not isinstance(self.advantage, Zero)
+        if not self.value.active or batch.returns is not None or bypassed:
+            return batch.returns if self.value.active else None
+        if not isinstance(self.advantage, Critic) or signal is None:
+            return batch.require("returns", self.name)
+        return self._as_narrow(self.advantage.target(signal, raw), batch, signal, squared=True)
+
+    # -- objective --------------------------------------------------------------------------------------------------
+
+    def objective(self, batch: Batch, credit: Credit) -> LossOutput:
+        """The loss of these rows under that credit: scalar with gradient. Rows of a whole batch add up to its loss.
+
+        LossError: the credit is of other rows.
+        """
+        credit.check(self, batch)
+        terms: dict[str, Tensor] = {}
+        at = self._tokens(batch, credit)
+        if at is not None and not isinstance(self.advantage, Zero):
+            weight = credit.weight * self._factor(batch, credit)  # first: neither has a gradient
+            terms["policy"] = (weight * self.trust.value(at)).sum()
+        if at is not None and self.kl.in_loss:
+            weight = credit.weight if credit.kl_weight is None else credit.kl_weight
+            weight = weight * self._factor(batch, credit) if self.kl.masked else weight
+            terms["kl"] = self.kl.beta * (weight * self.kl.term(batch, at.ratio)).sum()
+        if self.entropy_coef:
+            weight = credit.weight if credit.entropy_weight is None else credit.entropy_weight
+            entropy = batch.require("entropy", "entropy_coef")
+            terms["entropy"] = -self.entropy_coef * (weight * entropy).sum()
+        if not isinstance(self.extra, NoExtra):
+            terms[self.extra.option] = (credit.weight * self.extra.value(batch, credit.advantage)).sum()
+        if credit.returns is not None:
+            terms["value"] = self.value.coef * (credit.weight * self.value.term(batch, credit.returns)).sum()
+        loss = torch.stack([t.to(credit.weight.dtype) for t in terms.values()]).sum()
+        return LossOutput(loss, credit.advantage, terms, lambda: self._metrics(batch, credit, at))
+
+    def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
+        """Both halves on one batch; advantages alone where it has no log-probabilities."""
+        credit = self.credit(batch, normalizer)
+        try:
+            output = self.objective(batch, credit)
+        except LossError as error:
+            if batch.logp is not None:
+                raise
+            return OnlyCredit(credit.advantage, credit.measure, error)
+        return dataclasses.replace(output, measure=lambda: credit.metrics | output.metrics)
+
+    @property
+    def _needs_ratio(self) -> bool:
+        return self.trust.uses_ratio or self.kl.uses_ratio
+
+    def _tokens(self, batch: Batch, credit: Credit) -> Tokens | None:
+        """What the trust region sees; None where there is neither a policy nor a KL term to see anything."""
+        if batch.logp is None and isinstance(self.advantage, Zero) and not self.kl.active:
+            return None
+        logp = batch.require("logp", self.name)
+        ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
+        if self.ratio.per_sequence:  # one number a completion stays one, [N, 1], until it meets the tokens
+            ratio = ratio[:, :1]
+        below = self.ratio.below(batch) if self._needs_ratio else logp.detach()
+        return Tokens(ratio, self._row_advantage(batch, credit), logp, below, batch.valid, batch)
+
+    def _row_advantage(self, batch: Batch, credit: Credit) -> Tensor:
+        """A as the trust region sees it: one number a completion where the ratio is one and carries the gradient."""
+        advantage = credit.advantage
+        if not self.ratio.per_sequence or self.trust.through != "ratio":
+            return advantage
+        mean = advantage.sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
+        return mean if advantage.shape[1] else advantage
+
+    @torch.no_grad()
+    def _factor(self, batch: Batch, credit: Credit) -> Tensor:
+        """What the policy term of each token is multiplied with: mismatch weight and masks, [N, T] without gradient."""
+        factor = credit.mismatch
+        for mask in (self.token_mask, self.sequence_mask):
+            keep = mask.keep(batch, credit.advantage)
+            if keep is not None:
+                factor = factor * keep
+        return factor
+
+    @torch.no_grad()
+    def _metrics(self, batch: Batch, credit: Credit, at: Tokens | None) -> dict[str, float]:
+        # means over all valid tokens, whatever the aggregation
+        weight = batch.valid.to(credit.weight.dtype) / max(credit.tokens, 1)
+        metrics: dict[str, float] = {}
+        if at is not None and self._needs_ratio:
+            metrics["ratio"] = float((weight * at.ratio).sum())
+            stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
+            metrics["clip_fraction"] = float((weight * stopped).sum())
+        return metrics | drift(batch, credit.tokens)
+
+    # -- closed forms -----------------------------------------------------------------------------------------------
+
+    def weight(self, ratio: Tensor | float, advantage: Tensor | float, old_prob: float = 0.3) -> Tensor:
+        """w(r, A) = -(dℓ/dlogp)/A of a single token in closed form, before masks and aggregation.
+
+        At A = 0 the limit A -> 0+. old_prob: the token's old probability, for losses that look at it.
+        """
+        r, a = torch.broadcast_tensors(_tensor(ratio), _tensor(advantage))
+        if self.ratio.denominator == "self":  # the ratio is 1 wherever the old policy is
+            r = torch.ones_like(r)
+        return self.trust.weight(Tokens.single(r, a, old_prob)).reshape(r.shape)
+
+    @torch.no_grad()
+    def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
+        """dL/dlogp [N, T] by the formulas, not by autograd: -w·A·u/Z plus the slopes of the other terms."""
+        if self.kl.in_loss and self.kl.estimator == "full":
+            raise NotImplementedError("kl_estimator='full' does not act through the sampled token's logp.")
+        credit = credit or self.credit(batch)
+        credit.check(self, batch)
+        at = self._tokens(batch, credit)
+        gradient = torch.zeros_like(credit.weight)
+        if at is None:
+            return gradient
+        factor = self._factor(batch, credit)
+        if not isinstance(self.advantage, Zero):
+            slope = self.trust.spread(_valid(credit.weight * factor * self.trust.slope(at), batch), at)
+            gradient = self.ratio.chain(slope, batch) if self.trust.through == "ratio" else slope
+        if self.kl.in_loss:
+            weight = credit.weight if credit.kl_weight is None else credit.kl_weight
+            weight = self.kl.beta * (weight * factor if self.kl.masked else weight)
+            by_logp, by_ratio = self.kl.slopes(batch, at.ratio)
+            gradient = gradient + weight * by_logp
+            if by_ratio is not None:
+                gradient = gradient + self.ratio.chain(_valid(weight * by_ratio, batch), batch)
+        if not isinstance(self.extra, NoExtra):
+            gradient = gradient + credit.weight * self.extra.slope(batch, credit.advantage)
+        return _valid(gradient, batch)
+
+    # -- representations --------------------------------------------------------------------------------------------
+
+    def formula(self, style: str = "text") -> str:
+        """The loss as text or "latex", generated from the composition."""
+        return render(self, style)
+
+    def code(self) -> str:
+        """The loss as a function of plain torch, generated from the composition; tests run it against the loss."""
+        return listing(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The composition as flat parameters, complete; `from_dict` reads it back, and get_loss accepts every key."""
+        return to_flat(self)
+
+    @staticmethod
+    def from_dict(flat: dict[str, Any]) -> PolicyLoss:
+        """The composition that `to_dict` wrote."""
+        return with_flat(PolicyLoss(), {"name": "custom", **flat})
+
+
+def _check_size(owner: str, reward: Tensor, batch: Batch) -> None:
+    """LossError: rewards whose sums and differences would overflow, and lose their order without a word."""
+    live = torch.where(batch.live if reward.ndim == 1 else batch.valid, reward, 0.0).abs()
+    largest = torch.finfo(reward.dtype).max / 1e6
+    if not bool((live <= largest).all()):
+        row = int((~(live <= largest)).nonzero()[0, 0])
+        raise LossError(
+            f"{owner}: the reward at row {row} is beyond ±{largest:.3g}, where differences of rewards overflow. "
+            "Let the scorer give smaller numbers, or scale them (shaping='scale', a=...)."
+        )
+
+
+def _valid(x: Tensor, batch: Batch) -> Tensor:
+    """x at valid positions, 0 elsewhere: selected, not multiplied."""
+    return torch.where(batch.valid, x, 0.0)
+
+
+def _tensor(x: Tensor | float) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+
+
+def _credit_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
+    kept = advantage[batch.valid]
+    return outcome(batch) | {"advantage_abs": float(kept.abs().mean()) if len(kept) else 0.0}

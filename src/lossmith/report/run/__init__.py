@@ -1,0 +1,1 @@
+"""A run: its opening, its steps, its end, and pictures of it."""

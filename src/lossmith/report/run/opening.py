@@ -1,0 +1,56 @@
+"""What a run says before it starts: its batch arithmetic, its loss as a formula, and how much memory it will take."""
+
+from __future__ import annotations
+
+from lossmith.report.run.prompts import who_reads
+from lossmith.training import Learner, Plan, Recipe, Run
+
+__all__ = ["batch_arithmetic", "memory_estimate", "opening"]
+
+
+def opening(plan: Plan, run: Run) -> str:
+    """The text printed before the first step."""
+    recipe = plan.recipe
+    scorers = [scorer for scorer in (run.scorer, run.watch) if scorer is not None]
+    read_by = who_reads(run.policy, [*plan.train, *plan.held_out], scorers)
+    lines = [
+        "prompts   " + "\n          ".join([*plan.report.split("\n"), *read_by]),
+        f"          {len(plan.train)} to train on, {len(plan.held_out)} held out",
+        "batch     " + "\n          ".join(batch_arithmetic(recipe, len(plan.train))),
+        "memory    " + memory_estimate(run.learner),
+        "figures   reward: mean score; KL: nats a completion from the untrained policy; entropy: nats a token",
+        "loss      " + str(run.learner.loss).replace("\n", "\n          "),
+        f"run       {run.folder.path}",
+    ]
+    return "\n".join(lines)
+
+
+def batch_arithmetic(recipe: Recipe, train_prompts: int) -> list[str]:
+    """prompts x samples = completions, updates a step, and how often the prompts are seen."""
+    completions = recipe.prompts_per_step * recipe.samples_per_prompt
+    updates = recipe.epochs * min(recipe.updates_per_step, recipe.prompts_per_step)
+    return [
+        f"{recipe.prompts_per_step} prompts x {recipe.samples_per_prompt} samples = {completions} completions of "
+        f"at most {recipe.max_tokens} tokens a step",
+        f"{updates} update{'s' * (updates > 1)} a step x {recipe.steps} steps = {updates * recipe.steps} updates; "
+        f"the prompts are seen {recipe.steps * recipe.prompts_per_step / train_prompts:.2f} times",
+    ]
+
+
+def memory_estimate(learner: Learner) -> str:
+    """Weights, gradients and optimiser exactly; sampling and the activations of one micro-batch by rules of thumb."""
+    need, again = learner.need, learner.recompute
+    activations = need.recomputed if again else need.activations
+    held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
+    total = need.total(again)
+    text = (
+        f"about {total / 1e9:.1f} GB: {held} {need.fixed / 1e9:.1f} GB, and then sampling {need.sampling / 1e9:.1f} GB "
+    )
+    text += f"or activations {activations / 1e9:.1f} GB"
+    if need.longest:
+        text += f" (longest prompt: {need.longest:,} tokens)"
+    if again and need.budget is not None:
+        text += f"\n          layers are run again in the backward pass, for {need.budget / 1e9:.1f} GB are to be had"
+    if need.budget is not None and total > need.budget:
+        text += "\n          this is more than there is: lower micro_batch_tokens, or take a smaller model"
+    return text

@@ -1,0 +1,1 @@
+"""A policy straight from preferences (DPO and its kin), without sampling."""
