@@ -12,7 +12,8 @@ import tiny
 from lossmith.report.run.bench import as_record, recommendations, show_measurement
 from lossmith.training import Recipe, measure_recipe, plan
 from lossmith.training.roofline import Work, count_work, multiply_rate
-from test_cli import lossmith, small
+from shell import lossmith
+from test_cli import small
 
 PROMPTS = [f"Prompt number {i}?" for i in range(8)]
 

@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from lossmith.scorers import load_scorer
-from test_cli import lossmith
+from shell import lossmith
 
 SMALL = ("--model", tiny.folder(), "--device", "cpu")
 

@@ -1,4 +1,4 @@
-"""The command line, as a user runs it: in a process of its own."""
+"""The command line, as a user gives it; test_resume.py starts it as a process of its own."""
 
 import json
 import os
@@ -10,15 +10,7 @@ import pytest
 import tiny
 from lossmith.losses import CATALOGUE
 from lossmith.training import Recipe
-
-
-def lossmith(*arguments, code=0, cwd=None, columns=200):
-    environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1", "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-c", "import lossmith.cli; lossmith.cli.main()", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    return result
+from shell import lossmith
 
 
 def small(tmp_path, *more):

@@ -17,7 +17,7 @@ from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
-from test_cli import lossmith
+from shell import lossmith
 
 
 @pytest.fixture
