@@ -134,7 +134,7 @@ def test_log_probs_measured_differently_cannot_be_subtracted():
         Distribution(0, top_k=5),
         Distribution(0, dtype="bfloat16"),
     ):
-        with pytest.raises(PolicyError, match="measured under different distributions"):
+        with pytest.raises(PolicyError, match="are of different distributions"):
             a - LogProbs(values, other)
 
 
