@@ -28,7 +28,7 @@ def train(
 ) -> None:
     """Train a policy on prompts without gold answers, and show that held-out performance rose.
 
-    With no argument: SmolLM2-135M-Instruct, the shipped prompts, an automatic helpfulness scorer; about five minutes.
+    With no argument: SmolLM2-135M-Instruct, the shipped prompts, an automatic helpfulness scorer; minutes on a laptop.
 
     Parameters
     ----------
