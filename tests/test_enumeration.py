@@ -10,9 +10,9 @@ import torch
 import lossmith.losses as L
 from batches import quiet_loss
 from lossmith.errors import ProofError
+from lossmith.losses.batch import FIELDS
 from lossmith.proofs import Tree, World, bias, default_world, group_gradients, kl_push, kl_table, length_weights
 from lossmith.proofs.enumeration import WORLD_FIELDS, long_world
-from lossmith.proofs.random_batches import FIELDS
 from lossmith.proofs.scenarios import (
     SUCCESS,
     baseline_variances,

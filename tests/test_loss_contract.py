@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 
 import lossmith.losses as L
 from batches import EVERY, LEAVES, NAMES, evaluate, make, no_trap_warnings, normal, quiet_loss, random_fields
+from lossmith.errors import LossError
+from lossmith.losses.batch import FIELDS
 from lossmith.losses.composition.flat import AXES, pieces_of
 
 TRAPS_BY_DEFAULT = {"book_clip", "book_ppo_clip", "bnpo"}
@@ -666,3 +669,36 @@ def test_names_of_axes_do_not_collide():
         a, b = ({flat for piece in AXES[axis][1].values() for flat in piece.flat_names()} for axis in (name, other))
         # two axes read the token limit's, the bounds' or eps's name: legality asks that they agree
         assert a & b <= {"eps", "gamma", "threshold", "coef"}, (name, other, a & b)
+
+
+def test_every_field_says_what_it_holds_and_that_is_the_only_list():
+    """A field added to Batch is drawn, cleaned and sliced without another line."""
+    for name, field in FIELDS.items():
+        assert field.provider and set(field.shapes) <= {"N", "NT", "NK"}, name
+        assert f"{name}" in (L.Batch.__doc__ or ""), name
+    source = Path(L.__file__).parent
+    rare = ("mismatched_log_ratio", "reference_reward", "pair_probability")
+    lists = [p.name for p in source.rglob("*.py") if all(f'"{name}"' in p.read_text() for name in rare)]
+    assert lists == []
+
+
+def test_a_batch_moves_counts_and_keeps_the_gradient():
+    leaf = torch.tensor([[-1.0, -2.0], [-0.5, -0.7]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    batch = L.Batch(leaf, mask, reward=[1.0, 0.0], group=[0, 0])
+    assert len(batch) == 2 and batch.to("cpu").logp is batch.logp and batch.to("meta").reward.device.type == "meta"
+    L.get_loss("reinforce")(batch).loss.backward()
+    assert leaf.grad is not None and leaf.grad[0].abs().min() > 0
+    assert torch.equal(batch.logp.grad, leaf.grad)
+
+
+def test_rows_and_replace_check_what_is_new_alone():
+    batch = L.Batch(-torch.ones(3, 2), torch.ones(3, 2, dtype=torch.bool), reward=[1.0, 0.0, 2.0])
+    with mock.patch.object(L.Batch, "_clean") as clean:
+        assert batch.rows(slice(1, 3)).reward.tolist() == [0.0, 2.0]
+        batch.replace(reward=[3.0, 4.0, 5.0])
+    assert [call.args for call in clean.call_args_list] == [("reward",)]
+    with pytest.raises(LossError, match=r"Batch\.reward"):
+        batch.replace(reward=[3.0, 4.0])
+    with pytest.raises(LossError, match=r"no field 'rewards'"):
+        batch.replace(rewards=[3.0, 4.0, 5.0])

@@ -14,7 +14,7 @@ from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, quiet_traps
 from lossmith.files import check_writable, write_whole
 from lossmith.losses import Loss, PolicyLoss, describe, example_loss, find_entry, list_losses, parse_loss
-from lossmith.losses.batch import PROVIDERS
+from lossmith.losses.batch import FIELDS
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.report.loss import RATIOS, changes_of_preset, weight_plot
 from lossmith.report.loss.catalogue_page import FAMILIES
@@ -172,7 +172,8 @@ def _show(entry: Entry, loss: Loss) -> None:
 def _needs(loss: Loss) -> str:
     lines = [f"couples rows by {loss.coupling}; needs logp, mask and"]
     for name in sorted(loss.needs):
-        lines.append(f"  {name}: {PROVIDERS.get(name, 'a parameter without an agreed default: give it')}")
+        missing = "a parameter without an agreed default: give it"
+        lines.append(f"  {name}: {FIELDS[name].provider if name in FIELDS else missing}")
     if loss.uses_old:
         lines.append("  old_logp: a forward pass at the start of the update; without it the ratio is 1")
     return "\n".join(lines) if len(lines) > 1 else lines[0].removesuffix(" and") + " alone"
@@ -188,7 +189,7 @@ def _show_preset(console: Console, entry: Entry) -> None:
 
 
 def _show_weights(console: Console, loss: Loss) -> None:
-    missing = sorted(loss.needs - PROVIDERS.keys() - {"max_length"})
+    missing = sorted(loss.needs - FIELDS.keys() - {"max_length"})
     if missing:
         console.print(f"\nits weight depends on {', '.join(missing)}: show it with a value", highlight=False)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,43 +14,32 @@ from torch import Tensor
 from lossmith.errors import LossError, nearest
 from lossmith.losses.as_tensor import as_bool, as_numbers, as_whole_numbers
 
-__all__ = ["Batch", "Normalizer"]
+__all__ = ["FIELDS", "Batch", "Field", "Normalizer"]
 
-# Who fills a field when a loss needs it and it is missing.
-PROVIDERS = {
-    "logp": "a forward pass of the policy",
-    "mask": "the sampler (True on response tokens, the end token included)",
-    "old_logp": "a forward pass of the policy at the start of the update",
-    "behavior_logp": "the sampler",
-    "ref_logp": "a forward pass of the reference policy",
-    "full_kl": "a forward pass of the policy and the reference over the full vocabulary",
-    "reward": "the scorer",
-    "group": "the loop (number the prompts, so that completions of one prompt share a number)",
-    "value": "a value head",
-    "returns": "you, or the advantage estimator",
-    "entropy": "a forward pass of the policy",
-    "truncated": "the sampler (finish reason 'length')",
-    "advantage": "you (advantage='given' computes none)",
-    "baseline": "you (a running average of rewards, say)",
-    "reward_greedy": "the scorer, on a greedy completion of each row's prompt",
-    "reward_parts": "the scorers, one column each",
-    "reference_reward": "the scorer, on completions that the reference policy wrote for each row's prompt",
-    "sum_prob_sq": "a forward pass of the policy over the full vocabulary",
-    "potential": "you (a potential function of the tokens so far)",
-    "off_policy": "whoever mixed completions of another policy into the batch",
-    "lag": "the sampler (policy versions between sampling and this update)",
-    "mismatched_log_ratio": "forward passes of the policy and the reference over each prompt with another's completion",
-    "pair_probability": "whoever judged the pairs (`lossmith prefer` reads it from the preferences)",
-    "pair_weight": "whoever judged the pairs (`lossmith prefer` reads it from the preferences)",
-}
-_PER_ROW = {"group", "truncated", "baseline", "reward_greedy", "off_policy", "lag"}  # [N]
-_PER_ROW |= {"mismatched_log_ratio", "pair_probability", "pair_weight"}
-_EITHER = {"reward", "advantage"}  # [N] or [N, T]
-_PER_PART = {"reward_parts", "reference_reward"}  # [N, K]
-_SCORES = {"reward", "advantage", "baseline", "reward_greedy", *_PER_PART}  # whole numbers and bool too
-_CARRIES_GRADIENT = {"logp", "value", "entropy", "full_kl"}
-_BOOL = {"mask", "truncated", "off_policy"}
-_WHOLE = {"group", "lag"}  # integers
+
+@dataclass(frozen=True)
+class Field:
+    """What is true of a field of Batch, said where the field stands; whatever lists fields reads it from FIELDS.
+
+    shapes: of N completions, T tokens, K scores; provider: who fills it in when a loss needs it and it is missing;
+    trained: `lossmith train` does. kind: "logp" (nats), "number" (any), "amount" (at least 0), "share" (0 to 1),
+    "score" (whole numbers and bool are accepted), "flag" (bool) or "whole" (integers). gradient: it may carry one.
+    """
+
+    shapes: tuple[str, ...]
+    provider: str
+    kind: str = "number"
+    trained: bool = False
+    gradient: bool = False
+
+
+def _field(shapes: str, provider: str, kind: str = "number", *, trained: bool = False, gradient: bool = False) -> Any:
+    about = Field(tuple(shapes.split()), provider, kind, trained, gradient)
+    return dataclasses.field(default=None, metadata={"about": about})
+
+
+_POLICY, _BOTH, _YOU = "a forward pass of the policy", "a forward pass of the policy and the reference", "you"
+_JUDGES = "whoever judged the pairs (`lossmith prefer` reads it from the preferences)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,31 +71,39 @@ class Batch:
     positions never matters. A non-finite value at a valid position is a LossError that names the row and the position.
     """
 
-    logp: Tensor | None = None
-    mask: Tensor | None = None
-    old_logp: Tensor | None = None
-    behavior_logp: Tensor | None = None
-    ref_logp: Tensor | None = None
-    full_kl: Tensor | None = None
-    reward: Tensor | None = None
-    group: Tensor | None = None
-    advantage: Tensor | None = None
-    value: Tensor | None = None
-    old_value: Tensor | None = None
-    returns: Tensor | None = None
-    entropy: Tensor | None = None
-    truncated: Tensor | None = None
-    baseline: Tensor | None = None
-    reward_greedy: Tensor | None = None
-    reward_parts: Tensor | None = None
-    reference_reward: Tensor | None = None
-    sum_prob_sq: Tensor | None = None
-    potential: Tensor | None = None
-    off_policy: Tensor | None = None
-    lag: Tensor | None = None
-    mismatched_log_ratio: Tensor | None = None
-    pair_probability: Tensor | None = None
-    pair_weight: Tensor | None = None
+    logp: Tensor | None = _field("NT", _POLICY, "logp", gradient=True)
+    mask: Tensor | None = _field("NT", "the sampler (True on response tokens, the end token included)", "flag")
+    old_logp: Tensor | None = _field("NT", f"{_POLICY} at the start of the update", "logp", trained=True)
+    behavior_logp: Tensor | None = _field("NT", "the sampler", "logp", trained=True)
+    ref_logp: Tensor | None = _field("NT", "a forward pass of the reference policy", "logp", trained=True)
+    full_kl: Tensor | None = _field("NT", f"{_BOTH} over the full vocabulary", "amount", trained=True, gradient=True)
+    reward: Tensor | None = _field("N NT", "the scorer", "score", trained=True)
+    group: Tensor | None = _field(
+        "N", "the loop (number the prompts, so that completions of one prompt share a number)", "whole", trained=True
+    )
+    advantage: Tensor | None = _field("N NT", f"{_YOU} (advantage='given' computes none)", "score")
+    value: Tensor | None = _field("NT", "a value head", trained=True, gradient=True)
+    old_value: Tensor | None = _field("NT", "a value head at the start of the update", trained=True)
+    returns: Tensor | None = _field("NT", f"{_YOU}, or the advantage estimator")
+    entropy: Tensor | None = _field("NT", _POLICY, "amount", trained=True, gradient=True)
+    truncated: Tensor | None = _field("N", "the sampler (finish reason 'length')", "flag", trained=True)
+    baseline: Tensor | None = _field("N", f"{_YOU} (a running average of rewards, say)", "score")
+    reward_greedy: Tensor | None = _field("N", "the scorer, on a greedy completion of each row's prompt", "score")
+    reward_parts: Tensor | None = _field("NK", "the scorers, one column each", "score")
+    reference_reward: Tensor | None = _field(
+        "NK", "the scorer, on completions that the reference policy wrote for each row's prompt", "score"
+    )
+    sum_prob_sq: Tensor | None = _field("NT", f"{_POLICY} over the full vocabulary", "share")
+    potential: Tensor | None = _field("NT", f"{_YOU} (a potential function of the tokens so far)")
+    off_policy: Tensor | None = _field("N", "whoever mixed completions of another policy into the batch", "flag")
+    lag: Tensor | None = _field(
+        "N", "the sampler (policy versions between sampling and this update)", "whole", trained=True
+    )
+    mismatched_log_ratio: Tensor | None = _field(
+        "N", "forward passes of the policy and the reference over each prompt with another's completion", trained=True
+    )
+    pair_probability: Tensor | None = _field("N", _JUDGES, "share")
+    pair_weight: Tensor | None = _field("N", _JUDGES, "amount")
 
     def __new__(cls, *given: Any, **named: Any) -> Batch:
         """LossError: a field that there is none of."""
@@ -121,52 +119,48 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.mask is None:
-            raise LossError(f"Batch.mask is missing; it comes from {PROVIDERS['mask']}.")
-        for field in dataclasses.fields(self):
-            given = getattr(self, field.name)
-            if given is not None:
-                object.__setattr__(self, field.name, _as_tensor(field.name, given))
-        self._check_shapes()
-        for field in dataclasses.fields(self):
-            if field.name not in _BOOL | _WHOLE and getattr(self, field.name) is not None:
-                self._clean(field.name)
+            raise LossError(f"Batch.mask is missing; it comes from {FIELDS['mask'].provider}.")
+        self._check(FIELDS)
         if self.reward is None and self.reward_parts is not None:
             object.__setattr__(self, "reward", self.reward_parts.sum(1))
-        self._check_ranges()
 
-    def _check_shapes(self) -> None:
-        assert self.mask is not None
-        if self.mask.ndim != 2:
-            raise LossError(f"Batch.mask must be [N, T], not of shape {list(self.mask.shape)}.")
-        n, t = self.mask.shape
-        for field in dataclasses.fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is None:
-                continue
-            if tensor.device != self.mask.device:
-                raise LossError(
-                    f"Batch.{field.name} is on {tensor.device}, but mask is on {self.mask.device}. Move it there first."
-                )
-            allowed: list[tuple[Any, ...]] = [(n,)] if field.name in _PER_ROW | _EITHER else []
-            allowed += [] if field.name in _PER_ROW | _PER_PART else [(n, t)]
-            if field.name in _PER_PART:
-                allowed = [(n, tensor.shape[1] if tensor.ndim == 2 and tensor.shape[1] else "K")]
-            if tuple(tensor.shape) not in allowed:
-                wanted = " or ".join(f"[{', '.join(map(str, a))}]" for a in allowed)
-                raise LossError(
-                    f"Batch.{field.name} has shape {list(tensor.shape)}, but mask [N, T] asks for {wanted}."
-                )
+    def _check(self, names: Collection[str]) -> None:
+        """Read and check these fields; the others are known to be right."""
+        names = [name for name in names if getattr(self, name) is not None]
+        for name in names:
+            object.__setattr__(self, name, _as_tensor(name, getattr(self, name)))
+        for name in names:
+            self._check_shape(name)
+        for name in names:
+            if FIELDS[name].kind not in ("flag", "whole"):
+                self._clean(name)
+        self._check_ranges(names)
+
+    def _check_shape(self, name: str) -> None:
+        tensor, mask = getattr(self, name), self.valid
+        if mask.ndim != 2:
+            raise LossError(f"Batch.mask must be [N, T], not of shape {list(mask.shape)}.")
+        if tensor.device != mask.device:
+            raise LossError(f"Batch.{name} is on {tensor.device}, but mask is on {mask.device}. Move it there first.")
+        size: dict[str, Any] = dict(zip("NT", mask.shape, strict=True))
+        size["K"] = tensor.shape[1] if tensor.ndim == 2 and tensor.shape[1] else "K"
+        allowed = [tuple(size[letter] for letter in shape) for shape in FIELDS[name].shapes]
+        if tuple(tensor.shape) not in allowed:
+            wanted = " or ".join(f"[{', '.join(map(str, a))}]" for a in allowed)
+            raise LossError(f"Batch.{name} has shape {list(tensor.shape)}, but mask [N, T] asks for {wanted}.")
 
     def _clean(self, name: str) -> None:
         """Select valid positions before any arithmetic: 0 x NaN is NaN, where(mask, NaN, 0) is 0, in gradients too."""
         tensor = getattr(self, name)
-        assert self.mask is not None
-        mask = self.mask.any(1, keepdim=tensor.ndim == 2) if name in _PER_PART or tensor.ndim == 1 else self.mask
+        per_row = tensor.ndim == 1 or "NK" in FIELDS[name].shapes
+        mask = self.valid.any(1, keepdim=tensor.ndim == 2) if per_row else self.valid
         if tensor.dtype not in (torch.float32, torch.float64):
             raise LossError(
                 f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
             )
         clean = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+        if clean.requires_grad:
+            clean.retain_grad()  # batch.logp.grad is there after backward(), as of the tensor that was given
         if bool(torch.isfinite(clean.detach().sum())):  # one pass; only a non-finite sum needs a closer look
             object.__setattr__(self, name, clean)
             return
@@ -180,10 +174,9 @@ class Batch:
             )
         object.__setattr__(self, name, clean)
 
-    def _check_ranges(self) -> None:
+    def _check_ranges(self, names: Collection[str]) -> None:
         for name, top in (("pair_probability", 1.0), ("pair_weight", torch.inf)):
-            x = getattr(self, name)
-            if x is not None and not bool(((x >= 0) & (x <= top)).all()):
+            if name in names and not bool(((x := getattr(self, name)) >= 0).logical_and(x <= top).all()):
                 row = int(((x < 0) | (x > top)).nonzero()[0])
                 raise LossError(f"Batch.{name} is {float(x[row]):g} at row {row}, but must lie between 0 and {top:g}.")
 
@@ -191,23 +184,45 @@ class Batch:
         """The field, or a LossError that says which loss needs it and who provides it."""
         tensor = getattr(self, name)
         if tensor is None:
-            raise LossError(f"{owner} needs Batch.{name}, which is missing; it comes from {PROVIDERS[name]}.")
+            raise LossError(f"{owner} needs Batch.{name}, which is missing; it comes from {FIELDS[name].provider}.")
         return tensor
 
     @property
     def given(self) -> dict[str, Tensor]:
         """The fields that a forward pass of the policy does not change."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in _CARRIES_GRADIENT]
-        return {name: x for name in names if (x := getattr(self, name)) is not None}
+        return {name: x for name, x in self._present.items() if not FIELDS[name].gradient}
 
     def rows(self, index: Tensor | slice) -> Batch:
-        """The batch with these rows only, gradients kept."""
-        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: None if x is None else x[index] for name, x in kept.items()})
+        """The batch with these rows only, gradients kept. They were checked when they entered."""
+        return self._with({name: x[index] for name, x in self._present.items()})
 
     def replace(self, **changes: Any) -> Batch:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed; they are checked, and with another mask all are."""
+        if "mask" in changes or changes.keys() - FIELDS.keys():
+            return Batch(**self._present | changes)
+        new = self._with(self._present | changes)
+        new._check(list(changes))
+        return new
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on this device, gradients kept."""
+        return self._with({name: x.to(device) for name, x in self._present.items()})
+
+    def __len__(self) -> int:
+        """N, the number of completions."""
+        return len(self.valid)
+
+    @property
+    def _present(self) -> dict[str, Tensor]:
+        return {name: x for name in FIELDS if (x := getattr(self, name)) is not None}
+
+    @staticmethod
+    def _with(fields: dict[str, Tensor]) -> Batch:
+        """A batch of fields that need no check: on a GPU each check waits for the device."""
+        new = object.__new__(Batch)
+        for name in FIELDS:
+            object.__setattr__(new, name, fields.get(name))
+        return new
 
     # -- what pieces read -------------------------------------------------------------------------------------------
 
@@ -235,13 +250,16 @@ class Batch:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The widest floating type among the fields."""
-        kinds = [x.dtype for f in dataclasses.fields(self) if (x := getattr(self, f.name)) is not None]
-        wide = any(kind == torch.float64 for kind in kinds)
+        wide = any(x.dtype == torch.float64 for x in self._present.values())
         return torch.float64 if wide else torch.float32
 
     def old(self, owner: str) -> Tensor:
         """old_logp detached, or logp detached: a missing old policy is the current one."""
         return (self.old_logp if self.old_logp is not None else self.require("logp", owner)).detach()
+
+
+# Every field, in the order of Batch: the one list that others are made from.
+FIELDS: dict[str, Field] = {f.name: f.metadata["about"] for f in dataclasses.fields(Batch)}
 
 
 @dataclass(frozen=True)
@@ -274,9 +292,10 @@ class Normalizer:
 
 
 def _as_tensor(name: str, given: Any) -> Tensor:
-    if name in _BOOL:
+    field = FIELDS[name]
+    if field.kind == "flag":
         return as_bool(name, given).detach()
-    if name in _WHOLE:
+    if field.kind == "whole":
         return as_whole_numbers(name, given).detach()
-    found = as_numbers(name, given, score=name in _SCORES)
-    return found if name in _CARRIES_GRADIENT else found.detach()
+    tensor = as_numbers(name, given, score=field.kind == "score")
+    return tensor if field.gradient else tensor.detach()

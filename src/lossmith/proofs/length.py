@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.losses.batch import FIELDS
 from lossmith.proofs.random_batches import batch_fields, gradients, make
 from lossmith.proofs.scenarios import without_kl
 
@@ -74,27 +75,14 @@ def length_weights(loss: Any) -> LengthWeights | None:
 
 def neutral_fields(loss: Any, mask: Tensor) -> dict[str, Tensor]:
     """A batch in which nothing but rewards and lengths differ: one prompt, all policies equal, values and KL zero."""
-    n, t = mask.shape
-    logp = torch.full((n, t), math.log(0.5), dtype=torch.float64)
-    zero, none = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
-    same = dict.fromkeys(("logp", "old_logp", "behavior_logp", "ref_logp"), logp)
-    flat = dict.fromkeys(("full_kl", "value", "old_value", "returns", "potential"), torch.zeros_like(logp))
-    known = same | flat | {
-        "mask": mask,
-        "reward": zero,
-        "advantage": zero,
-        "group": torch.zeros(n, dtype=torch.int64),
-        "entropy": torch.full((n, t), math.log(2), dtype=torch.float64),
-        "sum_prob_sq": torch.full((n, t), 0.5, dtype=torch.float64),
-        "truncated": none,
-        "reward_greedy": zero,
-        "baseline": zero,
-        "reward_parts": torch.zeros(n, 2, dtype=torch.float64),
-        "reference_reward": torch.zeros(n, 4, dtype=torch.float64),
-        "off_policy": none,
-        "lag": torch.zeros(n, dtype=torch.int64),
-        "mismatched_log_ratio": zero,
-        "pair_probability": zero + 1,
-        "pair_weight": zero + 1,
-    }  # fmt: skip
-    return {name: known[name] for name in batch_fields(loss) | {"group"}}
+    size = {"N": mask.shape[0], "T": mask.shape[1], "K": 2}
+    usual = {"logp": math.log(0.5), "share": 0.5, "flag": False, "whole": 0}  # of a kind; anything else is 0
+    own = {"entropy": math.log(2), "pair_probability": 1.0, "pair_weight": 1.0}
+
+    def neutral(name: str) -> Tensor:
+        field = FIELDS[name]
+        value = own.get(name, usual.get(field.kind, 0.0))
+        shape = [size[letter] for letter in field.shapes[0]]
+        return torch.full(shape, value, dtype=torch.float64 if isinstance(value, float) else None)
+
+    return {name: mask if name == "mask" else neutral(name) for name in batch_fields(loss) | {"group"}}

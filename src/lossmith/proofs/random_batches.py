@@ -6,7 +6,6 @@ anywhere in a row of eight: the shapes on which a mask, a normaliser or a group 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from lossmith.errors import ProofError
 from lossmith.losses import Batch
+from lossmith.losses.batch import FIELDS
 
 __all__ = [
-    "FIELDS",
     "LEAVES",
     "Evaluation",
     "batch_fields",
@@ -70,33 +69,22 @@ class Draw:
         return (self.logp + self.drift * self.normal(name, self.n, WIDTH)).clamp(max=-1e-3)
 
 
-# Every field a loss may need: how a random one is drawn.
-FIELDS: dict[str, Callable[[Draw], Tensor]] = {
+# How a field of a kind is drawn; those that are not like their kind.
+_KINDS: dict[str, Callable[[Draw, str, tuple[int, ...]], Tensor]] = {
+    "logp": lambda d, name, size: d.near(name),
+    "number": lambda d, name, size: d.normal(name, *size),
+    "score": lambda d, name, size: d.normal(name, *size),
+    "amount": lambda d, name, size: d.normal(name, *size).abs(),
+    "share": lambda d, name, size: d.uniform(name, *size),
+    "flag": lambda d, name, size: torch.tensor([i % 4 == 3 for i in range(d.n)]),
+    "whole": lambda d, name, size: torch.tensor([i % 3 for i in range(d.n)]),
+}
+_OWN: dict[str, Callable[[Draw], Tensor]] = {
     "logp": lambda d: d.logp,
     "mask": lambda d: d.mask,
-    "old_logp": lambda d: d.near("old_logp"),
-    "behavior_logp": lambda d: d.near("behavior_logp"),
-    "ref_logp": lambda d: d.near("ref_logp"),
-    "full_kl": lambda d: d.normal("full_kl", d.n, WIDTH).abs(),
-    "reward": lambda d: d.normal("reward", d.n),
     "group": lambda d: torch.tensor(GROUPS),
-    "advantage": lambda d: d.normal("advantage", d.n),
-    "value": lambda d: d.normal("value", d.n, WIDTH),
-    "old_value": lambda d: d.normal("old_value", d.n, WIDTH),
-    "returns": lambda d: d.normal("returns", d.n, WIDTH),
-    "entropy": lambda d: d.normal("entropy", d.n, WIDTH).abs(),
-    "truncated": lambda d: torch.tensor([i % 4 == 3 for i in range(d.n)]),
-    "reward_greedy": lambda d: d.normal("reward_greedy", d.n),
-    "sum_prob_sq": lambda d: d.uniform("sum_prob_sq", d.n, WIDTH),
-    "reward_parts": lambda d: d.normal("reward_parts", d.n, 3),
-    "reference_reward": lambda d: d.normal("reference_reward", d.n, 4),
-    "baseline": lambda d: d.normal("baseline", d.n),
-    "potential": lambda d: d.normal("potential", d.n, WIDTH),
     "off_policy": lambda d: torch.tensor([i % 3 == 1 for i in range(d.n)]),
-    "lag": lambda d: torch.tensor([i % 3 for i in range(d.n)]),
-    "mismatched_log_ratio": lambda d: d.normal("mismatched_log_ratio", d.n),
     "pair_probability": lambda d: 0.5 + 0.5 * d.uniform("pair_probability", d.n),
-    "pair_weight": lambda d: d.uniform("pair_weight", d.n),
 }
 # One number of a prompt, not of a completion: the same for the whole group.
 PER_PROMPT = {"reward_greedy", "reference_reward", "baseline"}
@@ -109,7 +97,7 @@ def batch_fields(loss: Any) -> frozenset[str]:
     """
     needs = frozenset(loss.needs)
     parameters = needs & set(loss.to_dict() if hasattr(loss, "to_dict") else ())
-    parameters -= {f.name for f in dataclasses.fields(Batch)}
+    parameters -= FIELDS.keys()
     if parameters:
         names = ", ".join(sorted(parameters))
         raise ProofError(f"{loss.name} needs {names}, which has no default: build it with a value before proving it.")
@@ -123,10 +111,17 @@ def batch_fields(loss: Any) -> frozenset[str]:
     return needs | {"logp", "mask", "old_logp", "group"} | beside
 
 
+def _drawn(name: str, draw: Draw) -> Tensor:
+    if name in _OWN:
+        return _OWN[name](draw)
+    size = {"N": draw.n, "T": WIDTH, "K": 3}
+    return _KINDS[FIELDS[name].kind](draw, name, tuple(size[letter] for letter in FIELDS[name].shapes[0]))
+
+
 def random_fields(loss: Any, seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.float64) -> Fields:
     """A random batch for this loss as a dict: N = 9, T = 8, valid tokens anywhere in their row."""
     draw = Draw(seed, drift)
-    fields = {name: FIELDS[name](draw) for name in sorted(batch_fields(loss))}
+    fields = {name: _drawn(name, draw) for name in sorted(batch_fields(loss))}
     first = torch.tensor([GROUPS.index(g) for g in GROUPS])
     for name in PER_PROMPT & fields.keys():
         fields[name] = fields[name][first]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
@@ -13,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lossmith.errors import RecipeError, quiet_traps
 from lossmith.files import at_home, read_text, text_at_home
-from lossmith.losses import Batch, Loss, parse_loss
+from lossmith.losses import Loss, parse_loss
+from lossmith.losses.batch import FIELDS
 from lossmith.policy import SamplingSettings
 from lossmith.scorers import ScorerSettings
 from lossmith.scorers.address import redacted
@@ -309,16 +309,12 @@ def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: i
 
 
 # What the loop can fill in for a loss.
-PROVIDED = {
-    "reward", "group", "truncated", "lag", "old_logp", "behavior_logp", "ref_logp", "full_kl", "entropy", "value",
-    "old_value", "mismatched_log_ratio",
-}  # fmt: skip
+PROVIDED = {name for name, field in FIELDS.items() if field.trained}
 
 
 def _check_needs(loss: Loss, provided: Set[str]) -> None:
-    fields = {f.name for f in dataclasses.fields(Batch)}
     for name in sorted(loss.needs - provided):
-        if name in fields:
+        if name in FIELDS:
             raise RecipeError(
                 f"The loss {loss.name!r} needs Batch.{name}, which training does not provide. "
                 "Use it in a loop of your own, or choose a loss that does without (`lossmith losses list`)."

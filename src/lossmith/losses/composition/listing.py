@@ -15,6 +15,7 @@ from lossmith.losses.axes.extra import NoExtra
 from lossmith.losses.axes.masks import KeepAll
 from lossmith.losses.axes.mismatch import NoMismatch
 from lossmith.losses.axes.shaping import Potential
+from lossmith.losses.batch import FIELDS
 
 if TYPE_CHECKING:
     from lossmith.losses.composition.policy_loss import PolicyLoss
@@ -47,11 +48,6 @@ _HELPERS = {
     ],
 }
 _USES = {"mean_g": ("sum_g", "size_g"), "std_g": ("sum_g", "mean_g", "size_g")}
-_FIELDS = (
-    "old_logp", "behavior_logp", "ref_logp", "full_kl", "reward", "group", "advantage", "value", "old_value", "returns",
-    "entropy", "truncated", "baseline", "reward_greedy", "reward_parts", "reference_reward", "sum_prob_sq", "potential",
-    "off_policy", "lag",
-)  # fmt: skip
 
 
 def listing(loss: PolicyLoss) -> str:
@@ -62,7 +58,7 @@ def listing(loss: PolicyLoss) -> str:
     first = body.index("T = mask.sum(1)") + 1
     body = [*body[:first], *head, *body[first:]]
     words = set(re.findall(r"\w+", "\n".join(body)))
-    fields = ", ".join(f for f in _FIELDS if f in words)
+    fields = ", ".join(f for f in FIELDS if f in words and f not in ("logp", "mask"))
     name = re.sub(r"\W", "_", loss.name)
     return "\n".join([f"def {name}(logp, mask{', *, ' + fields if fields else ''}):", *("    " + x for x in body)])
 
