@@ -11,6 +11,7 @@ import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, log_softmax_under, token_outputs
 from lossmith.policy import head as head_module
+from lossmith.policy.forward import hidden_states
 from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import Distribution, LogProbs
 
@@ -59,6 +60,21 @@ def test_gradients_are_those_of_a_plain_forward_pass(kind, layout):
     (weights * out.logp).sum().backward()
     for (name, a), (_, b) in zip(plain.model.named_parameters(), ours.model.named_parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_the_backward_pass_adds_up_in_one_order():
+    """A prompt's last state is read once for each completion. Indexing would add their gradients in whatever order the
+    threads come (torch's index_put_ on a CPU), and two runs of one recipe would part in the last bits."""
+    policy = tiny.policy()
+    states = hidden_states(policy, tiny.rollouts(dtype=torch.float32), "shared")
+    seen, stack = set(), [states.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    names = {type(node).__name__ for node in seen}
+    assert "IndexSelectBackward0" in names and "IndexBackward0" not in names
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -64,7 +64,7 @@ def select_rows(cache: Any, rows: Tensor) -> Any:
 
     chosen = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        chosen.update(layer.keys[rows], layer.values[rows], index)
+        chosen.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
     return chosen
 
 
@@ -78,7 +78,9 @@ def _shared(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     hidden = follow(policy.model, TreeAttention(tree), tree.ids[None], tree.positions[None])
     order = sorted(range(len(rollouts)), key=[i for rows in members.values() for i in rows].__getitem__)
     places = [j for k in order for j in (tree.before[k], *range(tree.rows[k][0], sum(tree.rows[k])))]
-    return hidden[0, torch.tensor(places, device=policy.device)]
+    # Not hidden[0, places]: a prompt's last state stands there once for each completion, and the backward pass of such
+    # an index adds up in whatever order the threads come, so that two runs of one recipe would part in the last bits.
+    return hidden[0].index_select(0, torch.tensor(places, device=policy.device))
 
 
 def _padded(policy: Policy, rollouts: Sequence[Rollout], side: str) -> Tensor:
