@@ -155,7 +155,7 @@ def difficulty(loss: Any, size: int = 16, success: tuple[float, ...] = SUCCESS) 
 
 def unscaled(loss: Any) -> PolicyLoss | None:
     """The loss without what it divides its advantages by; None where there is nothing to take away."""
-    if not isinstance(loss, PolicyLoss) or isinstance(loss.scale, NoScale):
+    if not isinstance(loss, PolicyLoss) or not loss.scale.acts:
         return None
     with quiet_traps():
         return dataclasses.replace(loss, scale=NoScale())

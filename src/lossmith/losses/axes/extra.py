@@ -39,6 +39,7 @@ class NoExtra(Extra):
     """No extra term."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ __all__ = [
 class Mask(Piece):
     """Which valid tokens keep their policy term, [N, T] bool; no gradient."""
 
-    whole_batch: ClassVar[bool] = False  # looks at all tokens of the update at once
-
     def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
         """None: all of them."""
         return None
@@ -55,6 +53,7 @@ class NoMask(Mask):
     """Everything counts."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +152,7 @@ SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OffPolicySequence, Fresh)
 class GroupFilter(Piece):
     """Which completions take part, [N] bool, judged by their raw reward."""
 
+    coupling: ClassVar[str] = "group"
     compares: ClassVar[str] = ""  # with what a completion is compared: "group", or "" (nothing)
 
     def keep(self, batch: Batch) -> Tensor | None:
@@ -173,6 +173,8 @@ class KeepAll(GroupFilter):
     """Every completion takes part."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
+    coupling: ClassVar[str] = "token"
 
 
 @dataclass(frozen=True)

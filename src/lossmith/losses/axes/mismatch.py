@@ -24,14 +24,15 @@ _LEVELS = ("token", "sequence", "geometric")
 
 
 class Mismatch(Piece):
-    """Old and behaviour log-probabilities -> weight u [N, T], detached."""
+    """Old and behavior log-probabilities -> weight u [N, T], detached."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
+    reads_old: ClassVar[bool] = True
     normalize: bool
 
     @property
-    def whole_batch(self) -> bool:
-        """Whether u depends on all tokens of the update."""
-        return self.normalize
+    def coupling(self) -> str:  # type: ignore[override]
+        return "batch" if self.normalize else "token"
 
     def __call__(self, batch: Batch) -> Tensor:
         u = self.raw(batch)
@@ -69,6 +70,9 @@ class NoMismatch(Mismatch):
     """u = 1: the sampler is the old policy."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads_old: ClassVar[bool] = False
     normalize: ClassVar[bool] = False  # type: ignore[misc]
 
     def raw(self, batch: Batch) -> Tensor:

@@ -41,6 +41,15 @@ class Ratio(Piece):
         choices=("old", "behavior", "self", "ref"),
     )
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        field = {"behavior": "behavior_logp", "ref": "ref_logp"}.get(self.denominator)
+        return frozenset({field} if field else ())
+
+    @property
+    def stops_gradient(self) -> bool:  # type: ignore[override]
+        return self.denominator == "self"
+
     def log_ratio(self, batch: Batch) -> Tensor:
         """Δ [N, T], with gradient; 0 at masked positions."""
         logp = batch.require("logp", "every policy loss")
@@ -104,6 +113,9 @@ class TokenRatio(Ratio):
 
 
 class _PerSequence(Ratio):
+    per_sequence: ClassVar[bool] = True
+    coupling: ClassVar[str] = "sequence"
+
     def _level(self, batch: Batch) -> Tensor:
         """log of the completion's ratio, [N, 1]."""
         raise NotImplementedError
@@ -117,7 +129,6 @@ class SequenceRatio(_PerSequence):
     """s_i = exp(mean_t log r_t), the geometric mean over the completion (GSPO, arXiv:2507.18071, eq. 7)."""
 
     option: ClassVar[str] = "sequence"
-    per_sequence: ClassVar[bool] = True
 
     def _level(self, batch: Batch) -> Tensor:
         return self.log_ratio(batch).sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
@@ -142,6 +153,7 @@ class SequenceTokenRatio(Ratio):
     """Value s_i, gradient of the token: sg(s_i)·exp(logp - sg(logp)) (GSPO-token, arXiv:2507.18071, eq. 14)."""
 
     option: ClassVar[str] = "sequence_token"
+    stops_gradient: ClassVar[bool] = True
 
     def __call__(self, batch: Batch) -> Tensor:
         delta = self.log_ratio(batch)
@@ -171,7 +183,6 @@ class SequenceSumRatio(_PerSequence):
     """S_i = Π_t r_t, the ratio of whole completions (the trajectory ratio of the book's eq. 4.47; RLOO in TRL)."""
 
     option: ClassVar[str] = "sequence_sum"
-    per_sequence: ClassVar[bool] = True
 
     def _level(self, batch: Batch) -> Tensor:
         return self.log_ratio(batch).sum(1, keepdim=True)

@@ -164,6 +164,7 @@ class Given(Estimator):
     """A = Batch.advantage; nothing is estimated."""
 
     option: ClassVar[str] = "given"
+    scalable: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"advantage"})
 
@@ -200,6 +201,8 @@ class Zero(Estimator):
     """A = 0 everywhere: no policy term, the other terms alone."""
 
     option: ClassVar[str] = "zero"
+    acts: ClassVar[bool] = False
+    scalable: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
 
     def sequence(self, signal: Signal) -> Tensor:

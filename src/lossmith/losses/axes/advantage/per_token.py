@@ -48,15 +48,17 @@ class Critic(Estimator):
     """Estimators that read values V_t; the value after the last valid token is 0 (book.md section 4, point 11)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "value"})
+    critic: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
 
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
-        """What the critic is trained towards, [N, T]: advantage (before scaling) plus value."""
         return advantage + signal.values(f"advantage='{self.option}'")
 
+    def target_formula(self) -> tuple[str, str]:
+        return "A + V_old (before scaling, detached)", r"A + V_{\mathrm{old}}\ (\text{detached})"
+
     def target_code(self) -> list[str]:
-        """Lines of plain torch that compute the target `G` [N, T]."""
         return ["G = adv + old_value"]
 
 
@@ -129,6 +131,9 @@ class LengthAdaptiveGAE(Critic):
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
         return discounted(signal.per_token, signal.batch.valid, 1.0)
 
+    def target_formula(self) -> tuple[str, str]:
+        return "Σ_{k≥t} r_k", r"\sum_{k\ge t} r_k"
+
     def target_code(self) -> list[str]:
         return ["G = r_t.flip(1).cumsum(1).flip(1)"]
 
@@ -169,6 +174,7 @@ class OptimalToken(Estimator):
     """
 
     option: ClassVar[str] = "otb"
+    reads_old: ClassVar[bool] = True
     compares: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group", "sum_prob_sq"})
     per_token: ClassVar[bool] = True
@@ -212,6 +218,7 @@ class ReferenceGap(Estimator):
     """A_t = log π_ref - log π_old: the reverse KL to a teacher by policy gradient (on-policy distillation)."""
 
     option: ClassVar[str] = "reference_gap"
+    reads_old: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
     per_token: ClassVar[bool] = True

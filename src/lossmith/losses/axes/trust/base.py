@@ -61,9 +61,7 @@ class Trust(Piece):
     through: ClassVar[str] = "ratio"  # what carries the gradient of ℓ: "ratio" or "logp"
     uses_ratio: ClassVar[bool] = True  # whether the denominator of the ratio changes anything
     token_only: ClassVar[bool] = False  # defined for ratios of single tokens
-    whole_batch: ClassVar[bool] = False  # looks at all tokens of the update at once
     acts_alone: ClassVar[bool] = False  # ℓ holds a part that acts where A is 0
-    stops_gradient: ClassVar[bool] = False  # ℓ holds a factor that depends on logp without gradient
 
     def value(self, at: Tokens) -> Tensor:
         """ℓ [N, T], with gradient."""

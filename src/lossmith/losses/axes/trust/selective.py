@@ -176,6 +176,7 @@ class M2Mask(Trust):
 
     option: ClassVar[str] = "m2_mask"
     whole_batch: ClassVar[bool] = True
+    reads_old: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
     low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
     high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
@@ -219,7 +220,7 @@ class M2Mask(Trust):
     def code(self) -> list[str]:
         return [
             *Clip(self.low, self.high).code(),
-            "m2 = ((behavior_logp - below) ** 2)[mask]",
+            "m2 = ((behavior_logp - old_logp) ** 2)[mask]",
             "order = m2.argsort()",
             "kept = torch.zeros_like(m2, dtype=torch.bool)",
             f"kept[order] = m2[order].cumsum(0) / torch.arange(1, len(m2) + 1) < {self.threshold}",
