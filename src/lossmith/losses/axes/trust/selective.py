@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossmith.losses.axes.ratio import LOG_RATIO_BOUND
 from lossmith.losses.axes.trust.base import Tokens, Trust
-from lossmith.losses.axes.trust.clipped import Clip
+from lossmith.losses.axes.trust.clipped import Clip, stopped
 from lossmith.losses.piece import number, param, symbol
 
 __all__ = ["CovDrop", "CovKL", "KLMask", "Luffy", "M2Mask", "TVMask", "TVMaskSymmetric"]
@@ -265,8 +265,8 @@ class CovDrop(Trust):
         if at.batch is None:
             return torch.zeros_like(at.mask)
         cov = covariance(at)
-        stopped = Clip(self.low, self.high).bounds(at)[0]
-        candidates = at.mask & ~stopped & (cov > self.cov_low) & (cov < self.cov_high)
+        candidates = at.mask & ~stopped(at, 1 - self.low, 1 + self.high)
+        candidates = candidates & (cov > self.cov_low) & (cov < self.cov_high)
         key = torch.where(candidates, _key(at, self.seed), torch.full_like(at.below.double(), -1.0))
         chosen = key.flatten().topk(min(_how_many(self.fraction, at), int(candidates.sum()))).indices
         return torch.zeros_like(at.mask.flatten()).index_fill(0, chosen, True).view_as(at.mask)
