@@ -5,8 +5,8 @@ OBJECTIVE = [
     (
         "ratio_reversed",
         "axes/ratio.py",
-        "logp - self.below(batch)",
-        "self.below(batch) - logp",
+        "logp - self.denominator_logp(batch)",
+        "self.denominator_logp(batch) - logp",
         "the ratio is new over old",
     ),
     (
@@ -164,8 +164,8 @@ OBJECTIVE = [
     (
         "dynamic_clip_inverse",
         "axes/trust/clipped.py",
-        "bounded_exp(-at.below)",
-        "bounded_exp(at.below)",
+        "bounded_exp(-at.denominator_logp)",
+        "bounded_exp(at.denominator_logp)",
         "the bounds widen for rare tokens",
     ),
     (
@@ -257,8 +257,8 @@ OBJECTIVE = [
     (
         "tv_mask_one_sided",
         "axes/trust/selective.py",
-        "return (at.logp.detach().exp() - at.below.exp()).abs() <= self.delta",
-        "return (at.logp.detach().exp() - at.below.exp()) <= self.delta",
+        "return (at.logp.detach().exp() - at.denominator_logp.exp()).abs() <= self.delta",
+        "return (at.logp.detach().exp() - at.denominator_logp.exp()) <= self.delta",
         "a fall counts like a rise",
     ),
     (

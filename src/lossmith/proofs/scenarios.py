@@ -16,9 +16,9 @@ import torch
 from lossmith.errors import quiet_traps
 from lossmith.losses import (
     KL,
+    LOO,
     Batch,
     CompletionLoss,
-    LeaveOneOut,
     LogP,
     Normalizer,
     NoScale,
@@ -202,6 +202,6 @@ def baseline_variances(size: int = GROUP) -> dict[str, float]:
     world = default_world()
     losses = {
         name: PolicyLoss(name=name, advantage=advantage, trust=LogP(), aggregate=SeqMeanTokenSum())
-        for name, advantage in (("reinforce", Raw()), ("leave_one_out", LeaveOneOut()))
+        for name, advantage in (("reinforce", Raw()), ("leave_one_out", LOO()))
     }
     return {name: group_gradients(loss, world, size).variance() for name, loss in losses.items()}

@@ -18,7 +18,7 @@ from lossmith.losses.axes.ratio import bounded_exp
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, in_code, number, options, param
 
-__all__ = ["MISMATCH", "Gate", "IcePop", "Mismatch", "NoMismatch", "TruncatedIS"]
+__all__ = ["MISMATCH", "TIS", "Gate", "IcePop", "Mismatch", "NoMismatch"]
 
 _LEVELS = ("token", "sequence", "geometric")
 
@@ -113,7 +113,7 @@ def _level_name(level: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class TruncatedIS(Mismatch):
+class TIS(Mismatch):
     """u = clip(ρ, low, high): truncated importance sampling."""
 
     option: ClassVar[str] = "tis"
@@ -231,4 +231,4 @@ class Gate(Mismatch):
         ]
 
 
-MISMATCH: dict[str, type[Mismatch]] = options(NoMismatch, TruncatedIS, IcePop, Gate)
+MISMATCH: dict[str, type[Mismatch]] = options(NoMismatch, TIS, IcePop, Gate)

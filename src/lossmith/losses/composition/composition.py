@@ -13,7 +13,7 @@ from lossmith.losses.axes.advantage import BatchMean, Estimator, NoScale, Scale
 from lossmith.losses.axes.aggregate import Aggregate, TokenMean
 from lossmith.losses.axes.extra import Extra, NoExtra
 from lossmith.losses.axes.kl import KL
-from lossmith.losses.axes.masks import GroupFilter, KeepAll, Mask, NoMask
+from lossmith.losses.axes.masks import GroupFilter, Mask, NoFilter, NoMask
 from lossmith.losses.axes.mismatch import Mismatch, NoMismatch
 from lossmith.losses.axes.ratio import Ratio, TokenRatio
 from lossmith.losses.axes.shaping import Shaping
@@ -34,7 +34,7 @@ class Composition:
     name: str = "custom"
     shaping: tuple[Shaping, ...] = ()
     truncated: str = "keep"  # keep | mask | zero: what becomes of completions that the token budget cut
-    group_filter: GroupFilter = dataclasses.field(default_factory=KeepAll)
+    group_filter: GroupFilter = dataclasses.field(default_factory=NoFilter)
     advantage: Estimator = dataclasses.field(default_factory=BatchMean)
     scale: Scale = dataclasses.field(default_factory=NoScale)
     advantage_mul: float = 1.0

@@ -101,7 +101,9 @@ def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, loss: Comp
     if isinstance(option, Piece):
         return option
     if not isinstance(option, str) or option not in {*known, current.option}:
-        raise LossError(f"{axis} is {shown(option)}.{nearest(str(option), known)}")
+        # as runs with rollout_is wrote it before
+        renamed = " It is now called trust='band'." if (axis, option) == ("trust", "icepop") else ""
+        raise LossError(f"{axis} is {shown(option)}.{renamed}{nearest(str(option), known)}")
     if option == current.option:
         return current
     return _new(axis, known[option], current, loss.house)

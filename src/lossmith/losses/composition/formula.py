@@ -32,7 +32,7 @@ def _equation(loss: Composition, i: int) -> str:
     minus, theta = ("−", "L(θ)") if i == 0 else ("-", r"\mathcal L(\theta)")
     policy = loss.trust.formula()[i]
     if not loss.trust.reads_old:
-        policy = policy.replace(("π_old", r"\pi_{\mathrm{old}}")[i], loss.ratio.below_names()[i])
+        policy = policy.replace(("π_old", r"\pi_{\mathrm{old}}")[i], loss.ratio.denominator_names()[i])
     if loss.mismatch.acts:
         policy = ("u·" if i == 0 else r"u\,") + policy
     if any(mask.formula() for mask in (loss.token_mask, loss.sequence_mask)):

@@ -101,9 +101,9 @@ def _advantages(loss: Composition) -> list[str]:
 
 def _objective(loss: Composition) -> list[str]:
     lines = []
-    below = {"old": "old_logp", "behavior": "behavior_logp", "ref": "ref_logp", "self": "logp.detach()"}
+    policies = {"old": "old_logp", "behavior": "behavior_logp", "ref": "ref_logp", "self": "logp.detach()"}
     if loss.needs_ratio:
-        lines += [f"below = {below[loss.ratio.denominator]}", *loss.ratio.code()]
+        lines += [f"denominator_logp = {policies[loss.ratio.denominator]}", *loss.ratio.code()]
     nothing = ["loss = torch.zeros(mask.shape, dtype=torch.float64)"]
     lines += _policy(loss) if loss.advantage.acts else nothing
     after: list[str] = []

@@ -31,7 +31,7 @@ from lossmith.losses.composition.flat import AXES, to_flat, with_flat
 from lossmith.losses.composition.formula import render
 from lossmith.losses.composition.legality import check_legal
 from lossmith.losses.composition.listing import listing
-from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome, together
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, distance_metrics, reward_metrics, together
 from lossmith.losses.piece import Piece
 
 __all__ = ["PolicyLoss"]
@@ -78,7 +78,7 @@ class PolicyLoss(Composition, Loss):
             mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
             returns=self._returns(batch, signal, raw),
             tokens=normalizer.tokens if normalizer is not None else batch.tokens,
-            measure=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
+            compute_metrics=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
             whole=len(batch.valid),
             given=batch.given,
             **self._other_weights(batch, normalizer),
@@ -232,8 +232,8 @@ class PolicyLoss(Composition, Loss):
         except LossError as error:
             if batch.logp is not None:
                 raise
-            return OnlyCredit(credit.advantage, credit.measure, error)
-        return dataclasses.replace(output, measure=lambda: credit.metrics | output.metrics)
+            return OnlyCredit(credit.advantage, credit.compute_metrics, error)
+        return dataclasses.replace(output, compute_metrics=lambda: credit.metrics | output.metrics)
 
     def _tokens(self, batch: Batch, credit: Credit) -> Tokens | None:
         """What the trust region sees; None where there is neither a policy nor a KL term to see anything."""
@@ -243,8 +243,8 @@ class PolicyLoss(Composition, Loss):
         ratio = self.ratio(batch) if self.needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
         if self.ratio.per_sequence:  # one number a completion stays one, [N, 1], until it meets the tokens
             ratio = ratio[:, :1]
-        below = self.ratio.below(batch) if self.needs_ratio else logp.detach()
-        return Tokens(ratio, self._row_advantage(batch, credit), logp, below, batch.valid, batch)
+        denominator_logp = self.ratio.denominator_logp(batch) if self.needs_ratio else logp.detach()
+        return Tokens(ratio, self._row_advantage(batch, credit), logp, denominator_logp, batch.valid, batch)
 
     def _row_advantage(self, batch: Batch, credit: Credit) -> Tensor:
         """A as the trust region sees it: one number a completion where the ratio is one and carries the gradient."""
@@ -273,7 +273,7 @@ class PolicyLoss(Composition, Loss):
             metrics["ratio"] = float((weight * at.ratio).sum())
             stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
             metrics["clip_fraction"] = float((weight * stopped).sum())
-        return metrics | drift(batch, credit.tokens)
+        return metrics | distance_metrics(batch, credit.tokens)
 
     # -- closed forms -----------------------------------------------------------------------------------------------
 
@@ -356,4 +356,4 @@ def _tensor(x: Tensor | float) -> Tensor:
 
 def _credit_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
     kept = advantage[batch.valid]
-    return outcome(batch) | {"advantage_abs": float(kept.abs().mean()) if len(kept) else 0.0}
+    return reward_metrics(batch) | {"advantage_abs": float(kept.abs().mean()) if len(kept) else 0.0}

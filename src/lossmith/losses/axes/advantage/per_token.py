@@ -13,11 +13,11 @@ from lossmith.losses.piece import number, param
 
 __all__ = [
     "GAE",
+    "MC",
+    "OTB",
     "TD",
+    "VAPO",
     "Critic",
-    "LengthAdaptiveGAE",
-    "MonteCarlo",
-    "OptimalToken",
     "ReMax",
     "ReferenceGap",
     "Return",
@@ -81,7 +81,7 @@ class TD(Critic):
 
 
 @dataclass(frozen=True)
-class MonteCarlo(Critic):
+class MC(Critic):
     """A_t = Σ_{k>=t} r_k - V_t (book eq. 4.27; A2C)."""
 
     option: ClassVar[str] = "mc"
@@ -117,7 +117,7 @@ class GAE(Critic):
 
 
 @dataclass(frozen=True)
-class LengthAdaptiveGAE(Critic):
+class VAPO(Critic):
     """GAE with lam = 1 - 1/(alpha·T) >= 0 for the policy and 1 for the critic's target (VAPO, arXiv:2504.05118)."""
 
     option: ClassVar[str] = "vapo"
@@ -167,7 +167,7 @@ class ReMax(Estimator):
 
 
 @dataclass(frozen=True)
-class OptimalToken(Estimator):
+class OTB(Estimator):
     """A_t = G_t - Σ_g G_t W_t / (Σ_g W_t + eps), W_t = Σ_{j<=t} (1 - 2q_j + Σ_v q_j(v)²), the optimal token baseline.
 
     G_t is the reward-to-go, q the old policy's probability; sums over the group at the t-th token of each completion.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lossmith.losses.axes.advantage.signal import Signal, unit_of
 from lossmith.losses.piece import Piece, number, options, param
 
-__all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LooStd", "NoScale", "Scale", "Whiten"]
+__all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LOOStd", "NoScale", "Scale", "Whiten"]
 
 
 class Scale(Piece):
@@ -148,7 +148,7 @@ class BatchStd(_Std):
 
 
 @dataclass(frozen=True)
-class LooStd(_Std):
+class LOOStd(_Std):
     """Divided by the unbiased standard deviation of the group's other rewards plus eps; a zero one leaves A."""
 
     option: ClassVar[str] = "loo_std"
@@ -195,4 +195,4 @@ class Whiten(Scale):
         ]
 
 
-SCALE: dict[str, type[Scale]] = options(NoScale, GroupStd, GroupStdBiased, BatchStd, LooStd, Whiten)
+SCALE: dict[str, type[Scale]] = options(NoScale, GroupStd, GroupStdBiased, BatchStd, LOOStd, Whiten)

@@ -24,7 +24,7 @@ class Tokens:
     ratio: Tensor  # r at the loss's ratio level
     advantage: Tensor  # A, detached
     logp: Tensor  # log π_θ
-    below: Tensor  # log-probability under the ratio's denominator (π_old, as a rule), detached
+    denominator_logp: Tensor  # log-probability under the ratio's denominator (π_old, as a rule), detached
     mask: Tensor  # bool
     batch: Batch | None = None  # the rows they come from; None for single hypothetical tokens
 
@@ -32,17 +32,19 @@ class Tokens:
     def single(cls, ratio: Tensor, advantage: Tensor, old_prob: float) -> Tokens:
         """Completions of one token each, whose probability was old_prob and is now old_prob times ratio."""
         ratio, advantage = (x.reshape(-1, 1) for x in torch.broadcast_tensors(ratio, advantage))
-        below = torch.full_like(ratio, old_prob).log()
-        return cls(ratio, advantage, below + ratio.log(), below, torch.ones_like(ratio, dtype=torch.bool))
+        old = torch.full_like(ratio, old_prob).log()
+        return cls(ratio, advantage, old + ratio.log(), old, torch.ones_like(ratio, dtype=torch.bool))
 
     def detach(self) -> Tokens:
         """The same numbers without gradient."""
-        return Tokens(self.ratio.detach(), self.advantage, self.logp.detach(), self.below, self.mask, self.batch)
+        return Tokens(
+            self.ratio.detach(), self.advantage, self.logp.detach(), self.denominator_logp, self.mask, self.batch
+        )
 
     @property
     def delta(self) -> Tensor:
         """Log-ratio of each token, 0 at masked positions."""
-        return self.logp - self.below
+        return self.logp - self.denominator_logp
 
     @property
     def lengths(self) -> Tensor:
@@ -93,5 +95,5 @@ class Trust(Piece):
         raise NotImplementedError
 
     def code(self) -> list[str]:
-        """Lines of plain torch that compute `loss` [N, T] from logp, r, A (and below, the denominator's logp)."""
+        """Lines of plain torch that compute `loss` [N, T] from logp, r, A and denominator_logp."""
         raise NotImplementedError

@@ -203,7 +203,7 @@ class DynamicClip(Trust):
         return _unless(stopped(at, *self._range(at), self.dual), at)
 
     def _range(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        inverse = bounded_exp(-at.below)
+        inverse = bounded_exp(-at.denominator_logp)
         low = 0.5 * (1 + (1 - 4 * self.low * inverse).clamp(min=0).sqrt())
         high = (0.5 * (1 + (1 + 4 * self.high * inverse).sqrt())).clamp(max=self.hi_max)
         return low, high
@@ -219,7 +219,7 @@ class DynamicClip(Trust):
 
     def code(self) -> list[str]:
         return [
-            "q = below.exp()",
+            "q = denominator_logp.exp()",
             f"lo = 0.5 * (1 + (1 - 4 * {self.low} / q).clamp(min=0).sqrt())",
             f"hi = (0.5 * (1 + (1 + 4 * {self.high} / q).sqrt())).clamp(max={self.hi_max})",
             "loss = torch.maximum(-r * A, -r.clamp(lo, hi) * A)",
@@ -351,7 +351,7 @@ class Influence(Trust):
             "k = torch.arange(mask.shape[1])",
             "gap = (k[:, None] - k).to(r.dtype)",
             f"discount = torch.where(gap >= 0, {self.gamma} ** gap.clamp(min=0), 0.0)",
-            "future = ((logp - below).detach() * mask) @ discount  # Σ_{k≥t} gamma^(k−t) log r_k",
+            "future = ((logp - denominator_logp).detach() * mask) @ discount  # Σ_{k≥t} gamma^(k−t) log r_k",
             f"f = future.exp().clamp({self.floor}, 1 + {self.ceiling})",
             *Clip(self.low, self.high).code(),
             "loss = f * loss",
