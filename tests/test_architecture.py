@@ -64,6 +64,22 @@ def test_imports_run_one_way(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which stand below it"
 
 
+def dotted(path):
+    return ".".join(["lossmith", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Not even for types alone (under TYPE_CHECKING), and not inside a function."""
+    files = {dotted(path): path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"}
+    ways = {
+        name: {a if a in files else a.rpartition(".")[0] for a in imported(path)} & set(files) - {name}
+        for name, path in files.items()
+    }
+    while below := {name for name, to in ways.items() if not to & set(ways)}:  # they import nothing that is left
+        ways = {name: to for name, to in ways.items() if name not in below}
+    assert not ways, f"each of these imports another of them: {sorted(ways)}"
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_fit(path):
     source = path.read_text(encoding="utf-8")

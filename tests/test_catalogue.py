@@ -8,6 +8,8 @@ import torch
 
 import lossmith.losses as L
 from batches import double, evaluate, no_trap_warnings, normal, quiet_loss, random_fields, single_tokens
+from lossmith.losses.axes.shaping import SHAPING
+from lossmith.losses.composition.flat import AXES
 
 
 def same_gradient(a: tuple, b: tuple, factor: float = 1.0) -> None:
@@ -180,7 +182,7 @@ def test_bapo_raises_its_bounds_until_good_actions_carry_their_share():
     def bounds(**changes):
         loss = quiet_loss("bapo", **changes)
         at = loss._tokens(L.Batch(**fields), loss.credit(L.Batch(**fields)))
-        return loss.trust._balanced(at.detach())
+        return loss.trust._range(at.detach())
 
     # with target .35 the start is short (1.2/3.6 = .33); raising the lower bound only adds to Q; then hi 1.6 and on
     low, high = bounds(low_step=0.1, high_step=0.4, target=0.35)
@@ -582,3 +584,22 @@ def test_the_advantage_is_bounded_on_both_sides_and_multiplied_before():
     torch.testing.assert_close(got, double([0.4, -0.4, -0.4]))
     got = credited([3, 0, 0], {"advantage": "group", "advantage_mul": 0.1, "advantage_clip": 0.15})[:, 0]
     torch.testing.assert_close(got, double([0.15, -0.1, -0.1]))
+
+
+# the word of an axis, where it follows the option's name in that of the class: TokenRatio is ratio_level="token"
+WORDS = {"ratio_level": "ratio", "shaping": "reward", "group_filter": "filter", "token_mask": "mask"}
+WORDS |= {"sequence_mask": "mask", "advantage_scale": "scale"}
+
+
+@pytest.mark.parametrize("axis, known", [*((a, k) for a, (_, k) in AXES.items()), ("shaping", SHAPING)])
+def test_the_class_of_an_option_has_its_name(axis, known):
+    """GroupStd is "group_std", TVMask is "tv_mask"; No... is "none"."""
+    for option, piece in known.items():
+        word = WORDS.get(axis, axis)
+        name = "no" + word if option == "none" else option.replace("_", "")
+        assert piece.__name__.lower() in (name, name + word), f"{axis}={option!r} is {piece.__name__}"
+
+
+def test_no_option_means_one_thing_on_one_axis_and_another_on_another():
+    homes = [(option, piece) for _, known in AXES.values() for option, piece in known.items() if option != "none"]
+    assert len(dict(homes)) == len(homes)

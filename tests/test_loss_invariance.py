@@ -72,7 +72,7 @@ def build(label: str) -> L.PolicyLoss:
 
 def token_reward(loss: L.PolicyLoss) -> bool:
     """Whether to try it with a reward for each token as well: everything but a filter on completions' scores."""
-    return isinstance(loss.group_filter, L.KeepAll)
+    return isinstance(loss.group_filter, L.NoFilter)
 
 
 def variants(loss: L.PolicyLoss, seed: int = 0) -> list[dict]:
@@ -355,7 +355,7 @@ def test_zero_advantage_gives_exactly_zero_gradient(label):
 
 
 GROUP_BASELINES = [n for n in COMPOSITIONS if quiet_loss(COMPOSITIONS[n][0], **COMPOSITIONS[n][1]).coupling == "group"]
-GROUP_BASELINES = [n for n in GROUP_BASELINES if isinstance(build(n).advantage, (L.Group, L.LeaveOneOut, L.MaxRL))]
+GROUP_BASELINES = [n for n in GROUP_BASELINES if isinstance(build(n).advantage, (L.Group, L.LOO, L.MaxRL))]
 GROUP_BASELINES = [n for n in GROUP_BASELINES if n not in (*PULLED, "several scores")]
 
 

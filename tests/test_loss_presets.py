@@ -50,7 +50,7 @@ def test_every_scale_of_a_library_has_its_eps(name, scale):
 
 
 def test_an_option_that_a_preset_does_not_have_gets_the_librarys_numbers():
-    assert quiet_loss("dapo@trl", mismatch="tis").mismatch == L.TruncatedIS("sequence", 0.0, 3.0)
+    assert quiet_loss("dapo@trl", mismatch="tis").mismatch == L.TIS("sequence", 0.0, 3.0)
     assert quiet_loss("dapo@trl", mismatch="icepop").mismatch == quiet_loss("dapo@trl_vllm").mismatch
     assert quiet_loss("grpo@verl", trust="cov_kl").trust == quiet_loss("kl_cov@verl").trust
     assert quiet_loss("sapo@verl", trust="clip").trust == L.Clip(0.2, 0.2, dual=3.0)

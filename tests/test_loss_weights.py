@@ -291,8 +291,11 @@ def test_weight_at_zero_advantage_is_the_limit_from_above(name):
 
 
 class SwappedBounds(Clip):
-    def bounds(self, at):
-        return Clip(self.high, self.low, self.dual).bounds(at)
+    def value(self, at):
+        return Clip(self.high, self.low, self.dual).value(at)
+
+    def weight(self, at):
+        return Clip(self.high, self.low, self.dual).weight(at)
 
 
 class MaxInsteadOfMin(Clip):

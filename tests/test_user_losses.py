@@ -1,5 +1,6 @@
 """A loss from outside the package: the page that shows how is run, and what it makes is a loss like any other."""
 
+import dataclasses
 import json
 import re
 import types
@@ -12,9 +13,11 @@ import lossmith.losses as L
 import tiny
 from batches import double, evaluate, no_trap_warnings, random_fields
 from lossmith.cli import app
-from lossmith.errors import RecipeError
+from lossmith.errors import RecipeError, quiet_traps
 from lossmith.losses.axes.trust import TRUST
 from lossmith.losses.catalogue import user
+from lossmith.losses.composition.flat import AXES
+from lossmith.losses.composition.legality import KINDS
 from lossmith.proofs import check_loss, prove
 from lossmith.proofs.auditing import audit
 from lossmith.rollouts import Distribution, Score
@@ -116,6 +119,58 @@ def test_a_piece_of_ones_own(page):
     check_loss(loss, seeds=(0,))
     with pytest.raises(L.LossError, match="power"):
         L.get_loss("grpo", trust="power", power=0)
+
+
+def twin(piece, base):
+    """A class of a user's that says what this piece says: on the same axis, and no kin of the built-in class."""
+    kin = piece.__mro__[: piece.__mro__.index(base)]
+    said = {key: value for cls in reversed(kin) for key, value in vars(cls).items()}
+    return type(
+        "Mine", (base,), {k: v for k, v in said.items() if k not in ("__dict__", "__weakref__", "__post_init__")}
+    )
+
+
+def with_option(axis, option):
+    """A composition in which this option is legal."""
+    for name, changes in (("ppo", {}), ("grpo", {}), ("reinforce", {"beta": 0.1})):
+        try:
+            with quiet_traps():
+                return L.get_loss(name, **{axis: option, **changes})
+        except L.LossError:
+            continue
+    raise AssertionError(f"{axis}={option!r} is legal nowhere")
+
+
+@pytest.mark.parametrize("axis, option", [(axis, option) for axis, (_, known) in AXES.items() for option in known])
+def test_a_piece_of_a_user_can_say_all_that_a_built_in_one_can(axis, option):
+    field, known = AXES[axis]
+    loss = with_option(axis, option)
+    mine = twin(known[option], KINDS[field])(**dataclasses.asdict(getattr(loss, field)))
+    with quiet_traps():
+        own = loss.replace(**{field: mine})
+    assert not isinstance(mine, known[option])
+    for asked in ("needs", "uses_old", "coupling", "compares", "separable", "stops_gradient", "traps"):
+        assert getattr(own, asked) == getattr(loss, asked), asked
+    assert own.formula() == loss.formula() and own.formula("latex") == loss.formula("latex")
+    assert own.code() == loss.code()
+
+
+@pytest.mark.parametrize(
+    "name, field",
+    [
+        ("m2po", "trust"),
+        ("ppo", "advantage"),
+        ("vapo", "advantage"),
+        ("decoupled_ppo", "mismatch"),
+        ("opd", "advantage"),
+    ],
+)
+def test_and_is_evaluated_alike(name, field):
+    loss = L.example_loss(name)
+    built_in = getattr(loss, field)
+    own = loss.replace(**{field: twin(type(built_in), KINDS[field])(**dataclasses.asdict(built_in))})
+    (out, gradient), (expected, known) = (evaluate(x, random_fields(0)) for x in (own, loss))
+    assert out.loss == expected.loss and all(torch.equal(gradient[key], known[key]) for key in known)
 
 
 def test_audit_of_a_function(page):

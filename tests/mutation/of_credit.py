@@ -359,8 +359,8 @@ CREDIT = [
     (
         "opsm_drift_reversed",
         "axes/masks.py",
-        '(self.drift(batch) > self.given("delta"))',
-        '(-self.drift(batch) > self.given("delta"))',
+        '(self.mean_gap(batch) > self.given("delta"))',
+        '(-self.mean_gap(batch) > self.given("delta"))',
         "dropped is what the policy has left behind",
     ),
     (

@@ -5,8 +5,8 @@ OBJECTIVE = [
     (
         "ratio_reversed",
         "axes/ratio.py",
-        "logp - self.below(batch)",
-        "self.below(batch) - logp",
+        "logp - self.denominator_logp(batch)",
+        "self.denominator_logp(batch) - logp",
         "the ratio is new over old",
     ),
     (
@@ -122,29 +122,29 @@ OBJECTIVE = [
     (
         "clip_sides_swapped",
         "axes/trust/clipped.py",
-        "(advantage >= 0) & (ratio > high), (advantage < 0) & (ratio < low)",
-        "(advantage < 0) & (ratio > high), (advantage >= 0) & (ratio < low)",
+        "-torch.minimum(at.ratio * at.advantage",
+        "-torch.maximum(at.ratio * at.advantage",
         "the upper bound stops good actions, the lower one bad actions",
     ),
     (
         "clip_bounds_swapped",
         "axes/trust/clipped.py",
-        "return clipped_at(at, 1 - self.low, 1 + self.high, self.dual)",
-        "return clipped_at(at, 1 - self.high, 1 + self.low, self.dual)",
+        "return printed(at, 1 - self.low, 1 + self.high, self.dual)",
+        "return printed(at, 1 - self.high, 1 + self.low, self.dual)",
         "clip_low and clip_high may differ",
     ),
     (
         "dual_clip_for_good",
         "axes/trust/clipped.py",
-        "far = (advantage < 0) & (ratio > dual)",
-        "far = (advantage >= 0) & (ratio > dual)",
+        "torch.where(at.advantage < 0, -dual * at.advantage, torch.inf)",
+        "torch.where(at.advantage >= 0, -dual * at.advantage, torch.inf)",
         "the dual clip bounds bad actions",
     ),
     (
         "book_clip_is_ppo",
         "axes/trust/clipped.py",
-        "return at.ratio.detach() > bound, bound",
-        "return (at.ratio.detach() > bound) & (at.advantage >= 0), bound",
+        "return -at.advantage * at.ratio.clamp(max=1 + self.high)",
+        "return -torch.minimum(at.ratio * at.advantage, at.ratio.clamp(max=1 + self.high) * at.advantage)",
         "the book's bound holds whatever the sign of A",
     ),
     (
@@ -157,15 +157,15 @@ OBJECTIVE = [
     (
         "gppo_betas_swapped",
         "axes/trust/clipped.py",
-        "self.beta_high * torch.ones_like(bound), self.beta_low)",
-        "self.beta_low * torch.ones_like(bound), self.beta_high)",
+        "self.beta_high * (1 + self.high), self.beta_low * (1 - self.low)",
+        "self.beta_low * (1 + self.high), self.beta_high * (1 - self.low)",
         "each bound has its own share",
     ),
     (
         "dynamic_clip_inverse",
         "axes/trust/clipped.py",
-        "bounded_exp(-at.below)",
-        "bounded_exp(at.below)",
+        "bounded_exp(-at.denominator_logp)",
+        "bounded_exp(at.denominator_logp)",
         "the bounds widen for rare tokens",
     ),
     (
@@ -257,8 +257,8 @@ OBJECTIVE = [
     (
         "tv_mask_one_sided",
         "axes/trust/selective.py",
-        "return (at.logp.detach().exp() - at.below.exp()).abs() <= self.delta",
-        "return (at.logp.detach().exp() - at.below.exp()) <= self.delta",
+        "return (at.logp.detach().exp() - at.denominator_logp.exp()).abs() <= self.delta",
+        "return (at.logp.detach().exp() - at.denominator_logp.exp()) <= self.delta",
         "a fall counts like a rise",
     ),
     (
@@ -299,8 +299,8 @@ OBJECTIVE = [
     (
         "clip_cov_drops_stopped",
         "axes/trust/selective.py",
-        "candidates = at.mask & ~stopped & (cov > self.cov_low)",
-        "candidates = at.mask & (cov > self.cov_low)",
+        "candidates = at.mask & ~stopped(at, 1 - self.low, 1 + self.high)",
+        "candidates = at.mask",
         "tokens that the clip has stopped are not drawn",
     ),
     (

@@ -15,7 +15,7 @@ from torch import Tensor
 from lossmith.errors import LossError
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.composition.flat import no_parameter
-from lossmith.losses.loss import Loss, LossOutput, drift, outcome, together
+from lossmith.losses.loss import Loss, LossOutput, distance_metrics, reward_metrics, together
 from lossmith.losses.piece import shown
 
 __all__ = ["FunctionLoss", "parameters_of", "read_fields"]
@@ -54,7 +54,9 @@ class FunctionLoss(Loss):
             shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise LossError(f"{self.name} must return one number (a tensor without dimensions), not {shape}.")
         advantage = torch.zeros(batch.valid.shape, dtype=batch.dtype, device=batch.valid.device)
-        return LossOutput(made, advantage, {self.name: made}, lambda: outcome(batch) | drift(batch, batch.tokens))
+        return LossOutput(
+            made, advantage, {self.name: made}, lambda: reward_metrics(batch) | distance_metrics(batch, batch.tokens)
+        )
 
     def weight(self, ratio: Tensor | float, advantage: Tensor | float, old_prob: float = 0.3) -> Tensor:
         """The shape of w(r, A) by autograd: 1 at r = 1 for A > 0, because the function's normaliser is not known.

@@ -26,7 +26,7 @@ from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.piece import shown
 
-__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "drift", "outcome", "together"]
+__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "distance_metrics", "reward_metrics", "together"]
 
 Metrics = Callable[[], dict[str, float]]
 
@@ -45,7 +45,7 @@ class Credit:
     mismatch: Tensor  # [N, T], u, of the policy term only
     returns: Tensor | None  # [N, T], the critic's target
     tokens: int  # valid tokens of the whole batch: what metrics are averaged over
-    measure: Metrics = no_metrics
+    compute_metrics: Metrics = no_metrics
     kl_weight: Tensor | None = None  # [N, T], where the KL term is aggregated in another way
     entropy_weight: Tensor | None = None  # [N, T], likewise
     whole: int | None = None  # rows of the batch that it was computed over
@@ -54,7 +54,7 @@ class Credit:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """Of the whole batch; measured when first asked for."""
-        return self.measure()
+        return self.compute_metrics()
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -102,16 +102,16 @@ class LossOutput:
     loss: Tensor
     advantage: Tensor
     terms: dict[str, Tensor]
-    measure: Metrics = field(default=no_metrics, repr=False)
+    compute_metrics: Metrics = field(default=no_metrics, repr=False)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
         """Measured when first asked for: a loss that is only differentiated does not pay for them."""
-        return self.measure()
+        return self.compute_metrics()
 
 
 @torch.no_grad()
-def drift(batch: Batch, tokens: int) -> dict[str, float]:
+def distance_metrics(batch: Batch, tokens: int) -> dict[str, float]:
     """How far the policy is from the old policy and the reference (k3, nats a token), and its entropy.
 
     tokens: of the whole batch, so that micro-batches add up.
@@ -126,7 +126,7 @@ def drift(batch: Batch, tokens: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def outcome(batch: Batch) -> dict[str, float]:
+def reward_metrics(batch: Batch) -> dict[str, float]:
     """Counts, and -E[r]: the loss's value is not the performance."""
     metrics = {"tokens": float(batch.tokens), "completions": float(batch.live.sum())}
     if batch.reward is not None and bool(batch.live.any()):
@@ -138,8 +138,8 @@ def outcome(batch: Batch) -> dict[str, float]:
 class OnlyCredit(LossOutput):
     """Advantages of a batch that has no log-probabilities: whoever asks it for the loss is told what is missing."""
 
-    def __init__(self, advantage: Tensor, measure: Metrics, reason: LossError) -> None:
-        super().__init__(advantage, advantage, {}, measure)
+    def __init__(self, advantage: Tensor, compute_metrics: Metrics, reason: LossError) -> None:
+        super().__init__(advantage, advantage, {}, compute_metrics)
         object.__setattr__(self, "reason", reason)
 
     def __getattribute__(self, name: str) -> Any:

@@ -44,11 +44,18 @@ def param(
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Base of every axis option: range checks, and the mapping between short and flat parameter names."""
+    """Base of every axis option: what the composition may ask, range checks, short and flat parameter names."""
 
     option: ClassVar[str] = ""  # its name on its axis
     needs: ClassVar[frozenset[str]] = frozenset()  # batch fields without which it cannot be evaluated
     ordered: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of fields of which the first must not be the larger
+
+    # What the composition asks of a piece. A subclass answers with a constant, or with a property of its parameters.
+    acts: ClassVar[bool] = True  # it does something; False for the option that switches its axis off
+    reads_old: ClassVar[bool] = False  # it reads the old policy's logp itself, whatever the ratio is taken against
+    coupling: ClassVar[str] = "token"  # how far rows depend on each other by it: token, sequence, group or batch
+    whole_batch: ClassVar[bool] = False  # its objective looks at all tokens of the update at once: no micro-batches
+    stops_gradient: ClassVar[bool] = False  # what it gives depends on logp without gradient
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

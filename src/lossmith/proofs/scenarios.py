@@ -16,9 +16,9 @@ import torch
 from lossmith.errors import quiet_traps
 from lossmith.losses import (
     KL,
+    LOO,
     Batch,
     CompletionLoss,
-    LeaveOneOut,
     LogP,
     Normalizer,
     NoScale,
@@ -155,7 +155,7 @@ def difficulty(loss: Any, size: int = 16, success: tuple[float, ...] = SUCCESS) 
 
 def unscaled(loss: Any) -> PolicyLoss | None:
     """The loss without what it divides its advantages by; None where there is nothing to take away."""
-    if not isinstance(loss, PolicyLoss) or isinstance(loss.scale, NoScale):
+    if not isinstance(loss, PolicyLoss) or not loss.scale.acts:
         return None
     with quiet_traps():
         return dataclasses.replace(loss, scale=NoScale())
@@ -202,6 +202,6 @@ def baseline_variances(size: int = GROUP) -> dict[str, float]:
     world = default_world()
     losses = {
         name: PolicyLoss(name=name, advantage=advantage, trust=LogP(), aggregate=SeqMeanTokenSum())
-        for name, advantage in (("reinforce", Raw()), ("leave_one_out", LeaveOneOut()))
+        for name, advantage in (("reinforce", Raw()), ("leave_one_out", LOO()))
     }
     return {name: group_gradients(loss, world, size).variance() for name, loss in losses.items()}

@@ -141,6 +141,7 @@ class PromptMean(Aggregate):
     """Every prompt counts the same, the tokens of its completions share."""
 
     option: ClassVar[str] = "prompt_mean"
+    coupling: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"group"})
 
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, number, options, param
 
-__all__ = ["EXTRA", "Extra", "Imitate", "ImitatePositive", "NoExtra", "SquareLogRatio"]
+__all__ = ["EXTRA", "SFT", "Extra", "NLLPositive", "NoExtra", "SquareLogRatio"]
 
 
 class Extra(Piece):
@@ -39,6 +39,7 @@ class NoExtra(Extra):
     """No extra term."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SquareLogRatio(Extra):
 
 
 @dataclass(frozen=True)
-class ImitatePositive(Extra):
+class NLLPositive(Extra):
     """-nll_coef·logp where A > 0: imitation of what went well (VAPO, arXiv:2504.05118)."""
 
     option: ClassVar[str] = "nll_positive"
@@ -90,7 +91,7 @@ class ImitatePositive(Extra):
 
 
 @dataclass(frozen=True)
-class Imitate(Extra):
+class SFT(Extra):
     """-sft_coef·logp on every valid token: imitation of all completions."""
 
     option: ClassVar[str] = "sft"
@@ -110,4 +111,4 @@ class Imitate(Extra):
         return [f"loss = loss - {self.coef} * logp"]
 
 
-EXTRA: dict[str, type[Extra]] = options(NoExtra, SquareLogRatio, ImitatePositive, Imitate)
+EXTRA: dict[str, type[Extra]] = options(NoExtra, SquareLogRatio, NLLPositive, SFT)

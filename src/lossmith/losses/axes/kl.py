@@ -128,7 +128,15 @@ class KL(Piece):
         return self.active and (self.ratio_weight or self.is_cap is not None)
 
     @property
-    def required(self) -> frozenset[str]:
+    def reads_old(self) -> bool:  # type: ignore[override]
+        return self.in_reward
+
+    @property
+    def stops_gradient(self) -> bool:  # type: ignore[override]
+        return self.in_loss and self.straight_through
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
         if not self.active:
             return frozenset()
         if self.estimator == "full":

@@ -14,16 +14,16 @@ from lossmith.losses.piece import Piece, number, options, param, symbol
 
 __all__ = [
     "GROUP_FILTER",
+    "OPSM",
     "SEQUENCE_MASK",
     "TOKEN_MASK",
     "Above",
     "Best",
-    "Fresh",
     "GroupFilter",
-    "KeepAll",
     "Mask",
+    "NoFilter",
     "NoMask",
-    "OffPolicySequence",
+    "Staleness",
     "TopEntropy",
     "ZeroVariance",
 ]
@@ -34,8 +34,6 @@ __all__ = [
 
 class Mask(Piece):
     """Which valid tokens keep their policy term, [N, T] bool; no gradient."""
-
-    whole_batch: ClassVar[bool] = False  # looks at all tokens of the update at once
 
     def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
         """None: all of them."""
@@ -55,6 +53,7 @@ class NoMask(Mask):
     """Everything counts."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def quantile(x: Tensor, q: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OffPolicySequence(Mask):
+class OPSM(Mask):
     """Without completions that have A < 0 and mean_t(log μ - log π_θ) > opsm_delta (OPSM, arXiv:2512.02556).
 
     μ falls back to the old policy where the sampler's log-probabilities are not given.
@@ -100,14 +99,14 @@ class OffPolicySequence(Mask):
         "opsm_delta", None, "mean log-ratio (nats) beyond which a bad completion is dropped", required=True, bound=True
     )
 
-    def drift(self, batch: Batch) -> Tensor:
+    def mean_gap(self, batch: Batch) -> Tensor:
         """[N, 1] mean of log μ - log π_θ over the completion."""
         mu = batch.behavior_logp if batch.behavior_logp is not None else batch.old("sequence_mask='opsm'")
         gap = mu.detach() - batch.require("logp", "sequence_mask='opsm'").detach()
         return gap.sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
 
     def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
-        return ~((advantage < 0) & (self.drift(batch) > self.given("delta")))
+        return ~((advantage < 0) & (self.mean_gap(batch) > self.given("delta")))
 
     def formula(self) -> tuple[str, str] | None:
         d, tex = symbol(self.delta, "δ", r"\delta")
@@ -116,13 +115,13 @@ class OffPolicySequence(Mask):
 
     def code(self) -> list[str]:
         return [
-            "drift = ((behavior_logp - logp.detach()) * mask).sum(1, keepdim=True) / T[:, None]",
-            f"keep = ~((A < 0) & (drift > {self.delta}))",
+            "gap = ((behavior_logp - logp.detach()) * mask).sum(1, keepdim=True) / T[:, None]",
+            f"keep = ~((A < 0) & (gap > {self.delta}))",
         ]
 
 
 @dataclass(frozen=True)
-class Fresh(Mask):
+class Staleness(Mask):
     """Without completions sampled more than max_lag policy versions ago."""
 
     option: ClassVar[str] = "staleness"
@@ -144,7 +143,7 @@ class Fresh(Mask):
 
 
 TOKEN_MASK: dict[str, type[Mask]] = options(NoMask, TopEntropy)
-SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OffPolicySequence, Fresh)
+SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OPSM, Staleness)
 
 
 # -- filters: what they drop is gone, from the normaliser too ----------------------------------------------------------
@@ -153,6 +152,7 @@ SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OffPolicySequence, Fresh)
 class GroupFilter(Piece):
     """Which completions take part, [N] bool, judged by their raw reward."""
 
+    coupling: ClassVar[str] = "group"
     compares: ClassVar[str] = ""  # with what a completion is compared: "group", or "" (nothing)
 
     def keep(self, batch: Batch) -> Tensor | None:
@@ -169,10 +169,12 @@ class GroupFilter(Piece):
 
 
 @dataclass(frozen=True)
-class KeepAll(GroupFilter):
+class NoFilter(GroupFilter):
     """Every completion takes part."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
+    coupling: ClassVar[str] = "token"
 
 
 @dataclass(frozen=True)
@@ -240,4 +242,4 @@ class Above(GroupFilter):
         return [f"keep_row = R > {self.threshold}"]
 
 
-GROUP_FILTER: dict[str, type[GroupFilter]] = options(KeepAll, ZeroVariance, Best, Above)
+GROUP_FILTER: dict[str, type[GroupFilter]] = options(NoFilter, ZeroVariance, Best, Above)

@@ -18,20 +18,21 @@ from lossmith.losses.axes.ratio import bounded_exp
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, in_code, number, options, param
 
-__all__ = ["MISMATCH", "Gate", "IcePop", "Mismatch", "NoMismatch", "TruncatedIS"]
+__all__ = ["MISMATCH", "TIS", "Gate", "IcePop", "Mismatch", "NoMismatch"]
 
 _LEVELS = ("token", "sequence", "geometric")
 
 
 class Mismatch(Piece):
-    """Old and behaviour log-probabilities -> weight u [N, T], detached."""
+    """Old and behavior log-probabilities -> weight u [N, T], detached."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
+    reads_old: ClassVar[bool] = True
     normalize: bool
 
     @property
-    def whole_batch(self) -> bool:
-        """Whether u depends on all tokens of the update."""
-        return self.normalize
+    def coupling(self) -> str:  # type: ignore[override]
+        return "batch" if self.normalize else "token"
 
     def __call__(self, batch: Batch) -> Tensor:
         u = self.raw(batch)
@@ -69,6 +70,9 @@ class NoMismatch(Mismatch):
     """u = 1: the sampler is the old policy."""
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads_old: ClassVar[bool] = False
     normalize: ClassVar[bool] = False  # type: ignore[misc]
 
     def raw(self, batch: Batch) -> Tensor:
@@ -109,7 +113,7 @@ def _level_name(level: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class TruncatedIS(Mismatch):
+class TIS(Mismatch):
     """u = clip(ρ, low, high): truncated importance sampling."""
 
     option: ClassVar[str] = "tis"
@@ -227,4 +231,4 @@ class Gate(Mismatch):
         ]
 
 
-MISMATCH: dict[str, type[Mismatch]] = options(NoMismatch, TruncatedIS, IcePop, Gate)
+MISMATCH: dict[str, type[Mismatch]] = options(NoMismatch, TIS, IcePop, Gate)

@@ -41,12 +41,21 @@ class Ratio(Piece):
         choices=("old", "behavior", "self", "ref"),
     )
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        field = {"behavior": "behavior_logp", "ref": "ref_logp"}.get(self.denominator)
+        return frozenset({field} if field else ())
+
+    @property
+    def stops_gradient(self) -> bool:  # type: ignore[override]
+        return self.denominator == "self"
+
     def log_ratio(self, batch: Batch) -> Tensor:
         """Δ [N, T], with gradient; 0 at masked positions."""
         logp = batch.require("logp", "every policy loss")
-        return logp - self.below(batch)  # a batch holds 0 at masked positions of both
+        return logp - self.denominator_logp(batch)  # a batch holds 0 at masked positions of both
 
-    def below(self, batch: Batch) -> Tensor:
+    def denominator_logp(self, batch: Batch) -> Tensor:
         """Log-probability under the denominator's policy, [N, T], detached."""
         if self.denominator == "behavior":
             return batch.require("behavior_logp", "denominator='behavior'").detach()
@@ -68,10 +77,10 @@ class Ratio(Piece):
         raise NotImplementedError
 
     def code(self) -> list[str]:
-        """Lines of plain torch that compute r [N, T] from logp and below."""
+        """Lines of plain torch that compute r [N, T] from logp and denominator_logp."""
         raise NotImplementedError
 
-    def below_names(self) -> tuple[str, str]:
+    def denominator_names(self) -> tuple[str, str]:
         """(text, LaTeX) of the policy in the denominator."""
         tex = {
             "old": r"\pi_{\mathrm{old}}",
@@ -96,14 +105,17 @@ class TokenRatio(Ratio):
         return slope * _inside(self.log_ratio(batch).detach())
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self.below_names()
+        text, tex = self.denominator_names()
         return f"π_θ(y_t) / {text}(y_t)", rf"\frac{{\pi_\theta(y_t)}}{{{tex}(y_t)}}"
 
     def code(self) -> list[str]:
-        return ["r = torch.exp(logp - below)"]
+        return ["r = torch.exp(logp - denominator_logp)"]
 
 
 class _PerSequence(Ratio):
+    per_sequence: ClassVar[bool] = True
+    coupling: ClassVar[str] = "sequence"
+
     def _level(self, batch: Batch) -> Tensor:
         """log of the completion's ratio, [N, 1]."""
         raise NotImplementedError
@@ -117,7 +129,6 @@ class SequenceRatio(_PerSequence):
     """s_i = exp(mean_t log r_t), the geometric mean over the completion (GSPO, arXiv:2507.18071, eq. 7)."""
 
     option: ClassVar[str] = "sequence"
-    per_sequence: ClassVar[bool] = True
 
     def _level(self, batch: Batch) -> Tensor:
         return self.log_ratio(batch).sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
@@ -127,14 +138,17 @@ class SequenceRatio(_PerSequence):
         return total * _inside(self._level(batch).detach()) * batch.valid
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self.below_names()
+        text, tex = self.denominator_names()
         return (
             f"(π_θ(y) / {text}(y))^(1/T)",
             rf"\left(\frac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}",
         )
 
     def code(self) -> list[str]:
-        return ["r = torch.exp(((logp - below) * mask).sum(1, keepdim=True) / T[:, None]).expand(mask.shape)"]
+        return [
+            "s = torch.exp(((logp - denominator_logp) * mask).sum(1, keepdim=True) / T[:, None])",
+            "r = s.expand(mask.shape)",
+        ]
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,7 @@ class SequenceTokenRatio(Ratio):
     """Value s_i, gradient of the token: sg(s_i)·exp(logp - sg(logp)) (GSPO-token, arXiv:2507.18071, eq. 14)."""
 
     option: ClassVar[str] = "sequence_token"
+    stops_gradient: ClassVar[bool] = True
 
     def __call__(self, batch: Batch) -> Tensor:
         delta = self.log_ratio(batch)
@@ -152,7 +167,7 @@ class SequenceTokenRatio(Ratio):
         return slope * batch.valid
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self.below_names()
+        text, tex = self.denominator_names()
         return (
             f"sg((π_θ(y) / {text}(y))^(1/T))·π_θ(y_t)/sg(π_θ(y_t))",
             rf"\operatorname{{sg}}\!\left(\tfrac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}"
@@ -161,7 +176,7 @@ class SequenceTokenRatio(Ratio):
 
     def code(self) -> list[str]:
         return [
-            "s = torch.exp(((logp - below) * mask).sum(1, keepdim=True) / T[:, None])",
+            "s = torch.exp(((logp - denominator_logp) * mask).sum(1, keepdim=True) / T[:, None])",
             "r = s.detach() * torch.exp(logp - logp.detach())",
         ]
 
@@ -171,7 +186,6 @@ class SequenceSumRatio(_PerSequence):
     """S_i = Π_t r_t, the ratio of whole completions (the trajectory ratio of the book's eq. 4.47; RLOO in TRL)."""
 
     option: ClassVar[str] = "sequence_sum"
-    per_sequence: ClassVar[bool] = True
 
     def _level(self, batch: Batch) -> Tensor:
         return self.log_ratio(batch).sum(1, keepdim=True)
@@ -181,11 +195,11 @@ class SequenceSumRatio(_PerSequence):
         return total * _inside(self._level(batch).detach()) * batch.valid
 
     def formula(self) -> tuple[str, str]:
-        text, tex = self.below_names()
+        text, tex = self.denominator_names()
         return f"π_θ(y) / {text}(y)", rf"\frac{{\pi_\theta(y)}}{{{tex}(y)}}"
 
     def code(self) -> list[str]:
-        return ["r = torch.exp(((logp - below) * mask).sum(1, keepdim=True)).expand(mask.shape)"]
+        return ["r = torch.exp(((logp - denominator_logp) * mask).sum(1, keepdim=True)).expand(mask.shape)"]
 
 
 RATIO: dict[str, type[Ratio]] = options(TokenRatio, SequenceRatio, SequenceTokenRatio, SequenceSumRatio)

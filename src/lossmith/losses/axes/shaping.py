@@ -14,7 +14,7 @@ from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, in_code, number, options, param
 
-__all__ = ["SHAPING", "Affine", "ClipReward", "Overlong", "Potential", "Shaping", "WeightedSum", "part_weights"]
+__all__ = ["SHAPING", "ClipReward", "Overlong", "Potential", "ScaleReward", "Shaping", "WeightedSum", "part_weights"]
 
 
 class Shaping(Piece):
@@ -58,7 +58,7 @@ class ClipReward(Shaping):
 
 
 @dataclass(frozen=True)
-class Affine(Shaping):
+class ScaleReward(Shaping):
     """R ← a(R + b)."""
 
     option: ClassVar[str] = "scale"
@@ -188,4 +188,4 @@ def part_weights(weights: tuple[float, ...], parts: Tensor) -> list[float]:
     return list(weights) or [1.0] * parts.shape[1]
 
 
-SHAPING: dict[str, type[Shaping]] = options(ClipReward, Affine, Overlong, WeightedSum, Potential)
+SHAPING: dict[str, type[Shaping]] = options(ClipReward, ScaleReward, Overlong, WeightedSum, Potential)

@@ -27,6 +27,10 @@ class ValueLoss(Piece):
     def active(self) -> bool:
         return self.coef > 0
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"value"} if self.active else ())
+
     def term(self, batch: Batch, returns: Tensor) -> Tensor:
         """[N, T] before the coefficient, with gradient into batch.value."""
         value = batch.require("value", "a value loss")

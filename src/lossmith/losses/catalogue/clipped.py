@@ -1,11 +1,11 @@
 """PPO and its descendants: a clipped ratio per token."""
 
-from lossmith.losses.axes.advantage import GAE, BatchStd, Group, GroupStd, LengthAdaptiveGAE, PassAtK, Shortest
+from lossmith.losses.axes.advantage import GAE, GFPO, VAPO, BatchStd, Group, GroupStd, PassAtK
 from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
-from lossmith.losses.axes.extra import ImitatePositive
+from lossmith.losses.axes.extra import NLLPositive
 from lossmith.losses.axes.kl import KL
-from lossmith.losses.axes.masks import OffPolicySequence, TopEntropy, ZeroVariance
-from lossmith.losses.axes.mismatch import TruncatedIS
+from lossmith.losses.axes.masks import OPSM, TopEntropy, ZeroVariance
+from lossmith.losses.axes.mismatch import TIS
 from lossmith.losses.axes.shaping import Overlong
 from lossmith.losses.axes.trust import BalancedClip, Clip, CovDrop, CovKL, DynamicClip, Influence, M2Mask, Preserve
 from lossmith.losses.axes.value import ValueLoss
@@ -105,7 +105,7 @@ ENTRIES = [
         paper="arXiv:2508.09726 (its KL coefficient is not settled: 0.001 here)",
         summary="Only the shortest (or most efficient) completions of each group get an advantage.",
         build=lambda: PolicyLoss(
-            advantage=Shortest(), trust=Clip(0.2, 0.2), kl=KL(0.001, "k3", "loss"), aggregate=TokenMean()
+            advantage=GFPO(), trust=Clip(0.2, 0.2), kl=KL(0.001, "k3", "loss"), aggregate=TokenMean()
         ),
         example={"keep": 2},
     ),
@@ -122,14 +122,14 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2505.24298 (AReaL)",
         summary="PPO's clip against the old policy, weighted by the ratio of old policy and sampler.",
-        build=lambda: _critic(Clip(0.2, 0.2), mismatch=TruncatedIS(high=INF)),
+        build=lambda: _critic(Clip(0.2, 0.2), mismatch=TIS(high=INF)),
     ),
     Entry(
         name="vapo",
         year=2025,
         paper="arXiv:2504.05118 (its likelihood coefficient is not settled: 0.1 here)",
         summary="PPO whose generalised advantages follow the length, and imitation of what went well.",
-        build=lambda: _critic(Clip(0.2, 0.28), advantage=LengthAdaptiveGAE(), extra=ImitatePositive(0.1)),
+        build=lambda: _critic(Clip(0.2, 0.28), advantage=VAPO(), extra=NLLPositive(0.1)),
     ),
     Entry(
         name="m2po",
@@ -196,7 +196,7 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2512.02556",
         summary="GRPO without bad completions that the policy has already left behind.",
-        build=lambda: _grpo(sequence_mask=OffPolicySequence()),
+        build=lambda: _grpo(sequence_mask=OPSM()),
         example={"opsm_delta": 0.1},
     ),
     Entry(

@@ -1,17 +1,17 @@
 """REINFORCE and its baselines: the log-probability times an advantage."""
 
 from lossmith.losses.axes.advantage import (
+    GPG,
+    LOO,
+    OPO,
     TD,
     BatchMean,
     Group,
-    LeaveOneOut,
     MaxRL,
-    OptimalReward,
     Raw,
     ReferenceGap,
     ReMax,
     Return,
-    ScaledGroup,
     Whiten,
 )
 from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, TokenMean
@@ -54,7 +54,7 @@ ENTRIES = [
         paper="arXiv:2402.14740",
         summary="Leave-one-out baseline; the clipped ratio of whole completions; KL taken off the reward.",
         build=lambda: PolicyLoss(
-            advantage=LeaveOneOut(),
+            advantage=LOO(),
             ratio=SequenceSumRatio(),
             trust=Clip(0.2, 0.2),
             kl=KL(0.05, "k1", "reward"),
@@ -67,7 +67,7 @@ ENTRIES = [
         year=2024,
         paper="arXiv:2402.14740, with PPO's clip per token",
         summary="Leave-one-out baseline with the clipped ratio of each token.",
-        build=lambda: PolicyLoss(advantage=LeaveOneOut(), trust=Clip(0.2, 0.2), aggregate=TokenMean()),
+        build=lambda: PolicyLoss(advantage=LOO(), trust=Clip(0.2, 0.2), aggregate=TokenMean()),
     ),
     Entry(
         name="reinforce_pp",
@@ -121,14 +121,14 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2504.02546",
         summary="Reward minus the group's mean, scaled up by the share of completions without reward.",
-        build=lambda: PolicyLoss(advantage=ScaledGroup(), trust=LogP(), aggregate=TokenMean()),
+        build=lambda: PolicyLoss(advantage=GPG(), trust=LogP(), aggregate=TokenMean()),
     ),
     Entry(
         name="opo",
         year=2025,
         paper="arXiv:2505.23585",
         summary="The group's mean weighted by length as baseline, which lowers variance.",
-        build=lambda: PolicyLoss(advantage=OptimalReward(), trust=LogP(), aggregate=TokenMean()),
+        build=lambda: PolicyLoss(advantage=OPO(), trust=LogP(), aggregate=TokenMean()),
     ),
     Entry(
         name="maxrl",

@@ -12,7 +12,8 @@ from typing import Any
 
 from lossmith.errors import quiet_traps
 from lossmith.losses.catalogue.entry import Entry
-from lossmith.losses.composition.flat import AXES, House
+from lossmith.losses.composition.flat import AXES
+from lossmith.losses.composition.house import House
 from lossmith.losses.composition.policy_loss import PolicyLoss
 from lossmith.losses.loss import Loss
 

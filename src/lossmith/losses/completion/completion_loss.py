@@ -21,7 +21,7 @@ from lossmith.losses.axes.advantage import Groups, Signal
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.composition.flat import no_parameter
 from lossmith.losses.composition.formula import powers
-from lossmith.losses.loss import Credit, Loss, LossOutput, drift, outcome, together
+from lossmith.losses.loss import Credit, Loss, LossOutput, distance_metrics, reward_metrics, together
 from lossmith.losses.piece import Piece, shown
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
@@ -77,7 +77,7 @@ class CompletionTerm(Piece):
         """dL/dΛ [N] in closed form."""
         raise NotImplementedError
 
-    def measure(self, at: Completions) -> dict[str, float]:
+    def compute_metrics(self, at: Completions) -> dict[str, float]:
         """More metrics of its own."""
         return {}
 
@@ -170,11 +170,11 @@ class CompletionLoss(Loss):
 
     @torch.no_grad()
     def _metrics(self, at: Completions) -> dict[str, float]:
-        metrics = outcome(at.batch) | drift(at.batch, at.batch.tokens)
+        metrics = reward_metrics(at.batch) | distance_metrics(at.batch, at.batch.tokens)
         if bool(at.live.any()):
             metrics["log_ratio"] = float(at.log_ratio[at.live].mean())
             metrics["units"] = float(self.term.units(at))
-            metrics |= self.term.measure(at)
+            metrics |= self.term.compute_metrics(at)
         return metrics
 
     # -- representations --------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ class Paired(CompletionTerm):
         extra = self.imitation(at)
         return slope if extra is None else slope.index_add(0, winners, share * extra[1][winners])
 
-    def measure(self, at: Completions) -> dict[str, float]:
+    def compute_metrics(self, at: Completions) -> dict[str, float]:
         """margin: mean s_w - s_l; accuracy: share of pairs with s_w > s_l, ties one half; log-ratios of both sides."""
         winners, losers = self.find_pairs(at)
         if not len(winners):

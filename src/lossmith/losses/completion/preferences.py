@@ -329,7 +329,7 @@ class _Prospect(CompletionTerm):
         gate = torch.sigmoid(self.beta * sign * (at.log_ratio - z))
         return -weight * self.beta * sign * gate * (1 - gate) / max(units, 1)
 
-    def measure(self, at: Completions) -> dict[str, float]:
+    def compute_metrics(self, at: Completions) -> dict[str, float]:
         good = self._parts(at, self.units(at))[0] > 0
         found = {"reference_point": float(self.point(at, self.units(at)))}
         for name, rows in (("chosen", at.live & good), ("rejected", at.live & ~good)):

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, TypeVar
 
 from lossmith.errors import LossError, nearest
-from lossmith.losses.axes.advantage import ADVANTAGE, SCALE, GroupStd
+from lossmith.losses.axes.advantage import ADVANTAGE, SCALE
 from lossmith.losses.axes.aggregate import AGGREGATE
 from lossmith.losses.axes.extra import EXTRA
 from lossmith.losses.axes.kl import KL
@@ -23,15 +22,16 @@ from lossmith.losses.axes.ratio import RATIO
 from lossmith.losses.axes.shaping import SHAPING, Shaping
 from lossmith.losses.axes.trust import TRUST
 from lossmith.losses.axes.value import ValueLoss
+from lossmith.losses.composition.composition import Composition
 from lossmith.losses.composition.foreign import FOREIGN, nearest_word
+from lossmith.losses.composition.house import House
 from lossmith.losses.piece import Piece, is_number, shown
 
-if TYPE_CHECKING:
-    from lossmith.losses.composition.policy_loss import PolicyLoss
+__all__ = ["AXES", "all_parameters", "describe", "no_parameter", "to_flat", "with_flat"]
 
-__all__ = ["AXES", "House", "all_parameters", "describe", "no_parameter", "to_flat", "with_flat"]
+Composed = TypeVar("Composed", bound=Composition)
 
-# flat axis name -> (field of PolicyLoss, options)
+# flat axis name -> (field of Composition, options)
 AXES: dict[str, tuple[str, Mapping[str, type[Piece]]]] = {
     "advantage": ("advantage", ADVANTAGE),
     "advantage_scale": ("scale", SCALE),
@@ -57,14 +57,14 @@ PLAIN = {
 _ALWAYS = ("kl", "value")  # pieces that are always there, switched off by a coefficient of 0
 
 
-def pieces_of(loss: PolicyLoss) -> dict[str, Piece]:
+def pieces_of(loss: Composition) -> dict[str, Piece]:
     """{where: piece} of everything that has parameters, shaping included."""
     fields = [field for field, _ in AXES.values()]
     pieces: dict[str, Piece] = {name: getattr(loss, name) for name in (*fields, *_ALWAYS)}
     return pieces | {f"shaping.{i}": piece for i, piece in enumerate(loss.shaping)}
 
 
-def to_flat(loss: PolicyLoss) -> dict[str, Any]:
+def to_flat(loss: Composition) -> dict[str, Any]:
     """Every choice and parameter of the composition, in JSON types. In TOML, write None as "none"."""
     flat: dict[str, Any] = {"name": loss.name, "shaping": [s.option for s in loss.shaping]}
     flat |= {axis: getattr(loss, field).option for axis, (field, _) in AXES.items()}
@@ -74,31 +74,7 @@ def to_flat(loss: PolicyLoss) -> dict[str, Any]:
     return flat
 
 
-@dataclass(frozen=True)
-class House:
-    """The numbers of one library, as its presets have them: what an option gets there when it is chosen."""
-
-    pieces: tuple[tuple[str, Piece], ...]  # (axis, piece), the library's main loss first
-    shared: ClassVar[tuple[str, ...]] = ("eps", "singleton", "mismatch_level", "mismatch_low", "mismatch_high")
-
-    def of(self, axis: str, option: type[Piece]) -> dict[str, Any]:
-        """{flat name: number}: of the same option in the library, else what means the same in every option."""
-        found: dict[str, Any] = {}
-        for where, piece in reversed(self.pieces):
-            if where == axis or (where == "advantage_scale" and _adds_to_std(option)):
-                found |= {k: v for k, v in piece.flat().items() if k in self.shared}
-        for where, piece in reversed(self.pieces):
-            if where == axis and type(piece) is option:
-                found |= piece.flat()
-        return found
-
-
-def _adds_to_std(option: type[Piece]) -> bool:
-    """Whether its eps is the usual one of a standard deviation, as that of a scale is."""
-    return getattr(option, "eps", None) == GroupStd.eps
-
-
-def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
+def with_flat(loss: Composed, changes: Mapping[str, Any]) -> Composed:
     """The composition with these flat parameters changed."""
     changes = dict(changes)
     fields: dict[str, Any] = {"name": changes.pop("name", loss.name)}
@@ -118,14 +94,16 @@ def with_flat(loss: PolicyLoss, changes: Mapping[str, Any]) -> PolicyLoss:
     return dataclasses.replace(loss, **fields)
 
 
-def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, loss: PolicyLoss) -> Piece:
+def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, loss: Composition) -> Piece:
     """The piece for this option, with the numbers that go with it."""
     current: Piece = getattr(loss, AXES[axis][0])
     option = "none" if option is None and "none" in known else option
     if isinstance(option, Piece):
         return option
     if not isinstance(option, str) or option not in {*known, current.option}:
-        raise LossError(f"{axis} is {shown(option)}.{nearest(str(option), known)}")
+        # as runs with rollout_is wrote it before
+        renamed = " It is now called trust='band'." if (axis, option) == ("trust", "icepop") else ""
+        raise LossError(f"{axis} is {shown(option)}.{renamed}{nearest(str(option), known)}")
     if option == current.option:
         return current
     return _new(axis, known[option], current, loss.house)
@@ -165,7 +143,7 @@ def _expand_clip(name: str, changes: dict[str, Any], trust: Any) -> None:
     changes |= dict.fromkeys(bounds, value)
 
 
-def _shaping(names: Any, loss: PolicyLoss) -> tuple[Shaping, ...]:
+def _shaping(names: Any, loss: Composition) -> tuple[Shaping, ...]:
     names = () if names is None or _none(names) is None else (names,) if isinstance(names, (str, Shaping)) else names
     if not isinstance(names, (list, tuple)):
         raise LossError(f"shaping is a list of {', '.join(SHAPING)}, not {shown(names)}.")
@@ -234,7 +212,7 @@ def _homes(flat: str) -> list[str]:
     ]
 
 
-def describe(loss: PolicyLoss) -> list[tuple[str, Any, str]]:
+def describe(loss: Composition) -> list[tuple[str, Any, str]]:
     """(flat name, value, one-line meaning) of every choice and parameter of this composition."""
     meaning = all_parameters()
     for piece in pieces_of(loss).values():

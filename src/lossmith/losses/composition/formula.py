@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from lossmith.errors import LossError
-from lossmith.losses.axes.advantage import Critic, LengthAdaptiveGAE, Zero
-from lossmith.losses.axes.mismatch import NoMismatch
-from lossmith.losses.axes.trust.selective import M2Mask
+from lossmith.losses.composition.composition import Composition
 from lossmith.losses.piece import number
-
-if TYPE_CHECKING:
-    from lossmith.losses.composition.policy_loss import PolicyLoss
 
 __all__ = ["powers", "render"]
 
 
-def render(loss: PolicyLoss, style: str = "text") -> str:
+def render(loss: Composition, style: str = "text") -> str:
     """The loss with its numbers; every symbol on a line of its own below it."""
     if style not in ("text", "latex"):
         raise LossError(f"formula style is {style!r}; known: text, latex.")
@@ -34,22 +28,22 @@ def powers(latex: str) -> str:
     return re.sub(r"(\d)e([+-])0*(\d+)", r"\1 \\cdot 10^{\2\3}", latex).replace("^{+", "^{")
 
 
-def _equation(loss: PolicyLoss, i: int) -> str:
+def _equation(loss: Composition, i: int) -> str:
     minus, theta = ("−", "L(θ)") if i == 0 else ("-", r"\mathcal L(\theta)")
     policy = loss.trust.formula()[i]
-    if not isinstance(loss.trust, M2Mask):  # which looks at old policy and sampler, whatever the ratio is taken against
-        policy = policy.replace(("π_old", r"\pi_{\mathrm{old}}")[i], loss.ratio.below_names()[i])
-    if not isinstance(loss.mismatch, NoMismatch):
+    if not loss.trust.reads_old:
+        policy = policy.replace(("π_old", r"\pi_{\mathrm{old}}")[i], loss.ratio.denominator_names()[i])
+    if loss.mismatch.acts:
         policy = ("u·" if i == 0 else r"u\,") + policy
     if any(mask.formula() for mask in (loss.token_mask, loss.sequence_mask)):
         policy = ("m·" if i == 0 else r"m\,") + policy
-    terms = [*([] if isinstance(loss.advantage, Zero) else [minus + policy]), *_extra(loss, i)]
+    terms = [*([minus + policy] if loss.advantage.acts else []), *_extra(loss, i)]
     body = (" ".join(terms) or "0").removeprefix("+ ")
     inner = f"[ {body} ]" if i == 0 else rf"\left[ {body} \right]"
     return f"{theta} = {loss.aggregate.formula()[i]} {inner}"
 
 
-def _extra(loss: PolicyLoss, i: int) -> list[str]:
+def _extra(loss: Composition, i: int) -> list[str]:
     minus = "−" if i == 0 else "-"
     extra = []
     if loss.kl.in_loss:
@@ -73,13 +67,12 @@ def _text(words: str) -> str:
     return rf"\ \text{{{words.strip().replace('_', chr(92) + '_')}}}" if words else ""
 
 
-def _where(loss: PolicyLoss, i: int) -> list[str]:
+def _where(loss: Composition, i: int) -> list[str]:
     """The definitions below the equation."""
     lines = []
-    by_kl = loss.kl.uses_ratio
-    if (loss.trust.uses_ratio and not isinstance(loss.advantage, Zero)) or by_kl:
+    if (loss.trust.uses_ratio and loss.advantage.acts) or loss.kl.uses_ratio:
         lines.append("r = " + loss.ratio.formula()[i])
-    if not isinstance(loss.advantage, Zero):
+    if loss.advantage.acts:
         lines.append(_advantage(loss, i))
     reward = _reward(loss, i)
     if reward:
@@ -87,15 +80,15 @@ def _where(loss: PolicyLoss, i: int) -> list[str]:
     if loss.kl.active and loss.kl.estimator != "full":
         lines.append(_kappa(loss, i))
     if loss.value.active:
-        lines.append(_target(loss, i))
-    if not isinstance(loss.mismatch, NoMismatch):
+        lines.append("G = " + loss.advantage.target_formula()[i])
+    if loss.mismatch.acts:
         rho = ",  ρ = π_old / μ" if i == 0 else r",\quad \rho = \pi_{\mathrm{old}}/\mu"
         lines.append("u = " + loss.mismatch.formula()[i] + rho)
     lines += _rules(loss, i)
     return lines
 
 
-def _advantage(loss: PolicyLoss, i: int) -> str:
+def _advantage(loss: Composition, i: int) -> str:
     formula = loss.scale.formula(*loss.advantage.formula())[i]
     if loss.advantage_mul != 1:
         formula = f"{number(loss.advantage_mul)}·({formula})" if i == 0 else f"{number(loss.advantage_mul)}({formula})"
@@ -105,7 +98,7 @@ def _advantage(loss: PolicyLoss, i: int) -> str:
     return f"A = {formula}"
 
 
-def _reward(loss: PolicyLoss, i: int) -> str:
+def _reward(loss: Composition, i: int) -> str:
     arrow = "←" if i == 0 else r"\leftarrow"
     parts = [f"R {arrow} {s.formula()[i]}" for s in loss.shaping]
     if loss.kl.in_reward:
@@ -116,7 +109,7 @@ def _reward(loss: PolicyLoss, i: int) -> str:
     return (";  " if i == 0 else r";\quad ").join(parts)
 
 
-def _kappa(loss: PolicyLoss, i: int) -> str:
+def _kappa(loss: Composition, i: int) -> str:
     old = loss.kl.place == "reward"
     if i == 0:
         anchor = "π_ref" if loss.kl.against == "ref" else "μ"
@@ -126,21 +119,13 @@ def _kappa(loss: PolicyLoss, i: int) -> str:
     return rf"\kappa = \log {top}(y_t) - \log {anchor}(y_t)"
 
 
-def _target(loss: PolicyLoss, i: int) -> str:
-    if not isinstance(loss.advantage, Critic):
-        return "G = returns, as given" if i == 0 else r"G = \text{returns, as given}"
-    if isinstance(loss.advantage, LengthAdaptiveGAE):
-        return "G = Σ_{k≥t} r_k" if i == 0 else r"G = \sum_{k\ge t} r_k"
-    return "G = A + V_old (before scaling, detached)" if i == 0 else r"G = A + V_{\mathrm{old}}\ (\text{detached})"
-
-
-def _rules(loss: PolicyLoss, i: int) -> list[str]:
+def _rules(loss: Composition, i: int) -> list[str]:
     rules = []
     if loss.truncated != "keep":
         rules.append(
             {"mask": "truncated completions: no loss", "zero": "truncated completions: reward 0"}[loss.truncated]
         )
-    if isinstance(loss.advantage, Critic) and not loss.value.active:
+    if loss.advantage.critic and not loss.value.active:
         rules.append("V is not trained by this loss")
     if loss.local_normalizer:
         rules.append("counts are those of the micro-batch at hand")

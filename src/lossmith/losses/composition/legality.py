@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from lossmith.errors import LossError, nearest
-from lossmith.losses.axes.advantage import Critic, Estimator, Given, NoScale, Scale, Whiten, Zero
+from lossmith.losses.axes.advantage import Estimator, Scale
 from lossmith.losses.axes.aggregate import AGGREGATE, Aggregate
-from lossmith.losses.axes.extra import Extra, NoExtra
+from lossmith.losses.axes.extra import Extra
 from lossmith.losses.axes.kl import KL
 from lossmith.losses.axes.masks import GroupFilter, Mask
 from lossmith.losses.axes.mismatch import Mismatch
@@ -16,10 +15,8 @@ from lossmith.losses.axes.ratio import Ratio, TokenRatio
 from lossmith.losses.axes.shaping import Shaping
 from lossmith.losses.axes.trust import Trust
 from lossmith.losses.axes.value import ValueLoss
+from lossmith.losses.composition.composition import Composition
 from lossmith.losses.piece import is_number, shown
-
-if TYPE_CHECKING:
-    from lossmith.losses.composition.policy_loss import PolicyLoss
 
 __all__ = ["check_legal"]
 
@@ -40,7 +37,7 @@ KINDS = {
 }
 
 
-def check_legal(loss: PolicyLoss) -> None:
+def check_legal(loss: Composition) -> None:
     """Raise LossError with the reason if the composition is meaningless."""
     for axis, kind in KINDS.items():
         if not isinstance(getattr(loss, axis), kind):
@@ -71,11 +68,11 @@ def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise LossError(f"{name} is {shown(value)}.{nearest(str(value), known)}")
 
 
-def _illegal(loss: PolicyLoss) -> list[str]:
+def _illegal(loss: Composition) -> list[str]:
     return [reason for reason in (*_ratio_reasons(loss), *_credit_reasons(loss), *_name_reasons(loss)) if reason]
 
 
-def _ratio_reasons(loss: PolicyLoss) -> list[str]:
+def _ratio_reasons(loss: Composition) -> list[str]:
     reasons = []
     advantage, ratio, trust = loss.advantage, loss.ratio, loss.trust
     if ratio.per_sequence and advantage.per_token and trust.through == "ratio":
@@ -83,8 +80,7 @@ def _ratio_reasons(loss: PolicyLoss) -> list[str]:
             f"advantage='{advantage.option}' differs between tokens, but ratio_level='{ratio.option}' has one number a "
             "completion; use ratio_level='sequence_token' or 'token'"
         )
-    by_kl = loss.kl.uses_ratio
-    if not trust.uses_ratio and not by_kl and ratio != TokenRatio():
+    if not loss.needs_ratio and ratio != TokenRatio():
         reasons.append(
             f"trust='{trust.option}' does not use a ratio, so ratio_level='{ratio.option}' with "
             f"denominator='{ratio.denominator}' would have no effect"
@@ -97,19 +93,20 @@ def _ratio_reasons(loss: PolicyLoss) -> list[str]:
     return reasons
 
 
-def _credit_reasons(loss: PolicyLoss) -> list[str]:
+def _credit_reasons(loss: Composition) -> list[str]:
     reasons = []
     advantage, scale = loss.advantage, loss.scale
-    if advantage.per_token and not isinstance(scale, (NoScale, Whiten)):
+    if advantage.per_token and not scale.per_token:
         reasons.append(
             f"advantage='{advantage.option}' is per token, but advantage_scale='{scale.option}' divides by a statistic "
             "of whole completions; use 'whiten' or 'none'"
         )
-    if isinstance(advantage, (Given, Zero)) and not isinstance(scale, NoScale):
+    if scale.acts and not advantage.scalable:
         reasons.append(f"advantage='{advantage.option}' is not scaled: advantage_scale='{scale.option}' has no effect")
-    if isinstance(advantage, Zero) and not any((loss.kl.active, loss.value.active, loss.entropy_coef, _extra(loss))):
-        reasons.append("advantage='zero' leaves nothing: give beta, value_coef, entropy_coef or extra")
-    if loss.value.active and not isinstance(advantage, (Critic, Zero)):
+    others = (loss.kl.active, loss.value.active, loss.entropy_coef, loss.extra.acts)
+    if not advantage.acts and not any(others):
+        reasons.append(f"advantage='{advantage.option}' leaves nothing: give beta, value_coef, entropy_coef or extra")
+    if loss.value.active and advantage.acts and not advantage.critic:
         reasons.append(
             f"value_coef={loss.value.coef:g} trains a critic that advantage='{advantage.option}' never reads; use "
             "advantage='gae', 'td' or 'mc', or value_coef=0"
@@ -117,11 +114,7 @@ def _credit_reasons(loss: PolicyLoss) -> list[str]:
     return reasons
 
 
-def _extra(loss: PolicyLoss) -> bool:
-    return not isinstance(loss.extra, NoExtra)
-
-
-def _name_reasons(loss: PolicyLoss) -> list[str]:
+def _name_reasons(loss: Composition) -> list[str]:
     """One flat name can say one value only."""
     seen: dict[str, tuple[str, object]] = {}
     reasons = []

@@ -7,18 +7,10 @@ The listing leaves out what the loss does about bad input: it expects finite num
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
-from lossmith.losses.axes.advantage import Critic, Given, NoScale, ReferenceGap, Zero
 from lossmith.losses.axes.aggregate import AGGREGATE
-from lossmith.losses.axes.extra import NoExtra
-from lossmith.losses.axes.masks import KeepAll
-from lossmith.losses.axes.mismatch import NoMismatch
-from lossmith.losses.axes.shaping import Potential
 from lossmith.losses.batch import FIELDS
-
-if TYPE_CHECKING:
-    from lossmith.losses.composition.policy_loss import PolicyLoss
+from lossmith.losses.composition.composition import Composition
 
 __all__ = ["listing"]
 
@@ -50,17 +42,23 @@ _HELPERS = {
 _USES = {"mean_g": ("sum_g", "size_g"), "std_g": ("sum_g", "mean_g", "size_g")}
 
 
-def listing(loss: PolicyLoss) -> str:
+def listing(loss: Composition) -> str:
     """The source of a function of torch tensors, named after the loss. Tokens stand at the left of their rows."""
-    body = ["T = mask.sum(1)", *_rewards(loss), *_advantages(loss), *_objective(loss)]
+    objective = _objective(loss)
+    advantages = _advantages(loss) if loss.advantage.acts or "A" in _words(objective) else []
+    body = ["T = mask.sum(1)", *_rewards(loss, _words([*advantages, *objective])), *advantages, *objective]
     used = _mentioned(body)
     head = [line for name, lines in _HELPERS.items() if name in used for line in lines]
     first = body.index("T = mask.sum(1)") + 1
     body = [*body[:first], *head, *body[first:]]
-    words = set(re.findall(r"\w+", "\n".join(body)))
+    words = _words(body)
     fields = ", ".join(f for f in FIELDS if f in words and f not in ("logp", "mask"))
     name = re.sub(r"\W", "_", loss.name)
     return "\n".join([f"def {name}(logp, mask{', *, ' + fields if fields else ''}):", *("    " + x for x in body)])
+
+
+def _words(lines: list[str]) -> set[str]:
+    return set(re.findall(r"\w+", "\n".join(lines)))
 
 
 def _mentioned(body: list[str]) -> set[str]:
@@ -71,79 +69,69 @@ def _mentioned(body: list[str]) -> set[str]:
     return found
 
 
-def _rewards(loss: PolicyLoss) -> list[str]:
-    """R [N], or r_t [N, T] where the estimator or the KL penalty works on tokens."""
-    if isinstance(loss.advantage, (Zero, Given)) or not loss.needs & {"reward", "reward_parts"}:
+def _rewards(loss: Composition, words: set[str]) -> list[str]:
+    """R [N], or r_t [N, T], if what follows mentions either."""
+    if not words & {"R", "r_t"}:
         return []
-    lines = ["R = reward"] if "reward" in loss.needs else []
-    for shaping in loss.shaping:
-        lines += shaping.code()
-    per_token = any(isinstance(s, Potential) for s in loss.shaping)
+    lines = ["R = reward", *(line for shaping in loss.shaping for line in shaping.code())]
+    per_token = "r_t" in _words(lines)
     if loss.truncated == "zero":
         lines.append("R = torch.where(truncated, 0.0, R)")
-    in_reward = loss.kl.in_reward
-    if (loss.advantage.per_token or in_reward) and not per_token and not isinstance(loss.advantage, ReferenceGap):
+    if ("r_t" in words or loss.kl.in_reward) and not per_token:
         lines.append("r_t = on_last(R)")
-    if in_reward:
+    if loss.kl.in_reward:
         lines += [*loss.kl.code(), "r_t = r_t - kl"]
-    if (in_reward or per_token) and not loss.advantage.per_token:
+    if (loss.kl.in_reward or per_token) and not loss.advantage.per_token:
         lines.append("R = (r_t * mask).sum(1)")
     return lines
 
 
-def _advantages(loss: PolicyLoss) -> list[str]:
-    lines = [] if isinstance(loss.advantage, Zero) and not loss.kl.active else loss.advantage.code()
-    if not isinstance(loss.scale, NoScale):
-        lines += loss.scale.code()
+def _advantages(loss: Composition) -> list[str]:
+    lines = [*loss.advantage.code(), *loss.scale.code()]
     if loss.advantage_mul != 1:
         lines.append(f"A = {loss.advantage_mul} * A")
     if loss.advantage_clip is not None:
         lines.append(f"A = A.clamp(-{loss.advantage_clip}, {loss.advantage_clip})")
-    return [*lines, "A = A if A.ndim == 2 else A[:, None].expand(mask.shape)"] if lines else []
+    return [*lines, "A = A if A.ndim == 2 else A[:, None].expand(mask.shape)"]
 
 
-def _objective(loss: PolicyLoss) -> list[str]:
+def _objective(loss: Composition) -> list[str]:
     lines = []
-    below = {"old": "old_logp", "behavior": "behavior_logp", "ref": "ref_logp", "self": "logp.detach()"}
-    kl_ratio = loss.kl.uses_ratio
-    if loss.trust.uses_ratio or kl_ratio:
-        lines += [f"below = {below[loss.ratio.denominator]}", *loss.ratio.code()]
-    if isinstance(loss.advantage, Zero):
-        lines.append("loss = torch.zeros(mask.shape, dtype=torch.float64)")
-    else:
-        lines += _policy(loss)
+    policies = {"old": "old_logp", "behavior": "behavior_logp", "ref": "ref_logp", "self": "logp.detach()"}
+    if loss.needs_ratio:
+        lines += [f"denominator_logp = {policies[loss.ratio.denominator]}", *loss.ratio.code()]
+    nothing = ["loss = torch.zeros(mask.shape, dtype=torch.float64)"]
+    lines += _policy(loss) if loss.advantage.acts else nothing
     after: list[str] = []
     if loss.kl.in_loss:
         lines += loss.kl.code()
-        if loss.kl.masked and not isinstance(loss.mismatch, NoMismatch):
+        if loss.kl.masked and loss.mismatch.acts:
             lines.append("kl = u * kl")
         (lines if loss.kl_aggregate == "same" else after).append("kl")
     if loss.entropy_coef:
         (lines if loss.entropy_aggregate == "same" else after).append(f"-{loss.entropy_coef} * entropy")
     lines = [f"loss = loss + {x}" if x == "kl" or x.startswith("-") else x for x in lines]
-    if not isinstance(loss.extra, NoExtra):
-        lines += loss.extra.code()
+    lines += loss.extra.code()
     if loss.value.active:
-        target = loss.advantage.target_code() if isinstance(loss.advantage, Critic) else ["G = returns"]
-        lines += [*target, *loss.value.code(), "loss = loss + critic"]
+        lines += [*loss.advantage.target_code(), *loss.value.code(), "loss = loss + critic"]
     return [*lines, *_total(loss, after)]
 
 
-def _policy(loss: PolicyLoss) -> list[str]:
+def _policy(loss: Composition) -> list[str]:
     """The policy term with its masks and mismatch weights."""
     lines = list(loss.trust.code())
     for mask in (loss.token_mask, loss.sequence_mask):
         if mask.code():
             lines += [*mask.code(), "loss = loss * keep"]
-    if not isinstance(loss.mismatch, NoMismatch):
+    if loss.mismatch.acts:
         lines += [*loss.mismatch.code(), "loss = u * loss"]
     return lines
 
 
-def _total(loss: PolicyLoss, after: list[str]) -> list[str]:
+def _total(loss: Composition, after: list[str]) -> list[str]:
     """From the tokens' terms to the scalar."""
     lines = ["m = mask"]
-    if not isinstance(loss.group_filter, KeepAll):
+    if loss.group_filter.acts:
         lines = [*loss.group_filter.code(), "m = mask & keep_row[:, None]"]
     if loss.truncated == "mask":
         lines.append("loss = torch.where(truncated[:, None], 0.0, loss)")

@@ -22,133 +22,29 @@ from torch import Tensor
 
 from lossmith.errors import LossError, TrapWarning
 from lossmith.losses.as_tensor import wide
-from lossmith.losses.axes.advantage import (
-    BatchMean,
-    Critic,
-    Estimator,
-    NoScale,
-    OptimalToken,
-    ReferenceGap,
-    Scale,
-    Signal,
-    Zero,
-)
-from lossmith.losses.axes.aggregate import AGGREGATE, Aggregate, PromptMean, TokenMean
-from lossmith.losses.axes.extra import Extra, NoExtra
-from lossmith.losses.axes.kl import KL
-from lossmith.losses.axes.masks import GroupFilter, KeepAll, Mask, NoMask
-from lossmith.losses.axes.mismatch import Mismatch, NoMismatch
-from lossmith.losses.axes.ratio import Ratio, SequenceTokenRatio, TokenRatio
-from lossmith.losses.axes.shaping import Shaping
-from lossmith.losses.axes.trust import LogP, M2Mask, Tokens, Trust
-from lossmith.losses.axes.value import ValueLoss
+from lossmith.losses.axes.advantage import Signal
+from lossmith.losses.axes.aggregate import AGGREGATE, Aggregate
+from lossmith.losses.axes.trust import Tokens
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.composition.flat import AXES, House, to_flat, with_flat
+from lossmith.losses.composition.composition import Composition
+from lossmith.losses.composition.flat import AXES, to_flat, with_flat
 from lossmith.losses.composition.formula import render
 from lossmith.losses.composition.legality import check_legal
 from lossmith.losses.composition.listing import listing
-from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, drift, outcome, together
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, distance_metrics, reward_metrics, together
 from lossmith.losses.piece import Piece
 
 __all__ = ["PolicyLoss"]
 
-_COUPLING = ("token", "sequence", "group", "batch")
-
 
 @dataclass(frozen=True)
-class PolicyLoss(Loss):
-    """L(θ) as a product of axes. Read the fields in the order of evaluation."""
-
-    name: str = "custom"
-    shaping: tuple[Shaping, ...] = ()
-    truncated: str = "keep"  # keep | mask | zero: what becomes of completions that the token budget cut
-    group_filter: GroupFilter = dataclasses.field(default_factory=KeepAll)
-    advantage: Estimator = dataclasses.field(default_factory=BatchMean)
-    scale: Scale = dataclasses.field(default_factory=NoScale)
-    advantage_mul: float = 1.0
-    advantage_clip: float | None = None
-    ratio: Ratio = dataclasses.field(default_factory=TokenRatio)
-    trust: Trust = dataclasses.field(default_factory=LogP)
-    token_mask: Mask = dataclasses.field(default_factory=NoMask)
-    sequence_mask: Mask = dataclasses.field(default_factory=NoMask)
-    mismatch: Mismatch = dataclasses.field(default_factory=NoMismatch)
-    kl: KL = dataclasses.field(default_factory=KL)
-    entropy_coef: float = 0.0
-    extra: Extra = dataclasses.field(default_factory=NoExtra)
-    value: ValueLoss = dataclasses.field(default_factory=ValueLoss)
-    aggregate: Aggregate = dataclasses.field(default_factory=TokenMean)
-    kl_aggregate: str = "same"  # the aggregation of the KL term, where it differs
-    entropy_aggregate: str = "same"
-    local_normalizer: bool = False  # counts are taken over the rows at hand: micro-batches do not add up
-    house: House | None = dataclasses.field(default=None, compare=False, repr=False)  # whose numbers a new option gets
+class PolicyLoss(Composition, Loss):
+    """L(θ) as a product of axes; the fields are those of `Composition`."""
 
     def __post_init__(self) -> None:
         check_legal(self)
         for trap in self.traps:
             warnings.warn(f"{self.name}: {trap}.", TrapWarning, stacklevel=3)
-
-    # -- what it is -------------------------------------------------------------------------------------------------
-
-    @property
-    def traps(self) -> tuple[str, ...]:
-        local = "a local normaliser: the loss depends on how the batch is cut into micro-batches and ranks"
-        return tuple(t for t in (self.trust.trap(), self.kl.trap(), local if self.local_normalizer else None) if t)
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """Everything that is chosen on an axis, shaping included."""
-        axes = (self.group_filter, self.advantage, self.scale, self.ratio, self.trust, self.token_mask)
-        rest = (self.sequence_mask, self.mismatch, self.kl, self.extra, self.value, self.aggregate)
-        return (*self.shaping, *axes, *rest)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        needed = frozenset().union(*(p.needs | p.missing for p in self.pieces)) | self.kl.required
-        conditions = {
-            "behavior_logp": not isinstance(self.mismatch, NoMismatch) or self.ratio.denominator == "behavior",
-            "ref_logp": self.ratio.denominator == "ref",
-            "entropy": self.entropy_coef > 0,
-            "truncated": self.truncated != "keep",
-            "value": self.value.active,
-            "returns": self.value.active and isinstance(self.advantage, Zero),
-        }
-        return needed | {name for name, holds in conditions.items() if holds}
-
-    @property
-    def uses_old(self) -> bool:
-        ratio = self._needs_ratio and self.ratio.denominator == "old"
-        in_reward = self.kl.in_reward
-        reads = isinstance(self.advantage, (ReferenceGap, OptimalToken)) or isinstance(self.trust, M2Mask)
-        return ratio or in_reward or reads or not isinstance(self.mismatch, NoMismatch)
-
-    @property
-    def coupling(self) -> str:
-        levels = [self.advantage.coupling, self.scale.coupling, "sequence" if self.ratio.per_sequence else "token"]
-        if not isinstance(self.group_filter, KeepAll) or isinstance(self.aggregate, PromptMean):
-            levels.append("group")
-        if not self.separable or self.mismatch.whole_batch or self.local_normalizer:
-            levels.append("batch")
-        return max(levels, key=_COUPLING.index)
-
-    @property
-    def compares(self) -> str:
-        return self.advantage.compares or self.group_filter.compares
-
-    @property
-    def of_truncated(self) -> str:
-        return self.truncated
-
-    @property
-    def separable(self) -> bool:
-        return not (self.trust.whole_batch or self.token_mask.whole_batch)
-
-    @property
-    def stops_gradient(self) -> bool:
-        by_ratio = self.trust.uses_ratio and (
-            isinstance(self.ratio, SequenceTokenRatio) or self.ratio.denominator == "self"
-        )
-        kl = self.kl.in_loss and self.kl.straight_through
-        return self.trust.stops_gradient or by_ratio or kl
 
     def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> PolicyLoss:
         """A copy with these flat parameters changed: `loss.set(clip_high=0.28, beta=0.04)`, or a mapping of them."""
@@ -182,7 +78,7 @@ class PolicyLoss(Loss):
             mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
             returns=self._returns(batch, signal, raw),
             tokens=normalizer.tokens if normalizer is not None else batch.tokens,
-            measure=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
+            compute_metrics=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
             whole=len(batch.valid),
             given=batch.given,
             **self._other_weights(batch, normalizer),
@@ -284,7 +180,7 @@ class PolicyLoss(Loss):
 
     def _mismatch_of_old(self, batch: Batch, weight: Tensor) -> Tensor:
         """u where no forward pass has been made yet: from the old log-probabilities."""
-        if isinstance(self.mismatch, NoMismatch):
+        if not self.mismatch.acts:
             return torch.ones((), dtype=weight.dtype, device=weight.device).expand_as(weight)
         return self.mismatch(batch.replace(logp=batch.require("old_logp", "a mismatch correction")))
 
@@ -293,10 +189,10 @@ class PolicyLoss(Loss):
 
         None with a given advantage and no returns: the estimator is bypassed, and its critic with it.
         """
-        bypassed = batch.advantage is not None and not isinstance(self.advantage, Zero)
+        bypassed = batch.advantage is not None and self.advantage.acts
         if not self.value.active or batch.returns is not None or bypassed:
             return batch.returns if self.value.active else None
-        if not isinstance(self.advantage, Critic) or signal is None:
+        if not self.advantage.critic or signal is None:
             return batch.require("returns", self.name)
         return self._as_narrow(self.advantage.target(signal, raw), batch, signal, squared=True)
 
@@ -310,7 +206,7 @@ class PolicyLoss(Loss):
         credit.check(self, batch)
         terms: dict[str, Tensor] = {}
         at = self._tokens(batch, credit)
-        if at is not None and not isinstance(self.advantage, Zero):
+        if at is not None and self.advantage.acts:
             weight = credit.weight * self._factor(batch, credit)  # first: neither has a gradient
             terms["policy"] = (weight * self.trust.value(at)).sum()
         if at is not None and self.kl.in_loss:
@@ -321,7 +217,7 @@ class PolicyLoss(Loss):
             weight = credit.weight if credit.entropy_weight is None else credit.entropy_weight
             entropy = batch.require("entropy", "entropy_coef")
             terms["entropy"] = -self.entropy_coef * (weight * entropy).sum()
-        if not isinstance(self.extra, NoExtra):
+        if self.extra.acts:
             terms[self.extra.option] = (credit.weight * self.extra.value(batch, credit.advantage)).sum()
         if credit.returns is not None:
             terms["value"] = self.value.coef * (credit.weight * self.value.term(batch, credit.returns)).sum()
@@ -336,23 +232,19 @@ class PolicyLoss(Loss):
         except LossError as error:
             if batch.logp is not None:
                 raise
-            return OnlyCredit(credit.advantage, credit.measure, error)
-        return dataclasses.replace(output, measure=lambda: credit.metrics | output.metrics)
-
-    @property
-    def _needs_ratio(self) -> bool:
-        return self.trust.uses_ratio or self.kl.uses_ratio
+            return OnlyCredit(credit.advantage, credit.compute_metrics, error)
+        return dataclasses.replace(output, compute_metrics=lambda: credit.metrics | output.metrics)
 
     def _tokens(self, batch: Batch, credit: Credit) -> Tokens | None:
         """What the trust region sees; None where there is neither a policy nor a KL term to see anything."""
-        if batch.logp is None and isinstance(self.advantage, Zero) and not self.kl.active:
+        if batch.logp is None and not self.advantage.acts and not self.kl.active:
             return None
         logp = batch.require("logp", self.name)
-        ratio = self.ratio(batch) if self._needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
+        ratio = self.ratio(batch) if self.needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
         if self.ratio.per_sequence:  # one number a completion stays one, [N, 1], until it meets the tokens
             ratio = ratio[:, :1]
-        below = self.ratio.below(batch) if self._needs_ratio else logp.detach()
-        return Tokens(ratio, self._row_advantage(batch, credit), logp, below, batch.valid, batch)
+        denominator_logp = self.ratio.denominator_logp(batch) if self.needs_ratio else logp.detach()
+        return Tokens(ratio, self._row_advantage(batch, credit), logp, denominator_logp, batch.valid, batch)
 
     def _row_advantage(self, batch: Batch, credit: Credit) -> Tensor:
         """A as the trust region sees it: one number a completion where the ratio is one and carries the gradient."""
@@ -377,11 +269,11 @@ class PolicyLoss(Loss):
         # means over all valid tokens, whatever the aggregation
         weight = batch.valid.to(credit.weight.dtype) / max(credit.tokens, 1)
         metrics: dict[str, float] = {}
-        if at is not None and self._needs_ratio:
+        if at is not None and self.needs_ratio:
             metrics["ratio"] = float((weight * at.ratio).sum())
             stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
             metrics["clip_fraction"] = float((weight * stopped).sum())
-        return metrics | drift(batch, credit.tokens)
+        return metrics | distance_metrics(batch, credit.tokens)
 
     # -- closed forms -----------------------------------------------------------------------------------------------
 
@@ -407,7 +299,7 @@ class PolicyLoss(Loss):
         if at is None:
             return gradient
         factor = self._factor(batch, credit)
-        if not isinstance(self.advantage, Zero):
+        if self.advantage.acts:
             slope = self.trust.spread(_valid(credit.weight * factor * self.trust.slope(at), batch), at)
             gradient = self.ratio.chain(slope, batch) if self.trust.through == "ratio" else slope
         if self.kl.in_loss:
@@ -417,7 +309,7 @@ class PolicyLoss(Loss):
             gradient = gradient + weight * by_logp
             if by_ratio is not None:
                 gradient = gradient + self.ratio.chain(_valid(weight * by_ratio, batch), batch)
-        if not isinstance(self.extra, NoExtra):
+        if self.extra.acts:
             gradient = gradient + credit.weight * self.extra.slope(batch, credit.advantage)
         return _valid(gradient, batch)
 
@@ -464,4 +356,4 @@ def _tensor(x: Tensor | float) -> Tensor:
 
 def _credit_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
     kept = advantage[batch.valid]
-    return outcome(batch) | {"advantage_abs": float(kept.abs().mean()) if len(kept) else 0.0}
+    return reward_metrics(batch) | {"advantage_abs": float(kept.abs().mean()) if len(kept) else 0.0}

@@ -14,20 +14,20 @@ from lossmith.losses.axes.shaping import part_weights
 from lossmith.losses.piece import number, param
 
 __all__ = [
+    "GDPO",
+    "GFPO",
+    "GPG",
+    "LOO",
+    "OPO",
     "Baseline",
     "BatchMean",
-    "Decoupled",
     "Given",
     "Group",
-    "LeaveOneOut",
     "MaxRL",
-    "NemoLeaveOneOut",
+    "NemoLOO",
     "Ones",
-    "OptimalReward",
     "PassAtK",
     "Raw",
-    "ScaledGroup",
-    "Shortest",
     "Zero",
 ]
 
@@ -143,7 +143,7 @@ class Group(_Centred):
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(_OverGroup):
+class LOO(_OverGroup):
     """A_i = R_i - mean of the group's other rewards = G/(G-1) (R_i - mean) (RLOO, arXiv:2402.14740, eq. 8)."""
 
     option: ClassVar[str] = "loo"
@@ -164,6 +164,7 @@ class Given(Estimator):
     """A = Batch.advantage; nothing is estimated."""
 
     option: ClassVar[str] = "given"
+    scalable: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"advantage"})
 
@@ -200,6 +201,8 @@ class Zero(Estimator):
     """A = 0 everywhere: no policy term, the other terms alone."""
 
     option: ClassVar[str] = "zero"
+    acts: ClassVar[bool] = False
+    scalable: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
 
     def sequence(self, signal: Signal) -> Tensor:
@@ -231,7 +234,7 @@ class Baseline(Estimator):
 
 
 @dataclass(frozen=True)
-class NemoLeaveOneOut(_OverGroup):
+class NemoLOO(_OverGroup):
     """Leave-one-out, divided by the standard deviation of the others only where that is above 0 (NeMo-RL's "grpo").
 
     Of rewards [1, 0, 0, 0] the winner gets 1 and is not scaled, the losers -0.577: the group's sum is not 0.
@@ -256,7 +259,7 @@ class NemoLeaveOneOut(_OverGroup):
 
 
 @dataclass(frozen=True)
-class OptimalReward(_Centred):
+class OPO(_Centred):
     """A = R - Σ_g T_j R_j / Σ_g T_j, the group's mean weighted by length (OPO, arXiv:2505.23585)."""
 
     option: ClassVar[str] = "opo"
@@ -273,7 +276,7 @@ class OptimalReward(_Centred):
 
 
 @dataclass(frozen=True)
-class ScaledGroup(_Centred):
+class GPG(_Centred):
     """A = α(R - mean of the group), α = completions / completions with R ≠ 0 in the batch (GPG, arXiv:2504.02546)."""
 
     option: ClassVar[str] = "gpg"
@@ -342,7 +345,7 @@ class MaxRL(_OverGroup):
 
 
 @dataclass(frozen=True)
-class Shortest(_OverGroup):
+class GFPO(_OverGroup):
     """(R - mean)/(std + eps) over the `keep` best of each group by a metric, the rest 0 (GFPO, arXiv:2508.09726).
 
     metric "length": the shortest; "efficiency": the highest reward per token. Ties: the first.
@@ -387,7 +390,7 @@ class Shortest(_OverGroup):
 
 
 @dataclass(frozen=True)
-class Decoupled(_OverGroup):
+class GDPO(_OverGroup):
     """Each score normalised within its group, their weighted sum normalised over the batch (GDPO, arXiv:2601.05242)."""
 
     option: ClassVar[str] = "gdpo"

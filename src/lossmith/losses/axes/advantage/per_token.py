@@ -13,11 +13,11 @@ from lossmith.losses.piece import number, param
 
 __all__ = [
     "GAE",
+    "MC",
+    "OTB",
     "TD",
+    "VAPO",
     "Critic",
-    "LengthAdaptiveGAE",
-    "MonteCarlo",
-    "OptimalToken",
     "ReMax",
     "ReferenceGap",
     "Return",
@@ -48,15 +48,17 @@ class Critic(Estimator):
     """Estimators that read values V_t; the value after the last valid token is 0 (book.md section 4, point 11)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "value"})
+    critic: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
 
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
-        """What the critic is trained towards, [N, T]: advantage (before scaling) plus value."""
         return advantage + signal.values(f"advantage='{self.option}'")
 
+    def target_formula(self) -> tuple[str, str]:
+        return "A + V_old (before scaling, detached)", r"A + V_{\mathrm{old}}\ (\text{detached})"
+
     def target_code(self) -> list[str]:
-        """Lines of plain torch that compute the target `G` [N, T]."""
         return ["G = adv + old_value"]
 
 
@@ -79,7 +81,7 @@ class TD(Critic):
 
 
 @dataclass(frozen=True)
-class MonteCarlo(Critic):
+class MC(Critic):
     """A_t = Σ_{k>=t} r_k - V_t (book eq. 4.27; A2C)."""
 
     option: ClassVar[str] = "mc"
@@ -115,7 +117,7 @@ class GAE(Critic):
 
 
 @dataclass(frozen=True)
-class LengthAdaptiveGAE(Critic):
+class VAPO(Critic):
     """GAE with lam = 1 - 1/(alpha·T) >= 0 for the policy and 1 for the critic's target (VAPO, arXiv:2504.05118)."""
 
     option: ClassVar[str] = "vapo"
@@ -128,6 +130,9 @@ class LengthAdaptiveGAE(Critic):
 
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
         return discounted(signal.per_token, signal.batch.valid, 1.0)
+
+    def target_formula(self) -> tuple[str, str]:
+        return "Σ_{k≥t} r_k", r"\sum_{k\ge t} r_k"
 
     def target_code(self) -> list[str]:
         return ["G = r_t.flip(1).cumsum(1).flip(1)"]
@@ -162,13 +167,14 @@ class ReMax(Estimator):
 
 
 @dataclass(frozen=True)
-class OptimalToken(Estimator):
+class OTB(Estimator):
     """A_t = G_t - Σ_g G_t W_t / (Σ_g W_t + eps), W_t = Σ_{j<=t} (1 - 2q_j + Σ_v q_j(v)²), the optimal token baseline.
 
     G_t is the reward-to-go, q the old policy's probability; sums over the group at the t-th token of each completion.
     """
 
     option: ClassVar[str] = "otb"
+    reads_old: ClassVar[bool] = True
     compares: ClassVar[str] = "group"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group", "sum_prob_sq"})
     per_token: ClassVar[bool] = True
@@ -212,6 +218,7 @@ class ReferenceGap(Estimator):
     """A_t = log π_ref - log π_old: the reverse KL to a teacher by policy gradient (on-policy distillation)."""
 
     option: ClassVar[str] = "reference_gap"
+    reads_old: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
     per_token: ClassVar[bool] = True

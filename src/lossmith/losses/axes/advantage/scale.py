@@ -11,13 +11,13 @@ from torch import Tensor
 from lossmith.losses.axes.advantage.signal import Signal, unit_of
 from lossmith.losses.piece import Piece, number, options, param
 
-__all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LooStd", "NoScale", "Scale", "Whiten"]
+__all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LOOStd", "NoScale", "Scale", "Whiten"]
 
 
 class Scale(Piece):
     """What advantages [N, T] are divided by."""
 
-    coupling: ClassVar[str] = "token"
+    per_token: ClassVar[bool] = False  # may divide advantages that differ between the tokens of a completion
     shift_invariant: ClassVar[bool] = True  # R + c within each group leaves the divisor as it is
     scale_invariant: ClassVar[bool] = True  # c·R with c > 0 multiplies the divisor by c (but for eps)
 
@@ -41,6 +41,8 @@ class NoScale(Scale):
     """
 
     option: ClassVar[str] = "none"
+    acts: ClassVar[bool] = False
+    per_token: ClassVar[bool] = True
     scale_invariant: ClassVar[bool] = False
     eps: float = param("eps", 1e-6, "added to the standard deviation; of no effect without a scale", above=0, high=1)
 
@@ -146,7 +148,7 @@ class BatchStd(_Std):
 
 
 @dataclass(frozen=True)
-class LooStd(_Std):
+class LOOStd(_Std):
     """Divided by the unbiased standard deviation of the group's other rewards plus eps; a zero one leaves A."""
 
     option: ClassVar[str] = "loo_std"
@@ -168,6 +170,7 @@ class Whiten(Scale):
     """(A - mean) / sqrt(var + 1e-8) over all valid tokens, unbiased; fewer than two of them, or equal ones, give 0."""
 
     option: ClassVar[str] = "whiten"
+    per_token: ClassVar[bool] = True
     coupling: ClassVar[str] = "batch"
 
     def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
@@ -192,4 +195,4 @@ class Whiten(Scale):
         ]
 
 
-SCALE: dict[str, type[Scale]] = options(NoScale, GroupStd, GroupStdBiased, BatchStd, LooStd, Whiten)
+SCALE: dict[str, type[Scale]] = options(NoScale, GroupStd, GroupStdBiased, BatchStd, LOOStd, Whiten)

@@ -138,6 +138,8 @@ class Estimator(Piece):
     """Rewards -> advantages [N, T]."""
 
     per_token: ClassVar[bool] = False  # may differ between the tokens of one completion
+    scalable: ClassVar[bool] = True  # a scale may divide it
+    critic: ClassVar[bool] = False  # reads values V_t, and says by `target` what they are trained towards
     coupling: ClassVar[str] = "sequence"
     compares: ClassVar[str] = ""  # with what a reward is compared, and is 0 without: "group", "batch", or "" (nothing)
     shift_invariant: ClassVar[bool] = False  # promises: R + c within each group changes nothing
@@ -151,6 +153,18 @@ class Estimator(Piece):
     def sequence(self, signal: Signal) -> Tensor:
         """[N], for estimators that give one number to a completion."""
         raise NotImplementedError
+
+    def target(self, signal: Signal, advantage: Tensor) -> Tensor:
+        """What the critic is trained towards, [N, T], from the advantage before scaling; asked of a `critic` only."""
+        raise NotImplementedError
+
+    def target_formula(self) -> tuple[str, str]:
+        """(text, LaTeX) of that target G."""
+        return "returns, as given", r"\text{returns, as given}"
+
+    def target_code(self) -> list[str]:
+        """Lines of plain torch that compute the target `G` [N, T]."""
+        return ["G = returns"]
 
     def formula(self) -> tuple[str, str]:
         """(text, LaTeX) of the advantage in terms of R or r_t."""

@@ -24,7 +24,7 @@ class Tokens:
     ratio: Tensor  # r at the loss's ratio level
     advantage: Tensor  # A, detached
     logp: Tensor  # log π_θ
-    below: Tensor  # log-probability under the ratio's denominator (π_old, as a rule), detached
+    denominator_logp: Tensor  # log-probability under the ratio's denominator (π_old, as a rule), detached
     mask: Tensor  # bool
     batch: Batch | None = None  # the rows they come from; None for single hypothetical tokens
 
@@ -32,17 +32,19 @@ class Tokens:
     def single(cls, ratio: Tensor, advantage: Tensor, old_prob: float) -> Tokens:
         """Completions of one token each, whose probability was old_prob and is now old_prob times ratio."""
         ratio, advantage = (x.reshape(-1, 1) for x in torch.broadcast_tensors(ratio, advantage))
-        below = torch.full_like(ratio, old_prob).log()
-        return cls(ratio, advantage, below + ratio.log(), below, torch.ones_like(ratio, dtype=torch.bool))
+        old = torch.full_like(ratio, old_prob).log()
+        return cls(ratio, advantage, old + ratio.log(), old, torch.ones_like(ratio, dtype=torch.bool))
 
     def detach(self) -> Tokens:
         """The same numbers without gradient."""
-        return Tokens(self.ratio.detach(), self.advantage, self.logp.detach(), self.below, self.mask, self.batch)
+        return Tokens(
+            self.ratio.detach(), self.advantage, self.logp.detach(), self.denominator_logp, self.mask, self.batch
+        )
 
     @property
     def delta(self) -> Tensor:
         """Log-ratio of each token, 0 at masked positions."""
-        return self.logp - self.below
+        return self.logp - self.denominator_logp
 
     @property
     def lengths(self) -> Tensor:
@@ -55,15 +57,18 @@ class Trust(Piece):
 
     `value` is written as the paper prints it; `weight` is derived by hand: w = -(dℓ/d log r)/A where the gradient runs
     through the ratio, -(dℓ/d logp)/A where it runs through the log-probability. Proofs hold one against autograd of the
-    other. At A = 0 the weight is its limit from above (A -> 0+); at a bound it is that of the unclipped branch.
+    other. What both take from one place is not checked by that, but by `code` (written apart, run against both), the
+    table of weights in the tests, and other libraries' numbers: the weight itself where the paper prints sg(w)·A·logp
+    (SgClip, Truncate, Taper, Band, Gamma, and TVMask, KLMask); which tokens are kept (TVMaskSymmetric, M2Mask, CovDrop,
+    CovKL, Luffy); a factor or a range that is computed first (Influence, Preserve, DynamicClip, BalancedClip).
+
+    At A = 0 the weight is its limit from above (A -> 0+); at a bound it is that of the unclipped branch.
     """
 
     through: ClassVar[str] = "ratio"  # what carries the gradient of ℓ: "ratio" or "logp"
     uses_ratio: ClassVar[bool] = True  # whether the denominator of the ratio changes anything
     token_only: ClassVar[bool] = False  # defined for ratios of single tokens
-    whole_batch: ClassVar[bool] = False  # looks at all tokens of the update at once
     acts_alone: ClassVar[bool] = False  # ℓ holds a part that acts where A is 0
-    stops_gradient: ClassVar[bool] = False  # ℓ holds a factor that depends on logp without gradient
 
     def value(self, at: Tokens) -> Tensor:
         """ℓ [N, T], with gradient."""
@@ -90,5 +95,5 @@ class Trust(Piece):
         raise NotImplementedError
 
     def code(self) -> list[str]:
-        """Lines of plain torch that compute `loss` [N, T] from logp, r, A (and below, the denominator's logp)."""
+        """Lines of plain torch that compute `loss` [N, T] from logp, r, A and denominator_logp."""
         raise NotImplementedError

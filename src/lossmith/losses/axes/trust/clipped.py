@@ -13,36 +13,30 @@ from lossmith.losses.axes.ratio import bounded_exp
 from lossmith.losses.axes.trust.base import Tokens, Trust
 from lossmith.losses.piece import number, param, symbol
 
-__all__ = ["BalancedClip", "BookClip", "Clip", "DynamicClip", "Influence", "Preserve", "clipped_at"]
+__all__ = ["BalancedClip", "BookClip", "Clip", "DynamicClip", "Influence", "Preserve", "stopped"]
+
+Bound = Tensor | float
 
 
-def clipped_at(
-    at: Tokens, low: Tensor | float, high: Tensor | float, dual: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """(where a bound holds, the bound), both [N, T]: r > high for A >= 0, r < low for A < 0, r > dual for A < 0."""
-    ratio, advantage = at.ratio.detach(), at.advantage
-    low, high = (torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device).expand_as(ratio) for x in (low, high))
-    above, below = (advantage >= 0) & (ratio > high), (advantage < 0) & (ratio < low)
-    bound, stopped = torch.where(above, high, low), above | below
-    if dual is not None:
-        far = (advantage < 0) & (ratio > dual)
-        bound, stopped = torch.where(far, torch.full_like(ratio, dual), bound), stopped | far
-    return stopped, bound
+def printed(at: Tokens, low: Bound, high: Bound, dual: float | None = None) -> Tensor:
+    """ℓ = -min(r·A, clip(r, low, high)·A); with `dual` and A < 0 never more than -dual·A."""
+    clipped = at.ratio.clamp(low, high)  # type: ignore[arg-type]  # two numbers or two tensors, never one of each
+    loss = -torch.minimum(at.ratio * at.advantage, clipped * at.advantage)
+    if dual is None:
+        return loss
+    return loss.clamp(max=torch.where(at.advantage < 0, -dual * at.advantage, torch.inf))
 
 
-class _Clipped(Trust):
-    """ℓ = -A·(bound where it holds, else r)."""
+def stopped(at: Tokens, low: Bound, high: Bound, dual: float | None = None) -> Tensor:
+    """[N, T] bool, by hand: where ℓ is constant: r > high for A >= 0, and r < low or r > dual for A < 0."""
+    ratio, good = at.ratio.detach(), at.advantage >= 0
+    beyond = torch.where(good, ratio > high, ratio < low)
+    return beyond if dual is None else beyond | (~good & (ratio > dual))
 
-    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        """(where a bound holds, the bound)."""
-        raise NotImplementedError
 
-    def value(self, at: Tokens) -> Tensor:
-        stopped, bound = self.bounds(at)
-        return -at.advantage * torch.where(stopped, bound, at.ratio)
-
-    def weight(self, at: Tokens) -> Tensor:
-        return torch.where(self.bounds(at)[0], torch.zeros_like(at.ratio), at.ratio)
+def _unless(stopped: Tensor, at: Tokens) -> Tensor:
+    """w = r, or 0 where a bound holds."""
+    return torch.where(stopped, torch.zeros_like(at.ratio), at.ratio)
 
 
 def _dual(text: tuple[str, str], dual: float | None) -> tuple[str, str]:
@@ -59,7 +53,7 @@ def _dual_code(dual: float | None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Clip(_Clipped):
+class Clip(Trust):
     """ℓ = -min(r·A, clip(r, 1 - low, 1 + high)·A) (PPO, arXiv:1707.06347, eq. 7).
 
     With `dual` and A < 0: never more than -dual·A (dual-clip PPO, arXiv:1912.09729, eq. 5).
@@ -72,8 +66,11 @@ class Clip(_Clipped):
         "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
     )
 
-    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        return clipped_at(at, 1 - self.low, 1 + self.high, self.dual)
+    def value(self, at: Tokens) -> Tensor:
+        return printed(at, 1 - self.low, 1 + self.high, self.dual)
+
+    def weight(self, at: Tokens) -> Tensor:
+        return _unless(stopped(at, 1 - self.low, 1 + self.high, self.dual), at)
 
     def formula(self) -> tuple[str, str]:
         lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
@@ -88,7 +85,7 @@ class Clip(_Clipped):
 
 
 @dataclass(frozen=True)
-class BookClip(_Clipped):
+class BookClip(Trust):
     """ℓ = -A·min(r, 1 + high): the book's eq. 4.50 as printed, a demonstration.
 
     The minimum is taken before the product with A, so the lower bound never binds, and a worsening action
@@ -100,9 +97,11 @@ class BookClip(_Clipped):
         "clip_high", 0.2, "how far above 1 the ratio still counts, whatever the sign of A", low=0, bound=True
     )
 
-    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        bound = torch.full_like(at.ratio.detach(), 1 + self.high)
-        return at.ratio.detach() > bound, bound
+    def value(self, at: Tokens) -> Tensor:
+        return -at.advantage * at.ratio.clamp(max=1 + self.high)
+
+    def weight(self, at: Tokens) -> Tensor:
+        return _unless(at.ratio > 1 + self.high, at)
 
     def trap(self) -> str | None:
         return (
@@ -136,9 +135,10 @@ class Preserve(Trust):
 
     def _kept(self, at: Tokens) -> tuple[Tensor, Tensor]:
         """(where a bound holds, its weight β·bound)."""
-        stopped, bound = clipped_at(at, 1 - self.low, 1 + self.high)
-        beta = torch.where(at.advantage >= 0, self.beta_high * torch.ones_like(bound), self.beta_low)
-        return stopped, beta * bound
+        up, down = self.beta_high * (1 + self.high), self.beta_low * (1 - self.low)
+        outside = stopped(at, 1 - self.low, 1 + self.high)
+        kept = torch.where(at.advantage >= 0, torch.full_like(at.ratio.detach(), up), down)
+        return outside, torch.where(outside, kept, 0.0)  # a bound of infinity is nowhere multiplied
 
     def _far(self, at: Tokens) -> Tensor:
         if self.dual is None:
@@ -146,14 +146,14 @@ class Preserve(Trust):
         return (at.advantage < 0) & (at.ratio.detach() > self.dual)
 
     def value(self, at: Tokens) -> Tensor:
-        stopped, kept = self._kept(at)
+        outside, kept = self._kept(at)
         # r/sg(r) has the value 1 and the gradient of log r
-        ratio = torch.where(stopped, kept * (at.ratio / at.ratio.detach()), at.ratio)
+        ratio = torch.where(outside, kept * (at.ratio / at.ratio.detach()), at.ratio)
         return -at.advantage * torch.where(self._far(at), torch.full_like(ratio, self.dual or 0.0), ratio)
 
     def weight(self, at: Tokens) -> Tensor:
-        stopped, kept = self._kept(at)
-        return torch.where(self._far(at), torch.zeros_like(kept), torch.where(stopped, kept, at.ratio))
+        outside, kept = self._kept(at)
+        return torch.where(self._far(at), torch.zeros_like(kept), torch.where(outside, kept, at.ratio))
 
     def formula(self) -> tuple[str, str]:
         lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
@@ -181,7 +181,7 @@ class Preserve(Trust):
 
 
 @dataclass(frozen=True)
-class DynamicClip(_Clipped):
+class DynamicClip(Trust):
     """PPO's clip with bounds that widen for rare tokens (DCPO, arXiv:2509.02333).
 
     With q the old probability: low = ½(1 + √max(1 - 4·clip_low/q, 0)), high = ½(1 + √(1 + 4·clip_high/q)) <= hi_max.
@@ -196,11 +196,17 @@ class DynamicClip(_Clipped):
         "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
     )
 
-    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        inverse = bounded_exp(-at.below)
+    def value(self, at: Tokens) -> Tensor:
+        return printed(at, *self._range(at), self.dual)
+
+    def weight(self, at: Tokens) -> Tensor:
+        return _unless(stopped(at, *self._range(at), self.dual), at)
+
+    def _range(self, at: Tokens) -> tuple[Tensor, Tensor]:
+        inverse = bounded_exp(-at.denominator_logp)
         low = 0.5 * (1 + (1 - 4 * self.low * inverse).clamp(min=0).sqrt())
         high = (0.5 * (1 + (1 + 4 * self.high * inverse).sqrt())).clamp(max=self.hi_max)
-        return clipped_at(at, low, high, self.dual)
+        return low, high
 
     def formula(self) -> tuple[str, str]:
         a, b, c = number(4 * self.low), number(4 * self.high), number(self.hi_max)
@@ -213,7 +219,7 @@ class DynamicClip(_Clipped):
 
     def code(self) -> list[str]:
         return [
-            "q = below.exp()",
+            "q = denominator_logp.exp()",
             f"lo = 0.5 * (1 + (1 - 4 * {self.low} / q).clamp(min=0).sqrt())",
             f"hi = (0.5 * (1 + (1 + 4 * {self.high} / q).sqrt())).clamp(max={self.hi_max})",
             "loss = torch.maximum(-r * A, -r.clamp(lo, hi) * A)",
@@ -222,7 +228,7 @@ class DynamicClip(_Clipped):
 
 
 @dataclass(frozen=True)
-class BalancedClip(_Clipped):
+class BalancedClip(Trust):
     """PPO's clip with bounds that move until positive advantages carry their share (BAPO, arXiv:2510.18927).
 
     P = Σ_{A>0} min(r, high)·A and Q = Σ_{A<0} max(r, low)·|A| over the batch. low rises from low_start by low_step,
@@ -231,7 +237,9 @@ class BalancedClip(_Clipped):
     """
 
     option: ClassVar[str] = "balanced_clip"
-    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low_start", "low_max"), ("high_start", "high_max"))
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("low_start", "low_max"), ("low_max", "high_start"), ("high_start", "high_max"),
+    )  # fmt: skip
     whole_batch: ClassVar[bool] = True
     low_start: float = param("low_start", 0.6, "first lower bound of the ratio", low=0)
     low_max: float = param("low_max", 0.9, "last lower bound of the ratio", low=0)
@@ -248,10 +256,13 @@ class BalancedClip(_Clipped):
             if step is not None and way / step > 10_000:
                 raise LossError(f"balanced_clip: {name} = {step} takes more than 10,000 steps to the last bound.")
 
-    def bounds(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        return clipped_at(at, *self._balanced(at.detach()))
+    def value(self, at: Tokens) -> Tensor:
+        return printed(at, *self._range(at.detach()))
 
-    def _balanced(self, at: Tokens) -> tuple[float, float]:
+    def weight(self, at: Tokens) -> Tensor:
+        return _unless(stopped(at, *self._range(at.detach())), at)
+
+    def _range(self, at: Tokens) -> tuple[float, float]:
         good, bad = at.mask & (at.advantage > 0), at.mask & (at.advantage < 0)
         ratio, advantage = at.ratio.expand_as(at.mask), at.advantage.expand_as(at.mask)
         up, gain = ratio[good], advantage[good]
@@ -340,7 +351,7 @@ class Influence(Trust):
             "k = torch.arange(mask.shape[1])",
             "gap = (k[:, None] - k).to(r.dtype)",
             f"discount = torch.where(gap >= 0, {self.gamma} ** gap.clamp(min=0), 0.0)",
-            "future = ((logp - below).detach() * mask) @ discount  # Σ_{k≥t} gamma^(k−t) log r_k",
+            "future = ((logp - denominator_logp).detach() * mask) @ discount  # Σ_{k≥t} gamma^(k−t) log r_k",
             f"f = future.exp().clamp({self.floor}, 1 + {self.ceiling})",
             *Clip(self.low, self.high).code(),
             "loss = f * loss",

@@ -61,7 +61,7 @@ class LogClip(Trust):
 
     def code(self) -> list[str]:
         return [
-            "delta = logp - below",
+            "delta = logp - denominator_logp",
             f"c = torch.where(A >= 0, delta.clamp(max={self.high}), delta.clamp(min=-{self.low}))",
             "loss = -A * torch.exp((c * mask).sum(1, keepdim=True) / T[:, None])",
         ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossmith.losses.axes.ratio import LOG_RATIO_BOUND
 from lossmith.losses.axes.trust.base import Tokens, Trust
-from lossmith.losses.axes.trust.clipped import Clip
+from lossmith.losses.axes.trust.clipped import Clip, stopped
 from lossmith.losses.piece import number, param, symbol
 
 __all__ = ["CovDrop", "CovKL", "KLMask", "Luffy", "M2Mask", "TVMask", "TVMaskSymmetric"]
@@ -25,7 +25,7 @@ class TVMaskSymmetric(Trust):
     delta: float = param("delta", 0.1, "largest move of a token's probability that still counts", above=0, bound=True)
 
     def _keep(self, at: Tokens) -> Tensor:
-        return (at.logp.detach().exp() - at.below.exp()).abs() <= self.delta
+        return (at.logp.detach().exp() - at.denominator_logp.exp()).abs() <= self.delta
 
     def value(self, at: Tokens) -> Tensor:
         return -at.advantage * torch.where(self._keep(at), at.ratio, torch.zeros_like(at.ratio))
@@ -38,7 +38,7 @@ class TVMaskSymmetric(Trust):
         return f"r·A·[|π_θ − π_old| ≤ {d}]", rf"rA\,\mathbb 1[|\pi_\theta-\pi_{{\mathrm{{old}}}}|\le {d}]"
 
     def code(self) -> list[str]:
-        keep = f"keep = (logp.detach().exp() - below.exp()).abs() <= {self.delta}"
+        keep = f"keep = (logp.detach().exp() - denominator_logp.exp()).abs() <= {self.delta}"
         return [keep, "loss = -r * A * keep"]
 
 
@@ -92,7 +92,7 @@ class _Divergence(Trust):
         raise NotImplementedError
 
     def code(self) -> list[str]:
-        lines = ["p, q = logp.detach().exp(), below.exp()", *self.keep_code()]
+        lines = ["p, q = logp.detach().exp(), denominator_logp.exp()", *self.keep_code()]
         if self.surrogate == "ratio":
             return [*lines, "loss = -r * A * keep"]
         cap = "" if self.cap is None else f".clamp(max={self.cap})"
@@ -112,7 +112,7 @@ class TVMask(_Divergence):
     surrogate: str = param("surrogate", "logp", "what carries the gradient", choices=("logp", "ratio"))
 
     def keep(self, at: Tokens) -> Tensor:
-        move = at.logp.exp() - at.below.exp()
+        move = at.logp.exp() - at.denominator_logp.exp()
         return torch.where(at.advantage >= 0, move <= self.delta_high, -move <= self.delta_low)
 
     def dropped_formula(self) -> tuple[str, str]:
@@ -145,9 +145,9 @@ class KLMask(_Divergence):
     surrogate: str = param("surrogate", "logp", "what carries the gradient", choices=("logp", "ratio"))
 
     def keep(self, at: Tokens) -> Tensor:
-        p, q = at.logp.exp(), at.below.exp()
+        p, q = at.logp.exp(), at.denominator_logp.exp()
         rest = (1 - q) * torch.log(((1 - q + 1e-8) / (1 - p + 1e-8)).clamp(min=1e-30))
-        divergence = q * (at.below - at.logp) + rest
+        divergence = q * (at.denominator_logp - at.logp) + rest
         rising = (at.advantage >= 0) & (p > q) & (divergence > self.delta_high)
         falling = (at.advantage < 0) & (p < q) & (divergence > self.delta_low)
         return ~(rising | falling)
@@ -160,7 +160,7 @@ class KLMask(_Divergence):
 
     def keep_code(self) -> list[str]:
         return [
-            "kl = q * (below - logp.detach()) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()",
+            "kl = q * (denominator_logp - logp.detach()) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()",
             f"rising = (A >= 0) & (p > q) & (kl > {self.delta_high})",
             f"falling = (A < 0) & (p < q) & (kl > {self.delta_low})",
             "keep = ~(rising | falling)",
@@ -176,6 +176,7 @@ class M2Mask(Trust):
 
     option: ClassVar[str] = "m2_mask"
     whole_batch: ClassVar[bool] = True
+    reads_old: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
     low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
     high: float = param("clip_high", 0.2, "how far above 1 the ratio still counts when A > 0", low=0, bound=True)
@@ -219,7 +220,7 @@ class M2Mask(Trust):
     def code(self) -> list[str]:
         return [
             *Clip(self.low, self.high).code(),
-            "m2 = ((behavior_logp - below) ** 2)[mask]",
+            "m2 = ((behavior_logp - old_logp) ** 2)[mask]",
             "order = m2.argsort()",
             "kept = torch.zeros_like(m2, dtype=torch.bool)",
             f"kept[order] = m2[order].cumsum(0) / torch.arange(1, len(m2) + 1) < {self.threshold}",
@@ -264,9 +265,9 @@ class CovDrop(Trust):
         if at.batch is None:
             return torch.zeros_like(at.mask)
         cov = covariance(at)
-        stopped = Clip(self.low, self.high).bounds(at)[0]
-        candidates = at.mask & ~stopped & (cov > self.cov_low) & (cov < self.cov_high)
-        key = torch.where(candidates, _key(at, self.seed), torch.full_like(at.below.double(), -1.0))
+        candidates = at.mask & ~stopped(at, 1 - self.low, 1 + self.high)
+        candidates = candidates & (cov > self.cov_low) & (cov < self.cov_high)
+        key = torch.where(candidates, _key(at, self.seed), torch.full_like(at.denominator_logp.double(), -1.0))
         chosen = key.flatten().topk(min(_how_many(self.fraction, at), int(candidates.sum()))).indices
         return torch.zeros_like(at.mask.flatten()).index_fill(0, chosen, True).view_as(at.mask)
 
@@ -294,7 +295,8 @@ class CovDrop(Trust):
             f"stopped = ((A >= 0) & (r > 1 + {self.high})) | ((A < 0) & (r < 1 - {self.low}))",
             f"candidates = mask & ~stopped & (cov > {self.cov_low}) & (cov < {self.cov_high})",
             f"count = min(max(1, int({self.fraction} * int(n))), int(candidates.sum()))",
-            f"key = torch.sin(12.9898 * {self.seed} + 78.233 * below.double() + 37.719 * A.double()) * 43758.5453",
+            f"key = 12.9898 * {self.seed} + 78.233 * denominator_logp.double() + 37.719 * A.double()",
+            "key = torch.sin(key) * 43758.5453",
             "key = torch.where(candidates, key - key.floor(), -1.0)  # a random number of its own for each token",
             "drop = torch.zeros(mask.numel(), dtype=torch.bool)",
             "drop[key.flatten().topk(count).indices] = True",
@@ -304,7 +306,7 @@ class CovDrop(Trust):
 
 def _key(at: Tokens, seed: int) -> Tensor:
     """A number in [0, 1) for each token, random for all purposes, from the seed, the old log-probability and A."""
-    x = torch.sin(12.9898 * seed + 78.233 * at.below.double() + 37.719 * at.advantage.double()) * 43758.5453
+    x = torch.sin(12.9898 * seed + 78.233 * at.denominator_logp.double() + 37.719 * at.advantage.double()) * 43758.5453
     return x - x.floor()
 
 
@@ -360,7 +362,7 @@ class CovKL(Trust):
             f"top = cov.flatten().sort(descending=True, stable=True).indices[: max(1, int({self.fraction} * int(n)))]",
             "chosen = torch.zeros(mask.numel(), dtype=torch.bool)",
             "chosen[top] = True",
-            f"loss = -r * A + {self.coef} * (logp - below).abs() * chosen.view_as(mask)",
+            f"loss = -r * A + {self.coef} * (logp - denominator_logp).abs() * chosen.view_as(mask)",
         ]
 
 

@@ -189,9 +189,11 @@ class Taper(_Weighted):
 
 @dataclass(frozen=True)
 class Band(_Weighted):
-    """ℓ = -sg(r·1[1 - low < r < 1 + high])·A·logp: nothing outside the band, whatever the sign of A (IcePop)."""
+    """ℓ = -sg(r·1[1 - low < r < 1 + high])·A·logp: nothing outside the band, whatever the sign of A.
 
-    option: ClassVar[str] = "icepop"
+    The band of IcePop (arXiv:2510.18855), taken on the loss's own ratio; mismatch='icepop' takes it on π_old/μ."""
+
+    option: ClassVar[str] = "band"
     low: float = param("clip_low", 0.2, "1 - clip_low is the lower end of the band", low=0, bound=True)
     high: float = param("clip_high", 0.2, "1 + clip_high is the upper end of the band", low=0, bound=True)
 
@@ -300,4 +302,4 @@ class Quadratic(Trust):
         return f"[A·log π_θ(y_t) − {half}·(log r)²]", rf"\left[A \log\pi_\theta(y_t) - {half}(\log r)^2\right]"
 
     def code(self) -> list[str]:
-        return [f"loss = -A * logp + {self.tau} / 2 * (logp - below) ** 2"]
+        return [f"loss = -A * logp + {self.tau} / 2 * (logp - denominator_logp) ** 2"]
