@@ -6,7 +6,7 @@ import torch
 import tiny
 from lossmith.errors import PolicyError
 from lossmith.policy import SamplingSettings, sample, sampling, token_outputs
-from lossmith.policy.writing import Row
+from lossmith.policy.writing import OpenCompletion
 from lossmith.prompts import load_prompts
 
 SHORT = SamplingSettings(max_tokens=12)
@@ -65,7 +65,7 @@ def test_stored_log_probs_are_the_learners_to_float32(policy):
     with torch.no_grad():
         out = token_outputs(policy, drawn, settings)
     for row, r in enumerate(drawn):
-        assert r.behavior_logp.distribution == out.measure
+        assert r.behavior_logp.distribution == out.distribution
         torch.testing.assert_close(out.logp[row, : len(r.completion_ids)], r.behavior_logp.values, rtol=1e-5, atol=2e-5)
     ratio = (out.logp[out.mask] - torch.cat([r.behavior_logp.values for r in drawn])).exp()
     assert abs(float(ratio.mean()) - 1) < 1e-5
@@ -228,7 +228,7 @@ def test_a_stop_string_that_spans_tokens_special_and_not():
     policy = tagged_policy()
     x, a = policy.tokenizer.convert_tokens_to_ids(["x", "a"])
     settings = SamplingSettings(max_tokens=4, stop=("x</think>a",))
-    row = Row(tiny.prompts("Why?")[0], (1, 2), 0, sampling.uniforms(0, 0, "k", 0, settings))
+    row = OpenCompletion(tiny.prompts("Why?")[0], (1, 2), 0, sampling.uniforms(0, 0, "k", 0, settings))
     for ids, finish in (([x, ENDS], None), ([x, ENDS, a], "stop"), ([x, a, x, a], "length")):
         row.ids, row.finish = ids, None
         sampling._finish(policy, policy.eos_ids, settings, row)
