@@ -348,7 +348,7 @@ def test_argilla_in_both_layouts(store, tmp_path):
 @pytest.mark.parametrize(
     ("responses", "message"),
     [
-        ({"quality": [{"value": 3, "user_id": "u"}]}, "does not say of which"),
+        ({"quality": [{"value": 3, "user_id": "u"}]}, "does not say which"),
         ({"q": [{"value": [{"value": "response-9", "rank": 1}, {"value": "response-1", "rank": 2}]}]}, "response-9"),
         ({"q": 4}, "must be a list"),
         ([3], "must be an object"),

@@ -95,7 +95,7 @@ def test_a_model_that_attends_in_its_own_way_is_found_out_and_said_once(caplog):
     config = BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4, eos_token_id=256, initializer_range=0.3)
     torch.manual_seed(0)
     policy = tiny.policy(BloomForCausalLM(config).eval())
-    trial._say_no_sharing.cache_clear()  # another test may have met this model in this process
+    trial._warn_once.cache_clear()  # another test may have met this model in this process
     with caplog.at_level(logging.WARNING, "lossmith"):
         assert not sharing_is_exact(policy)
         assert not sharing_is_exact(policy)
@@ -118,7 +118,7 @@ def test_the_trial_is_not_misled_by_bfloat16():
 @pytest.mark.parametrize("chunk", [1, 7, 33, 512])
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(temperature, chunk, kept, monkeypatch):
-    monkeypatch.setattr(head_module, "_KEPT", kept)
+    monkeypatch.setattr(head_module, "_STORED_BYTES", kept)
     policy = tiny.policy(dtype=torch.float64)
     torch.manual_seed(0)
     count, weight = 70, policy.model.get_output_embeddings().weight
@@ -135,7 +135,7 @@ def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(tempe
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_a_head_with_a_bias(kept, monkeypatch):
     monkeypatch.setattr(head_module, "_ROWS", 4)
-    monkeypatch.setattr(head_module, "_KEPT", kept)
+    monkeypatch.setattr(head_module, "_STORED_BYTES", kept)
     policy = tiny.policy(dtype=torch.float64)
     head = torch.nn.Linear(32, 264, dtype=torch.float64)
     policy.model.lm_head = head
@@ -179,7 +179,7 @@ def test_bfloat16_log_probabilities_are_near_those_of_float32():
     assert 0 < float(gap.max()) < 0.2 and float(gap.mean()) < 0.03
 
 
-# -- compiled layers, packed and narrowed weights ---------------------------------------------------------------------
+# -- compiled layers, packed and bfloat16 weights ----------------------------------------------------------------------
 
 
 def accumulated(compile_, dtype=torch.float64, compute=None, model=None):
@@ -385,7 +385,7 @@ def test_layers_that_are_run_again_give_the_same_gradients():
     found = []
     for recompute in (False, True):
         policy = tiny.policy(dtype=torch.float64)
-        out = token_outputs(policy, rollouts, PLAIN, recompute=recompute)
+        out = token_outputs(policy, rollouts, PLAIN, activation_checkpointing=recompute)
         out.logp.sum().backward()
         found.append([out.logp.detach(), *(p.grad for p in policy.parameters())])
     for once, again in zip(*found, strict=True):
@@ -397,7 +397,7 @@ def test_layers_that_are_run_again_keep_less():
     for recompute in (False, True):
         policy, sizes = tiny.policy(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
-            token_outputs(policy, tiny.rollouts(), PLAIN, recompute=recompute)
+            token_outputs(policy, tiny.rollouts(), PLAIN, activation_checkpointing=recompute)
         kept.append(sum(sizes))
     assert kept[1] < 0.6 * kept[0]
 

@@ -32,7 +32,7 @@ def test_what_cannot_be_read_is_said(tmp_path, make, said):
 def test_a_written_file_is_as_readable_as_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
-        files.write_whole(tmp_path / "a", "x")
+        files.write_atomically(tmp_path / "a", "x")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
@@ -40,27 +40,27 @@ def test_a_written_file_is_as_readable_as_the_umask_says(tmp_path):
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, monkeypatch, call):
-    files.write_whole(tmp_path / "a", "old")
+    files.write_atomically(tmp_path / "a", "old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(RunError, match="the disk is full"):
-        files.write_whole(tmp_path / "a", "new")
+        files.write_atomically(tmp_path / "a", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 
 
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path, monkeypatch):
-    files.add_line(tmp_path / "m", "1")
+    files.append_line(tmp_path / "m", "1")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="the disk is full"):
-        files.add_line(tmp_path / "m", "2")
+        files.append_line(tmp_path / "m", "2")
     assert (tmp_path / "m").read_text() == "1\n"
 
 

@@ -172,7 +172,7 @@ def sets(tmp_path, rng):
 def scorer(tmp_path, rng):
     spec = rng.choice(
         (
-            {"scorers": ["length", "helpfulness"], "weights": [1.0, 0.5], "standardise": True},
+            {"scorers": ["length", "helpfulness"], "weights": [1.0, 0.5], "standardize": True},
             {"steps": "length", "segments": "line", "gain": "difference"},
             {"scorers": ["length", "length"], "combine": "mean", "penalty": 1.0},
             ["length", {"scorers": ["length"]}],

@@ -398,7 +398,7 @@ def test_what_is_no_key_stays():
     ):
         assert redacted(url, []) == url
         assert shown(f"no answer from {url}") == f"no answer from {url}"
-    spec = {"scorers": ["length", "a.py:f"], "weights": [1, 0.5], "standardise": True}
+    spec = {"scorers": ["length", "a.py:f"], "weights": [1, 0.5], "standardize": True}
     assert redacted(spec, []) == spec
 
 

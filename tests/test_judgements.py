@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossmith.errors import FeedbackError
-from lossmith.feedback.convert import convert, standing, to_labels, to_pairs, to_rankings, to_ratings
+from lossmith.feedback.convert import convert, effective_judgements, to_labels, to_pairs, to_rankings, to_ratings
 from lossmith.feedback.judgement import SCALES, Judgement
 from lossmith.feedback.output_set import OutputSet, named
 from lossmith.prompts import Prompt
@@ -112,15 +112,15 @@ def test_every_judgement_has_an_id_of_its_own():
 
 def test_a_later_answer_replaces_an_earlier_one_of_the_same_person_alone():
     first, other, again = pair("first"), pair("first", who="bo"), pair("second", (B, A))
-    assert standing([first, other, again]) == [other, again]
+    assert effective_judgements([first, other, again]) == [other, again]
     flag = said("flag", (A, B), None, question="pair")
-    assert standing([first, flag]) == [first, flag]
+    assert effective_judgements([first, flag]) == [first, flag]
 
 
 def test_an_undo_brings_back_the_earlier_answer():
     first, again = pair("first"), pair("second")
     undo = said("undo", (), again.id, question="pair")
-    assert standing([first, again, undo]) == [first]
+    assert effective_judgements([first, again, undo]) == [first]
 
 
 # -- conversions ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judges import judge
-from lossmith.feedback.judges.asked import LEAST, _log_odds, judge_by_model
+from lossmith.feedback.judges.language_model import LEAST, _log_odds, judge_by_model
 from lossmith.feedback.output_set import OutputSet, named
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
@@ -203,7 +203,7 @@ def test_a_lean_to_a_place_cancels_exactly_and_is_reported(serve, store):
     sets = [made("same", "size"), made("aaaaaaa", "bb", prompt="How?")]
     store.add_sets(sets)
     said = ask(serve(longer, lean=-3.0), sets[:1], store)
-    assert f"leans {1 / (1 + math.exp(3)) - 0.5:+.3f} to what stands first" in said
+    assert f"leans {1 / (1 + math.exp(3)) - 0.5:+.3f} to what is shown first" in said
     ask(serve(longer, lean=-3.0), sets[1:], store)
     assert [j.value for j in store.judgements()] == pytest.approx([0.5, 1 / (1 + math.exp(-2.5))])
 

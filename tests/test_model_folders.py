@@ -53,11 +53,11 @@ every_door = pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     "method", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "hqq", "of next year", None]
 )
-def test_quantised_weights_are_refused_whatever_the_method(tmp_path, door, method):
+def test_quantized_weights_are_refused_whatever_the_method(tmp_path, door, method):
     folder = folder_for(door, tmp_path / "m")
     change(folder / "config.json", quantization_config={"quant_method": method} if method else {})
     said = refusal(door, folder)
-    assert "quantised" in said and "give the unquantised model" in said
+    assert "quantized" in said and "give the unquantized model" in said
     assert method is None or method in said
 
 

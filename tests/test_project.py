@@ -50,7 +50,7 @@ def test_each_step_is_done_when_its_file_is_there_and_names_the_next_command(pro
         assert [stage.done for stage in project.stages()] == [True] * (k + 1) + [False] * (4 - k)
         assert project.next_stage().step == ORDER[k + 1]
         assert project.next_stage().command.startswith("lossmith ")
-    assert "1 judgements by ann; 1 of 2 sets judged" in project.stages()[2].found
+    assert "1 judgements by ann; 1 of 2 sets judged" in project.stages()[2].summary
 
 
 @pytest.mark.parametrize(("done", "step"), [(d, s) for d, s in itertools.combinations(range(5), 2) if s - d > 1])
@@ -95,7 +95,7 @@ def test_a_skip_is_no_judgement(project):
 
 def test_candidates_never_slip_into_fine_tuning(project):
     do(project, "sample")
-    with pytest.raises(PromptError, match="Candidates are there to be judged"):
+    with pytest.raises(PromptError, match="Its outputs are there to be judged"):
         ls.load_prompts(project.outputs, pass_columns=("outputs",))
     with pytest.raises(FeedbackError, match="Candidates are no training targets"):
         gather(project.outputs)
@@ -166,7 +166,7 @@ def test_a_project_copies_rows_of_any_type_that_differ_in_a_column(tmp_path):
     project = Project.create(tmp_path / "demo", str(tmp_path / "p.parquet"), column="question")
     kept = [json.loads(line) for line in project.prompts.read_text().splitlines()]
     assert kept == [{"prompt": "Why?", "target_word": w, "day": "2024-02-29", "price": "1.10"} for w in ("a", "b")]
-    assert project.stages()[0].found == "2 prompts"
+    assert project.stages()[0].summary == "2 prompts"
 
 
 def test_a_project_that_cannot_be_begun_leaves_no_folder(tmp_path):
@@ -179,4 +179,4 @@ def test_a_project_that_cannot_be_begun_leaves_no_folder(tmp_path):
 def test_what_was_left_out_of_a_project_is_said(tmp_path):
     (tmp_path / "p.txt").write_text("Why?\nWhy?\nHow?\n")
     project = Project.create(tmp_path / "demo", str(tmp_path / "p.txt"))
-    assert "3 rows are 2 prompts: 1 exact duplicate left out (p.txt:2)" in project.said
+    assert "3 rows are 2 prompts: 1 exact duplicate left out (p.txt:2)" in project.prompts_summary

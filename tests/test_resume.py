@@ -277,7 +277,7 @@ def test_what_fails_before_the_run_began_leaves_no_folder(tmp_path, monkeypatch)
     def full(*_):
         raise RunError("the disk is full")
 
-    monkeypatch.setattr("lossmith.training.run.write_whole", full)
+    monkeypatch.setattr("lossmith.training.run.write_atomically", full)
     with pytest.raises(RunError, match="disk is full"):
         ls.train(**settings(tmp_path), quiet=True)
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,8 @@ from lossmith.api import resume
 from lossmith.cli import app, main
 from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError
 from lossmith.feedback.output_set import named
+from lossmith.feedback.partial_sets import PartialSets
 from lossmith.feedback.preferences import Label, Pair, write_preferences
-from lossmith.feedback.under_way import UnderWay
 from lossmith.scorers.seal import MANIFEST
 from lossmith.training.offline.loop import (
     PreferenceRecipe,
@@ -189,7 +189,7 @@ def test_live_preferences_are_given_again(tmp_path):
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     """Seven prompts, sampled two at a time, and the words of a command that samples them."""
-    monkeypatch.setattr("lossmith.feedback.under_way.TOGETHER", 4)
+    monkeypatch.setattr("lossmith.feedback.partial_sets.TOGETHER", 4)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Question {k}?"}) + "\n" for k in range(7)))
     words = ["sample", tmp_path / "prompts.jsonl", "--n", 2, "--max-tokens", 5, "--device", "cpu", "--dtype", "float32"]
     return [*words, "--model", tiny.folder()]
@@ -201,15 +201,15 @@ class Broken(Exception):
 
 def breaking(monkeypatch, after, act):
     """`act` once so many parts are in the file."""
-    true = UnderWay.add
+    true = PartialSets.add
 
     def add(file, part):
         true(file, part)
         if len(file.parts) == after:
             act()
 
-    monkeypatch.setattr(UnderWay, "add", add)
-    return lambda: monkeypatch.setattr(UnderWay, "add", true)
+    monkeypatch.setattr(PartialSets, "add", add)
+    return lambda: monkeypatch.setattr(PartialSets, "add", true)
 
 
 def raising(error):

@@ -922,7 +922,7 @@ def test_weighted_sum():
 
 def test_standardised_members_count_alike_and_a_constant_one_counts_nothing():
     members = [fixed("x", 1.0, 2.0, 3.0), fixed("big", 1000.0, 3000.0, 2000.0), fixed("constant", 0.1, 0.1, 0.1)]
-    scores = ask(WeightedScorers(members, [1.0, 1.0, 5.0], standardise=True), THREE)
+    scores = ask(WeightedScorers(members, [1.0, 1.0, 5.0], standardize=True), THREE)
     assert values(scores) == pytest.approx([-2.0, 1.0, 1.0])
     assert scores[1].parts == {"x": 2.0, "big": 3000.0, "constant": 0.1}
 
@@ -930,8 +930,8 @@ def test_standardised_members_count_alike_and_a_constant_one_counts_nothing():
 def test_an_error_of_one_member_is_everybodys_and_one_that_abstains_adds_nothing():
     x = fixed("x", Score(error="raised: boom"), Score(abstained=True), 3.0)
     y = fixed("y", Score(abstained=True), 2.0, 1.0)
-    for standardise in (False, True):
-        first, second, third = ask(WeightedScorers([x, y], standardise=standardise), THREE)
+    for standardize in (False, True):
+        first, second, third = ask(WeightedScorers([x, y], standardize=standardize), THREE)
         assert first.error == "raised: boom [x]"
         assert second.parts == {"y": 2.0}
         assert third.ok
@@ -967,7 +967,7 @@ def test_a_combination_that_cannot_work(spec, said):
 
 
 def test_combinations_from_a_recipe(scorer_file):
-    spec = {"scorers": ["length", f"{scorer_file}:words"], "weights": [100, 1], "standardise": False}
+    spec = {"scorers": ["length", f"{scorer_file}:words"], "weights": [100, 1], "standardize": False}
     check_scorer(spec, columns=())
     assert values(ask(spec)) == pytest.approx([2.0, 4.0])
     assert values(ask(["length", lambda completions: [1.0] * len(completions)])) == pytest.approx([1.01, 1.02])
@@ -987,7 +987,8 @@ def test_combinations_from_a_recipe(scorer_file):
         ("x" * 5000, "there is no scorer"),
         ({"scorers": ["length"], "weights": 3}, "weights are a list of numbers"),
         ({"scorers": ["length"], "weights": [math.nan]}, "weights are finite numbers"),
-        ({"scorers": ["length"], "standardise": "no"}, "standardise is true or false"),
+        ({"scorers": ["length"], "standardize": "no"}, "standardize is true or false"),
+        ({"scorers": ["length"], "standardise": True}, "'standardise'. Did you mean 'standardize'"),
         ({"steps": "length", "segments": ["line"]}, "segments is"),
         ("./no-such-folder", "there is no folder './no-such-folder'"),
         (3, "3 is not a scorer. A scorer is"),

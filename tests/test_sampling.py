@@ -65,7 +65,7 @@ def test_stored_log_probs_are_the_learners_to_float32(policy):
     with torch.no_grad():
         out = token_outputs(policy, drawn, settings)
     for row, r in enumerate(drawn):
-        assert r.behavior_logp.distribution == out.measure
+        assert r.behavior_logp.distribution == out.distribution
         torch.testing.assert_close(out.logp[row, : len(r.completion_ids)], r.behavior_logp.values, rtol=1e-5, atol=2e-5)
     ratio = (out.logp[out.mask] - torch.cat([r.behavior_logp.values for r in drawn])).exp()
     assert abs(float(ratio.mean()) - 1) < 1e-5

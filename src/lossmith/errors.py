@@ -83,7 +83,7 @@ class RunError(LossmithError, RuntimeError):
 
 
 class FinishedError(RunError):
-    """There is nothing left to go on with. `summary` is what summary.json holds."""
+    """There is nothing left to resume. `summary` is what summary.json holds."""
 
     def __init__(self, message: str, summary: dict[str, Any]) -> None:
         super().__init__(message)
@@ -96,14 +96,14 @@ class TrapWarning(UserWarning):
 
 @contextmanager
 def quiet_traps() -> Iterator[None]:
-    """A loss is built to be looked at, or was warned of before: its traps are not warned of here."""
+    """Without trap warnings: a loss is only built to be looked at, or its traps were reported before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)
         yield
 
 
 def printable(text: str) -> str:
-    """Text whose control characters (but line breaks and tabs) are shown, not obeyed: a completion is untrusted."""
+    """Text with its control characters (except line breaks and tabs) replaced: a completion is not trusted."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

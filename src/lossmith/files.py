@@ -1,7 +1,7 @@
-"""Files: read whatever wrote them, written whole or not at all, and a failure is one sentence.
+"""Files: read whatever program wrote them, written whole or not at all, and a failure is one sentence.
 
 Everything that Lossmith reads or writes for a user goes through here, so that a byte order mark, a `~`, a full disk or
-an unwritable folder means the same at every door.
+an unwritable folder is handled the same way everywhere.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from lossmith.errors import LossmithError, RunError
 
 __all__ = [
-    "add_line",
+    "append_line",
     "at_home",
     "check_writable",
+    "explain_write_errors",
     "read_text",
-    "replacing",
-    "said_plainly",
+    "replace_atomically",
     "sync",
     "text_at_home",
-    "write_whole",
+    "write_atomically",
 ]
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EBADF}  # nothing is there, and that is an answer
@@ -40,9 +40,9 @@ def at_home(path: str | Path, error: type[LossmithError] = RunError) -> Path:
         place.stat()
     except RuntimeError:
         raise error(f"{str(path)!r}: no home folder is known for its '~'. Write the path out.") from None
-    except (OSError, ValueError) as found:
-        if getattr(found, "errno", None) not in _ABSENT:
-            reason = getattr(found, "strerror", None) or found
+    except (OSError, ValueError) as problem:
+        if getattr(problem, "errno", None) not in _ABSENT:
+            reason = getattr(problem, "strerror", None) or problem
             shown = str(path) if len(str(path)) < 100 else str(path)[:60] + "..."
             raise error(f"{shown!r} cannot be a path here: {reason}.") from None
     return place
@@ -65,24 +65,25 @@ def read_text(path: str | Path, error: type[LossmithError], what: str) -> str:
         raise error(f"there is no {what} {str(path)!r}.") from None
     except IsADirectoryError:
         raise error(f"{str(path)!r} is a folder, and a {what} is a file.") from None
-    except (OSError, ValueError) as found:  # ValueError: a NUL in the name
-        raise error(f"the {what} {str(path)!r} cannot be read: {getattr(found, 'strerror', None) or found}.") from None
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"the {what} {str(path)!r} cannot be read: {reason}.") from None
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as found:
-        line = found.object.count(b"\n", 0, found.start) + 1
-        raise error(f"{path}:{line}: not UTF-8 (byte {found.start}). Save the {what} as UTF-8.") from None
+    except UnicodeDecodeError as problem:
+        line = problem.object.count(b"\n", 0, problem.start) + 1
+        raise error(f"{path}:{line}: not UTF-8 (byte {problem.start}). Save the {what} as UTF-8.") from None
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it takes the name of `path`, flushed to disk, once the block is done.
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the name of `path`, flushed to disk, once the block is done.
 
     RunError: it cannot be written (a full disk, say). Then `path` is what it was before.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with said_plainly(path):
+        with explain_write_errors(path):
             yield partial
             sync(partial)
             os.replace(partial, path)
@@ -93,15 +94,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
+def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all, as readable as the user's umask says. RunError: it cannot be written."""
-    with replacing(path) as partial:
+    with replace_atomically(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def add_line(path: Path, line: str) -> None:
-    """Append one line, flushed to disk; one that does not fit is taken back. RunError: it cannot be written."""
-    with said_plainly(path), path.open("ab") as file:
+def append_line(path: Path, line: str) -> None:
+    """Append one line, flushed to disk; one that does not fit is removed again. RunError: it cannot be written."""
+    with explain_write_errors(path), path.open("ab") as file:
         before = file.tell()
         try:
             file.write(line.encode() + b"\n")
@@ -113,32 +114,32 @@ def add_line(path: Path, line: str) -> None:
 
 
 @contextlib.contextmanager
-def said_plainly(path: str | Path) -> Iterator[None]:
+def explain_write_errors(path: str | Path) -> Iterator[None]:
     """Whatever goes wrong with writing inside the block is a RunError of one sentence that names `path`.
 
-    Libraries wrap what the system said in errors of their own: those of safetensors, pyarrow and tokenizers are known
-    by their text.
+    Libraries wrap the system's errors in their own: those of safetensors, pyarrow and tokenizers are recognized by
+    their text.
     """
     try:
         yield
     except LossmithError:
         raise
-    except Exception as found:
-        number = found.errno if isinstance(found, OSError) else None
-        if number in _FULL or "No space left on device" in str(found) or "os error 28" in str(found):
+    except Exception as problem:
+        number = problem.errno if isinstance(problem, OSError) else None
+        if number in _FULL or "No space left on device" in str(problem) or "os error 28" in str(problem):
             raise RunError(
                 f"the disk is full: {str(path)!r} could not be written. Nothing that was written before is lost; "
                 "free some space and go on."
             ) from None
-        if not isinstance(found, OSError):
+        if not isinstance(problem, OSError):
             raise
-        raise RunError(f"{str(path)!r} cannot be written: {found.strerror or found}.") from None
+        raise RunError(f"{str(path)!r} cannot be written: {problem.strerror or problem}.") from None
 
 
 def check_writable(path: str | Path, error: type[LossmithError] = RunError, *, new: bool = False) -> Path:
     """The path with its folder made, tried before any work is done for it. `error`: nothing can be written there.
 
-    new: a file that exists is refused, for what it holds may be dear.
+    new: a file that exists is refused, because its contents may be valuable.
     """
     place = at_home(path, error)
     if place.is_dir():
@@ -150,9 +151,9 @@ def check_writable(path: str | Path, error: type[LossmithError] = RunError, *, n
         place.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except (OSError, ValueError) as found:
-        reason = getattr(found, "strerror", None) or found
-        if isinstance(found, FileExistsError | NotADirectoryError):
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        if isinstance(problem, FileExistsError | NotADirectoryError):
             reason = "a folder on the way to it is a file"
         raise error(f"nothing can be written to {str(path)!r}: {reason}. Choose another place.") from None
     return place

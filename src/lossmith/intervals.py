@@ -1,9 +1,9 @@
-"""Every interval and every verdict: what a sample can bear, and no more.
+"""Every interval and every verdict: what a sample supports, and no more.
 
-mean_of   a mean: Student's t. Values that are all alike have no spread to go by: see there
+mean_of   a mean: Student's t. Values that are all alike have no spread to estimate from: see there
 share_of  a share (preferred, right, agreed): Clopper-Pearson, on the number of prompts or what they are worth;
           `share_across` where each comparison is of two prompts
-verdict   what a paired difference says, in a sentence; `doubt` what an accuracy says beside a coin's
+verdict   what a paired difference says, in a sentence; `doubt` why an accuracy may be no better than a coin's
 
 All are at 95%, two-sided. None has zero width: where nothing is known of how far other values may lie, there is no
 interval (NaN; None in JSON).
@@ -22,7 +22,7 @@ __all__ = [
     "FEWEST",
     "Interval",
     "alike",
-    "bears_verdict",
+    "allows_verdict",
     "doubt",
     "in_words",
     "mean_of",
@@ -39,7 +39,7 @@ all others agree on (7 of 8: p = 0.07, 8 of 9: p = 0.04, sign test); and Student
 from about here (its coverage is simulated in the tests).
 """
 TAIL = 0.025
-ALIKE = 1e-9  # of the size of what is averaged: smaller differences are rounding
+ALIKE = 1e-9  # relative to the size of what is averaged: smaller differences are rounding
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def share_across(outcomes: Sequence[tuple[str, str, float]]) -> tuple[Interval, 
             count[name] = count.get(name, 0) + 1
     n, pairs = len(won), max(len(outcomes), 1)
     share = math.fsum(value for _, _, value in outcomes) / pairs
-    found = {name: share + n * (won[name] - share * count[name]) / pairs for name in won}
-    apart = min(len({o[0] for o in outcomes}), len({o[1] for o in outcomes}), n // 2)
-    return _share(list(found.values()), max(apart, 1), n), found
+    contributions = {name: share + n * (won[name] - share * count[name]) / pairs for name in won}
+    unshared = min(len({o[0] for o in outcomes}), len({o[1] for o in outcomes}), n // 2)
+    return _share(list(contributions.values()), max(unshared, 1), n), contributions
 
 
 def _share(values: Sequence[float], least: int, most: int) -> Interval:
@@ -154,8 +154,8 @@ def in_words(row: Mapping[str, Any], form: str = ".3f") -> str:
     return "?" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
-def bears_verdict(row: Mapping[str, Any]) -> bool:
-    """Whether an interval as JSON holds it is there, and from enough prompts."""
+def allows_verdict(row: Mapping[str, Any]) -> bool:
+    """Whether an interval as JSON holds it exists, and is from enough prompts."""
     return row.get("ci95_low") is not None and row["n"] >= FEWEST
 
 
@@ -164,7 +164,7 @@ def verdict(change: Mapping[str, Any], what: str) -> str:
     n = change["n"]
     if n < FEWEST:
         return f"Too few held-out prompts ({n}) to say: a verdict on the {what} needs {FEWEST}. Hold out more."
-    if not bears_verdict(change):
+    if not allows_verdict(change):
         return f"No verdict: the {what} is one and the same number throughout."
     if change["ci95_low"] > 0:
         return f"{what[0].upper()}{what[1:]} rose: the interval of the paired difference lies above 0."
@@ -188,17 +188,17 @@ def doubt(accuracy: Any) -> str:
     mean, n, low = row.get("mean"), row.get("n"), row.get("ci95_low")
     if not isinstance(mean, int | float):
         return "no held-out prompt says how accurate it is"
-    said = f"its held-out accuracy {mean:.2f}"
+    claim = f"its held-out accuracy {mean:.2f}"
     if not isinstance(n, int):
-        return f"{said} is that of an unknown number of prompts"
+        return f"{claim} is that of an unknown number of prompts"
     if n < FEWEST:
         return (
-            f"{said} is that of {n} prompt{'s' * (n != 1)}: too few to tell it from chance (0.5), {FEWEST} are needed"
+            f"{claim} is that of {n} prompt{'s' * (n != 1)}: too few to tell it from chance (0.5), {FEWEST} are needed"
         )
     if low is None:
         low, high = _clopper_pearson(mean, n)
         row = dict(row) | {"ci95_low": low, "ci95_high": high}
     if low > 0.5:
         return ""
-    beside = "is worse than chance" if row["ci95_high"] < 0.5 else "is no better than chance"
-    return f"{said} {beside}: its 95% interval, {in_words(row, '.2f')} over {n} prompts, does not lie above 0.5"
+    comparison = "is worse than chance" if row["ci95_high"] < 0.5 else "is no better than chance"
+    return f"{claim} {comparison}: its 95% interval, {in_words(row, '.2f')} over {n} prompts, does not lie above 0.5"

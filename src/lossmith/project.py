@@ -25,10 +25,10 @@ from typing import Any, Literal
 import tomli_w
 
 from lossmith.errors import StageError
-from lossmith.feedback.convert import standing
+from lossmith.feedback.convert import effective_judgements
 from lossmith.feedback.output_set import OutputSet, read_sets, write_rows
 from lossmith.feedback.store import Store
-from lossmith.files import at_home, check_writable, write_whole
+from lossmith.files import at_home, check_writable, write_atomically
 from lossmith.intervals import doubt, in_words
 from lossmith.prompts import default_prompts_path, load_prompts, plain, prompt_content, read_rows
 from lossmith.training.recipe import Recipe
@@ -41,13 +41,13 @@ Step = Literal["prompts", "sample", "annotate", "reward", "policy"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the chain: whether it is done, what was found, and the command that does it."""
+    """One step of the chain: whether it is done, what there is of it, and the command that does it."""
 
     step: Step
     done: bool
-    found: str
+    summary: str
     command: str
-    problem: str = ""  # something that holds the next step up, or makes this one stale
+    problem: str = ""  # something that stops the next step, or makes this one outdated
     advice: str = ""  # what to do about a step that is done, but that the next ones should not be built on
 
 
@@ -61,7 +61,7 @@ class Project:
         self.judgements = folder / "judgements.db"
         self.reward_model = folder / "reward_model"
         self.runs = folder / "runs"
-        self.said = ""  # of the prompts, when it was made
+        self.prompts_summary = ""  # set by `create`
 
     @classmethod
     def create(cls, folder: Path, prompts: str, **reading: Any) -> Project:
@@ -80,20 +80,20 @@ class Project:
         try:
             check_writable(project.prompts, StageError, new=True)
             write_rows(project.prompts, rows)
-            write_whole(folder / MARK, tomli_w.dumps({"source": str(prompts), "prompts": len(rows)}))
+            write_atomically(folder / MARK, tomli_w.dumps({"source": str(prompts), "prompts": len(rows)}))
         except BaseException:
             if made_here:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        project.said = chosen.summary()
+        project.prompts_summary = chosen.summary()
         return project
 
     @classmethod
     def around(cls, path: str | Path) -> Project | None:
         """The project that a path lies in, if it lies in one."""
         place = at_home(path, StageError).absolute()
-        found = next((folder for folder in (place, *place.parents) if (folder / MARK).is_file()), None)
-        return None if found is None else cls(_relative(found))
+        root = next((folder for folder in (place, *place.parents) if (folder / MARK).is_file()), None)
+        return None if root is None else cls(_relative(root))
 
     def stages(self) -> list[Stage]:
         """All five, in order."""
@@ -108,16 +108,16 @@ class Project:
         yield Stage("prompts", count > 0, f"{count} prompts", f"lossmith init {_quoted(self.folder)}")
 
         sets = read_sets(self.outputs) if self.outputs.exists() else []
-        found, problem = _describe_sets(sets, {p.content_id for p in prompts or ()})
-        yield Stage("sample", bool(sets), found, f"lossmith sample {q['prompts']} --n 4 -o {q['outputs']}", problem)
+        summary, problem = _describe_sets(sets, {p.content_id for p in prompts or ()})
+        yield Stage("sample", bool(sets), summary, f"lossmith sample {q['prompts']} --n 4 -o {q['outputs']}", problem)
 
-        found, judged = self._describe_judgements(sets)
+        summary, judged = self._describe_judgements(sets)
         yield Stage(
-            "annotate", judged > 0, found, f"lossmith annotate {q['outputs']} --db {q['judgements']}",
+            "annotate", judged > 0, summary, f"lossmith annotate {q['outputs']} --db {q['judgements']}",
         )  # fmt: skip
 
         manifest = self.manifest()
-        found, problem = ("none", "") if manifest is None else _describe_model(manifest)
+        summary, problem = ("none", "") if manifest is None else _describe_model(manifest)
         advice = ""
         if problem:
             advice = (
@@ -127,32 +127,32 @@ class Project:
         if manifest is None and self.reward_model.exists():
             problem = f"{self.reward_model} holds a model that was not trained by `lossmith reward train`"
         yield Stage(
-            "reward", manifest is not None, found,
+            "reward", manifest is not None, summary,
             f"lossmith reward train {q['judgements']} -o {q['reward_model']}", problem, advice,
         )  # fmt: skip
 
         runs = self._policies()
         command = f"lossmith train --prompts {q['prompts']} --scorer {q['reward_model']} --runs {q['runs']}"
-        said = f"{len(runs)} run{'s' * (len(runs) != 1)}" + (f", the last: {runs[-1]}" if runs else "")
-        yield Stage("policy", bool(runs), said, command)
+        runs_text = f"{len(runs)} run{'s' * (len(runs) != 1)}" + (f", the last: {runs[-1]}" if runs else "")
+        yield Stage("policy", bool(runs), runs_text, command)
 
     def manifest(self) -> dict[str, Any] | None:
-        """What reward training wrote down of its model; None where no model was trained."""
+        """The manifest that reward training wrote of its model; None where no model was trained."""
         try:
-            found = json.loads((self.reward_model / "reward_model.json").read_text(encoding="utf-8"))
+            manifest = json.loads((self.reward_model / "reward_model.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) else None
+        return manifest if isinstance(manifest, dict) else None
 
     def _describe_judgements(self, sets: list[OutputSet]) -> tuple[str, int]:
         if not self.judgements.exists():
             return "none", 0
         with Store(self.judgements, create=False) as store:
-            held = [j for j in standing(store.judgements()) if j.kind not in ("skip", "flag")]
-        people = sorted({j.annotator for j in held})
-        covered = len({j.set_id for j in held} & {s.id for s in sets})
+            judgements = [j for j in effective_judgements(store.judgements()) if j.kind not in ("skip", "flag")]
+        people = sorted({j.annotator for j in judgements})
+        covered = len({j.set_id for j in judgements} & {s.id for s in sets})
         who = f" by {', '.join(people[:3])}{', ...' if len(people) > 3 else ''}" if people else ""
-        return f"{len(held)} judgements{who}; {covered} of {len(sets)} sets judged", len(held)
+        return f"{len(judgements)} judgements{who}; {covered} of {len(sets)} sets judged", len(judgements)
 
     def _policies(self) -> list[str]:
         done = sorted(self.runs.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
@@ -212,12 +212,12 @@ def check_recipe_order(recipe: Recipe) -> None:
 
 def _describe_sets(sets: list[OutputSet], known: set[str]) -> tuple[str, str]:
     outputs = sum(len(s.outputs) for s in sets)
-    alike = sum(s.near_duplicates for s in sets)
+    near_duplicates = sum(s.near_duplicates for s in sets)
     models = sorted({str(s.provenance.get("model", "unknown")) for s in sets})
-    found = f"{len(sets)} sets, {outputs} outputs" + (f" of {', '.join(models)}" if models else "")
-    strange = sum(s.prompt.content_id not in known for s in sets)
-    problem = f"{strange} sets are of prompts that prompts.jsonl does not hold" if strange else ""
-    return found + (f", {alike} near-duplicates" if alike else ""), problem
+    text = f"{len(sets)} sets, {outputs} outputs" + (f" of {', '.join(models)}" if models else "")
+    unknown = sum(s.prompt.content_id not in known for s in sets)
+    problem = f"{unknown} sets are of prompts that prompts.jsonl does not hold" if unknown else ""
+    return text + (f", {near_duplicates} near-duplicates" if near_duplicates else ""), problem
 
 
 def _describe_model(manifest: dict[str, Any]) -> tuple[str, str]:
@@ -225,12 +225,12 @@ def _describe_model(manifest: dict[str, Any]) -> tuple[str, str]:
     held_out = manifest.get("held_out", {})
     accuracy = held_out.get("accuracy") if isinstance(held_out, dict) else None
     row = accuracy if isinstance(accuracy, dict) else {"mean": accuracy}
-    said = "trained and frozen"
+    text = "trained and frozen"
     if isinstance(row.get("mean"), float):
-        rests = [f"95% {in_words(row, '.2f')}"] if row.get("ci95_low") is not None else []
-        rests += [f"{row['n']} prompts"] if "n" in row else []
-        said += f", held-out accuracy {row['mean']:.2f}" + (f" ({', '.join(rests)})" if rests else "")
-    return said, doubt(accuracy)
+        details = [f"95% {in_words(row, '.2f')}"] if row.get("ci95_low") is not None else []
+        details += [f"{row['n']} prompts"] if "n" in row else []
+        text += f", held-out accuracy {row['mean']:.2f}" + (f" ({', '.join(details)})" if details else "")
+    return text, doubt(accuracy)
 
 
 def _columns(path: Path) -> tuple[str, ...]:

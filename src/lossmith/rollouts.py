@@ -22,7 +22,7 @@ FINISH_REASONS: tuple[FinishReason, ...] = ("eos", "stop", "length")
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a log-probability was measured under: of which distribution it is the logarithm.
+    """The distribution whose logarithm a log-probability is.
 
     `policy_version` is not part of the distribution's definition (a ratio compares two versions on purpose);
     temperature, filters and dtype are, and two log-probabilities that differ there cannot be subtracted.
@@ -40,17 +40,18 @@ class Distribution:
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Log-probabilities [T] or [N, T] (nats, float32 or wider) together with the distribution that they are of."""
+    """Log-probabilities [T] or [N, T] (nats, float32 or float64) together with the distribution that they belong to."""
 
     values: torch.Tensor
     distribution: Distribution
 
     def __sub__(self, other: LogProbs) -> torch.Tensor:
-        """The log-ratio self - other; refused where the two were measured differently."""
+        """The log-ratio self - other; refused where the two distributions are not comparable."""
         if not self.distribution.comparable(other.distribution):
             raise PolicyError(
-                f"these log-probabilities are of different distributions and cannot be subtracted: {self.distribution} "
-                f"and {other.distribution}. Measure both with the same temperature, filters and dtype."
+                "these log-probabilities were measured under different distributions and cannot be subtracted: "
+                f"{self.distribution} and {other.distribution}. Measure both with the same temperature, filters and "
+                "dtype."
             )
         return self.values - other.values
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lossmith.cli.streams import print_json
 from lossmith.errors import FeedbackError
-from lossmith.feedback.convert import standing
+from lossmith.feedback.convert import effective_judgements
 from lossmith.feedback.exchange import export_file, import_file
 from lossmith.feedback.output_set import OutputSet, read_sets
 from lossmith.feedback.store import Store
@@ -215,7 +215,7 @@ def _serve(sets: list[OutputSet], path: Path, sets_path: Path | None, options: d
     with contextlib.suppress(KeyboardInterrupt):
         serve(sets, path, sets_path=sets_path, on_ready=ready, **options)
     with Store(path) as store:
-        held = [j for j in standing(store.judgements()) if j.kind not in ("skip", "flag")]
+        held = [j for j in effective_judgements(store.judgements()) if j.kind not in ("skip", "flag")]
     project = Project.around(path)
     following = project.next_stage() if project is not None and held else None
     file = shlex.quote(str(path))

@@ -13,7 +13,7 @@ from rich.table import Table
 from lossmith.cli.losses import example
 from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, ProofError, quiet_traps
-from lossmith.files import check_writable, write_whole
+from lossmith.files import check_writable, write_atomically
 from lossmith.losses import Loss
 from lossmith.proofs.auditing import Audit, audit
 from lossmith.report.audit.page import html_page
@@ -49,7 +49,7 @@ def audit_(
         asked = example(loss)
         found = audit(asked)
     if html is not None:
-        write_whole(html, html_page(found, _figure(asked)))
+        write_atomically(html, html_page(found, _figure(asked)))
     if as_json:
         print_json(found.to_dict(), indent=2)
     elif html is not None:

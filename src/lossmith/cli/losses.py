@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, quiet_traps
-from lossmith.files import check_writable, write_whole
+from lossmith.files import check_writable, write_atomically
 from lossmith.losses import Loss, PolicyLoss, describe, example_loss, find_entry, list_losses, parse_loss
 from lossmith.losses.batch import FIELDS
 from lossmith.losses.catalogue.entry import Entry
@@ -117,7 +117,7 @@ def write_plot(loss: Loss, path: Path) -> None:
     if path.suffix.lower() != ".svg":
         raise LossError(f"--plot writes SVG: give a name that ends in .svg, not {path}.")
     path = check_writable(path, LossError)
-    write_whole(path, weight_plot(loss))
+    write_atomically(path, weight_plot(loss))
     Console().print(f"the weight of {loss.name} is drawn in {path}", highlight=False, markup=False)
 
 

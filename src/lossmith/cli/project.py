@@ -42,7 +42,7 @@ def init(
         Target-like columns that the scorer may see.
     """
     project = Project.create(folder, prompts, column=prompt_column, limit=prompt_limit, pass_columns=pass_columns)
-    Console(stderr=True).print(project.said, highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).print(project.prompts_summary, highlight=False, markup=False, soft_wrap=True)
     _show(project.folder, project.stages())
 
 
@@ -78,7 +78,7 @@ def _show(folder: Path, stages: list[Stage]) -> None:
         table.add_row(
             "!" if stage.advice else "✓" if stage.done else "·",
             stage.step,
-            (stage.found if stage.done else "-") + problem,
+            (stage.summary if stage.done else "-") + problem,
         )
     console.print(table, markup=False)
     following = next((stage for stage in stages if not stage.done or stage.advice), None)

@@ -17,7 +17,7 @@ from lossmith.durable.stopping import Stopping
 from lossmith.errors import PolicyError
 from lossmith.feedback.distinct import sample_sets
 from lossmith.feedback.output_set import json_line, set_of_rollouts
-from lossmith.feedback.under_way import Part, UnderWay, in_parts, part_size
+from lossmith.feedback.partial_sets import Part, PartialSets, in_parts, part_size
 from lossmith.files import check_writable
 from lossmith.policy import Policy, SamplingSettings, check_model, check_samples, load_policy
 from lossmith.policy.text import SpecialTokens
@@ -139,7 +139,7 @@ def sample(
         reported = [read.summary(), *who_reads(policy, chosen)]
         console.print("\n".join(reported), highlight=False, markup=False, soft_wrap=True)
         work = _Work(policy, n, settings, model, seed, resample, best_by, policy.checksum(), {*read.columns})
-        file = None if output is None else UnderWay(output, work.inputs(chosen, given))
+        file = None if output is None else PartialSets(output, work.inputs(chosen, given))
         with waiting(console, f"sampling {len(chosen)} x {n} completions") as count:
             parts = _all(work, chosen, file, stopping, console, count)
     said = work.said(parts)
@@ -154,7 +154,7 @@ def sample(
 def _all(
     work: _Work,
     prompts: list[Prompt],
-    file: UnderWay | None,
+    file: PartialSets | None,
     stop: Stopping,
     console: Console,
     count: Callable[[int, int], None],
@@ -245,7 +245,7 @@ class _Work:
         scores = [output["score"] for row in rows for output in row["outputs"] if "score" in output]
         said = f"best of {self.n} by {shown(self.best_by)}: mean score {sum(scores) / max(len(scores), 1):.4f}"
         for key, what in _COUNTED.items():
-            count = sum(part.told[key] for part in parts)
+            count = sum(part.counts[key] for part in parts)
             said += f"; {count} {what}" if count else ""
         return "\n".join([said, *(f"! {doubted}" for doubted in doubts(self.best_by))])
 

@@ -1,7 +1,7 @@
 """Checkpoints: a whole state as safetensors, JSON and text, complete or absent, and never a damaged one for a good one.
 
 A checkpoint is written beside its final name, listed in a manifest with the hash of every file, flushed, and renamed
-once. The last two are kept. What is loaded is checked against the manifest first.
+once. The last two are kept. A checkpoint is checked against its manifest before it is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lossmith.errors import RunError
-from lossmith.files import said_plainly, sync
+from lossmith.files import explain_write_errors, sync
 from lossmith.scorers.seal import sha256
 
 __all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "optimizer_state", "remove", "restore_optimizer", "save"]
@@ -44,8 +44,8 @@ class Checkpoint:
         return load_file(self.path / f"{name}.safetensors")
 
     def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.text("state.json"))
-        return found
+        state: dict[str, Any] = json.loads(self.text("state.json"))
+        return state
 
     def text(self, name: str) -> str:
         return (self.path / name).read_bytes().decode("utf-8")
@@ -53,17 +53,17 @@ class Checkpoint:
     def damage(self) -> str:
         """What is wrong with its files ("weights.safetensors is damaged"), or ""."""
         try:
-            listed = json.loads((self.path / MANIFEST).read_bytes())
-            hashes = {str(name): str(entry["sha256"]) for name, entry in listed.items()}
+            entries = json.loads((self.path / MANIFEST).read_bytes())
+            hashes = {str(name): str(entry["sha256"]) for name, entry in entries.items()}
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return f"{MANIFEST} is damaged"
-        there = {p.name for p in self.path.iterdir()} - {MANIFEST}
-        if "state.json" not in hashes or there - hashes.keys():  # an empty list would vouch for everything
-            return f"{MANIFEST} is damaged: it does not list {', '.join(sorted(there - hashes.keys())) or 'its files'}"
+        files = {p.name for p in self.path.iterdir()} - {MANIFEST}
+        if "state.json" not in hashes or files - hashes.keys():  # an empty list would pass any file
+            return f"{MANIFEST} is damaged: it does not list {', '.join(sorted(files - hashes.keys())) or 'its files'}"
         for name, expected in hashes.items():
-            if name not in there:
+            if name not in files:
                 return f"{name} is missing"
             if sha256(self.path / name) != expected:
                 return f"{name} is damaged"
@@ -71,9 +71,9 @@ class Checkpoint:
 
     def check(self) -> None:
         """RunError: it is damaged."""
-        found = self.damage()
-        if found:
-            raise RunError(f"the checkpoint {str(self.path)!r} cannot be used: {found}.")
+        problem = self.damage()
+        if problem:
+            raise RunError(f"the checkpoint {str(self.path)!r} cannot be used: {problem}.")
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping[str, str]) -> Checkpoint:
@@ -85,19 +85,19 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping
     partial = target.with_name(target.name + ".partial")
     remove(partial)
     try:
-        with said_plainly(target):
+        with explain_write_errors(target):
             partial.mkdir(parents=True)
             for name, several in tensors.items():
-                whole = {key: tensor.contiguous() for key, tensor in several.items()}
-                save_file(whole, partial / f"{name}.safetensors")
+                contiguous = {key: tensor.contiguous() for key, tensor in several.items()}
+                save_file(contiguous, partial / f"{name}.safetensors")
             for name, text in texts.items():
                 (partial / name).write_bytes(text.encode())
             files = sorted(partial.iterdir())
             with ThreadPoolExecutor(2) as pool:  # hashing is the processor's work, flushing the disk's
                 hashes = pool.map(sha256, files)
                 flush(partial)
-            listed = {f.name: {"bytes": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
-            (partial / MANIFEST).write_bytes(json.dumps(listed, indent=2).encode())
+            manifest = {f.name: {"bytes": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
+            (partial / MANIFEST).write_bytes(json.dumps(manifest, indent=2).encode())
             sync(partial / MANIFEST)
             sync(partial)
             remove(target)
@@ -114,11 +114,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping
 def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Checkpoint, str]]]:
     """(the newest that is whole, the newer ones that are damaged with what is wrong with each)."""
     damaged: list[tuple[Checkpoint, str]] = []
-    for found in _all(folder):
-        wrong = found.damage()
-        if not wrong:
-            return found, damaged
-        damaged.append((found, wrong))
+    for checkpoint in _all(folder):
+        problem = checkpoint.damage()
+        if not problem:
+            return checkpoint, damaged
+        damaged.append((checkpoint, problem))
     return None, damaged
 
 
@@ -131,12 +131,12 @@ def flush(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A folder, in one move and then piece by piece, so that half of it never passes for the whole."""
+    """Delete a folder: renamed first, then deleted piece by piece, so that half of it never passes for the whole."""
     if path.exists():
-        gone = path.with_name(path.name.removesuffix(".partial") + ".removed")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        removed = path.with_name(path.name.removesuffix(".partial") + ".removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        os.rename(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def clean(folder: Path) -> None:
@@ -158,7 +158,7 @@ def _all(folder: Path) -> list[Checkpoint]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, what else there is of it), for a checkpoint."""
+    """(tensors, everything else), for a checkpoint."""
     state = optimizer.state_dict()
     tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
     return tensors, {"param_groups": state["param_groups"]}

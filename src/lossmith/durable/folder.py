@@ -8,13 +8,13 @@ from pathlib import Path
 
 from lossmith.errors import RunError
 
-__all__ = ["hold", "let_go"]
+__all__ = ["lock", "unlock"]
 
 _HELD: dict[tuple[int, int], int] = {}  # (device, inode) -> the handle that holds its lock
 
 
-def hold(folder: Path) -> None:
-    """Keep other processes out until `let_go`, or until this process ends, however it ends.
+def lock(folder: Path) -> None:
+    """Keep other processes out until `unlock`, or until this process ends, however it ends.
 
     RunError: another process is in it. Where the file system or the machine knows no locks, nobody is kept out.
     """
@@ -23,7 +23,8 @@ def hold(folder: Path) -> None:
     except ImportError:  # Windows
         return
     handle = os.open(folder, os.O_RDONLY)  # itself: no file to be left behind
-    key = _key(handle)
+    status = os.fstat(handle)
+    key = (status.st_dev, status.st_ino)
     if key in _HELD:  # this process has it, from a run that was stopped
         os.close(handle)
         return
@@ -39,15 +40,10 @@ def hold(folder: Path) -> None:
     _HELD[key] = handle
 
 
-def let_go(folder: Path) -> None:
+def unlock(folder: Path) -> None:
     """Let other processes in again."""
     if folder.exists():
-        found = folder.stat()
-        handle = _HELD.pop((found.st_dev, found.st_ino), None)
+        status = folder.stat()
+        handle = _HELD.pop((status.st_dev, status.st_ino), None)
         if handle is not None:
             os.close(handle)
-
-
-def _key(handle: int) -> tuple[int, int]:
-    found = os.fstat(handle)
-    return found.st_dev, found.st_ino

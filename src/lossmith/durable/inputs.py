@@ -1,6 +1,6 @@
-"""What decided a piece of work, written down at its start, so that what goes on with it can say what has changed.
+"""What decided a piece of work, written down at its start, so that a resumed run can say what has changed.
 
-A file is known by its sha256. Of a Python file that is named by its path, that file alone: not what it imports.
+A file is identified by its sha256. Of a Python file that is named by its path, that file alone: not what it imports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from lossmith import __version__
-from lossmith.files import write_whole
+from lossmith.files import write_atomically
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.scorers.seal import MANIFEST, checksums, sha256
@@ -49,11 +49,11 @@ class Inputs:
 
     def write(self, folder: Path) -> None:
         """inputs.json. RunError: it cannot be written."""
-        write_whole(folder / NAME, json.dumps(asdict(self), indent=1, default=str) + "\n")
+        write_atomically(folder / NAME, json.dumps(asdict(self), indent=1, default=str) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Inputs | None:
-        """What was written there; None where it is missing or damaged, and nothing can be compared with."""
+        """What was written there; None where it is missing or damaged, so that nothing can be compared."""
         try:
             return cls.parse((folder / NAME).read_bytes())
         except OSError:
@@ -67,11 +67,11 @@ class Inputs:
     def parse(cls, text: bytes) -> Inputs | None:
         """None where it is nothing of ours."""
         try:
-            found = cls(**json.loads(text))
+            inputs = cls(**json.loads(text))
         except (ValueError, TypeError):
             return None
-        parts = (found.settings, found.decisive, found.around, found.known)
-        return found if all(isinstance(part, dict) for part in parts) else None
+        parts = (inputs.settings, inputs.decisive, inputs.around, inputs.known)
+        return inputs if all(isinstance(part, dict) for part in parts) else None
 
     def changed_settings(self, now: Mapping[str, Any]) -> dict[str, str]:
         """{setting: "0.003 -> 0.3"} of those that are not what they were."""
@@ -84,7 +84,7 @@ class Inputs:
         }
 
     def changed(self, now: Inputs) -> list[str]:
-        """What else decides, and is not what it was, each as "scorer.py: 0a1b2c -> 3d4e5f"."""
+        """Other decisive inputs that are not what they were, each as "scorer.py: 0a1b2c -> 3d4e5f"."""
         return _differences(self.decisive, now.decisive)
 
     def moved(self, now: Inputs) -> list[str]:
@@ -110,11 +110,11 @@ def _short(value: Any) -> str:
 
 def digest(parts: Iterable[Any]) -> str:
     """sha256 of values that JSON can hold; others by their text."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for part in parts:
         line = json.dumps(part, sort_keys=True, default=str, ensure_ascii=True) + "\n"
-        found.update(line.encode())
-    return found.hexdigest()
+        hasher.update(line.encode())
+    return hasher.hexdigest()
 
 
 def of_prompts(prompts: Collection[Prompt]) -> str:
@@ -125,19 +125,19 @@ def of_prompts(prompts: Collection[Prompt]) -> str:
 def of_model(policy: Policy) -> dict[str, str]:
     """What the policy computes with, wherever it was loaded from: weights, configuration, tokenizer."""
     config = policy.model.config.to_dict()
-    told = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+    settings = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
     backend = getattr(policy.tokenizer, "backend_tokenizer", None)
     text = policy.tokenizer.get_vocab() if backend is None else backend.to_str()
     return {
         "the model's weights": policy.checksum(),
-        "the model's configuration": digest([told]),
+        "the model's configuration": digest([settings]),
         "the tokenizer": digest([text, policy.tokenizer.chat_template]),
         "the compute type": str(policy.compute_dtype).removeprefix("torch."),
     }
 
 
 def of_code(role: str, spec: Any) -> dict[str, str]:
-    """Whatever a scorer's or a loss's text leads to: files of code, folders of models, by "role, name"."""
+    """What a scorer's or a loss's text names: files of code, folders of models, by "role, name"."""
     if isinstance(spec, Mapping):
         parts = [spec[key] for key in ("scorers", "ensemble", "steps", "function", "name") if key in spec]
         return {k: v for part in parts for k, v in of_code(role, part).items()}
@@ -153,9 +153,9 @@ def of_code(role: str, spec: Any) -> dict[str, str]:
         file = Path(where) if where.endswith(".py") else _file_of_module(where)
         return {} if file is None or not file.is_file() else {f"the {role}'s file {file}": sha256(file)}
     if Path(text).is_dir():
-        sealed = Path(text) / MANIFEST  # it lists the hash of every other file, and those are checked
-        found = sha256(sealed) if sealed.is_file() else digest([checksums(Path(text))])
-        return {f"the {role}'s model {text}": found}
+        manifest = Path(text) / MANIFEST  # it lists the hash of every other file, and those are checked
+        checksum = sha256(manifest) if manifest.is_file() else digest([checksums(Path(text))])
+        return {f"the {role}'s model {text}": checksum}
     commit = _commit_of(text)
     return {} if commit is None else {f"the {role}'s model {text}": commit}
 

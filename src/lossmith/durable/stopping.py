@@ -40,7 +40,7 @@ class Stopping:
 
     def __init__(self, busy: Callable[[], bool] | None = None) -> None:
         self.busy = busy
-        self.asked: int | None = None  # the signal that came
+        self.signal_number: int | None = None  # the signal that came
         self.at_once = False  # it came twice
         self._overdue = False
         self._before: dict[int, Any] = {}
@@ -73,15 +73,15 @@ class Stopping:
 
     def check(self) -> None:
         """Between two units of work: end here if it was asked for."""
-        if self.asked is not None and not (self.busy and self.busy()):
-            raise Stopped(self.asked)
+        if self.signal_number is not None and not (self.busy and self.busy()):
+            raise Stopped(self.signal_number)
 
     def _came(self, number: int, frame: types.FrameType | None) -> None:
-        self.at_once = self.asked is not None
-        self.asked = number
+        self.at_once = self.signal_number is not None
+        self.signal_number = number
         if self.at_once or self.busy is None:
             raise Stopped(number)
-        with contextlib.suppress(OSError):  # print would meet itself here, and the terminal may be gone
+        with contextlib.suppress(OSError):  # print is not reentrant, and the terminal may be closed
             os.write(2, b"\nstopping: finishing what takes seconds, and saving; once more leaves at once\n")
         self._remind_later()
 

@@ -1,7 +1,7 @@
 """How far the annotators agree with each other, and with themselves: what to know before a loss reads judgements.
 
-Only what was said counts: what was undone or answered again is no longer compared between annotators, and a person is
-never mixed with a program without a line that says so.
+Only judgements that still hold count: what was undone or answered again is not compared between annotators. A person
+is never mixed with a program without a line that says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lossmith.feedback.agreement_tables import (
     count,
     short,
 )
-from lossmith.feedback.convert import standing
+from lossmith.feedback.convert import effective_judgements
 from lossmith.feedback.judgement import SCALES, Judgement
 from lossmith.feedback.output_set import OutputSet
 from lossmith.intervals import FEWEST
@@ -53,7 +53,7 @@ Units = dict[Hashable, dict[Coder, Any]]  # what was judged: {coder: the value}
 
 
 def agreement_report(judgements: Sequence[Judgement], sets: Mapping[str, OutputSet]) -> AgreementReport:
-    """`judgements` is everything ever said, in its order: undone ones and their undos included."""
+    """`judgements` are all that were ever made, in their order: undone ones and their undos included."""
     raw = list({j.id: j for j in judgements}.values())  # a click sent twice counts once
     for j in raw:
         if j.set_id not in sets:
@@ -62,16 +62,16 @@ def agreement_report(judgements: Sequence[Judgement], sets: Mapping[str, OutputS
                 "file is another one than was judged."
             )
         j.check(sets[j.set_id])
-    holding = standing(raw)
-    wins = _wins(holding)
-    annotators = tuple(_annotators(raw, holding, wins))
-    found = tuple(_agreements(holding))
-    bias = tuple(_position_bias(holding))
-    again = tuple(_look_again(holding, wins, sets))
-    return AgreementReport(annotators, found, bias, again, tuple(_sentences(annotators, found, bias)))
+    effective = effective_judgements(raw)
+    wins = _wins(effective)
+    annotators = tuple(_annotators(raw, effective, wins))
+    agreements = tuple(_agreements(effective))
+    bias = tuple(_position_bias(effective))
+    again = tuple(_look_again(effective, wins, sets))
+    return AgreementReport(annotators, agreements, bias, again, tuple(_sentences(annotators, agreements, bias)))
 
 
-# -- what was said -----------------------------------------------------------------------------------------------------
+# -- judgements as tables ----------------------------------------------------------------------------------------------
 
 
 def _coder(j: Judgement) -> Coder:
@@ -101,39 +101,41 @@ def _ranks(j: Judgement) -> dict[str, float]:
     return ranks
 
 
-def _wins(holding: Iterable[Judgement]) -> dict[tuple[Coder, str], list[tuple[str, str]]]:
+def _wins(effective: Iterable[Judgement]) -> dict[tuple[Coder, str], list[tuple[str, str]]]:
     """{(coder, set): [(better, worse), ...]} of decided pairs."""
-    found: dict[tuple[Coder, str], list[tuple[str, str]]] = {}
-    for j in holding:
+    wins: dict[tuple[Coder, str], list[tuple[str, str]]] = {}
+    for j in effective:
         if j.kind == "pair" and (choice := _choice(j)) in _SWAPPED:
             a, b = j.outputs if choice == "first" else j.outputs[::-1]
-            found.setdefault((_coder(j), j.set_id), []).append((a, b))
-    return found
+            wins.setdefault((_coder(j), j.set_id), []).append((a, b))
+    return wins
 
 
-def _units(holding: Iterable[Judgement]) -> dict[tuple[str, str], Units]:
+def _units(effective: Iterable[Judgement]) -> dict[tuple[str, str], Units]:
     """{(question, scale): units}; a unit of ratings and rankings is an output, of pairs two of them."""
-    found: dict[tuple[str, str], Units] = defaultdict(dict)
-    for j in holding:
-        said: dict[Hashable, Any] = {}
+    units: dict[tuple[str, str], Units] = defaultdict(dict)
+    for j in effective:
+        values: dict[Hashable, Any] = {}
         if j.kind == "rating":
-            said = {(j.set_id, j.outputs[0]): float(j.value)}
+            values = {(j.set_id, j.outputs[0]): float(j.value)}
         elif j.kind == "pair":
-            said = {(j.set_id, *sorted(j.outputs)): _oriented(j)}
+            values = {(j.set_id, *sorted(j.outputs)): _oriented(j)}
         elif j.kind == "ranking":
-            said = {(j.set_id, name): rank for name, rank in _ranks(j).items()}
-        for unit, value in said.items():
-            found[j.kind, j.scale if j.kind == "rating" else ""].setdefault(unit, {})[_coder(j)] = value
-    return dict(sorted(found.items()))
+            values = {(j.set_id, name): rank for name, rank in _ranks(j).items()}
+        for unit, value in values.items():
+            units[j.kind, j.scale if j.kind == "rating" else ""].setdefault(unit, {})[_coder(j)] = value
+    return dict(sorted(units.items()))
 
 
 # -- each annotator ----------------------------------------------------------------------------------------------------
 
 
-def _annotators(raw: list[Judgement], holding: list[Judgement], wins: Mapping[Any, Any]) -> Iterable[AnnotatorSummary]:
-    contradictions, silent = _contradictions(raw), _no_signal(holding)
+def _annotators(
+    raw: list[Judgement], effective: list[Judgement], wins: Mapping[Any, Any]
+) -> Iterable[AnnotatorSummary]:
+    contradictions, no_signal = _contradictions(raw), _no_signal(effective)
     for coder in dict.fromkeys(map(_coder, raw)):
-        mine = [j for j in holding if _coder(j) == coder]
+        mine = [j for j in effective if _coder(j) == coder]
         kinds = Counter(j.kind for j in mine)
         seconds = [j.seconds for j in mine if j.kind in _ANSWERS and j.seconds is not None]
         circles = [cycles(better) for (who, _), better in wins.items() if who == coder]
@@ -147,17 +149,17 @@ def _annotators(raw: list[Judgement], holding: list[Judgement], wins: Mapping[An
             undos=sum(j.kind == "undo" and _coder(j) == coder for j in raw),
             median_seconds=statistics.median(seconds) if seconds else math.nan,
             hasty=sum(s < HASTY for s in seconds) / len(seconds) if seconds else math.nan,
-            circles=sum(found for found, _ in circles),
+            circles=sum(cyclic for cyclic, _ in circles),
             triples=sum(complete for _, complete in circles),
             contradictions=contradictions[coder],
-            no_signal=silent[coder],
+            no_signal=no_signal[coder],
         )
 
 
 def _contradictions(raw: list[Judgement]) -> Counter[Coder]:
     """Questions answered differently at different times. An answer taken back is a correction, and no contradiction."""
     undone = {j.value for j in raw if j.kind == "undo"}
-    said: dict[tuple[Any, ...], set[Hashable]] = defaultdict(set)
+    answers_of: dict[tuple[Any, ...], set[Hashable]] = defaultdict(set)
     for j in raw:
         if j.kind in _ANSWERS and j.id not in undone:
             answer: Hashable = j.value
@@ -165,52 +167,49 @@ def _contradictions(raw: list[Judgement]) -> Counter[Coder]:
                 answer = _oriented(j)  # the same pair the other way round is the same question
             elif j.kind == "ranking":
                 answer = tuple(frozenset(tier) for tier in j.value)
-            said[_coder(j), j.set_id, j.kind, j.scale, frozenset(j.outputs)].add(answer)
-    return Counter(key[0] for key, answers in said.items() if len(answers) > 1)
+            answers_of[_coder(j), j.set_id, j.kind, j.scale, frozenset(j.outputs)].add(answer)
+    return Counter(key[0] for key, answers in answers_of.items() if len(answers) > 1)
 
 
-def _no_signal(holding: list[Judgement]) -> Counter[Coder]:
-    """Sets in which everything is as good as everything. One rating alone says nothing of that."""
+def _no_signal(effective: list[Judgement]) -> Counter[Coder]:
+    """Sets in which all outputs are equally good. One rating alone does not show that."""
     rated: dict[tuple[Coder, str, str], list[float]] = defaultdict(list)
-    found: Counter[Coder] = Counter()
-    for j in holding:
+    counts: Counter[Coder] = Counter()
+    for j in effective:
         if j.kind == "rating":
             rated[_coder(j), j.set_id, j.scale].append(j.value)
         elif j.kind == "ranking":
-            found[_coder(j)] += len(j.value) == 1 and len(j.outputs) > 1
+            counts[_coder(j)] += len(j.value) == 1 and len(j.outputs) > 1
     for (coder, _, _), values in rated.items():
-        found[coder] += len(values) > 1 and len(set(values)) == 1
-    return found
+        counts[coder] += len(values) > 1 and len(set(values)) == 1
+    return counts
 
 
 # -- between annotators ------------------------------------------------------------------------------------------------
 
 
-def _agreements(holding: list[Judgement]) -> Iterable[Agreement]:
+def _agreements(effective: list[Judgement]) -> Iterable[Agreement]:
     """Among people, and where others judged too, among all."""
-    people = [j for j in holding if j.source == "person"]
-    groups = {"people": people} | ({"all": holding} if len(people) < len(holding) else {})
+    people = [j for j in effective if j.source == "person"]
+    groups = {"people": people} | ({"all": effective} if len(people) < len(effective) else {})
     for among, mine in groups.items():
         for (question, scale), units in _units(mine).items():
             common = [unit for unit in units.values() if len(unit) > 1]
             if not common or (among == "all" and all(source == "person" for unit in common for _, source in unit)):
                 continue  # a second line of the same people would say nothing new
-            measure, value, used = _kappa(common) if question == "pair" else _alpha(common)
+            if question == "pair":
+                measure, value, used = _kappa(common)
+            else:
+                measure, value, used = "Krippendorff's alpha (ordinal)", ordinal_alpha(common), common
+            words = in_words(value)
+            if len(used) < FEWEST and not math.isnan(value):  # a few more items might turn it into another
+                words = f"too few items to say, {FEWEST} are needed"
             names = dict.fromkeys(coder for unit in used for coder in unit)
             shown = [name if source == "person" else f"{name} ({source})" for name, source in names]
             yield Agreement(
-                question, scale, among, measure, value, _words(value, len(used)), agreed(used), len(used),
+                question, scale, among, measure, value, words, agreed(used), len(used),
                 len(common) - len(used), tuple(sorted(shown)),
             )  # fmt: skip
-
-
-def _words(value: float, items: int) -> str:
-    """The usual word for an agreement; none where a few more items might turn it into another."""
-    return in_words(value) if items >= FEWEST or math.isnan(value) else f"too few items to say, {FEWEST} are needed"
-
-
-def _alpha(common: list[dict[Coder, Any]]) -> tuple[str, float, list[dict[Coder, Any]]]:
-    return "Krippendorff's alpha (ordinal)", ordinal_alpha(common), common
 
 
 def _kappa(common: list[dict[Coder, Any]]) -> tuple[str, float, list[dict[Coder, Any]]]:
@@ -226,9 +225,9 @@ def _kappa(common: list[dict[Coder, Any]]) -> tuple[str, float, list[dict[Coder,
     return "Fleiss' kappa", fleiss(table), used
 
 
-def _position_bias(holding: list[Judgement]) -> Iterable[PositionBias]:
+def _position_bias(effective: list[Judgement]) -> Iterable[PositionBias]:
     shown: dict[str, Counter[str]] = defaultdict(Counter)
-    for j in holding:
+    for j in effective:
         if j.kind == "pair" and (choice := _choice(j)) in _SWAPPED:
             shown[j.source][choice] += 1
     for source, sides in sorted(shown.items()):
@@ -244,12 +243,12 @@ def _position_bias(holding: list[Judgement]) -> Iterable[PositionBias]:
 # -- what to look at ---------------------------------------------------------------------------------------------------
 
 
-def _look_again(holding: list[Judgement], wins: Mapping[Any, Any], sets: Mapping[str, OutputSet]) -> list[LookAgain]:
+def _look_again(effective: list[Judgement], wins: Mapping[Any, Any], sets: Mapping[str, OutputSet]) -> list[LookAgain]:
     """The most doubtful first: a flag and a circle weigh 1, disagreement up to 1."""
     weight: Counter[str] = Counter()
     reasons: dict[str, list[str]] = defaultdict(list)
     flags: dict[str, list[Judgement]] = defaultdict(list)
-    for j in holding:
+    for j in effective:
         if j.kind == "flag":
             flags[j.set_id].append(j)
     for name, mine in flags.items():
@@ -262,18 +261,18 @@ def _look_again(holding: list[Judgement], wins: Mapping[Any, Any], sets: Mapping
     for name, triples in (+circles).items():
         reasons[name].append(count(triples, "intransitive triple"))
         weight[name] += 1
-    apart = _disagreement(holding, sets)
-    for name, share in apart.items():
+    disagreement = _disagreement(effective, sets)
+    for name, share in disagreement.items():
         reasons[name].append(f"disagreement {share:.0%}")
-    score = {name: weight[name] + apart.get(name, 0.0) for name in sets if name in reasons}
+    score = {name: weight[name] + disagreement.get(name, 0.0) for name in sets if name in reasons}
     worst = sorted(score, key=lambda name: -score[name])[:SHOWN]  # stable: of equals, the earlier set
     return [LookAgain(name, short(_prompt(sets[name])), tuple(reasons[name])) for name in worst]
 
 
-def _disagreement(holding: list[Judgement], sets: Mapping[str, OutputSet]) -> dict[str, float]:
+def _disagreement(effective: list[Judgement], sets: Mapping[str, OutputSet]) -> dict[str, float]:
     """{set: 0 to 1}, of the question on which its annotators are furthest apart; without sets of full agreement."""
-    found: dict[str, float] = {}
-    for (question, scale), units in _units(holding).items():
+    largest: dict[str, float] = {}
+    for (question, scale), units in _units(effective).items():
         of_set: dict[str, list[dict[Coder, Any]]] = defaultdict(list)
         for key, unit in units.items():
             of_set[key[0]].append(unit)  # type: ignore[index]
@@ -284,8 +283,8 @@ def _disagreement(holding: list[Judgement], sets: Mapping[str, OutputSet]) -> di
                 low, high = SCALES[scale] if scale else (1, len(sets[name].outputs))
                 share = spread(mine, high - low)
             if share > 0:  # False for NaN: nobody to disagree with
-                found[name] = max(share, found.get(name, 0.0))
-    return found
+                largest[name] = max(share, largest.get(name, 0.0))
+    return largest
 
 
 def _prompt(of: OutputSet) -> str:
@@ -298,16 +297,16 @@ def _prompt(of: OutputSet) -> str:
 
 
 def _sentences(
-    annotators: Sequence[AnnotatorSummary], found: Sequence[Agreement], bias: Sequence[PositionBias]
+    annotators: Sequence[AnnotatorSummary], agreements: Sequence[Agreement], bias: Sequence[PositionBias]
 ) -> Iterable[str]:
     if not annotators:
         yield "There are no judgements yet."
         return
     if len(annotators) == 1:
         yield f"There is one annotator, {short(annotators[0].annotator)}: agreement needs two who judge the same items."
-    elif not found:
+    elif not agreements:
         yield f"{len(annotators)} annotators, but no item that two of them judged: their agreement cannot be known."
-    for a in found:
+    for a in agreements:
         yield _agreement_sentence(a)
     for b in bias:
         yield (
@@ -321,15 +320,17 @@ def _sentences(
 def _agreement_sentence(a: Agreement) -> str:
     what = f"{a.question}s" + (f" on the scale {a.scale}" if a.scale else "")
     who = "people" if a.among == "people" else "all, programs included,"
-    said = f"Agreement of {who} on {what}: "
+    sentence = f"Agreement of {who} on {what}: "
     if math.isnan(a.value):
-        said += f"{a.measure} is not defined, because only one answer was ever given"
+        sentence += f"{a.measure} is not defined, because only one answer was ever given"
     else:
-        said += f"{a.measure} {a.value:.3f}, {a.words}"
-    said += f"; {count(a.items, 'common item')}, {len(a.annotators)} annotators, {a.same:.0%} of the answers the same."
+        sentence += f"{a.measure} {a.value:.3f}, {a.words}"
+    sentence += (
+        f"; {count(a.items, 'common item')}, {len(a.annotators)} annotators, {a.same:.0%} of the answers the same."
+    )
     if a.left_out:
-        said += f" Left out: {count(a.left_out, 'common item')} judged by another number of annotators."
-    return said + (" So few items may mislead." if FEWEST <= a.items < FEW else "")
+        sentence += f" Left out: {count(a.left_out, 'common item')} judged by another number of annotators."
+    return sentence + (" So few items may mislead." if FEWEST <= a.items < FEW else "")
 
 
 def _own_sentences(a: AnnotatorSummary) -> Iterable[str]:

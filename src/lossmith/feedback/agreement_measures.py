@@ -36,19 +36,19 @@ def in_words(value: float) -> str:
 
 def ordinal_alpha(units: Iterable[Mapping[Any, float]]) -> float:
     """Krippendorff's alpha, ordinal. A unit is {coder: value}; one with fewer than two values does not count."""
-    kept = [unit for unit in units if len(unit) > 1]
-    values = sorted({value for unit in kept for value in unit.values()})
+    shared = [unit for unit in units if len(unit) > 1]
+    values = sorted({value for unit in shared for value in unit.values()})
     if len(values) < 2:
         return math.nan
-    levels = max(10, math.isqrt(_CELLS // len(kept)))
+    levels = max(10, math.isqrt(_CELLS // len(shared)))
     column = {value: k for k, value in enumerate(values)}
     if len(values) > levels:  # a scorer's fractions: as many answers to each level, for only their order is read
-        everything = sorted(value for unit in kept for value in unit.values())
+        everything = sorted(value for unit in shared for value in unit.values())
         column = {value: bisect_left(everything, value) * levels // len(everything) for value in values}
     import krippendorff
 
-    table = [[0] * (max(column.values()) + 1) for _ in kept]
-    for row, unit in zip(table, kept, strict=True):
+    table = [[0] * (max(column.values()) + 1) for _ in shared]
+    for row, unit in zip(table, shared, strict=True):
         for value in unit.values():
             row[column[value]] += 1
     return _clean(krippendorff.alpha(value_counts=table, level_of_measurement="ordinal"))
@@ -86,34 +86,34 @@ def agreed(units: Iterable[Mapping[Any, object]]) -> float:
 
 def spread(units: Iterable[Mapping[Any, float]], width: float) -> float:
     """How far two annotators are apart on average, as a share of the `width` of the scale; NaN without any."""
-    apart = [abs(a - b) for unit in units for a, b in itertools.combinations(unit.values(), 2)]
-    return sum(apart) / len(apart) / width if apart and width else math.nan
+    distances = [abs(a - b) for unit in units for a, b in itertools.combinations(unit.values(), 2)]
+    return sum(distances) / len(distances) / width if distances and width else math.nan
 
 
 def share_of_first(first: int, decided: int) -> tuple[Interval, float]:
     """The share with its 95% interval (Clopper-Pearson), and the two-sided binomial p-value against one half."""
-    found = share_of([1.0] * first + [0.0] * (decided - first))
+    share = share_of([1.0] * first + [0.0] * (decided - first))
     if not decided:
-        return found, math.nan
+        return share, math.nan
     from scipy.stats import binomtest
 
-    return found, float(binomtest(first, decided, 0.5).pvalue)
+    return share, float(binomtest(first, decided, 0.5).pvalue)
 
 
 def cycles(better: Iterable[tuple[str, str]]) -> tuple[int, int]:
     """How many triples go in a circle (a > b > c > a), and how many were decided on all three sides."""
-    above: dict[str, set[str]] = {}
+    beaten: dict[str, set[str]] = {}
     for winner, loser in better:
-        above.setdefault(winner, set()).add(loser)
-        above.setdefault(loser, set())
-    found = complete = 0
-    for a, b, c in itertools.combinations(sorted(above), 3):
+        beaten.setdefault(winner, set()).add(loser)
+        beaten.setdefault(loser, set())
+    cyclic = complete = 0
+    for a, b, c in itertools.combinations(sorted(beaten), 3):
         sides = [(a, b), (b, c), (c, a)]
-        forward = [y in above[x] for x, y in sides]
-        backward = [x in above[y] for x, y in sides]
+        forward = [y in beaten[x] for x, y in sides]
+        backward = [x in beaten[y] for x, y in sides]
         complete += all(f or g for f, g in zip(forward, backward, strict=True))
-        found += all(forward) or all(backward)
-    return found, complete
+        cyclic += all(forward) or all(backward)
+    return cyclic, complete
 
 
 def _clean(value: float) -> float:

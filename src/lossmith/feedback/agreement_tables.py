@@ -95,7 +95,7 @@ class AgreementReport:
         """Tables and sentences for a rich console."""
         parts: list[RenderableType] = []
         if self.annotators:
-            parts += [_said_table(self.annotators), _manner_table(self.annotators)]
+            parts += [_counts_table(self.annotators), _consistency_table(self.annotators)]
         if self.agreement:
             parts.append(_agreement_table(self.agreement))
         if self.position_bias:
@@ -107,7 +107,7 @@ class AgreementReport:
         return Group(*parts)
 
     def text(self, width: int = 120) -> str:
-        """The same without colour, for a file or a log."""
+        """The same without color, for a file or a log."""
         console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
         with console.capture() as captured:
             console.print(self.render())
@@ -128,13 +128,13 @@ def _name(row: AnnotatorSummary) -> str:
     return short(row.annotator) + ("" if row.source == "person" else f" ({row.source})")
 
 
-def _said_table(rows: Sequence[AnnotatorSummary]) -> Table:
+def _counts_table(rows: Sequence[AnnotatorSummary]) -> Table:
     names = ("annotator", "ratings", "pairs", "rankings", "skips", "flags", "undos")
     cells = [(_name(r), r.ratings, r.pairs, r.rankings, r.skips, r.flags, r.undos) for r in rows]
-    return _table("What was said", names, cells)
+    return _table("Answers", names, cells)
 
 
-def _manner_table(rows: Sequence[AnnotatorSummary]) -> Table:
+def _consistency_table(rows: Sequence[AnnotatorSummary]) -> Table:
     names = ("annotator", "median seconds", "under 2 s", "circles", "answers changed", "sets all equal")
     cells = [
         (
@@ -143,7 +143,7 @@ def _manner_table(rows: Sequence[AnnotatorSummary]) -> Table:
         )
         for r in rows
     ]
-    return _table("How it was said", names, cells)
+    return _table("Consistency", names, cells)
 
 
 def _agreement_table(rows: Sequence[Agreement]) -> Table:

@@ -17,7 +17,7 @@ from lossmith.feedback.judgement import SCALES, Judgement
 from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.preferences import Label, Pair, Preference, Ranking, Rating
 
-__all__ = ["Converted", "convert", "standing", "to_labels", "to_pairs", "to_rankings", "to_ratings"]
+__all__ = ["Converted", "convert", "effective_judgements", "to_labels", "to_pairs", "to_rankings", "to_ratings"]
 
 Sets = Mapping[str, OutputSet]
 
@@ -30,23 +30,23 @@ class Converted:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def report(self) -> str:
-        said = f"{len(self.preferences)} preferences"
-        left = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
-        return said + (f"; left out: {left}" if left else "")
+        text = f"{len(self.preferences)} preferences"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        return text + (f"; left out: {reasons}" if reasons else "")
 
 
-def standing(judgements: Sequence[Judgement]) -> list[Judgement]:
-    """What still holds: without what was undone or answered again, and without the undos themselves."""
+def effective_judgements(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Those that still hold: without what was undone or answered again, and without the undos themselves."""
     undone = {(j.annotator, j.value) for j in judgements if j.kind == "undo"}  # nobody takes back another's
     latest: dict[tuple[Any, ...], Judgement] = {}
     for j in judgements:
         if j.kind != "undo" and (j.annotator, j.id) not in undone:
-            latest.pop(_asked(j), None)  # so that the order is that of the answers that hold
-            latest[_asked(j)] = j
+            latest.pop(_question_key(j), None)  # so that the order is that of the answers that hold
+            latest[_question_key(j)] = j
     return list(latest.values())
 
 
-def _asked(j: Judgement) -> tuple[Any, ...]:
+def _question_key(j: Judgement) -> tuple[Any, ...]:
     """Who was asked what: the same key twice is an answer changed. A flag does not replace an answer."""
     return j.annotator, j.source, j.set_id, j.question, j.kind == "flag", frozenset(j.outputs)
 
@@ -64,15 +64,15 @@ def to_pairs(judgements: Sequence[Judgement], sets: Sets, *, ties: bool = False)
     A ranking's pairs share one judgement's weight of 1, and so do the pairs of one annotator's ratings of a set. Ties
     are left out, or with `ties` kept as pairs with probability 0.5. "Both bad" is never a pair.
     """
-    found: list[Preference] = []
+    pairs: list[Preference] = []
     left: Counter[str] = Counter()
     rated: dict[tuple[str, ...], list[Judgement]] = {}
-    for j in _holding(judgements, sets):
+    for j in _checked_judgements(judgements, sets):
         if j.kind == "pair":
-            _one_pair(j, sets[j.set_id], ties, found, left)
+            _one_pair(j, sets[j.set_id], ties, pairs, left)
         elif j.kind == "ranking":
             levels = {name: -float(k) for k, tier in enumerate(j.value) for name in tier}
-            _all_pairs(levels, j, sets[j.set_id], ties, 0.0, found, left)
+            _all_pairs(levels, j, sets[j.set_id], ties, 0.0, pairs, left)
         elif j.kind == "rating":
             rated.setdefault((j.annotator, j.source, j.set_id, j.scale), []).append(j)
         else:
@@ -82,23 +82,23 @@ def to_pairs(judgements: Sequence[Judgement], sets: Sets, *, ties: bool = False)
             left["ratings with no other of the same set and annotator"] += 1
         low, high = SCALES[scale]
         levels = {j.outputs[0]: float(j.value) for j in ratings}
-        _all_pairs(levels, ratings[0], sets[set_id], ties, 1 / (high - low), found, left)
-    return Converted(found, dict(+left))
+        _all_pairs(levels, ratings[0], sets[set_id], ties, 1 / (high - low), pairs, left)
+    return Converted(pairs, dict(+left))
 
 
-def _holding(judgements: Sequence[Judgement], sets: Sets) -> list[Judgement]:
-    """What still holds. FeedbackError: a judgement that makes no sense of its set, for a file was damaged."""
-    held = standing(judgements)
-    for j in held:
+def _checked_judgements(judgements: Sequence[Judgement], sets: Sets) -> list[Judgement]:
+    """Those that still hold. FeedbackError: one that does not fit its set, because a file was damaged."""
+    effective = effective_judgements(judgements)
+    for j in effective:
         if j.set_id not in sets:
             raise FeedbackError(
                 f"the judgement {j.id!r} is about the set {j.set_id!r}, which is not among the sets given."
             )
         j.check(sets[j.set_id])
-    return held
+    return effective
 
 
-def _one_pair(j: Judgement, of: OutputSet, ties: bool, found: list[Preference], left: Counter[str]) -> None:
+def _one_pair(j: Judgement, of: OutputSet, ties: bool, pairs: list[Preference], left: Counter[str]) -> None:
     if j.value == "both_bad":
         left["judged both bad"] += 1
         return
@@ -107,9 +107,9 @@ def _one_pair(j: Judgement, of: OutputSet, ties: bool, found: list[Preference], 
     if p == 0.5 and not ties:
         left["ties"] += 1
     elif p >= 0.5:
-        found.append(Pair(of.prompt, first, second, p, annotator=j.annotator))
+        pairs.append(Pair(of.prompt, first, second, p, annotator=j.annotator))
     else:
-        found.append(Pair(of.prompt, second, first, 1 - p, annotator=j.annotator))
+        pairs.append(Pair(of.prompt, second, first, 1 - p, annotator=j.annotator))
 
 
 def _all_pairs(
@@ -118,36 +118,36 @@ def _all_pairs(
     of: OutputSet,
     ties: bool,
     unit: float,
-    found: list[Preference],
+    pairs: list[Preference],
     left: Counter[str],
 ) -> None:
     """Pairs of outputs at different levels; `unit` turns a difference of levels into a margin, 0 for none."""
     names = [o.id for o in of.outputs if o.id in levels]
     made = [sorted(two, key=lambda name: -levels[name]) for two in itertools.combinations(names, 2)]
-    kept = [(a, b) for a, b in made if ties or levels[a] != levels[b]]
-    left["ties"] += len(made) - len(kept)
-    for a, b in kept:
+    decided = [(a, b) for a, b in made if ties or levels[a] != levels[b]]
+    left["ties"] += len(made) - len(decided)
+    for a, b in decided:
         gap = levels[a] - levels[b]
         p = 1.0 if gap else 0.5
-        pair = Pair(of.prompt, of.output(a), of.output(b), p, gap * unit, 1 / len(kept), j.annotator)
-        found.append(pair)
+        pair = Pair(of.prompt, of.output(a), of.output(b), p, gap * unit, 1 / len(decided), j.annotator)
+        pairs.append(pair)
 
 
 def to_rankings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     """Rankings as they were judged; a pair is a ranking of two; one annotator's ratings of a set are a ranking.
 
-    A ranking in which everything is as good as everything says nothing, and is left out.
+    A ranking in which all outputs are equal says nothing, and is left out.
     """
-    found: list[Preference] = []
+    rankings: list[Preference] = []
     left: Counter[str] = Counter()
     rated: dict[tuple[str, ...], list[Judgement]] = {}
-    for j in _holding(judgements, sets):
+    for j in _checked_judgements(judgements, sets):
         of = sets[j.set_id]
         if j.kind == "ranking" and len(j.value) > 1:
-            found.append(Ranking(of.prompt, tuple(tuple(of.output(n) for n in t) for t in j.value), j.annotator))
+            rankings.append(Ranking(of.prompt, tuple(tuple(of.output(n) for n in t) for t in j.value), j.annotator))
         elif j.kind == "pair" and j.value in ("first", "second"):
             best_first = j.outputs if j.value == "first" else j.outputs[::-1]
-            found.append(Ranking(of.prompt, tuple((of.output(n),) for n in best_first), j.annotator))
+            rankings.append(Ranking(of.prompt, tuple((of.output(n),) for n in best_first), j.annotator))
         elif j.kind == "rating":
             rated.setdefault((j.annotator, j.source, j.set_id, j.scale), []).append(j)
         else:
@@ -158,32 +158,32 @@ def to_rankings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
         for j in sorted(ratings, key=lambda j: -j.value):
             tiers.setdefault(j.value, []).append(of.output(j.outputs[0]))
         if len(tiers) > 1:
-            found.append(Ranking(of.prompt, tuple(map(tuple, tiers.values())), annotator))
+            rankings.append(Ranking(of.prompt, tuple(map(tuple, tiers.values())), annotator))
         elif len(ratings) == 1:
             left["ratings with no other of the same set and annotator"] += 1
         else:
             left["sets whose ratings are all equal"] += 1
-    return Converted(found, dict(+left))
+    return Converted(rankings, dict(+left))
 
 
 def to_ratings(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     """Ratings as they were judged; nothing else is one."""
-    found: list[Preference] = []
+    ratings: list[Preference] = []
     left: Counter[str] = Counter()
-    for j in _holding(judgements, sets):
+    for j in _checked_judgements(judgements, sets):
         if j.kind != "rating":
             left[_PLURAL[j.kind]] += 1
             continue
         of, (low, high) = sets[j.set_id], SCALES[j.scale]
-        found.append(Rating(of.prompt, of.output(j.outputs[0]), float(j.value), low, high, j.annotator))
-    return Converted(found, dict(+left))
+        ratings.append(Rating(of.prompt, of.output(j.outputs[0]), float(j.value), low, high, j.annotator))
+    return Converted(ratings, dict(+left))
 
 
 def to_labels(judgements: Sequence[Judgement], sets: Sets) -> Converted:
     """Thumbs: a rating in the upper or lower half of its scale (the middle says neither); "both bad" is two downs."""
-    found: list[Preference] = []
+    labels: list[Preference] = []
     left: Counter[str] = Counter()
-    for j in _holding(judgements, sets):
+    for j in _checked_judgements(judgements, sets):
         of = sets[j.set_id]
         if j.kind == "rating":
             low, high = SCALES[j.scale]
@@ -191,12 +191,12 @@ def to_labels(judgements: Sequence[Judgement], sets: Sets) -> Converted:
             if j.value == middle:
                 left["ratings in the middle of the scale"] += 1
             else:
-                found.append(Label(of.prompt, of.output(j.outputs[0]), j.value > middle, j.annotator))
+                labels.append(Label(of.prompt, of.output(j.outputs[0]), j.value > middle, j.annotator))
         elif j.kind == "pair" and j.value == "both_bad":
-            found += [Label(of.prompt, of.output(name), False, j.annotator) for name in j.outputs]
+            labels += [Label(of.prompt, of.output(name), False, j.annotator) for name in j.outputs]
         else:
             left[_reason(j)] += 1
-    return Converted(found, dict(+left))
+    return Converted(labels, dict(+left))
 
 
 _CONVERSIONS: dict[str, Any] = {

@@ -34,12 +34,12 @@ def _triples(text: str) -> set[tuple[str, ...]]:
 
 def split_duplicates(rollouts: Sequence[Rollout], same: float = SAME) -> tuple[list[Rollout], list[Rollout]]:
     """(the first of each kind, those nearly the same as one of them), in order."""
-    kept: list[Rollout] = []
+    distinct: list[Rollout] = []
     repeats: list[Rollout] = []
     for rollout in rollouts:
-        known = any(likeness(rollout.completion, other.completion) >= same for other in kept)
-        (repeats if known else kept).append(rollout)
-    return kept, repeats
+        known = any(likeness(rollout.completion, other.completion) >= same for other in distinct)
+        (repeats if known else distinct).append(rollout)
+    return distinct, repeats
 
 
 def sample_sets(
@@ -63,7 +63,9 @@ def sample_sets(
     checksum: of the policy's weights, where it is known.
     """
     checksum = (checksum or policy.checksum())[:16]
-    drawn = _grouped(sample(policy, prompts, n, settings, seed=seed, step=0, on_progress=on_progress))
+    drawn: dict[str, list[Rollout]] = {}
+    for rollout in sample(policy, prompts, n, settings, seed=seed, step=0, on_progress=on_progress):
+        drawn.setdefault(rollout.prompt.id, []).append(rollout)
     for step in range(1, resample + 1 if n > 1 and settings.temperature > 0 else 1):
         short = [p for p in prompts if len(split_duplicates(drawn[p.id], same)[0]) < n]
         if not short:
@@ -72,16 +74,10 @@ def sample_sets(
             drawn[again.prompt.id].append(dataclasses.replace(again, sample=step * n + again.sample))
     sets = []
     for prompt in prompts:
-        kept, repeats = split_duplicates(drawn[prompt.id], same)
+        distinct, repeats = split_duplicates(drawn[prompt.id], same)
         other = {r.completion: r for r in reversed(repeats)}  # the first of each text
-        fill = [r for text, r in other.items() if text not in {k.completion for k in kept}][: max(0, n - len(kept))]
-        chosen = sorted([*kept[:n], *fill], key=lambda r: r.sample)
+        texts = {r.completion for r in distinct}
+        fill = [r for text, r in other.items() if text not in texts][: max(0, n - len(distinct))]
+        chosen = sorted([*distinct[:n], *fill], key=lambda r: r.sample)
         sets.append(set_of_rollouts(chosen, model, settings, seed, checksum, near_duplicates=len(fill)))
     return sets
-
-
-def _grouped(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
-    groups: dict[str, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.prompt.id, []).append(rollout)
-    return groups

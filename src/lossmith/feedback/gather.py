@@ -1,4 +1,4 @@
-"""Preferences from wherever they are kept: one reader for everything that learns from them."""
+"""Preferences from any file, database or list: one reader for everything that learns from them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def gather(source: Any, form: Form | None = None, *, skip_bad: bool = False) -> 
 
     form: what judgements are turned into (pairs, rankings, ratings, labels); without it, what keeps most of them.
     skip_bad: leave out and count the rows that cannot be used, in place of a FeedbackError that names them.
-    FeedbackError: also where nothing is left, or where several forms stand together.
+    FeedbackError: also where nothing is left, or where several forms are mixed.
     """
     if isinstance(source, str | Path):
         path = at_home(source, FeedbackError)
         if is_database(path):
-            return _judged(path, form, skip_bad)
+            return _from_database(path, form, skip_bad)
         name, rows = path.name, list(read_file(path))
         kinds = [format_of(row) for _, row in rows if isinstance(row, Mapping)]
         if any(kind != "preferences" for kind in kinds) and max(kinds, key=kinds.count) != "preferences":
-            with Store(":memory:") as store:  # a judgement is kept as it was said, and no preference yet
+            with Store(":memory:") as store:  # judgements as they were made, and not preferences yet
                 notes = [import_file(store, path, skip_bad=skip_bad)]
                 return _converted(str(source), store.judgements(), store.sets(), form, notes)
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
@@ -52,12 +52,12 @@ def gather(source: Any, form: Form | None = None, *, skip_bad: bool = False) -> 
         )
     else:
         name, rows = "memory", [(f"memory:{k}", item) for k, item in enumerate(source, 1)]
-    return _read(name, rows, skip_bad)
+    return _from_rows(name, rows, skip_bad)
 
 
-def _read(name: str, rows: list[tuple[str, Any]], skip_bad: bool) -> Gathered:
-    """Preferences as they stand, with all that judgements could not keep: margins, weights, tokens."""
-    found: list[Preference] = []
+def _from_rows(name: str, rows: list[tuple[str, Any]], skip_bad: bool) -> Gathered:
+    """Preferences as they are, with what judgements cannot hold: margins, weights, tokens."""
+    preferences: list[Preference] = []
     bad: list[FeedbackError] = []
     unread: set[str] = set()
     for where, row in rows:
@@ -65,10 +65,10 @@ def _read(name: str, rows: list[tuple[str, Any]], skip_bad: bool) -> Gathered:
             if isinstance(row, FeedbackError):
                 raise row
             if isinstance(row, Preference):
-                found.append(row)
+                preferences.append(row)
             elif isinstance(row, Mapping):
-                said, columns = parse_preferences(row, where)
-                found += said
+                parsed, columns = parse_preferences(row, where)
+                preferences += parsed
                 unread |= columns
             else:
                 raise FeedbackError(f"{where}: a preference is a row or a Pair, Ranking, Rating or Label, not {row!r}.")
@@ -76,16 +76,16 @@ def _read(name: str, rows: list[tuple[str, Any]], skip_bad: bool) -> Gathered:
             bad.append(error)
     if bad and not skip_bad:
         raise refuse(name, bad)
-    if not found:
+    if not preferences:
         raise FeedbackError(f"{name} holds no preference that can be used.\n{listed(bad)}".rstrip())
-    form_of(found, name)
+    form_of(preferences, name)
     notes = [f"{len(bad)} of {len(rows)} rows left out, which cannot be used:\n{listed(bad)}"] if bad else []
     notes += [f"columns not read, which no preference has: {', '.join(sorted(unread))}"] if unread else []
-    return Gathered(found, notes)
+    return Gathered(preferences, notes)
 
 
-def _judged(path: Path, form: Form | None, skip_bad: bool) -> Gathered:
-    """What was judged on our page, or brought to it."""
+def _from_database(path: Path, form: Form | None, skip_bad: bool) -> Gathered:
+    """What was judged on our page, or imported into its file."""
     bad: list[FeedbackError] = []
     with Store(path, create=False) as store:
         judgements = store.judgements(bad=bad if skip_bad else None)

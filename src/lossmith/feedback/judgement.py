@@ -1,7 +1,7 @@
-"""A judgement: what somebody said about outputs, kept as it was said.
+"""A judgement: what somebody said about outputs, stored as it was said.
 
-Nothing is thrown away and nothing is forced into a pair: a tie is a tie, "both bad" is that, a skip is a skip. What a
-loss can read is made of judgements later, by `convert.py`.
+Nothing is thrown away and nothing is forced into a pair: a tie is a tie, "both bad" is that, a skip is a skip.
+`convert.py` later makes preferences of judgements, which a loss can read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAIR_VALUES = ("first", "second", "tie", "both_bad")
 
 @dataclass(frozen=True)
 class Judgement:
-    """One thing said, once. `outputs` are ids, in the order in which they were shown.
+    """One answer of one annotator. `outputs` are ids, in the order in which they were shown.
 
     | kind      | outputs       | value                                                                          |
     |-----------|---------------|--------------------------------------------------------------------------------|
@@ -151,12 +151,12 @@ def _undo(j: Judgement, of: OutputSet) -> None:
         raise FeedbackError("an undo names the judgement that it takes back.")
 
 
-def _nothing(j: Judgement, of: OutputSet) -> None:
+def _no_value(j: Judgement, of: OutputSet) -> None:
     if j.value is not None:
         raise FeedbackError(f"a {j.kind} has no value, but {j.value!r} was given.")
 
 
-_CHECKS = {"rating": _rating, "pair": _pair, "ranking": _ranking, "undo": _undo, "skip": _nothing, "flag": _nothing}
+_CHECKS = {"rating": _rating, "pair": _pair, "ranking": _ranking, "undo": _undo, "skip": _no_value, "flag": _no_value}
 
 
 def _count(j: Judgement, wanted: int) -> None:

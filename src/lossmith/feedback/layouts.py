@@ -46,7 +46,7 @@ _ANSWERS = ("output", "response")
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
 }  # fmt: skip
-_NOT_KEPT = ("tools", "images", "videos", "audios", "image", "rejected_images", "rejected_tools")
+_NOT_SUPPORTED = ("tools", "images", "videos", "audios", "image", "rejected_images", "rejected_tools")
 _NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "audio", "tool_call_id")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -54,7 +54,7 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 def our_rows(row: Row, where: str) -> list[dict[str, Any]]:
     """The row in our own form; several where it judges several texts apart. FeedbackError says what has no place."""
     row = _cells(row, where)
-    for name in _NOT_KEPT:
+    for name in _NOT_SUPPORTED:
         if row.get(name):
             raise FeedbackError(
                 f"{where}: {name} is part of what was judged, and preferences hold texts alone. Remove such rows, or "
@@ -64,12 +64,12 @@ def our_rows(row: Row, where: str) -> list[dict[str, Any]]:
         if theirs in row and ours not in row:
             row[ours] = row.pop(theirs)
     if isinstance(row.get("completions"), list):
-        return _rated(row, where)
-    found = _with_prompt(row, where)
+        return _ultrafeedback(row, where)
+    renamed = _with_prompt(row, where)
     for side in _SIDES:
-        if side in found and not isinstance(found[side], str):
-            found[side] = _side(found[side], where, side)
-    return [_with_turns(found, where)]
+        if side in renamed and not isinstance(renamed[side], str):
+            renamed[side] = _side(renamed[side], where, side)
+    return [_with_turns(renamed, where)]
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def our_rows(row: Row, where: str) -> list[dict[str, Any]]:
 
 def _cells(row: Row, where: str) -> dict[str, Any]:
     """The row without what is empty, and with the chats and tokens that a cell holds as JSON."""
-    made: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     for key, value in row.items():
         optional = key.endswith(("_tokens", "_id")) or key in (*_OPTIONAL, *_CHATS, *_QUESTIONS, "history", "system")
         missing = value is None or (isinstance(value, float) and value != value)  # pandas writes a missing text as NaN
@@ -88,8 +88,8 @@ def _cells(row: Row, where: str) -> dict[str, Any]:
                 value = _json(value)
             elif key in _TEXTS:
                 value = _chat(value, key, where)
-        made[key] = value
-    return made
+        cells[key] = value
+    return cells
 
 
 def _json(text: str) -> Any:
@@ -102,17 +102,17 @@ def _json(text: str) -> Any:
 
 def _chat(text: str, key: str, where: str) -> Any:
     """The chat messages that a text is JSON of; any other text is a text."""
-    found, begun = _json(text), BEGINS_CHAT.match(text)
-    if found is text and begun:
-        found = as_python_spells(text)
-        if found is None:
+    parsed, like_chat = _json(text), BEGINS_CHAT.match(text)
+    if parsed is text and like_chat:
+        parsed = as_python_spells(text)
+        if parsed is None:
             raise FeedbackError(
                 f"{where}: {key} begins like chat messages, but is no JSON that can be read. Write the column as JSON "
                 "(json.dumps)."
             )
-    messages = found if isinstance(found, list) else [found]
-    whole = isinstance(found, Mapping) and key == "input" and "messages" in found
-    return found if whole or (messages and all(_is_message(m) for m in messages)) else text
+    messages = parsed if isinstance(parsed, list) else [parsed]
+    whole = isinstance(parsed, Mapping) and key == "input" and "messages" in parsed
+    return parsed if whole or (messages and all(_is_message(m) for m in messages)) else text
 
 
 def _is_message(value: Any) -> bool:
@@ -145,7 +145,7 @@ def _with_prompt(row: dict[str, Any], where: str) -> dict[str, Any]:
                 )
             row["chosen" if "rejected" in row else "completion"] = [prompt.pop()]
     elif field := next((name for name in _QUESTIONS if name in row), None):
-        prompt = _asked(row, field, where)
+        prompt = _alpaca_prompt(row, field, where)
     else:
         return row
     system = row.pop("system", None)
@@ -157,7 +157,7 @@ def _with_prompt(row: dict[str, Any], where: str) -> dict[str, Any]:
     return row | {"prompt": prompt}
 
 
-def _asked(row: dict[str, Any], field: str, where: str) -> str | list[Message]:
+def _alpaca_prompt(row: dict[str, Any], field: str, where: str) -> str | list[Message]:
     """Alpaca's columns as a prompt: the question, its input below it, the turns before it."""
     parts = [row.pop(field), row.pop("input", "")]
     if not all(isinstance(part, str) for part in parts):
@@ -199,7 +199,7 @@ def _messages(value: Any, where: str, field: str) -> list[Message]:
     """Chat messages, of which each has role and content, or from and value."""
     if not isinstance(value, list | tuple) or not value:
         raise FeedbackError(f"{where}: {field} must be text or a list of chat messages, not {str(value)[:60]!r}.")
-    found = []
+    messages = []
     for m in value:
         if isinstance(m, str) and field in _SIDES and len(value) == 1:
             m = {"role": "assistant", "content": m}
@@ -214,8 +214,8 @@ def _messages(value: Any, where: str, field: str) -> list[Message]:
                 f"value), not {str(m)[:80]}."
             )
         more = {k: v for k, v in m.items() if k not in ("from", "value") and v is not None}
-        found.append(more | {"role": _ROLES[role], "content": text})
-    return found
+        messages.append(more | {"role": _ROLES[role], "content": text})
+    return messages
 
 
 def _with_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -226,25 +226,25 @@ def _with_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
         return row
     prompt = row.get("prompt")
     if prompt is not None:
-        asked = _turns(prompt.rstrip().removesuffix("Assistant:")) if isinstance(prompt, str) else None
-        if any(asked != its[:-1] for its in turns.values()):
-            return row  # an answer that tells of a conversation
+        prompt_turns = _turns(prompt.rstrip().removesuffix("Assistant:")) if isinstance(prompt, str) else None
+        if any(prompt_turns != its[:-1] for its in turns.values()):
+            return row  # an answer that is about a conversation
     return {key: value for key, value in row.items() if key != "prompt"} | turns
 
 
-def _turns(text: str) -> list[Message]:
+def _turns(transcript: str) -> list[Message]:
     """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ..."; none where the text is no such transcript."""
-    before, *parts = _TURN.split(text.rstrip())
+    before, *parts = _TURN.split(transcript.rstrip())
     if before.strip() or len(parts) < 2 or parts[0] != "Human":
         return []
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 # -- UltraFeedback ----------------------------------------------------------------------------------------------------
 
 
-def _rated(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _ultrafeedback(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """Each completion with its overall score, which is from 1 to 10."""
     rows = []
     for number, one in enumerate(row["completions"], 1):

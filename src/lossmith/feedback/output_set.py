@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import FeedbackError, PromptError
-from lossmith.files import at_home, read_text, write_whole
+from lossmith.files import at_home, read_text, write_atomically
 from lossmith.policy import SamplingSettings
 from lossmith.prompts import Prompt, load_prompts, plain, prompt_content
 from lossmith.rollouts import Rollout
@@ -142,7 +142,7 @@ def write_sets(path: Path, sets: Iterable[OutputSet]) -> None:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A JSONL file, whole or absent."""
-    write_whole(path, "".join(json_line(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json_line(row) + "\n" for row in rows))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -161,14 +161,14 @@ def read_sets(path: str | Path) -> list[OutputSet]:
     if not file.exists():
         raise FeedbackError(f"there is no file of output sets {str(path)!r}. Make it with: lossmith sample -o {path}")
     text = read_text(file, FeedbackError, "file of output sets")
-    found: dict[str, OutputSet] = {}
+    sets: dict[str, OutputSet] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            one = read_set(line, f"{file.name}:{number}")
-            found.setdefault(one.id, one)  # the same set twice is one
-    if not found:
+            output_set = read_set(line, f"{file.name}:{number}")
+            sets.setdefault(output_set.id, output_set)  # the same set twice is one
+    if not sets:
         raise FeedbackError(f"{path} holds no output set. Make some with: lossmith sample --n 4 -o {path}")
-    return list(found.values())
+    return list(sets.values())
 
 
 def read_set(line: str, where: str) -> OutputSet:

@@ -10,7 +10,7 @@
 The texts may also be chat messages (the last one is the assistant's). What other tools write is brought into these
 forms by `layouts.py`.
 `tokens` travel beside a text where a policy of ours wrote it: training then sees the tokens that were judged, not a
-second tokenisation of their text.
+second tokenization of their text.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Pair:
 
     def as_row(self) -> dict[str, Any]:
         # Every row has every field: a column with gaps breaks the trainers that read margins.
-        said = {"probability": self.probability, "margin": self.margin, "weight": self.weight}
+        numbers = {"probability": self.probability, "margin": self.margin, "weight": self.weight}
         texts = _text(self.prompt, "chosen", self.chosen) | _text(self.prompt, "rejected", self.rejected)
-        return _row(self.prompt, self.annotator) | texts | said
+        return _row(self.prompt, self.annotator) | texts | numbers
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def split_by_prompt(
 ) -> tuple[list[Preference], list[Preference]]:
     """(train, held out), every prompt on one side: pairs of one prompt are correlated, and would leak."""
     prompts = load_prompts([{"prompt": prompt_content(p.prompt)} for p in preferences])
-    _, kept = prompts.split(held_out, seed)
-    ids = {prompt.content_id for prompt in kept}
+    _, held_out_prompts = prompts.split(held_out, seed)
+    ids = {prompt.content_id for prompt in held_out_prompts}
     train = [p for p in preferences if p.prompt.content_id not in ids]
     return train, [p for p in preferences if p.prompt.content_id in ids]
 
@@ -300,8 +300,8 @@ def _plain(text: Any, where: str, field: str) -> str:
 
 
 def _row(prompt: Prompt, annotator: str) -> dict[str, Any]:
-    beside = {name: plain(prompt.columns[name]) for name in TEMPLATE_COLUMNS if name in prompt.columns}
-    return {"prompt": prompt_content(prompt)} | beside | ({"annotator": annotator} if annotator else {})
+    columns = {name: plain(prompt.columns[name]) for name in TEMPLATE_COLUMNS if name in prompt.columns}
+    return {"prompt": prompt_content(prompt)} | columns | ({"annotator": annotator} if annotator else {})
 
 
 def _text(prompt: Prompt, field: str, output: Output) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rows of a file of preferences or judgements, whoever wrote it; what cannot be read stands in its row's place."""
+"""The rows of any file of preferences or judgements; an error takes the place of a row that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Where judgements are kept: one SQLite file, append-only, on the disk before it is acknowledged.
 
 WAL with synchronous=FULL: a process that is killed, or a machine that loses power, loses at most what was in flight.
-The sets stand in the same file, so judgements and the texts that were read can never part. Triggers refuse to change
-or delete a judgement; an undo is a judgement of its own. A checksum beside each judgement tells one that the disk
-spoilt; sets are named by what they hold.
+The sets are in the same file, so judgements and the texts that were read cannot be separated. Triggers refuse to change
+or delete a judgement; an undo is a judgement of its own. A checksum beside each judgement shows whether the disk
+damaged it; sets are named by what they hold.
 
 The file is as readable as the umask says, until it holds the hashes of passwords: then its owner alone may read it.
 """
@@ -96,16 +96,16 @@ class Store:
         """{set id: set}, in the order in which they came. A damaged one is a FeedbackError, or goes to `bad`."""
         with self._explained("read"):
             rows = self._db.execute("SELECT id, CAST(row AS BLOB) FROM sets ORDER BY number").fetchall()
-        found: dict[str, OutputSet] = {}
+        sets: dict[str, OutputSet] = {}
         for name, row in rows:
             try:
-                one = read_set(_text(row), f"{self.path.name}: set {name}")
-                if one.id != name:
+                output_set = read_set(_text(row), f"{self.path.name}: set {name}")
+                if output_set.id != name:
                     raise FeedbackError(f"{self.path.name}: set {name} holds another prompt or other outputs.")
-                found[name] = one
+                sets[name] = output_set
             except (FeedbackError, UnicodeDecodeError) as error:
                 self._damaged(f"{self.path.name}: set {name}", error, bad)
-        return found
+        return sets
 
     # -- judgements ---------------------------------------------------------------------------------------------------
 
@@ -142,17 +142,17 @@ class Store:
             rows = self._db.execute(
                 f"SELECT number, CAST(row AS BLOB), checksum FROM judgements {where} ORDER BY number", values
             ).fetchall()
-        found = []
+        judgements = []
         for number, row, checksum in rows:
             name = f"{self.path.name}: judgement {number}"
             try:
                 text = _text(row)
                 if checksum is not None and checksum != _checksum(text):
                     raise FeedbackError(f"{name}: its checksum is another than when it was written.")
-                found.append(Judgement.from_row(json.loads(text), name))
+                judgements.append(Judgement.from_row(json.loads(text), name))
             except (ValueError, RecursionError) as error:  # FeedbackError, and what json and Unicode raise
                 self._damaged(name, error, bad)
-        return found
+        return judgements
 
     def _damaged(self, name: str, error: Exception, bad: list[FeedbackError] | None) -> None:
         what = str(error).removeprefix(f"{name}: ") if isinstance(error, FeedbackError) else "it cannot be read."
@@ -233,7 +233,7 @@ def _checksum(row: str) -> str:
 
 
 _CURES = {
-    "locked": "Another process is writing to it for long; nothing was lost here: try again, or stop the other one.",
+    "locked": "Another process has been writing to it for long; nothing was lost here: try again, or stop the other.",
     "full": "The disk is full; what was acknowledged is safe. Free some space and try again.",
     "not a database": "It is no judgement file; choose another with --db.",
     "malformed": "The file is damaged; restore a copy, or recover it with sqlite3's .recover.",

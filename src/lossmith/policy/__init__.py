@@ -1,6 +1,7 @@
 """The policy: loading, sampling, log-probabilities."""
 
-from lossmith.policy.compiled import check_compiler, compile_layers, narrowed
+from lossmith.policy.activation_checkpointing import can_checkpoint_activations
+from lossmith.policy.compiled import bfloat16_weights, check_compiler, compile_layers
 from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.embedded import embedded_model
 from lossmith.policy.folder import check_model
@@ -9,7 +10,6 @@ from lossmith.policy.load import Policy
 from lossmith.policy.log_probs import TokenOutputs, distribution_of, token_outputs
 from lossmith.policy.memory import available_bytes
 from lossmith.policy.reading import check_weights, load_policy, read_pretrained
-from lossmith.policy.recompute import can_recompute
 from lossmith.policy.sampling import check_samples, sample
 from lossmith.policy.trial import sharing_is_exact
 
@@ -19,7 +19,8 @@ __all__ = [
     "SamplingSettings",
     "TokenOutputs",
     "available_bytes",
-    "can_recompute",
+    "bfloat16_weights",
+    "can_checkpoint_activations",
     "check_compiler",
     "check_model",
     "check_samples",
@@ -29,7 +30,6 @@ __all__ = [
     "embedded_model",
     "load_policy",
     "log_softmax_under",
-    "narrowed",
     "read_pretrained",
     "sample",
     "sharing_is_exact",

@@ -1,8 +1,8 @@
 """Attention where completions share their prompt: one product over the prompt's keys for a whole group.
 
-transformers hands queries, keys and values of every layer to the function that is registered here; what is done with
-them is the plan's business. Plans: `TreeAttention` for a packed row of prompts and their completions (with gradient),
-and that of the sampler (`decode.py`), which keeps keys and values from one step to the next.
+transformers passes queries, keys and values of every layer to the function that is registered here; the current plan
+decides what is done with them. Plans: `TreeAttention` for a packed row of prompts and their completions (with
+gradient), and that of the sampler (`decode.py`), which stores keys and values from one step to the next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import PolicyError
-from lossmith.policy.distribution import wide
+from lossmith.policy.distribution import accumulation_dtype
 
 __all__ = ["AttentionPlan", "PrefixTree", "TreeAttention", "attending", "current_plan", "follow", "scaled_product"]
 
@@ -30,8 +30,8 @@ _current: list[AttentionPlan] = []
 class AttentionPlan(Protocol):
     """What to do with the queries, keys and values of each time that the model attends.
 
-    A plan lasts one forward pass. What it keeps from one pass to the next goes by the order in which it is asked: some
-    models attend twice a layer, or run a layer several times, so the number of a layer tells too little.
+    A plan lasts one forward pass. What it stores from one pass to the next is found by the order of the calls: some
+    models attend twice a layer, or run a layer several times, so the number of a layer says too little.
     """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -40,7 +40,7 @@ class AttentionPlan(Protocol):
 
 @contextlib.contextmanager
 def attending(model: Any, plan: AttentionPlan) -> Iterator[None]:
-    """Within, the model's attention is the plan's. Masks are not made, for plans know who sees whom."""
+    """Within, the model's attention is the plan's. No masks are built: a plan knows which token sees which."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attend)
@@ -71,16 +71,16 @@ def current_plan() -> AttentionPlan | None:
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any = None, **more: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
     """The calling convention of transformers."""
     for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
-        if more.get(name) is not None:
-            raise PolicyError(f"{type(module).__name__} attends with {name}, which shared prompts do not know.")
+        if options.get(name) is not None:
+            raise PolicyError(f"{type(module).__name__} attends with {name}, which shared prompts do not support.")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     if torch.is_autocast_enabled(query.device.type):
-        narrow = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+        autocast_dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(autocast_dtype), key.to(autocast_dtype), value.to(autocast_dtype)
     with torch.autocast(query.device.type, enabled=False):
         out = _current[-1].attend(query, key, value, scale)
     return out.transpose(1, 2), None
@@ -152,7 +152,7 @@ def _layout(shape: Tensor, device: torch.device) -> _Layout:
 
 @lru_cache(maxsize=8)
 def _layout_of(shape: tuple[int, ...], device: torch.device) -> _Layout:
-    """Kept, for all layers ask for the same."""
+    """Cached, because all layers ask for the same."""
     prompts: list[tuple[int, int]] = []
     fed: list[tuple[int, int]] = []
     shared: list[tuple[slice, slice]] = []
@@ -189,23 +189,23 @@ class _Segments:
 
     def later(self, size: int, rep: int, dtype: torch.dtype) -> Tensor:
         """[1, rep * size, size]: -inf for keys after a query, to be added; made for the first layer only."""
-        given = (size, rep, dtype)
-        if given not in self._masks:
+        mask_key = (size, rep, dtype)
+        if mask_key not in self._masks:
             full = torch.full((size, size), -torch.inf, dtype=dtype, device=self._places.device)
-            self._masks[given] = full.triu_(1).repeat(1, rep, 1)
-        return self._masks[given]
+            self._masks[mask_key] = full.triu_(1).repeat(1, rep, 1)
+        return self._masks[mask_key]
 
-    def gather(self, x: Tensor, rep: int, blank: bool = False) -> Tensor:
-        """[H, L, ...] -> [H / rep * n, rep, W, ...]: the heads that share keys side by side. blank: padding is 0."""
+    def gather(self, x: Tensor, rep: int, zero_padding: bool = False) -> Tensor:
+        """[H, L, ...] -> [H / rep * n, rep, W, ...]: the heads that share keys side by side; padding 0 if asked for."""
         index, _ = self._index(rep)
         flat = x.reshape(x.shape[0] // rep, rep * self._length, *x.shape[2:])
-        found = flat.index_select(1, index).view(flat.shape[0], -1, rep, self.width, *x.shape[2:])
-        if blank and self._valid is not None:
-            found *= self._valid[:, None].view(1, -1, 1, self.width, *[1] * (x.dim() - 2))
-        return found.flatten(0, 1)
+        gathered = flat.index_select(1, index).view(flat.shape[0], -1, rep, self.width, *x.shape[2:])
+        if zero_padding and self._valid is not None:
+            gathered *= self._valid[:, None].view(1, -1, 1, self.width, *[1] * (x.dim() - 2))
+        return gathered.flatten(0, 1)
 
     def scatter(self, into: Tensor, x: Tensor, rep: int) -> None:
-        """The reverse of gather, into [H, L, ...]; what stands in padded slots is left out."""
+        """The reverse of gather, into [H, L, ...]; padded slots are left out."""
         index, valid = self._index(rep)
         flat = into.view(into.shape[0] // rep, rep * self._length, *into.shape[2:])
         x = x.reshape(flat.shape[0], len(index), *flat.shape[2:])
@@ -223,17 +223,17 @@ class _Segments:
         return self._cache[rep]
 
 
-# One operation for the compiler, which cannot look into it, and for autograd. Probabilities are not kept: the backward
-# pass makes them again. A completion's token weighs its own completion and its prompt in two products; what is kept is
-# the share that its own completion has of the weights: softmax over both is share * softmax over the one beside
-# (1 - share) * softmax over the other.
+# One operation for the compiler, which cannot look into it, and for autograd. Probabilities are not stored: the
+# backward pass computes them again. A completion's token attends to its own completion and to its prompt in two
+# products; what is stored is the share of the weights that its own completion has: softmax over both is share *
+# softmax over the one beside (1 - share) * softmax over the other.
 @torch.library.custom_op("lossmith::attend_tree", mutates_args=())
 def _attend_tree(q: Tensor, k: Tensor, v: Tensor, shape: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """[H, L, D], [H_kv, L, D], [H_kv, L, D] and the tree's shape -> (output [H, L, D], share [H, L])."""
     layout = _layout(shape, q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:2], dtype=wide(q.dtype), device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
     share = torch.ones_like(lse)
     for segments in layout.stretches:
         _causal(q, k, v, segments, scale, out, lse)
@@ -262,7 +262,7 @@ def _attend_tree_backward(
 
 @_attend_tree.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, shape: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
 
 
 @_attend_tree_backward.register_fake
@@ -272,16 +272,16 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, shape, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, shape, *output)
 
 
-def _pull_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*_attend_tree_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
 
 
-_attend_tree.register_autograd(_pull_back, setup_context=_keep)
+_attend_tree.register_autograd(_backward, setup_context=_save)
 
 
 @dataclass(frozen=True)
@@ -291,10 +291,10 @@ class _Pass:
     q: Tensor
     k: Tensor
     v: Tensor
-    outer: Tensor  # [H, L, D], the gradient of what this product gave
-    pull: Tensor  # [H, L]
+    outer: Tensor  # [H, L, D], the gradient of this product's output
+    pull: Tensor  # [H, L], the sum of gradient times output, which the softmax subtracts
     scale: float
-    grads: list[Tensor]  # of q, k, v, in float32 or wider: what is found is written or added here
+    grads: list[Tensor]  # of q, k, v, in float32 or wider: results are written or added here
 
 
 def scaled_product(x: Tensor, y: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -304,18 +304,18 @@ def scaled_product(x: Tensor, y: Tensor, scale: float, mask: Tensor | None = Non
     return torch.baddbmm(mask, x, y, alpha=scale)
 
 
-def _softmax(found: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores [B, M, K] -> (weights [B, M, K] that sum to one, log of the sum of exp(scores) [B, M]), float32 or wider.
 
-    torch's softmax reads its input once. It does not tell the sum, but any score and its weight do: the first key's,
-    which every query sees. Where that weight is too small to tell, the sum is made apart.
+    torch's softmax reads its input once. It does not return the sum, but any score and its weight give it: the first
+    key's, which every query sees. Where that weight is too small, the sum is computed separately.
     """
-    found = found.to(wide(found.dtype))
-    weights = torch.softmax(found, -1)
+    scores = scores.to(accumulation_dtype(scores.dtype))
+    weights = torch.softmax(scores, -1)
     first = weights[..., 0]
-    if found.device.type == "cpu" and float(first.min()) > 1e-30:
-        return weights, found[..., 0] - first.log()
-    return weights, found.logsumexp(-1)
+    if scores.device.type == "cpu" and float(first.min()) > 1e-30:
+        return weights, scores[..., 0] - first.log()
+    return weights, scores.logsumexp(-1)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -338,9 +338,9 @@ def _causal_scores(queries: Tensor, keys: Tensor, segments: _Segments, start: in
     block, seen = queries[:, :, start:stop].flatten(1, 2), keys[:, :stop].transpose(1, 2)
     if start == 0:
         return scaled_product(block, seen, scale, mask)
-    found = scaled_product(block, seen, scale)
-    found[:, :, start:] += mask  # what comes before the block is seen by all of it
-    return found
+    scores = scaled_product(block, seen, scale)
+    scores[:, :, start:] += mask  # what comes before the block is seen by all of it
+    return scores
 
 
 def _blocks(queries: Tensor) -> Iterator[tuple[int, int]]:
@@ -363,11 +363,11 @@ def _add_prefix(
 ) -> None:
     """Let the completions of a group see their prompt too: one product for all of them."""
     weights, total = _softmax(scaled_product(_of_group(q, k, branch), k[:, prompt].transpose(1, 2), scale))
-    mine = out[:, branch]
-    mean = torch.bmm(weights.to(v.dtype), v[:, prompt]).view(mine.shape)
-    own = torch.sigmoid(lse[:, branch] - total.view(mine.shape[:2]))
+    branch_out = out[:, branch]
+    mean = torch.bmm(weights.to(v.dtype), v[:, prompt]).view(branch_out.shape)
+    own = torch.sigmoid(lse[:, branch] - total.view(branch_out.shape[:2]))
     share[:, branch] = own
-    out[:, branch] = torch.lerp(mean.to(own.dtype), mine.to(own.dtype), own[..., None]).to(out.dtype)
+    out[:, branch] = torch.lerp(mean.to(own.dtype), branch_out.to(own.dtype), own[..., None]).to(out.dtype)
 
 
 def _of_group(x: Tensor, k: Tensor, branch: slice) -> Tensor:
@@ -376,41 +376,42 @@ def _of_group(x: Tensor, k: Tensor, branch: slice) -> Tensor:
     return part.reshape(k.shape[0], -1, *x.shape[2:])
 
 
-def _causal_backward(given: _Pass, segments: _Segments) -> None:
-    rep = given.q.shape[0] // given.k.shape[0]
-    queries = segments.gather(given.q, rep)
-    keys, values = segments.gather(given.k, 1)[:, 0], segments.gather(given.v, 1)[:, 0]
-    outer, pulls = (segments.gather(x, rep, blank=True) for x in (given.outer, given.pull))
+def _causal_backward(backward: _Pass, segments: _Segments) -> None:
+    rep = backward.q.shape[0] // backward.k.shape[0]
+    queries = segments.gather(backward.q, rep)
+    keys, values = segments.gather(backward.k, 1)[:, 0], segments.gather(backward.v, 1)[:, 0]
+    outer, pulls = (segments.gather(x, rep, zero_padding=True) for x in (backward.outer, backward.pull))
     dq = torch.empty_like(queries)
-    dk, dv = (torch.zeros(x.shape, dtype=given.pull.dtype, device=x.device) for x in (keys, values))
+    dk, dv = (torch.zeros(x.shape, dtype=backward.pull.dtype, device=x.device) for x in (keys, values))
     for start, stop in _blocks(queries):
-        found = _causal_scores(queries, keys, segments, start, stop, given.scale)
+        scores = _causal_scores(queries, keys, segments, start, stop, backward.scale)
         block, outers = (x[:, :, start:stop].flatten(1, 2) for x in (queries, outer))
         pull = pulls[:, :, start:stop].flatten(1)
-        parts = _product_backward(found, block, outers, keys[:, :stop], values[:, :stop], pull, given.scale)
+        parts = _product_backward(scores, block, outers, keys[:, :stop], values[:, :stop], pull, backward.scale)
         dq[:, :, start:stop] = parts[0].view(dq[:, :, start:stop].shape)
         dk[:, :stop] += parts[1]
         dv[:, :stop] += parts[2]
-    for whole, part, heads in zip(given.grads, (dq, dk, dv), (rep, 1, 1), strict=True):
+    for whole, part, heads in zip(backward.grads, (dq, dk, dv), (rep, 1, 1), strict=True):
         segments.scatter(whole, part, heads)
 
 
-def _prefix_backward(given: _Pass, prompt: slice, branch: slice) -> None:
-    queries, outer, pull = (_of_group(x, given.k, branch) for x in (given.q, given.outer, given.pull))
-    keys, values = given.k[:, prompt], given.v[:, prompt]
-    found = scaled_product(queries, keys.transpose(1, 2), given.scale)
-    dq, dk, dv = _product_backward(found, queries, outer, keys, values, pull, given.scale)
-    given.grads[0][:, branch] += dq.view(given.q[:, branch].shape)
-    given.grads[1][:, prompt] += dk
-    given.grads[2][:, prompt] += dv
+def _prefix_backward(backward: _Pass, prompt: slice, branch: slice) -> None:
+    queries, outer, pull = (_of_group(x, backward.k, branch) for x in (backward.q, backward.outer, backward.pull))
+    keys, values = backward.k[:, prompt], backward.v[:, prompt]
+    scores = scaled_product(queries, keys.transpose(1, 2), backward.scale)
+    dq, dk, dv = _product_backward(scores, queries, outer, keys, values, pull, backward.scale)
+    backward.grads[0][:, branch] += dq.view(backward.q[:, branch].shape)
+    backward.grads[1][:, prompt] += dk
+    backward.grads[2][:, prompt] += dv
 
 
 def _product_backward(
-    found: Tensor, queries: Tensor, outer: Tensor, keys: Tensor, values: Tensor, pull: Tensor, scale: float
+    scores: Tensor, queries: Tensor, outer: Tensor, keys: Tensor, values: Tensor, pull: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of softmax(q k^T) v for one block of queries, given its scores [B, M, K]."""
-    narrow = queries.dtype
-    weights = torch.softmax(found.to(wide(narrow)), -1)
-    dv = torch.bmm(weights.to(narrow).transpose(1, 2), outer)
-    slope = torch.bmm(outer, values.transpose(1, 2)).to(weights.dtype).sub_(pull[..., None]).mul_(weights).to(narrow)
-    return scaled_product(slope, keys, scale), scaled_product(slope.transpose(1, 2), queries, scale), dv
+    dtype = queries.dtype
+    weights = torch.softmax(scores.to(accumulation_dtype(dtype)), -1)
+    dv = torch.bmm(weights.to(dtype).transpose(1, 2), outer)
+    grad_weights = torch.bmm(outer, values.transpose(1, 2)).to(weights.dtype)
+    grad_scores = grad_weights.sub_(pull[..., None]).mul_(weights).to(dtype)
+    return scaled_product(grad_scores, keys, scale), scaled_product(grad_scores.transpose(1, 2), queries, scale), dv

@@ -1,7 +1,7 @@
 """The update's layers through torch.compile: the small operations between matrix products become a few kernels.
 
-Their linear layers multiply by weights that are narrowed once an update. Under autocast alone, a compiled layer would
-narrow its weights in every forward and backward pass.
+Their linear layers multiply by weights that are rounded to bfloat16 once an update. Under autocast alone, a compiled
+layer would round its weights in every forward and backward pass.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.errors import PolicyError
+from lossmith.policy.activation_checkpointing import model_layers
 from lossmith.policy.load import Policy
-from lossmith.policy.recompute import model_layers
 
-__all__ = ["check_compiler", "compile_layers", "narrowed", "uncompiled"]
+__all__ = ["bfloat16_weights", "check_compiler", "compile_layers", "uncompiled"]
 
 
 def check_compiler() -> None:
-    """PolicyError: torch.compile writes C++ on a CPU, and there is nothing here that translates it."""
+    """PolicyError: torch.compile writes C++ on a CPU, and no C++ compiler is installed."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
         raise PolicyError(
             "compile = true needs a C++ compiler, and neither g++ nor clang++ is on the PATH: install one (on Debian "
@@ -43,7 +43,7 @@ def uncompiled() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def narrowed(policy: Policy) -> Iterator[None]:
+def bfloat16_weights(policy: Policy) -> Iterator[None]:
     """Within, the layers' linear weights are copies in the compute type; their gradients are added to the weights' own.
 
     Forward and backward pass both belong inside.
@@ -52,7 +52,7 @@ def narrowed(policy: Policy) -> Iterator[None]:
     linear = [m for layer in layers for m in layer.modules() if type(m) is nn.Linear]
     own = [m.weight for m in linear]
     for module in linear:
-        module.weight = _narrow(cast(nn.Parameter, module.weight))
+        module.weight = _bfloat16_copy(cast(nn.Parameter, module.weight))
     try:
         yield
     finally:
@@ -60,10 +60,11 @@ def narrowed(policy: Policy) -> Iterator[None]:
             module.weight = weight
 
 
-def _narrow(weight: nn.Parameter) -> nn.Parameter:
+def _bfloat16_copy(weight: nn.Parameter) -> nn.Parameter:
+    """A copy whose gradient is added to that of `weight`, in its type, as soon as it is complete."""
     copy = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=weight.requires_grad)
 
-    def hand_over(leaf: Tensor) -> None:
+    def move_gradient(leaf: Tensor) -> None:
         assert leaf.grad is not None
         if weight.grad is None:
             weight.grad = leaf.grad.to(weight.dtype)
@@ -72,5 +73,5 @@ def _narrow(weight: nn.Parameter) -> nn.Parameter:
         leaf.grad = None
 
     if copy.requires_grad:
-        copy.register_post_accumulate_grad_hook(hand_over)
+        copy.register_post_accumulate_grad_hook(move_gradient)
     return copy

@@ -1,8 +1,8 @@
 """Where keys and values live while completions are written.
 
-`SharedCache` keeps those of a prompt once, however many completions it has, and those of the completions in memory that
-is laid out before the first token. `PlainCache` is transformers' own cache, one copy a completion: for models whose
-attention is not known here, and the measure that the other is tested against.
+`SharedCache` stores those of a prompt once, however many completions it has, and those of the completions in memory
+that is laid out before the first token. `PlainCache` is transformers' own cache, one copy a completion: for models
+whose attention is not known here, and as the reference that the other is tested against.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lossmith.policy.attention import PrefixTree, TreeAttention, follow, scaled_product
-from lossmith.policy.distribution import wide
+from lossmith.policy.distribution import accumulation_dtype
 from lossmith.policy.forward import encode_prompts, select_rows
 from lossmith.policy.load import Policy
 
@@ -29,7 +29,7 @@ class Cache(Protocol):
     """Keys and values of the rows that are being written. Every method returns last hidden states [N, H]."""
 
     def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
-        """Encode these prompts and put so many rows of each behind those that are there; those of the new rows."""
+        """Encode these prompts and append so many rows of each; returns the hidden states of the new rows."""
 
     def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
         """Whether these can be added now."""
@@ -41,7 +41,7 @@ class Cache(Protocol):
         """Feed each row the token that was just chosen for it."""
 
 
-def _encodes(prompts: Sequence[tuple[int, ...]]) -> bool:
+def _fit_one_pass(prompts: Sequence[tuple[int, ...]]) -> bool:
     """Whether one forward pass may encode all of these: what it holds on the way grows with their tokens."""
     return len(prompts) == 1 or sum(map(len, prompts)) <= ENCODED_AT_ONCE
 
@@ -49,8 +49,8 @@ def _encodes(prompts: Sequence[tuple[int, ...]]) -> bool:
 class PlainCache:
     """transformers' cache. Rows are added only where there are none."""
 
-    def __init__(self, policy: Policy, rows: int) -> None:
-        self.policy, self._most, self._count = policy, rows, 0
+    def __init__(self, policy: Policy, most_rows: int) -> None:
+        self.policy, self._most, self._count = policy, most_rows, 0
         self._cache: Any = None
 
     def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
@@ -61,8 +61,8 @@ class PlainCache:
         return last[owner]
 
     def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
-        fits = self._count == 0 and sum(copies) <= self._most and _encodes(prompts)
-        return fits and len({len(ids) for ids in prompts}) == 1  # nothing is padded: not every model bears it
+        fits = self._count == 0 and sum(copies) <= self._most and _fit_one_pass(prompts)
+        return fits and len({len(ids) for ids in prompts}) == 1  # nothing is padded: not every model allows it
 
     def keep(self, order: Sequence[int]) -> None:
         self._count = len(order)
@@ -99,7 +99,7 @@ class SharedCache:
 
     def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> bool:
         rows, groups = len(self._owner) + sum(copies), len(self._lengths) + len(prompts)
-        return rows <= self._most and groups <= self._most_prompts and _encodes(prompts)
+        return rows <= self._most and groups <= self._most_prompts and _fit_one_pass(prompts)
 
     def add(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
         tree = PrefixTree.of([(ids, ()) for ids in prompts], self.policy.device)
@@ -160,8 +160,8 @@ class SharedCache:
     def arranged(self, heads: int, dtype: torch.dtype) -> _Arrangement:
         """Of the rows as they are now, for layers with so many heads of keys."""
         if (heads, dtype) not in self._arranged:
-            found = _Arrangement.of(self._groups, self._lengths, heads, dtype, self.policy.device)
-            self._arranged[heads, dtype] = found
+            arrangement = _Arrangement.of(self._groups, self._lengths, heads, dtype, self.policy.device)
+            self._arranged[heads, dtype] = arrangement
         return self._arranged[heads, dtype]
 
     def slot(self, index: int, key: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -178,7 +178,7 @@ class SharedCache:
     def make_room(self, reach: int) -> int:
         """Let rows hold so many tokens; returns how many they can, which is at most twice that.
 
-        All places are gone through in a step, filled or not: products of whole tensors need no copy.
+        A step computes all places, filled or not: products of whole tensors need no copy.
         """
         have = self._own[0][0].shape[2]
         if reach > have:
@@ -196,7 +196,7 @@ class SharedCache:
 
 
 class _Encoding:
-    """The plan of `add`: each prompt attends to itself, and its keys and values are kept."""
+    """The plan of `add`: each prompt attends to itself, and its keys and values are stored."""
 
     def __init__(self, cache: SharedCache, tree: PrefixTree, first: int) -> None:
         self.cache, self.tree, self.first = cache, tree, first
@@ -265,13 +265,13 @@ class _Step:
         keys[self.rows, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
         own_keys, own_values = (x[:count].flatten(0, 1) for x in (keys, values))
         queries = query.reshape(count * heads, -1, width)  # the heads that share keys side by side
-        way = self.cache.arranged(heads, query.dtype)
-        prefix = self._to_prompts(queries, index, scale, way)
+        arrangement = self.cache.arranged(heads, query.dtype)
+        prefix = self._to_prompts(queries, index, scale, arrangement)
         own = scaled_product(queries, own_keys.transpose(1, 2), scale, self._mask(heads, query.dtype))
-        weights = torch.softmax(torch.cat([prefix, own], -1), -1, dtype=wide(value.dtype)).to(value.dtype)
+        weights = torch.softmax(torch.cat([prefix, own], -1), -1, dtype=accumulation_dtype(value.dtype)).to(value.dtype)
         reach = prefix.shape[-1]
         out = torch.bmm(weights[..., reach:], own_values)
-        return out.add_(self._from_prompts(weights[..., :reach], index, way)).view(query.shape)
+        return out.add_(self._from_prompts(weights[..., :reach], index, arrangement)).view(query.shape)
 
     def _mask(self, heads: int, dtype: torch.dtype) -> Tensor:
         """[N * H_kv, 1, T]."""
@@ -279,16 +279,16 @@ class _Step:
             self._masks[heads, dtype] = _minus_infinity(self.later, heads, dtype)
         return self._masks[heads, dtype]
 
-    def _to_prompts(self, queries: Tensor, index: int, scale: float, way: _Arrangement) -> Tensor:
+    def _to_prompts(self, queries: Tensor, index: int, scale: float, arrangement: _Arrangement) -> Tensor:
         """[N * H_kv, rep, D] -> scores [N * H_kv, rep, P]."""
         keys, _ = self.cache.prompt_views(index)
-        by_prompt = queries.index_select(0, way.to_prompts).view(len(keys), -1, queries.shape[-1])
-        found = scaled_product(by_prompt, keys.transpose(1, 2), scale, way.mask)
-        return found.view(-1, queries.shape[1], keys.shape[1]).index_select(0, way.to_rows)
+        by_prompt = queries.index_select(0, arrangement.to_prompts).view(len(keys), -1, queries.shape[-1])
+        scores = scaled_product(by_prompt, keys.transpose(1, 2), scale, arrangement.mask)
+        return scores.view(-1, queries.shape[1], keys.shape[1]).index_select(0, arrangement.to_rows)
 
-    def _from_prompts(self, weights: Tensor, index: int, way: _Arrangement) -> Tensor:
+    def _from_prompts(self, weights: Tensor, index: int, arrangement: _Arrangement) -> Tensor:
         """[N * H_kv, rep, P] weights -> what they take from the prompts' values, [N * H_kv, rep, D]."""
         _, values = self.cache.prompt_views(index)
-        by_prompt = weights.index_select(0, way.to_prompts).view(len(values), -1, weights.shape[-1])
-        found = torch.bmm(by_prompt, values)
-        return found.view(-1, weights.shape[1], values.shape[-1]).index_select(0, way.to_rows)
+        by_prompt = weights.index_select(0, arrangement.to_prompts).view(len(values), -1, weights.shape[-1])
+        products = torch.bmm(by_prompt, values)
+        return products.view(-1, weights.shape[1], values.shape[-1]).index_select(0, arrangement.to_rows)

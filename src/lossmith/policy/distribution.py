@@ -1,4 +1,4 @@
-"""The measure: of which distribution a log-probability is the logarithm. One function for sampler and learner."""
+"""Which distribution a log-probability belongs to. Sampler and learner use the same function."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 
-__all__ = ["SamplingSettings", "log_softmax_under", "wide"]
+__all__ = ["SamplingSettings", "accumulation_dtype", "log_softmax_under"]
 
 _HEAD = 1024  # how many of the likeliest tokens are sorted before the whole vocabulary is
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are sampled: temperature first, then top-k, then top-p, then renormalised."""
+    """How completions are sampled: temperature first, then top-k, then top-p, then renormalized."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -60,8 +60,8 @@ class SamplingSettings:
         return f"temperature = {self.temperature:g}" if self.temperature > 10 else ""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums and exponentials of numbers of this type are made in: float32, or float64 where they are."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type for sums and exponentials of numbers of this type: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

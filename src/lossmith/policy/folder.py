@@ -1,6 +1,6 @@
 """A model's folder, looked at before anything is loaded: what it holds, and whether that can be used at all.
 
-Policies, reward models, and the bodies of reward models to be come through here, so that each of them is refused for
+Policies, reward models, and the bodies of future reward models are checked here, so that each of them is refused for
 the same reasons in the same words.
 """
 
@@ -53,8 +53,8 @@ def check_model(model: str | Path, error: type[LossmithError] = PolicyError, wha
         raise error(f"{str(model)!r} is a file; a model is a folder with config.json, weights and tokenizer.")
     try:
         names = {p.name for p in folder.iterdir()}
-    except OSError as found:
-        raise error(f"the model folder {str(model)!r} cannot be read: {found.strerror}.") from None
+    except OSError as problem:
+        raise error(f"the model folder {str(model)!r} cannot be read: {problem.strerror}.") from None
     for name in sorted(names):
         _check_ordinary(folder / name, error)
     _check_adapter(folder, names, error)
@@ -76,19 +76,20 @@ def _check_ordinary(path: Path, error: type[LossmithError]) -> None:
 
 def _check_adapter(folder: Path, names: set[str], error: type[LossmithError]) -> None:
     """An adapter is never merged here, and never ignored."""
-    found = [name for name in _ADAPTER if name in names]
-    if not found:
+    adapter_files = [name for name in _ADAPTER if name in names]
+    if not adapter_files:
         return
     base = "BASE"
     if "adapter_config.json" in names:
-        named = _json_object(folder / "adapter_config.json", error).get("base_model_name_or_path")
-        base = named if isinstance(named, str) and named else base
-    whole = "config.json" in names and any(n.endswith(".safetensors") and n not in _ADAPTER for n in names)
-    if whole:
+        base_name = _json_object(folder / "adapter_config.json", error).get("base_model_name_or_path")
+        base = base_name if isinstance(base_name, str) and base_name else base
+    has_model = "config.json" in names and any(n.endswith(".safetensors") and n not in _ADAPTER for n in names)
+    if has_model:
         raise error(
             f"{str(folder)!r} holds a whole model and a LoRA adapter beside it. If the adapter is merged into the "
-            f"weights already, remove {' and '.join(found)}; if it is not, move its files to a folder of their own, "
-            "merge the two (peft.PeftModel.from_pretrained(model, its_folder).merge_and_unload()), and give the result."
+            f"weights already, remove {' and '.join(adapter_files)}; if it is not, move its files to a folder of their "
+            "own, merge the two (peft.PeftModel.from_pretrained(model, its_folder).merge_and_unload()), and give the "
+            "result."
         )
     merge = (
         f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
@@ -108,7 +109,7 @@ def _check_weights(folder: Path, names: set[str], error: type[LossmithError]) ->
         if pickled:
             why = f"only pickled ones ({', '.join(pickled)}), which can run code"
         elif gguf:
-            why = f"only quantised ones ({', '.join(gguf)})"
+            why = f"only quantized ones ({', '.join(gguf)})"
         raise error(f"{str(folder)!r} has no weights to load: {why}. Save the model with save_pretrained.")
     index = "model.safetensors.index.json"
     if index in names and "model.safetensors" not in names:
@@ -124,35 +125,35 @@ def _check_weights(folder: Path, names: set[str], error: type[LossmithError]) ->
 
 
 def find_config(place: str | Path, error: type[LossmithError]) -> dict[str, Any]:
-    """config.json of a folder as it stands there, before transformers makes anything of it."""
+    """config.json of a folder as it is, before transformers interprets it."""
     return _json_object(Path(place) / "config.json", error)
 
 
 def _json_object(path: Path, error: type[LossmithError]) -> dict[str, Any]:
     text = read_text(path, error, path.name)
     try:
-        found = json.loads(text)
+        data = json.loads(text)
     except RecursionError:
         raise error(f"{str(path)!r} is JSON that is nested too deeply.") from None
     except ValueError as problem:
         raise error(f"{str(path)!r} is no JSON ({problem}).") from None
-    if not isinstance(found, dict):
-        raise error(f"{str(path)!r} holds a JSON {type(found).__name__} where an object is meant.")
-    return found
+    if not isinstance(data, dict):
+        raise error(f"{str(path)!r} holds a JSON {type(data).__name__} where an object is meant.")
+    return data
 
 
 def check_config(config: Mapping[str, Any], name: str, error: type[LossmithError], what: str) -> None:
-    """A configuration says what a model is: quantised, of a kind that transformers does not know, or of another use."""
+    """A configuration says what a model is: quantized, of a kind that transformers does not know, or of another use."""
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     inner = [x for x in config.values() if isinstance(x, dict)]
     if any(x.get(key) is not None for x in (config, *inner) for key in ("quantization_config", "compression_config")):
-        given = config.get("quantization_config")
-        method = given.get("quant_method") if isinstance(given, dict) else None
+        quantization = config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise error(
-            f"the weights of {name!r} are quantised{f' ({method})' if isinstance(method, str) else ''}, and quantised "
-            "weights cannot be trained or scored with here: give the unquantised model."
+            f"the weights of {name!r} are quantized{f' ({method})' if isinstance(method, str) else ''}, and quantized "
+            "weights cannot be trained or scored with here: give the unquantized model."
         )
     for key, value in (item for part in (config, *inner) for item in part.items()):
         if (
@@ -169,13 +170,15 @@ def check_config(config: Mapping[str, Any], name: str, error: type[LossmithError
             f"config.json of {name!r} names the model type {kind!r}, which transformers {__version__} does not "
             f"know.{own}"
         )
-    built = config.get("architectures")
-    built = built[0] if isinstance(built, list) and built and isinstance(built[0], str) else ""
+    architecture = config.get("architectures")
+    architecture = (
+        architecture[0] if isinstance(architecture, list) and architecture and isinstance(architecture[0], str) else ""
+    )
     if what != "reward model":
-        _check_text(config, kind, built, name, error, causal=what == "policy")
-    elif built.endswith(("ForCausalLM", "LMHeadModel")):
+        _check_text(config, kind, architecture, name, error, causal=what == "policy")
+    elif architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise error(
-            f"{name!r} is a {built}, a language model that gives no score: train a reward model of it with "
+            f"{name!r} is a {architecture}, a language model that gives no score: train a reward model of it with "
             "`lossmith reward train`, or give one."
         )
 
@@ -183,7 +186,7 @@ def check_config(config: Mapping[str, Any], name: str, error: type[LossmithError
 def _check_text(
     config: Mapping[str, Any], kind: str, built: str, name: str, error: type[LossmithError], causal: bool
 ) -> None:
-    """It reads text and nothing else, in one piece; causal: it also writes it on."""
+    """It reads text and nothing else, in one piece; causal: it also continues it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     other = ""
@@ -200,10 +203,10 @@ def _check_text(
             other = "a model that reads more than text"
     if other:
         known = f"{kind} ({built})" if built else kind
-        raise error(f"{name!r} holds a {known}, {other}, and no causal language model: give one that writes text on.")
+        raise error(f"{name!r} holds a {known}, {other}, and no causal language model: give one that continues a text.")
 
 
 def in_brief(problem: BaseException) -> str:
-    """The first line of what a library said, without its tail: some list all that they know."""
+    """The beginning of a library's message: some list all names that they know."""
     text = " ".join(str(problem).split())
     return text if len(text) <= 300 else text[:300].rstrip() + " ..."

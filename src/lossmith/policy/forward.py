@@ -24,7 +24,7 @@ Layout = Literal["shared", "right", "left", "packed", "single"]
 
 def hidden_states(policy: Policy, rollouts: Sequence[Rollout], layout: Layout) -> Tensor:
     """[M, H], M the number of response tokens of all rollouts together, rollout by rollout."""
-    policy.model.eval()  # whatever was done to it in between: dropout would make the ratio differ from 1
+    policy.model.eval()  # the caller may have changed it: dropout would make the ratio differ from 1
     if layout == "shared":
         return _shared(policy, rollouts)
     if layout == "packed":
@@ -115,7 +115,7 @@ def _packed(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
 
 
 def _stack(rows: Sequence[tuple[int, ...]], device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Ragged ids -> ([N, L] ids, [N, L] mask). What stands in padded slots is id 0 and is never attended to."""
+    """Ragged ids -> ([N, L] ids, [N, L] mask). Padded slots hold id 0 and are never attended to."""
     width = max((len(row) for row in rows), default=0)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -129,9 +129,3 @@ def _stack(rows: Sequence[tuple[int, ...]], device: torch.device, side: str = "r
 def _positions(mask: Tensor) -> Tensor:
     """0, 1, 2, ... over the valid positions of each row; 0 in padded slots before them."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def _lengths(rollouts: Sequence[Rollout], width: int, device: torch.device) -> Tensor:
-    """[N, width] bool: which response tokens each rollout has."""
-    lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=device)
-    return torch.arange(width, device=device)[None] < lengths[:, None]

@@ -29,7 +29,7 @@ _POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*_emb\w*|embed_positions|positions?_em
 class Policy:
     """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in.
 
-    `version` counts the optimiser steps taken. The model stays in eval mode: dropout would make the ratio differ from
+    `version` counts the optimizer steps taken. The model stays in eval mode: dropout would make the ratio differ from
     1 without any update. No pad token is needed anywhere.
     """
 
@@ -40,7 +40,7 @@ class Policy:
     value_head: nn.Linear | None = None
     _encoded: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
-    shares: bool | None = None  # whether completions may share their prompt; found out when it is first asked
+    shares: bool | None = None  # whether completions may share their prompt; None until it was tested
 
     @property
     def device(self) -> torch.device:
@@ -49,19 +49,19 @@ class Policy:
     @property
     def eos_ids(self) -> frozenset[int]:
         """Every id that ends a completion: the generation configuration's, the model's, tokenizer's, template's."""
-        found: set[int] = set()
+        end_ids: set[int] = set()
         for owner in (self.model.generation_config, self.model.config, self.tokenizer):
             ids = getattr(owner, "eos_token_id", None)
             each = [] if ids is None else ids if isinstance(ids, (list, tuple)) else [ids]
             if not all(type(i) is int for i in each):
                 where = type(owner).__name__.removesuffix("Fast")
                 raise PolicyError(f"eos_token_id of the model is {ids!r} ({where}), and must be a token's number.")
-            found |= set(each)
+            end_ids |= set(each)
         known = self.tokenizer.chat_template or ""
         added = self.tokenizer.get_added_vocab()
         for template in known.values() if isinstance(known, dict) else [known]:
-            found |= {added[mark] for mark in _TURN_ENDS if mark in added and mark in template}
-        return frozenset(found)
+            end_ids |= {added[mark] for mark in _TURN_ENDS if mark in added and mark in template}
+        return frozenset(end_ids)
 
     @property
     def context_length(self) -> int:
@@ -72,16 +72,16 @@ class Policy:
         """
         config = self.model.config.get_text_config()
         names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_target_positions")
-        said = [getattr(config, name, None) for name in names]
-        known = [n for n in said if type(n) is int and n > 0][:1]
+        configured = [getattr(config, name, None) for name in names]
+        limits = [n for n in configured if type(n) is int and n > 0][:1]
         for name, module in self.model.base_model.named_modules():
             if isinstance(module, nn.Embedding) and _POSITIONS.search(name):
-                known.append(module.num_embeddings)
+                limits.append(module.num_embeddings)
         rope = getattr(config, "rope_parameters", None) or {}
         for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):
             if part.get("rope_type") == "longrope" and part.get("original_max_position_embeddings"):
-                known.append(int(part["original_max_position_embeddings"]))
-        return min(known, default=1 << 30)
+                limits.append(int(part["original_max_position_embeddings"]))
+        return min(limits, default=1 << 30)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: the chat template applied once, special tokens never doubled. Kept for the next time.
@@ -130,7 +130,7 @@ class Policy:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """Matrix products in compute_dtype, where it is narrower than the weights."""
+        """Matrix products in compute_dtype, where it has fewer bits than the weights."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             yield
 

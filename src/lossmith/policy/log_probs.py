@@ -1,7 +1,8 @@
 """Log-probabilities of recorded completions under the policy as it is now, with gradient.
 
-The head runs on response positions only, in chunks: no [N, T, V] tensor of logits is ever kept. What is kept for the
-backward pass, or made again in it, is the business of `head` where that is plain; elsewhere chunks are made again.
+The head runs on response positions only, in chunks: no [N, T, V] tensor of logits is ever stored. What is stored for
+the backward pass, or computed again in it, is decided in `head` where the head is plain; elsewhere chunks are
+recomputed.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lossmith.errors import PolicyError
+from lossmith.policy.activation_checkpointing import checkpoint_activations
 from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
-from lossmith.policy.recompute import recomputed
 from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import Distribution, Rollout
 
@@ -30,9 +31,9 @@ __all__ = ["TokenOutputs", "distribution_of", "token_outputs"]
 class TokenOutputs:
     """What the model says about N completions of at most T tokens; nats, float32 or wider, 0 at masked positions."""
 
-    logp: Tensor  # [N, T], of each response token, under `measure`
+    logp: Tensor  # [N, T], of each response token, under `distribution`
     mask: Tensor  # [N, T] bool
-    measure: Distribution
+    distribution: Distribution
     entropy: Tensor | None = None  # [N, T], of the distribution at each position
     full_kl: Tensor | None = None  # [N, T], KL(policy || reference) at each position
     value: Tensor | None = None  # [N, T], the critic's value before each token
@@ -53,19 +54,19 @@ def token_outputs(
     want: frozenset[str] = frozenset(),
     reference: Policy | None = None,
     chunk: int = 512,
-    recompute: bool = False,
+    activation_checkpointing: bool = False,
 ) -> TokenOutputs:
     """Log-probabilities of the rollouts' tokens, under the distribution they were sampled from.
 
     want: any of "entropy", "full_kl" (with `reference`), "value" (with a value head).
     chunk: response positions whose logits [chunk, V] exist at one time.
-    recompute: keep the inputs of layers only, and run them again in the backward pass.
+    activation_checkpointing: store the inputs of layers only, and run the layers again in the backward pass.
     """
-    _check(policy, rollouts, settings, want, reference)
+    _check_request(policy, rollouts, settings, want, reference)
     if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
     with policy.autocast():
-        with recomputed(policy.model) if recompute else contextlib.nullcontext():
+        with checkpoint_activations(policy.model) if activation_checkpointing else contextlib.nullcontext():
             hidden = hidden_states(policy, rollouts, layout)
         ref_hidden = None
         if "full_kl" in want and reference is not None:
@@ -79,11 +80,11 @@ def token_outputs(
             flat = head.in_chunks(hidden, ids, ref_hidden, chunk)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
-    found = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
+    columns = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
     if "value" in want and policy.value_head is not None:
         detached = hidden.detach().to(policy.value_head.weight.dtype)
-        found["value"] = _unflatten(policy.value_head(detached)[:, 0], mask)
-    return TokenOutputs(mask=mask, measure=distribution_of(policy, settings), **found)
+        columns["value"] = _unflatten(policy.value_head(detached)[:, 0], mask)
+    return TokenOutputs(mask=mask, distribution=distribution_of(policy, settings), **columns)
 
 
 class _Head:
@@ -129,7 +130,7 @@ def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
-def _check(
+def _check_request(
     policy: Policy,
     rollouts: Sequence[Rollout],
     settings: SamplingSettings,

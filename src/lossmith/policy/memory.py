@@ -18,7 +18,7 @@ _MOST = (1 << 31) - 1
 def keep_freed_memory() -> bool:
     """Let freed blocks stay with the process, where glibc would hand large ones back at once.
 
-    Tensors of tens of megabytes are freed and asked for again hundreds of times a step, and each time the system would
+    Tensors of tens of megabytes are freed and allocated again hundreds of times a step, and each time the system would
     have to zero their pages: a third of a step's time on a CPU. Peak memory is the same. True where it took effect.
     """
     if not sys.platform.startswith("linux") or os.environ.get("LD_PRELOAD"):  # another allocator may be there
@@ -36,16 +36,16 @@ def available_bytes() -> int | None:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         return None
-    found = [int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:")]
+    free = [int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:")]
     limit = _control_group_limit()
-    return min([*found, *([limit] if limit else [])], default=None)
+    return min([*free, *([limit] if limit else [])], default=None)
 
 
 def _control_group_limit() -> int | None:
     """What a container leaves: its limit less what is taken."""
     try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        taken = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
-    return None if most == "max" else max(int(most) - taken, 0)
+    return None if limit == "max" else max(int(limit) - used, 0)

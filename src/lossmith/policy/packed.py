@@ -1,7 +1,7 @@
 """Weights laid out for the processor's matrix kernels while completions are written.
 
-Between two updates the weights stand still and are multiplied once a token: narrowing them once, and into the blocks
-that oneDNN reads, saves the kernels from doing so at every token.
+Between two updates the weights do not change and are multiplied once a token: rounding them to bfloat16 once, and into
+the blocks that oneDNN reads, saves the kernels from doing so at every token.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ _ROWS = 64  # rows the blocks are chosen for; others are right, too
 @contextlib.contextmanager
 def packed_weights(policy: Policy) -> Iterator[None]:
     """Within, linear layers multiply by packed copies: on a CPU, in bfloat16, without gradient. Elsewhere as before."""
-    layers = _linear_layers(policy) if _can_pack(policy) else []
+    # Those that are nothing but a product: a subclass, or a forward that somebody replaced, may do more.
+    plain = (m for m in policy.model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__)
+    layers = list(plain) if _can_pack(policy) else []
     try:
         for layer in layers:
-            layer.__dict__["forward"] = _product(layer)  # before the class's own
+            layer.__dict__["forward"] = _packed_forward(layer)  # hides the class's own
         yield
     finally:
         for layer in layers:
@@ -34,22 +36,17 @@ def packed_weights(policy: Policy) -> Iterator[None]:
 
 def _can_pack(policy: Policy) -> bool:
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    narrow = policy.compute_dtype == torch.bfloat16
-    return policy.device.type == "cpu" and narrow and known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _linear_layers(policy: Policy) -> list[nn.Linear]:
-    """Those that are nothing but a product: a subclass, or a forward that somebody replaced, may do more."""
-    return [m for m in policy.model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
+    bfloat16 = policy.compute_dtype == torch.bfloat16
+    return policy.device.type == "cpu" and bfloat16 and known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @torch.no_grad()
-def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(torch.bfloat16), _ROWS)
     bias = None if layer.bias is None else layer.bias.to(torch.bfloat16)
 
     def forward(x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), weight, bias, "none", [], "")
-        return found
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), weight, bias, "none", [], "")
+        return product
 
     return forward

@@ -77,8 +77,8 @@ def read_pretrained(auto: Any, place: str, name: str, error: Any, what: str, **m
 
     logging.disable_progress_bar()  # a bar for half a second of loading hides what the run itself has to say
     try:
-        given, _ = PretrainedConfig.get_config_dict(place)
-        check_config(given, name, error, what)
+        config, _ = PretrainedConfig.get_config_dict(place)
+        check_config(config, name, error, what)
         # False, not absent: transformers would ask on the terminal whether to run a model's own code
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         network, report = auto.from_pretrained(
@@ -99,9 +99,11 @@ def read_pretrained(auto: Any, place: str, name: str, error: Any, what: str, **m
         raise error(
             f"{name!r} is a LoRA adapter: merge it into its base model first (merge_and_unload), and give that."
         )
-    most = tokenizer.model_max_length
-    if not isinstance(most, (int, float)) or not most > 0:
-        raise error(f"the tokenizer of {name!r} says model_max_length = {most!r}, and that must be a number of tokens.")
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, (int, float)) or not longest > 0:
+        raise error(
+            f"the tokenizer of {name!r} says model_max_length = {longest!r}, and that must be a number of tokens."
+        )
     return tokenizer, network, sorted(report["missing_keys"])
 
 

@@ -48,16 +48,19 @@ def sample(
     PolicyError: n copies of a greedy completion, or a prompt too long for the model's context.
     """
     check_samples(n, settings)
-    encoded = [_encoded(policy, prompt, settings) for prompt in prompts]
+    encoded = [_encode(policy, prompt, settings) for prompt in prompts]
     distinct = list({prompt.id: p for p, prompt in enumerate(prompts)}.values())
     order = sorted(distinct, key=lambda p: len(encoded[p]))  # prompts of like length side by side
     pending = deque(
-        [OpenCompletion(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].key, k, settings)) for k in ks]
+        [
+            OpenCompletion(prompts[p], encoded[p], k, uniforms(seed, step, prompts[p].key, k, settings))
+            for k in range(start, min(start + batch_rows, n))
+        ]
         for p in order
-        for ks in _portions(n, batch_rows)
+        for start in range(0, n, batch_rows)
     )
     total = sum(map(len, pending))
-    measure = distribution_of(policy, settings)
+    distribution = distribution_of(policy, settings)
     written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
     done = 0
     cache = make_cache(policy, pending, settings, batch_rows, sharing_is_exact(policy))
@@ -67,7 +70,7 @@ def sample(
             done += len(ended)
             for row in ended:
                 group = written[row.prompt.id]
-                group.append(_rollout(policy, row, settings, measure))
+                group.append(_rollout(policy, row, settings, distribution))
                 if len(group) == n:
                     group.sort(key=lambda r: r.sample)
                     if on_group is not None:
@@ -77,13 +80,8 @@ def sample(
     return [rollout for prompt in prompts for rollout in written[prompt.id]]
 
 
-def _portions(n: int, size: int) -> list[range]:
-    """range(n) in pieces of at most `size`."""
-    return [range(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def check_samples(n: int, settings: SamplingSettings) -> None:
-    """PolicyError where n completions of a prompt cannot be had, would be copies of one, or noise."""
+    """PolicyError where n completions of a prompt cannot be sampled, would be copies of one, or noise."""
     if n < 1:
         raise PolicyError(f"n = {n}, but at least one completion a prompt is needed.")
     if settings.greedy and n > 1:
@@ -98,7 +96,7 @@ def uniforms(seed: int, step: int, prompt_key: str, sample: int, settings: Sampl
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(settings.max_tokens)
 
 
-def _encoded(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tuple[int, ...]:
+def _encode(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tuple[int, ...]:
     ids = policy.encode(prompt)
     if len(ids) + settings.max_tokens > policy.context_length:
         raise PolicyError(
@@ -126,7 +124,7 @@ def _stops(policy: Policy, row: OpenCompletion, stop: tuple[str, ...]) -> bool:
     return any(end in text for end in stop)
 
 
-def _rollout(policy: Policy, row: OpenCompletion, settings: SamplingSettings, measure: Distribution) -> Rollout:
+def _rollout(policy: Policy, row: OpenCompletion, settings: SamplingSettings, distribution: Distribution) -> Rollout:
     text = policy.decode(row.ids, row.prompt_ids)
     if row.finish == "stop":
         whole = policy.decode(row.ids, row.prompt_ids, "all")
@@ -134,8 +132,8 @@ def _rollout(policy: Policy, row: OpenCompletion, settings: SamplingSettings, me
         if text.startswith(whole[:at]):
             text = whole[:at]
         else:  # special tokens before it are not shown
-            kept = [k for k in range(len(row.ids)) if len(policy.decode(row.ids[:k], row.prompt_ids, "all")) <= at]
-            text = policy.decode(row.ids[: kept[-1]], row.prompt_ids)
+            shown = [k for k in range(len(row.ids)) if len(policy.decode(row.ids[:k], row.prompt_ids, "all")) <= at]
+            text = policy.decode(row.ids[: shown[-1]], row.prompt_ids)
     assert row.finish is not None
     return Rollout(
         prompt=row.prompt,
@@ -143,6 +141,6 @@ def _rollout(policy: Policy, row: OpenCompletion, settings: SamplingSettings, me
         prompt_ids=row.prompt_ids,
         completion_ids=tuple(row.ids),
         completion=text,
-        behavior_logp=LogProbs(torch.tensor(row.logp, dtype=torch.float32), measure),
+        behavior_logp=LogProbs(torch.tensor(row.logp, dtype=torch.float32), distribution),
         finish_reason=row.finish,
     )

@@ -1,6 +1,6 @@
 """The chat template: which one, what else than messages it reads, and the text that it makes.
 
-Templates come with a model, from strangers: whatever one does wrong is said in a sentence.
+Templates come with a model, from strangers: whatever one does wrong is reported in one sentence.
 """
 
 from __future__ import annotations
@@ -43,18 +43,21 @@ def chat_template(tokenizer: Any, tools: bool = False) -> str:
 def template_values(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
     """The columns of a prompt that its chat template reads by their name (tools, documents, ...), and what a
     `chat_template_kwargs` column holds."""
-    columns = {name: _held(name, value) for name, value in prompt.columns.items()}
-    more = columns.get("chat_template_kwargs")
-    columns |= more if isinstance(more, dict) else {}
-    given = {name: plain(value) for name, value in columns.items() if value not in _EMPTY}
-    if not given or not tokenizer.chat_template:
+    columns = {name: _parsed(name, value) for name, value in prompt.columns.items()}
+    options = columns.get("chat_template_kwargs")
+    columns |= options if isinstance(options, dict) else {}
+    filled = {name: plain(value) for name, value in columns.items() if value not in _EMPTY}
+    if not filled or not tokenizer.chat_template:
         return {}
-    reads = _variables(chat_template(tokenizer, "tools" in given)) - _reserved(tokenizer)
-    return {name: _without_gaps(value) for name, value in given.items() if name in reads}
+    # Names that are no column's: arguments of transformers' own, the special tokens, functions.
+    reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+    reserved |= set(tokenizer.special_tokens_map) | {"messages", "raise_exception", "strftime_now"}
+    reads = _variables(chat_template(tokenizer, "tools" in filled)) - reserved
+    return {name: _without_gaps(value) for name, value in filled.items() if name in reads}
 
 
-def _held(name: str, value: Any) -> Any:
-    """Tools and the like are often kept as JSON text."""
+def _parsed(name: str, value: Any) -> Any:
+    """Tools and the like are often stored as JSON text."""
     if name in TEMPLATE_COLUMNS and isinstance(value, str):
         try:
             return json.loads(value)
@@ -84,12 +87,6 @@ def _variables(template: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
 
 
-def _reserved(tokenizer: Any) -> set[str]:
-    """Names that are no column's: arguments of transformers' own, the special tokens, functions."""
-    own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
-    return own | set(tokenizer.special_tokens_map) | {"messages", "raise_exception", "strftime_now"}
-
-
 def rendered(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -116,7 +113,7 @@ def rendered(
 def fields_read(tokenizer: Any, prompts: Iterable[Prompt]) -> tuple[set[str], dict[str, int]]:
     """(columns and fields of messages that reach the policy, {those that its chat template does not read: prompts}).
 
-    Found out by leaving a field out and looking whether the text changes. PolicyError: the template refuses a prompt.
+    Tested by leaving a field out and comparing the text. PolicyError: the template refuses a prompt.
     """
     read: set[str] = set()
     unread: Counter[str] = Counter()
@@ -124,11 +121,11 @@ def fields_read(tokenizer: Any, prompts: Iterable[Prompt]) -> tuple[set[str], di
         values = template_values(tokenizer, prompt)
         read |= values.keys()
         for name, value in prompt.columns.items():
-            held = _held(name, value)
-            if name == "chat_template_kwargs" and isinstance(held, Mapping):
+            parsed = _parsed(name, value)
+            if name == "chat_template_kwargs" and isinstance(parsed, Mapping):
                 read.add(name)
-                unread.update(f"{name}.{key}" for key in held if key not in values)
-            elif name in TEMPLATE_COLUMNS and held not in _EMPTY and name not in values:
+                unread.update(f"{name}.{key}" for key in parsed if key not in values)
+            elif name in TEMPLATE_COLUMNS and parsed not in _EMPTY and name not in values:
                 unread[name] += 1
         fields = {key for m in prompt.messages for key in m} - {"role", "content"} - read
         for name in sorted(fields) if tokenizer.chat_template else ():
@@ -140,7 +137,7 @@ def fields_read(tokenizer: Any, prompts: Iterable[Prompt]) -> tuple[set[str], di
 
 
 def _matters(tokenizer: Any, prompt: Prompt, values: Mapping[str, Any], name: str) -> bool:
-    """Whether the text of a prompt is another one without a field of its messages; so too where it has no text."""
+    """Whether a prompt's text changes without a field of its messages; True also where the template refuses it."""
     template = chat_template(tokenizer, "tools" in values)
     without = [{key: item for key, item in m.items() if key != name} for m in prompt.messages]
     try:

@@ -19,7 +19,7 @@ _SECONDS = 10  # of computing
 _GIGABYTES = 2
 _MEANS = re.compile(r"\*|\brange\b|\bmacro\b|\b(center|ljust|rjust|zfill|expandtabs|indent|format|lipsum)\b")
 
-# Errors are no concern here: the template is run again by transformers, which has more names to offer to it.
+# Errors are ignored here: the template is run again by transformers, which gives it more names.
 _CHILD = f"""
 import contextlib, sys
 with contextlib.suppress(ImportError, ValueError, OSError):
@@ -41,7 +41,7 @@ except Exception:
 
 @functools.lru_cache(maxsize=64)
 def check_template(template: str) -> None:
-    """PolicyError: of one short message the template makes no end, or a text beyond all measure."""
+    """PolicyError: on one short message the template does not end, or makes an enormous text."""
     if not _MEANS.search(template):
         return
     try:
@@ -56,7 +56,7 @@ def check_template(template: str) -> None:
     except subprocess.TimeoutExpired:
         raise PolicyError(_ENDLESS) from None
     if done.returncode == 3:
-        raise PolicyError("the model's chat template makes a text of more than 10 million characters of a short one.")
+        raise PolicyError("the model's chat template turns a short message into more than 10 million characters.")
     if done.returncode < 0:  # a signal: its time was over
         raise PolicyError(_ENDLESS)
 

@@ -95,9 +95,9 @@ def encode_chat(
     """
     template = chat_template(tokenizer, bool((values or {}).get("tools")))
     pattern = _pattern(_control_tokens(tokenizer, ends, template))
-    given = [{key: item if key == "role" else _broken(item, pattern) for key, item in m.items()} for m in messages]
-    more = _broken(dict(values or {}), pattern)
-    text = rendered(tokenizer, given, more, template=template, answer_follows=answer_follows)
+    marked = [{key: item if key == "role" else _broken(item, pattern) for key, item in m.items()} for m in messages]
+    marked_values = _broken(dict(values or {}), pattern)
+    text = rendered(tokenizer, marked, marked_values, template=template, answer_follows=answer_follows)
     if _BREAK not in text:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     separator = _separator(tokenizer)
@@ -112,7 +112,7 @@ def encode_chat(
 def _broken(value: Any, pattern: re.Pattern[str]) -> Any:
     """The value with a mark inside each control token in its texts."""
     if isinstance(value, str):
-        return pattern.sub(lambda found: found[0][0] + _BREAK + found[0][1:], value.replace(_BREAK, ""))
+        return pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], value.replace(_BREAK, ""))
     if isinstance(value, Mapping):
         return {key: _broken(item, pattern) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -124,20 +124,20 @@ def _encode(tokenizer: Any, text: str, separator: str) -> list[int]:
     """The ids of a text that is broken at its marks: each mark is encoded as a special token, and this taken out."""
     parts = text.split(_BREAK)
     ids = list(tokenizer(separator.join(parts), add_special_tokens=False)["input_ids"])
-    out, own = set(), 0
+    broken, count = set(), 0
     for part in parts[:-1]:
-        own += part.count(separator)
-        out.add(own)
-        own += 1
+        count += part.count(separator)
+        broken.add(count)
+        count += 1
     mark = tokenizer.convert_tokens_to_ids(separator)
     places = [place for place, i in enumerate(ids) if i == mark]
-    if len(places) != own + parts[-1].count(separator):
+    if len(places) != count + parts[-1].count(separator):
         raise PolicyError(
             f"the text of a message holds the control token {_control_in(text)!r}, and the tokenizer cannot encode it "
             "as text. Remove it."
         )
-    gone = {places[k] for k in out}
-    return [i for place, i in enumerate(ids) if place not in gone]
+    marks = {places[k] for k in broken}
+    return [i for place, i in enumerate(ids) if place not in marks]
 
 
 def _control_in(text: str) -> str:
@@ -197,7 +197,7 @@ def _frame(tokenizer: Any, template: str) -> str:
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int], after: Sequence[int], hidden: frozenset[int]) -> str:
-    """The text of a completion's ids, as it stands after the ids of its prompt: some tokenizers drop the first space
+    """The text of a completion's ids, decoded after the ids of its prompt: some tokenizers drop the first space
     of whatever they decode. Hidden ids are left out."""
     shown = [i for i in ids if i not in hidden]
     context = list(after[-_CONTEXT:])

@@ -1,8 +1,8 @@
-"""A trial of every model at its first use: what it will be used for is done once, small, and held against transformers.
+"""A trial of every model at its first use: its later uses are done once, small, and compared with transformers.
 
-A few completions are written through the very cache that sampling uses (prompts of several lengths, rows that end early
-and make room for others) and measured along the very path that the learner takes. Both must say of each token what the
-model's plain forward pass says: one row at a time, no cache, no padding.
+A few completions are written through the cache that sampling uses (prompts of several lengths, rows that end early and
+make room for others), and their log-probabilities are computed as the learner computes them. Both must agree for each
+token with the model's plain forward pass: one row at a time, no cache, no padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lossmith.rollouts import Distribution, LogProbs, Rollout
 
 __all__ = ["FOREIGN", "sharing_is_exact"]
 
-# What the code of a model that is not used as its author meant it to be may raise.
+# What a model's code may raise when it is used in a way that its author did not intend.
 FOREIGN = (
     PolicyError,
     TypeError,
@@ -45,18 +45,18 @@ _RELATIVE, _ROUNDING = 1e-3, 5e-5  # allowed differences: of the spread of a row
 
 
 def sharing_is_exact(policy: Policy) -> bool:
-    """Whether completions may share their prompt, found out once. False: transformers' own cache and padded rows.
+    """Whether completions may share their prompt, tested once. False: transformers' own cache and padded rows.
 
     PolicyError: neither gives what the model's plain forward pass does.
     """
     if policy.shares is None:
         # rounding by autocast would hide what the trial looks for; compiling for it would take longer than it
         with torch.autocast(policy.device.type, enabled=False), uncompiled(), torch.no_grad():
-            policy.shares = _way(policy)
+            policy.shares = _try_sharing(policy)
     return policy.shares
 
 
-def _way(policy: Policy) -> bool:
+def _try_sharing(policy: Policy) -> bool:
     if _attends_fully(policy) and not _fault(policy, shared=True):
         return True
     fault = _fault(policy, shared=False)
@@ -66,12 +66,12 @@ def _way(policy: Policy) -> bool:
             f"{name} cannot be sampled and trained exactly here: {_head_fault(policy) or fault}. Models that attend in "
             "every layer, to everything before a token, are supported."
         )
-    _say_no_sharing(name)
+    _warn_once(name)
     return False
 
 
 @cache
-def _say_no_sharing(name: str) -> None:
+def _warn_once(name: str) -> None:
     logging.getLogger("lossmith").warning(
         "%s does not attend to a shared prompt as to one of its own: prompts are encoded once per completion, not once "
         "per group.",
@@ -93,15 +93,15 @@ def _attends_fully(policy: Policy) -> bool:
 def _fault(policy: Policy, shared: bool) -> str:
     """What differs from the plain forward pass, or "" """
     try:
-        rollouts = _written(policy, shared)
+        rollouts = _sample_small(policy, shared)
     except FOREIGN as error:
         return f"completions cannot be continued from cached keys and values ({_short(error)})"
     try:
-        plain, room = _plain(policy, rollouts)
+        plain, spread = _plain(policy, rollouts)
     except FOREIGN as error:
         return f"its plain forward pass fails ({_short(error)})"
     sampled = torch.cat([r.behavior_logp.values for r in rollouts])
-    if not _within(sampled, plain, room):
+    if not _within(sampled, plain, spread):
         off = float((sampled - plain).abs().max())
         return f"what is sampled from cached keys and values is off by up to {off:.3g} nats a token"
     try:
@@ -109,7 +109,7 @@ def _fault(policy: Policy, shared: bool) -> str:
     except FOREIGN as error:
         return f"several completions cannot be measured together ({_short(error)})"
     measured = _chosen(policy.logits(hidden), [i for r in rollouts for i in r.completion_ids])
-    if not _within(measured, plain, room):
+    if not _within(measured, plain, spread):
         off = float((measured - plain).abs().max())
         return f"log-probabilities of several completions together are off by up to {off:.3g} nats a token"
     return ""
@@ -140,7 +140,7 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-def _written(policy: Policy, shared: bool) -> list[Rollout]:
+def _sample_small(policy: Policy, shared: bool) -> list[Rollout]:
     """Completions of made-up prompts, through the cache that sampling uses."""
     uniforms = np.random.default_rng(0).random((len(_ENDS_AT), _SETTINGS.max_tokens))
     groups: deque[list[OpenCompletion]] = deque()
@@ -155,12 +155,14 @@ def _written(policy: Policy, shared: bool) -> list[Rollout]:
     store = make_cache(policy, groups, _SETTINGS, _SIDE_BY_SIDE, shared)
     rows = [row for ended in write(policy, store, groups, _SETTINGS, finish) for row in ended]
     rows.sort(key=lambda row: row.sample)
-    return [_rollout(row, Distribution(policy.version)) for row in rows]
-
-
-def _rollout(row: OpenCompletion, measure: Distribution) -> Rollout:
-    logp = LogProbs(torch.tensor(row.logp), measure)
-    return Rollout(row.prompt, row.sample, row.prompt_ids, tuple(row.ids), "", logp, "length")
+    distribution = Distribution(policy.version)
+    return [
+        Rollout(
+            row.prompt, row.sample, row.prompt_ids, tuple(row.ids), "",
+            LogProbs(torch.tensor(row.logp), distribution), "length",
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def _plain(policy: Policy, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
@@ -171,12 +173,12 @@ def _plain(policy: Policy, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
     rows = [r.prompt_ids + r.completion_ids[:-1] for r in rollouts]
     logits: dict[int, Tensor] = {}
     for length in {len(row) for row in rows}:
-        alike = [i for i, row in enumerate(rows) if len(row) == length]
-        ids = torch.tensor([rows[i] for i in alike], device=policy.device)
-        logits |= dict(zip(alike, policy.model(input_ids=ids, use_cache=False).logits.float(), strict=True))
+        same_length = [i for i, row in enumerate(rows) if len(row) == length]
+        ids = torch.tensor([rows[i] for i in same_length], device=policy.device)
+        logits |= dict(zip(same_length, policy.model(input_ids=ids, use_cache=False).logits.float(), strict=True))
     after = [logits[i][-len(r.completion_ids) :] for i, r in enumerate(rollouts)]
-    found = torch.cat([_chosen(x, list(r.completion_ids)) for x, r in zip(after, rollouts, strict=True)])
-    return found, torch.cat([x.std(-1) for x in after]).cpu()
+    logp = torch.cat([_chosen(x, list(r.completion_ids)) for x, r in zip(after, rollouts, strict=True)])
+    return logp, torch.cat([x.std(-1) for x in after]).cpu()
 
 
 def _chosen(logits: Tensor, ids: list[int]) -> Tensor:

@@ -82,10 +82,10 @@ def write(
 
 def _next_groups(cache: Cache, pending: deque[list[OpenCompletion]]) -> list[list[OpenCompletion]]:
     """As many groups as there is room for, taken from those that wait."""
-    taken: list[list[OpenCompletion]] = []
-    while pending and cache.room(*_described([*taken, pending[0]])):
-        taken.append(pending.popleft())
-    return taken
+    next_groups: list[list[OpenCompletion]] = []
+    while pending and cache.room(*_described([*next_groups, pending[0]])):
+        next_groups.append(pending.popleft())
+    return next_groups
 
 
 def _described(groups: list[list[OpenCompletion]]) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -133,7 +133,7 @@ def _drawn(logits: Tensor, u: Tensor, settings: SamplingSettings) -> tuple[Tenso
 def inverse_of_cumulative(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """[M, V] weights and [M] numbers in [0, 1) -> ([M] first ids whose cumulative share exceeds u, [M] sums).
 
-    An id of weight 0 is never taken. Sums of stretches come first, and only one stretch is then gone through: the
+    An id of weight 0 is never taken. Sums of stretches come first, and only one stretch is then searched: the
     cumulative sum of a whole vocabulary takes longer than the matrix products of a step.
     """
     stretch = 256

@@ -1,4 +1,4 @@
-"""x ~ D: the input-only data set. Prompts and whatever the scorer may want to know of them, and no gold answers."""
+"""x ~ D: the input-only data set. Prompts, columns for the scorer, and no gold answers."""
 
 from lossmith.prompts.content import chat_in_text
 from lossmith.prompts.load import default_prompts_path, load_prompts

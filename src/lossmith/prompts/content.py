@@ -44,10 +44,10 @@ def read_content(value: Any, where: str, column: str) -> Content:
                 "nothing in it. Remove the row."
             )
         try:
-            held = chat_in_text(value)
+            messages = chat_in_text(value)
         except PromptError as error:
             raise PromptError(f"{where}: the column {column!r} {error}") from None
-        return value if held is None else _chat(held, where, column)
+        return value if messages is None else _chat(messages, where, column)
     if not isinstance(value, (list, tuple)):
         raise PromptError(
             f"{where}: the column {column!r} holds {type(value).__name__}, but a prompt is text or a "
@@ -67,23 +67,23 @@ def chat_in_text(text: str) -> list[Any] | None:
     if not start.startswith(("[", "{")):
         return None
     try:
-        held = json.loads(text)
+        messages = json.loads(text)
     except (ValueError, RecursionError):
         if not BEGINS_CHAT.match(start):
             return None
-        held = as_python_spells(text)
-        if held is None:
+        messages = as_python_spells(text)
+        if messages is None:
             raise PromptError(
                 "begins as chat messages do, but is not JSON that can be read. Write the messages with json.dumps."
             ) from None
-    if isinstance(held, Mapping) and _is_message(held):
+    if isinstance(messages, Mapping) and _is_message(messages):
         raise PromptError("holds one chat message as JSON; write a list of messages, [...].")
-    if not isinstance(held, list) or not any(map(_is_message, held)):
+    if not isinstance(messages, list) or not any(map(_is_message, messages)):
         return None
-    for number, item in enumerate(held, 1):
+    for number, item in enumerate(messages, 1):
         if not _is_message(item):
             raise PromptError(f"holds chat messages as JSON, but the item {number} is none: {str(item)[:60]}.")
-    return held
+    return messages
 
 
 def as_python_spells(text: str) -> Any:
@@ -121,19 +121,19 @@ def _message(message: Any, number: int, where: str, column: str) -> dict[str, An
     if not isinstance(message, Mapping):
         raise _no_message(message, place, where)
     try:
-        held = {str(key): item for key, value in message.items() if (item := plain(value)) is not None}
+        fields = {str(key): item for key, value in message.items() if (item := plain(value)) is not None}
     except PromptError as error:
         raise PromptError(f"{where}: {place} holds {error}.") from None
-    if "role" not in held and "from" in held and "value" in held:  # as ShareGPT writes them
-        held = {"role": _SHAREGPT.get(str(held.pop("from"))), "content": held.pop("value"), **held}
-    if isinstance(held.get("content"), list):
-        held["content"] = _text_of_parts(held["content"], place, where)
-    has_text = isinstance(held.get("content"), str) or ("content" not in held and held.keys() - {"role", "name"})
-    if held.get("role") not in ROLES or not has_text:
+    if "role" not in fields and "from" in fields and "value" in fields:  # as ShareGPT writes them
+        fields = {"role": _SHAREGPT.get(str(fields.pop("from"))), "content": fields.pop("value"), **fields}
+    if isinstance(fields.get("content"), list):
+        fields["content"] = _text_of_parts(fields["content"], place, where)
+    has_text = isinstance(fields.get("content"), str) or ("content" not in fields and fields.keys() - {"role", "name"})
+    if fields.get("role") not in ROLES or not has_text:
         raise _no_message(message, place, where)
-    _encodable(held.get("content", ""), where, column)
-    _encodable(json.dumps(held, ensure_ascii=False), where, column)
-    return held
+    _encodable(fields.get("content", ""), where, column)
+    _encodable(json.dumps(fields, ensure_ascii=False), where, column)
+    return fields
 
 
 def _no_message(message: Any, place: str, where: str) -> PromptError:

@@ -61,7 +61,7 @@ def load_prompts(
     prompts: dict[str, Prompt] = {}
     duplicates: list[str] = []
     seen: set[str] = set()
-    joined: Counter[str] = Counter()
+    note_counts: Counter[str] = Counter()
     for where, row in rows:
         if isinstance(row, PromptError):
             raise row
@@ -73,13 +73,13 @@ def load_prompts(
             duplicates.append(where)
         else:
             prompts[prompt.id] = prompt
-            joined.update(used)
+            note_counts.update(used)
     if not prompts:
         raise PromptError(f"{name} holds no prompt.")
     for wanted in pass_columns:
         if wanted not in seen:
             raise PromptError(f"{name}: pass_columns names {wanted!r}, which no row has.{nearest(wanted, seen)}")
-    notes = [f"{what} in {count} of them" for what, count in joined.items()]
+    notes = [f"{what} in {count} of them" for what, count in note_counts.items()]
     return PromptSet.of(list(prompts.values()), name, duplicates, notes)
 
 
@@ -90,11 +90,11 @@ def _prompt(row: Mapping[str, Any], where: str, column: str, passed: Sequence[st
     columns = {key: value for key, value in row.items() if key != column}
     if "set_id" in columns and "outputs" in columns:
         raise PromptError(
-            f"{where}: an output set, with what a model wrote for the prompt. Candidates are there to be judged, and "
-            "no part of the input-only data set; train on the prompts file that they were sampled from."
+            f"{where}: an output set, with what a model wrote for the prompt. Its outputs are there to be judged, and "
+            "are no part of the input-only data set; train on the prompts file that they were sampled from."
         )
     if not _is_empty(columns.get("prompt")):
-        raise PromptError(f"{where}: the column 'prompt' stands beside {column!r}, which is the prompt; rename it.")
+        raise PromptError(f"{where}: there is a column 'prompt' beside {column!r}, which is the prompt; rename it.")
     for key, value in columns.items():
         if key in SCORER_ARGUMENTS:
             raise PromptError(f"{where}: the column {key!r} has the name of a scorer's argument; rename it.")
@@ -124,16 +124,16 @@ def _no_column(row: Mapping[str, Any], where: str, column: str) -> str:
 
 
 def _with_input(content: Content, columns: Mapping[str, Any], where: str, column: str) -> tuple[Content, list[str]]:
-    """Alpaca's rows: the `input` of an instruction stands below it, its `history` before, as in LLaMA-Factory."""
+    """Alpaca's rows: the `input` of an instruction is put below it, its `history` before, as in LLaMA-Factory."""
     if column not in ASKING:
         return content, []
     used = []
-    given: Any = columns.get("input")
+    extra: Any = columns.get("input")
     history: Any = columns.get("history")
-    if not _is_empty(given):
-        if not isinstance(given, str) or not isinstance(content, str):
+    if not _is_empty(extra):
+        if not isinstance(extra, str) or not isinstance(content, str):
             raise PromptError(f"{where}: the column 'input' belongs to {column!r}, and both must be text to be joined.")
-        content = f"{content}\n{given}"
+        content = f"{content}\n{extra}"
         used.append(f"input joined to {column}")
     if not _is_empty(history):
         turns = history.tolist() if hasattr(history, "tolist") else history

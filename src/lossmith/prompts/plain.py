@@ -26,7 +26,7 @@ def plain(value: Any) -> Any:
     """The value in JSON's types.
 
     Dates and times become ISO 8601 text, durations seconds, decimals and UUIDs text, bytes base64, arrays lists; NaN,
-    NaT and NA are None, for they stand for a cell without a value. PromptError: a thing that has no text of its own.
+    NaT and NA are None, because they mean a cell without a value. PromptError: a thing that has no text of its own.
     """
     if isinstance(value, enum.Enum):
         return plain(value.value)
@@ -58,8 +58,8 @@ def _other(value: Any) -> Any:
     if isinstance(value, _AS_TEXT):
         return str(value)
     if hasattr(value, "tolist"):  # arrays, tensors, and the single numbers of numpy
-        made = value.tolist()
-        return str(value) if type(made) is kind else plain(made)
+        converted = value.tolist()
+        return str(value) if type(converted) is kind else plain(converted)
     if hasattr(value, "tobytes"):  # a picture
         return f"<{kind.__module__}.{kind.__qualname__} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}>"
     text = str(value)

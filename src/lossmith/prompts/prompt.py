@@ -24,7 +24,7 @@ Content = str | tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One input. `content` is text or chat messages; `columns` travel to the scorer; `source` says where it stood.
+    """One input. `content` is text or chat messages; `columns` travel to the scorer; `source` says where it was read.
 
     Two prompts are the same where content and columns are. Those of one `content_id` are one text for the policy, and
     stay on one side of a split.
@@ -73,8 +73,8 @@ class Prompt:
 def message_text(message: Mapping[str, Any]) -> str:
     """What a person reads of a message: its text, and the calls of tools as JSON."""
     calls = message.get("tool_calls")
-    said = [str(message.get("content") or ""), json.dumps(plain(calls), ensure_ascii=False) if calls else ""]
-    return "\n".join(text for text in said if text)
+    parts = [str(message.get("content") or ""), json.dumps(plain(calls), ensure_ascii=False) if calls else ""]
+    return "\n".join(text for text in parts if text)
 
 
 def prompt_content(prompt: Prompt) -> str | list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class PromptSet:
 
     prompts: tuple[Prompt, ...]
     name: str
-    duplicates: tuple[str, ...] = ()  # where the exact repetitions stood that were left out
+    duplicates: tuple[str, ...] = ()  # where the exact repetitions were that were left out
     notes: tuple[str, ...] = ()  # what was made of the rows: columns that were joined to the prompt
 
     @classmethod
@@ -140,12 +140,12 @@ class PromptSet:
         return PromptSet(train, self.name), PromptSet(tuple(chosen), self.name)
 
     def _count(self, contents: Mapping[str, Any]) -> str:
-        said = f"{len(self)} prompt{'s' * (len(self) != 1)}"
+        text = f"{len(self)} prompt{'s' * (len(self) != 1)}"
         if len(contents) < len(self):
-            said += f" of {len(contents)} text{'s' * (len(contents) != 1)}, those of one text staying together,"
+            text += f" of {len(contents)} text{'s' * (len(contents) != 1)}, those of one text staying together,"
         if self.duplicates:
-            said += f" ({len(self) + len(self.duplicates)} rows, of which {len(self.duplicates)} are exact duplicates)"
-        return said
+            text += f" ({len(self) + len(self.duplicates)} rows, {len(self.duplicates)} of them exact duplicates)"
+        return text
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Prompt, ...]:
         """The prompts of a step: shuffled epochs without repetition, a function of (step, size, seed) alone.

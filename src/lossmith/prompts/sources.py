@@ -23,8 +23,8 @@ Rows = Iterable[tuple[str, Mapping[str, Any] | PromptError]]
 def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Rows:
     """(where, row) of each row of a file or of memory, targets and all: for files that are no input-only data set.
 
-    In place of a row that cannot be read by itself stands its PromptError, so that it can be left out and counted.
-    PromptError is raised, and names the file and the line, where nothing behind it can be read either.
+    A row that cannot be read is replaced by its PromptError, so that it can be left out and counted. PromptError is
+    raised, and names the file and the line, where nothing after it can be read either.
     """
     yield from rows_of(source, "train", "prompt")[1]
 
@@ -159,7 +159,7 @@ def _csv_lines(text: str, dialect: str) -> Iterator[tuple[int, list[str]]]:
     usual = csv.field_size_limit()
     try:
         while True:
-            csv.field_size_limit(max(usual, len(text)))  # documents stand in cells; the limit is the whole process's
+            csv.field_size_limit(max(usual, len(text)))  # cells may hold documents; the limit is the whole process's
             fields = next(reader, None)
             csv.field_size_limit(usual)
             if fields is None:

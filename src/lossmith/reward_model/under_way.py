@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from lossmith.durable.checkpoint import Pace, clean, flush, newest, remove, save
-from lossmith.durable.folder import hold, let_go
+from lossmith.durable.folder import lock, unlock
 from lossmith.durable.inputs import Inputs
 from lossmith.durable.stopping import Stopping
 from lossmith.errors import LossmithError, RunError
-from lossmith.files import said_plainly, sync, write_whole
+from lossmith.files import explain_write_errors, sync, write_atomically
 from lossmith.reward_model.fit import Fit
 
 __all__ = ["UnderWay"]
@@ -37,13 +37,13 @@ class UnderWay:
         self.notes: list[str] = []
         self._fit: Fit | None = None
         self._member, self._saved, self._saving = 0, 0, False
-        with said_plainly(self.path):
+        with explain_write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        hold(self.path)
+        lock(self.path)
         try:
             self._open(now)
         except BaseException:
-            let_go(self.path)
+            unlock(self.path)
             raise
 
     def _open(self, now: Inputs) -> None:
@@ -122,12 +122,12 @@ class UnderWay:
     def finish_member(self, member: int, folder: Path, scores: list[Tensor], write: Callable[[Path], None]) -> None:
         """`write` the model into `folder`, whole or not at all; `scores` are those of the held-out texts."""
         partial = folder.with_name(folder.name + ".partial")
-        with said_plainly(folder):
+        with explain_write_errors(folder):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write(partial)
             flush(partial)
-            write_whole(self.path / f"scores-{member}.json", json.dumps([s.tolist() for s in scores]))
+            write_atomically(self.path / f"scores-{member}.json", json.dumps([s.tolist() for s in scores]))
             os.rename(partial, folder)
             sync(folder.parent)
             self._fit = None
@@ -144,7 +144,7 @@ class UnderWay:
 
     def finish(self) -> None:
         """FOLDER, whole; and no FOLDER.partial any more."""
-        with said_plainly(self.target):
+        with explain_write_errors(self.target):
             for file in self.model.iterdir():
                 sync(file)
             os.replace(self.model, self.target)
@@ -153,7 +153,7 @@ class UnderWay:
 
     def discard(self) -> None:
         """There is nothing in it to go on with."""
-        let_go(self.path)
+        unlock(self.path)
         remove(self.path)
 
     def stopped(self, error: BaseException) -> None:
@@ -167,7 +167,7 @@ class UnderWay:
         if not self.kept:
             self.discard()
             return
-        let_go(self.path)
+        unlock(self.path)
         where = f"saved after step {self._saved} of {self._fit.total}" if self._fit is not None else "saved"
         of = f" of member {self._member + 1}" if self._member and self._fit is not None else ""
         error.add_note(f"{failed}The training is {where}{of}, in {self.path}. The same command again goes on with it.")

@@ -1,6 +1,6 @@
-"""An address that may hold a key: asked with it, shown and written down without it.
+"""An address that may hold a key: requests use it, messages and files show the address without it.
 
-A key belongs into the environment: LOSSMITH_SCORER_KEY goes along as `Authorization: Bearer`. An address may also name
+A key belongs in the environment: LOSSMITH_SCORER_KEY is sent as `Authorization: Bearer`. An address may also name
 it, `https://host/score?key=${LOSSMITH_SCORER_KEY}`, or hold it, `https://user:key@host/score`; a key that it holds is
 written into no file: `redacted` puts the name of a variable there, so that a resumed run reads it from the environment.
 """
@@ -48,7 +48,7 @@ def is_address(spec: Any) -> bool:
 
 @dataclass(frozen=True)
 class Address:
-    """url: what is asked, without user and password. name: host and path, which may be shown. headers: the key's."""
+    """url: for requests, without user and password. name: host and path, which may be shown. headers: the key's."""
 
     url: str = field(repr=False)
     name: str
@@ -65,11 +65,11 @@ class Address:
     def of(
         cls, text: str, key: str = KEY, error: type[LossmithError] = ScorerError, what: str = FORM, more: str = ""
     ) -> Address:
-        """What is asked at `text`, with `more` after its path, and what key goes along by default.
+        """The address that `text` writes, with `more` after its path; `key` names the variable of the default key.
 
         `error`: this is not `what` it should be; a key is missing, or no header can hold it. No key is shown in it.
         """
-        filled = _filled(text, error)
+        filled = _fill_in(text, error)
         try:
             parts = urlsplit(filled)
             host = (parts.hostname or "").encode("idna").decode()
@@ -81,7 +81,7 @@ class Address:
         place = (f"[{host}]" if ":" in host else host) + port
         path = parts.path.rstrip("/") + more if more else parts.path
         path, query = (quote(part, safe="/%:=&?+,;@!$'()*~[]") for part in (path, parts.query))
-        name = place + _PIECE.sub(lambda m: _hide_value(m, HIDDEN), parts.path)
+        name = place + _PIECE.sub(lambda m: HIDDEN if _SECRET_VALUE.fullmatch(m[0]) else m[0], parts.path)
         headers = {}
         secrets: list[str] = []
         redacted(filled, secrets)
@@ -100,14 +100,14 @@ class Address:
 def shown(text: str) -> str:
     """Any text, with what may be secret in the addresses inside it hidden."""
     text = _ANY_USER.sub(HIDDEN, text)
-    return _replaced(text, lambda secret: HIDDEN) if "://" in text else text
+    return _replace_keys(text, lambda secret: HIDDEN) if "://" in text else text
 
 
 def redacted(spec: Any, secrets: list[str]) -> Any:
     """A scorer's spec with the name of an environment variable for every key in its addresses.
 
-    secrets: the keys found so far, in the order of their variables, LOSSMITH_SCORER_KEY, ..._KEY_2 and so on; what is
-    found is added.
+    secrets: the keys so far, in the order of their variables, LOSSMITH_SCORER_KEY, ..._KEY_2 and so on; further keys
+    are added.
     """
     if isinstance(spec, Mapping):
         return {key: redacted(value, secrets) for key, value in spec.items()}
@@ -122,49 +122,45 @@ def redacted(spec: Any, secrets: list[str]) -> Any:
         number = secrets.index(secret) + 1
         return f"${{{KEY}}}" if number == 1 else f"${{{KEY}_{number}}}"
 
-    return _replaced(_USER.sub(lambda m: _unless_reference(m[0], variable), spec), variable)
+    return _replace_keys(_USER.sub(lambda m: _unless_reference(m[0], variable), spec), variable)
 
 
-def _replaced(address: str, put: Callable[[str], str]) -> str:
+def _replace_keys(address: str, replace: Callable[[str], str]) -> str:
     """What looks like a key in path and query, replaced."""
     head, mark, tail = address.partition("?")
-    head = re.sub(r"(?<=[^:/]/)[^/?#\s]+", lambda m: _unless_ordinary(m[0], put), head)
+    head = re.sub(r"(?<=[^:/]/)[^/?#\s]+", lambda m: _unless_ordinary(m[0], replace), head)
 
-    def parameter(found: re.Match[str]) -> str:
-        name, value = found[1], found[2]
+    def parameter(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
         if any(_SECRET_WORDS.fullmatch(word) for word in _WORDS.findall(name)):
-            value = _unless_reference(value, put)
-        return f"{name}={_unless_ordinary(value, put)}"
+            value = _unless_reference(value, replace)
+        return f"{name}={_unless_ordinary(value, replace)}"
 
     tail = _PARAMETER.sub(parameter, "?" + tail)[1:]
     if mark and "=" not in tail:
-        tail = _unless_ordinary(tail, put)
+        tail = _unless_ordinary(tail, replace)
     return head + mark + tail
 
 
-def _unless_ordinary(text: str, put: Callable[[str], str]) -> str:
-    return _unless_reference(text, put) if _SECRET_VALUE.fullmatch(text) else text
+def _unless_ordinary(text: str, replace: Callable[[str], str]) -> str:
+    return _unless_reference(text, replace) if _SECRET_VALUE.fullmatch(text) else text
 
 
-def _unless_reference(text: str, put: Callable[[str], str]) -> str:
-    return text if not text or text == HIDDEN or _REFERENCE.search(text) else put(text)
+def _unless_reference(text: str, replace: Callable[[str], str]) -> str:
+    return text if not text or text == HIDDEN or _REFERENCE.search(text) else replace(text)
 
 
-def _hide_value(found: re.Match[str], by: str) -> str:
-    return by if _SECRET_VALUE.fullmatch(found[0]) else found[0]
-
-
-def _filled(text: str, error: type[LossmithError]) -> str:
+def _fill_in(text: str, error: type[LossmithError]) -> str:
     """The address with the values of the variables that it names."""
 
-    def value(found: re.Match[str]) -> str:
-        name = found[1]
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
         if not re.fullmatch(r"LOSSMITH_\w*KEY\w*", name):  # a stranger's recipe may not read what it likes
             raise error(f"an address may name {KEY} and variables like {KEY}_2, not {name!r}.")
-        held = _from_environment(name, error)
-        if not held:
+        key = _from_environment(name, error)
+        if not key:
             raise error(f"the address {shown(printable(text))} needs its key: put it into the variable {name}.")
-        return quote(held, safe="%:" if "@" in text[found.end() :].partition("/")[0] else "%")
+        return quote(key, safe="%:" if "@" in text[match.end() :].partition("/")[0] else "%")
 
     return _REFERENCE.sub(value, text)
 

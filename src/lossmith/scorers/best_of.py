@@ -40,11 +40,11 @@ def choose_best(scored: Sequence[Rollout]) -> BestOf:
     for r in scored:
         prompts.setdefault(r.prompt.id, []).append(r)
     best: list[Rollout] = []
-    without = tied = 0
+    no_score = tied = 0
     for group in prompts.values():
         values = [(r.score.value, r) for r in group if r.score is not None and r.score.value is not None]
         if not values:
-            without += 1
+            no_score += 1
             continue
         top = max(value for value, _ in values)
         winners = [r for value, r in values if value == top]
@@ -52,4 +52,4 @@ def choose_best(scored: Sequence[Rollout]) -> BestOf:
         best.append(winners[0])
     abstained = sum(r.score is not None and r.score.abstained for r in scored)
     failed = sum(r.score is None or r.score.error is not None for r in scored)
-    return BestOf(best, abstained, failed, without, tied)
+    return BestOf(best, abstained, failed, no_score, tied)

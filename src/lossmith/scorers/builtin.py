@@ -1,6 +1,6 @@
 """Scorers that come with the library: automatic, no gold answers, no model, plain Python, English.
 
-They are demonstrations: enough for a first run to have something sensible to improve and to over-optimise. None of
+They are demonstrations: enough for a first run to have something sensible to improve and to over-optimize. None of
 them knows whether an answer is true. For anything that matters bring a scorer of your own.
 """
 
@@ -51,7 +51,7 @@ def helpfulness(rollout: Rollout) -> Score:
     are what there is to improve. `Score.parts` holds all six, each in [0, 1]:
 
     - substance: different words / 8, at most 1.
-    - own_words: 1 while at most half of the answer's word triples stand in the prompt, then down to 0 for a copy.
+    - own_words: 1 while at most half of the answer's word triples are in the prompt, then down to 0 for a copy.
     - varied: the share of the answer's word triples that are not repeats, squared; twice the same sentence is 0.25.
     - complete: 0.6 × the share of words that lie in ended sentences; + 0.4 for an answer that ended by itself and
       with the end of a sentence, + 0.1 for one that just stopped. A cut-off answer earns at most 0.6, and more the
@@ -69,11 +69,13 @@ def helpfulness(rollout: Rollout) -> Score:
     words = _words(text)
     if not words:
         return Score(value=0.0, parts=dict.fromkeys(HELPFULNESS_PARTS, 0.0))
-    asked = _words(_question(rollout))
+    prompt_words = _words(_question(rollout))
     substance = min(1.0, len(set(words)) / 8)
-    own_words = _own_words(words, asked)
+    in_prompt = set(_triples(prompt_words))
+    copied = sum(triple in in_prompt for triple in _triples(words)) / len(_triples(words))
+    own_words = min(1.0, 2 * (1 - copied))
     varied = _distinct_share(_triples(words)) ** 2
-    on_topic = _on_topic(words, asked)
+    on_topic = _on_topic(words, prompt_words)
     complete = _complete(text, len(words), rollout.finish_reason != "length")
     readable = _readable(text, words)
     value = substance * own_words * varied * (0.25 + 0.75 * on_topic) * (0.7 * complete + 0.3 * readable)
@@ -106,8 +108,8 @@ def _words(text: str) -> list[str]:
 
 def _question(rollout: Rollout) -> str:
     """What the user said last."""
-    asked = [str(m.get("content", "")) for m in rollout.prompt.messages if m.get("role") == "user"]
-    return asked[-1] if asked else rollout.prompt.text
+    user_messages = [str(m.get("content", "")) for m in rollout.prompt.messages if m.get("role") == "user"]
+    return user_messages[-1] if user_messages else rollout.prompt.text
 
 
 def _triples(words: Sequence[str]) -> list[tuple[str, ...]]:
@@ -119,12 +121,6 @@ def _distinct_share(items: Sequence[object]) -> float:
     return len(set(items)) / len(items)
 
 
-def _own_words(words: Sequence[str], prompt: Sequence[str]) -> float:
-    known = set(_triples(prompt))
-    copied = sum(triple in known for triple in _triples(words)) / len(_triples(words))
-    return min(1.0, 2 * (1 - copied))
-
-
 def _complete(text: str, words: int, ended: bool) -> float:
     prose = _LIST_MARK.sub("", text)  # the dot of "1." ends no sentence
     ends = [match.end() for match in _SENTENCE_END.finditer(prose)]
@@ -134,11 +130,11 @@ def _complete(text: str, words: int, ended: bool) -> float:
 
 
 def _on_topic(words: Sequence[str], prompt: Sequence[str]) -> float:
-    asked = {_stem(word) for word in prompt if word not in _STOP_WORDS and len(word) > 2}
-    if not asked:
+    content_words = {_stem(word) for word in prompt if word not in _STOP_WORDS and len(word) > 2}
+    if not content_words:
         return 1.0  # nothing to be on or off
-    enough = min(4, math.ceil(len(asked) / 2))
-    return min(1.0, len(asked & {_stem(word) for word in words}) / enough)
+    enough = min(4, math.ceil(len(content_words) / 2))
+    return min(1.0, len(content_words & {_stem(word) for word in words}) / enough)
 
 
 def _stem(word: str) -> str:
@@ -173,7 +169,7 @@ def brevity(rollout: Rollout) -> Score:
 
 
 def length(rollout: Rollout) -> Score:
-    """words / 100, without end: a proxy that anything can over-optimise, to watch it happen."""
+    """words / 100, without end: a proxy that anything can over-optimize, to watch it happen."""
     return Score(value=len(rollout.completion.split()) / 100)
 
 
@@ -184,6 +180,6 @@ BUILTINS = {
             "helpfulness", "a finished, readable English answer that uses the prompt's words; in [0, 1]", helpfulness
         ),
         Builtin("brevity", "fewer words are better, none is worst; in [0, 1]", brevity),
-        Builtin("length", "more words are better: a proxy to watch being over-optimised; words / 100", length),
+        Builtin("length", "more words are better: a proxy to watch being over-optimized; words / 100", length),
     )
 }

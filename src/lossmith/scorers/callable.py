@@ -156,7 +156,7 @@ def as_batch(
 
 
 def _state(rollouts: Sequence[Rollout], run: ScorerSettings) -> dict[str, Any]:
-    """The fields of trainer_state: a policy's version counts its optimiser steps."""
+    """The fields of trainer_state: a policy's version counts its optimizer steps."""
     taken = rollouts[0].behavior_logp.distribution.policy_version if rollouts else 0
     return {
         "global_step": taken,
@@ -189,11 +189,11 @@ def _check_signature(signature: Signature, columns: Collection[str] | None) -> N
         return
     missing = [p for p in signature["required"] if p not in OURS and p not in columns]
     if missing:
-        asked = ", ".join(repr(p) for p in missing)
+        names = ", ".join(repr(p) for p in missing)
         raise ScorerError(
-            f"scorer {name!r} needs {asked}, which the prompts do not have as a column."
+            f"scorer {name!r} needs {names}, which the prompts do not have as a column."
             f"{nearest(missing[0], columns)} A function is also given {', '.join(OURS[:3] + OURS[4:])}."
             if columns
-            else f"scorer {name!r} needs {asked}, and the prompts have no columns. Add the column to the prompts, or "
+            else f"scorer {name!r} needs {names}, and the prompts have no columns. Add the column to the prompts, or "
             f"give the parameter a default. A function is also given {', '.join(OURS[:3] + OURS[4:])}."
         )

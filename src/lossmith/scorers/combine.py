@@ -36,7 +36,10 @@ class _Members:
 
     def __init__(self, scorers: Sequence[Scorer]) -> None:
         self.scorers = list(scorers)
-        self.members = _distinct([scorer.name for scorer in scorers])
+        names = [scorer.name for scorer in scorers]
+        self.members = [  # with "#2", "#3" after repeats
+            name if name not in names[:i] else f"{name}#{names[: i + 1].count(name)}" for i, name in enumerate(names)
+        ]
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return self.score_within(rollouts, None)
@@ -65,9 +68,9 @@ class _Members:
 
     def _parts(self, scores: Sequence[Score]) -> tuple[Score, bool]:
         """(a Score with the members' scores as its parts and the error of the first that has one, any abstained)."""
-        named = list(zip(self.members, scores, strict=True))
-        parts = {name: s.value for name, s in named if s.value is not None}
-        errors = [f"{s.error} [{name}]" for name, s in named if s.error is not None]
+        by_member = list(zip(self.members, scores, strict=True))
+        parts = {name: s.value for name, s in by_member if s.value is not None}
+        errors = [f"{s.error} [{name}]" for name, s in by_member if s.error is not None]
         logged = {key: value for s in scores for key, value in s.logged.items()}
         error = errors[0] if errors else None
         return Score(error=error, parts=parts, logged=logged), any(s.abstained for s in scores)
@@ -78,7 +81,7 @@ class WeightedScorers(_Members):
 
     The book's eq. 4.72 divides by the number of scorers K as well, which only rescales the reward.
 
-    `standardise=True` first centres each member and divides it by its standard deviation (n - 1) over the valid
+    `standardize=True` first centers each member and divides it by its standard deviation (n - 1) over the valid
     scores of the batch, so that no member counts for more because its numbers are larger; a constant member counts
     0. The sum then compares completions of one batch, and does not compare batches.
 
@@ -87,37 +90,37 @@ class WeightedScorers(_Members):
     it. One time limit covers all members.
     """
 
-    def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float] | None = None, standardise: bool = False):
+    def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float] | None = None, standardize: bool = False):
         if not scorers:
             raise ScorerError("a combined score needs at least one scorer.")
         check_weights(weights, len(scorers))
         super().__init__(scorers)
         self.weights = [float(weight) for weight in weights or [1.0] * len(scorers)]
-        self.standardise = standardise
+        self.standardize = standardize
         self.name = " + ".join(f"{w:g} {name}" for w, name in zip(self.weights, self.members, strict=True))
 
     def score_within(self, rollouts: Sequence[Rollout], timeout: float | None) -> list[Score]:
         columns = self._ask_all(rollouts, timeout)
-        scaled = [_standardise(column) if self.standardise else [s.value for s in column] for column in columns]
+        scaled = [_standardize(column) if self.standardize else [s.value for s in column] for column in columns]
         by_completion = zip(zip(*columns, strict=True), zip(*scaled, strict=True), strict=True)
         return [self._combine(scores, values) for scores, values in by_completion]
 
     def _combine(self, scores: tuple[Score, ...], values: tuple[float | None, ...]) -> Score:
         """One completion: each member's score, and the value that goes into the sum."""
-        made, _ = self._parts(scores)
-        if made.error is not None:
-            return made
-        if not made.parts:
-            return dataclasses.replace(made, abstained=True)
+        combined, _ = self._parts(scores)
+        if combined.error is not None:
+            return combined
+        if not combined.parts:
+            return dataclasses.replace(combined, abstained=True)
         total = sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None)
-        return dataclasses.replace(made, value=total)
+        return dataclasses.replace(combined, value=total)
 
 
 class Ensemble(_Members):
     """Scorers that mean the same and err differently, as one cautious score.
 
     combine: `mean`; `worst`, min_k r_k; or `uncertain`, mean - penalty · variance over the members. What only one
-    member likes is not rewarded by the last two, and that is where a policy over-optimises (arXiv:2310.02743). The
+    member likes is not rewarded by the last two, and that is where a policy over-optimizes (arXiv:2310.02743). The
     members' scores are taken as they are: reward models give them in units of their own spread.
 
     Where any member abstains, so does the ensemble. `Score.parts` holds each member's score, and `disagreement`, their
@@ -140,23 +143,18 @@ class Ensemble(_Members):
         return [self._combine(scores) for scores in zip(*columns, strict=True)]
 
     def _combine(self, scores: tuple[Score, ...]) -> Score:
-        made, abstained = self._parts(scores)
-        if made.error is not None or abstained:
-            return made if made.error is not None else dataclasses.replace(made, abstained=True)
-        values = list(made.parts.values())
+        combined, abstained = self._parts(scores)
+        if combined.error is not None or abstained:
+            return combined if combined.error is not None else dataclasses.replace(combined, abstained=True)
+        values = list(combined.parts.values())
         mean, variance = statistics.fmean(values), statistics.pvariance(values)
         value = {"mean": mean, "worst": min(values), "uncertain": mean - self.penalty * variance}[self.combine]
-        return dataclasses.replace(made, value=value, parts=made.parts | {"disagreement": math.sqrt(variance)})
+        return dataclasses.replace(combined, value=value, parts=combined.parts | {"disagreement": math.sqrt(variance)})
 
 
-def _standardise(column: Sequence[Score]) -> list[float | None]:
+def _standardize(column: Sequence[Score]) -> list[float | None]:
     """(r - mean) / std over the valid scores, None elsewhere; all 0 where they do not vary."""
     valid = [score.value for score in column if score.value is not None]
     mean = statistics.fmean(valid) if valid else 0.0
     spread = statistics.stdev(valid) if len(valid) > 1 else 0.0  # exact arithmetic: 0.0 for a constant
     return [None if s.value is None else (s.value - mean) / spread if spread else 0.0 for s in column]
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with "#2", "#3" after repeats."""
-    return [name if name not in names[:i] else f"{name}#{names[: i + 1].count(name)}" for i, name in enumerate(names)]

@@ -50,19 +50,19 @@ class HttpScorer:
         limit = self.timeout if timeout is None else timeout
         parts = cut(as_batch(rollouts), self.settings.batch or len(rollouts))
         if len(parts) == 1:
-            found = [in_parts(self._call, parts[0], limit)]
+            verdict_lists = [in_parts(self._call, parts[0], limit)]
         else:
             pool = ThreadPoolExecutor(self.settings.parallel)
             try:
-                found = list(pool.map(lambda part: in_parts(self._call, part, limit), parts))
+                verdict_lists = list(pool.map(lambda part: in_parts(self._call, part, limit), parts))
             finally:  # Ctrl-C does not wait for what is under way
                 pool.shutdown(wait=False, cancel_futures=True)
-        return [Score(**verdict) for verdicts in found for verdict in verdicts]
+        return [Score(**verdict) for verdicts in verdict_lists for verdict in verdicts]
 
     def _call(self, batch: ScorerBatch, timeout: float | None, whole: bool) -> list[Verdict]:
         limit = self.timeout if timeout is None else timeout
-        sent = {key: batch[key] for key in ("prompts", "completions", "columns")}
-        body = json.dumps(plain(sent)).encode()
+        request = {key: batch[key] for key in ("prompts", "completions", "columns")}
+        body = json.dumps(plain(request)).encode()
         try:
             return self._verdicts(self._server.post(body, limit, patient=whole), len(batch["completions"]))
         except TimedOut:

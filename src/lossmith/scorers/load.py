@@ -31,7 +31,7 @@ FORMS = (
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 _LIKE_ADDRESS = re.compile(r"https?:|\w*://|[^/\\]*:[^/\\]*@", re.IGNORECASE)
 _STEPS = ("steps", "segments", "gain")
-_SUM = ("scorers", "weights", "standardise")
+_SUM = ("scorers", "weights", "standardize")
 _ENSEMBLE = ("scorers", "ensemble", "combine", "penalty")
 
 
@@ -44,7 +44,7 @@ def load_scorer(spec: Any, *, columns: Collection[str] | None = None, settings: 
     - `"path/file.py:function"` or `"module:function"`: run in a process of its own, killed when it hangs;
     - `"http://..."` or `"https://..."` (see docs/scorers.md), called within the limits of `settings`;
     - a folder or a hub name, `"owner/name"`, of a reward model;
-    - a list of these, summed, or `{"scorers": [...], "weights": [...], "standardise": bool}`;
+    - a list of these, summed, or `{"scorers": [...], "weights": [...], "standardize": bool}`;
     - an ensemble: `{"scorers": [...], "combine": "mean" | "worst" | "uncertain", "penalty": 1.0}`, or
       `{"ensemble": "RM/", ...}`, or the folder of an ensemble alone;
     - rewards by step: `{"steps": scorer, "segments": "sentence" | "line" | tokens, "gain": "difference" | "correct" |
@@ -74,10 +74,10 @@ def check_scorer(spec: Any, *, columns: Collection[str] | None = None) -> None:
     if isinstance(spec, str | Path):
         spec = text_at_home(str(spec), ScorerError)
     if isinstance(spec, Mapping):
-        members, together = _read_combined(spec)
+        members, combine = _read_combined(spec)
         for member in members:
             check_scorer(member, columns=columns)
-        together([BUILTINS["length"]] * len(members))  # the settings of the combination, whatever is combined
+        combine([BUILTINS["length"]] * len(members))  # the settings of the combination, whatever is combined
     elif isinstance(spec, Sequence) and not isinstance(spec, str):
         check_scorer({"scorers": spec}, columns=columns)
     elif isinstance(spec, str) and "ensemble" in _manifest(spec):
@@ -123,12 +123,12 @@ def _names_reward_model(spec: str) -> bool:
 
 def _load_combined(spec: Mapping[str, Any], columns: Collection[str] | None, settings: ScorerSettings | None) -> Scorer:
     """Load the members, and make one scorer of them."""
-    members, together = _read_combined(spec)
+    members, combine = _read_combined(spec)
     loaded: list[Scorer] = []
     try:
         for member in members:
             loaded.append(load_scorer(member, columns=columns, settings=settings))
-        return together(loaded)
+        return combine(loaded)
     except BaseException:  # leave no process of the first behind when the second does not load
         for scorer, member in zip(loaded, members, strict=False):
             if scorer is not member:
@@ -150,8 +150,8 @@ def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequen
     if "ensemble" in spec:
         members, defaults = _members(text_at_home(str(spec["ensemble"]), ScorerError))
     if not isinstance(members, Sequence) or isinstance(members, str) or not members:
-        given = shown(repr(dict(spec)))
-        raise ScorerError(f'a combined scorer is {{"scorers": [...], "weights": [...]}}, not {given}. {FORMS}')
+        spec_text = shown(repr(dict(spec)))
+        raise ScorerError(f'a combined scorer is {{"scorers": [...], "weights": [...]}}, not {spec_text}. {FORMS}')
     if any(isinstance(member, Mapping) and "steps" in member for member in members):
         raise ScorerError(
             "rewards by step cannot be summed with others: combine the scorers inside of `steps` instead."
@@ -159,11 +159,11 @@ def _read_combined(spec: Mapping[str, Any]) -> tuple[list[Any], Callable[[Sequen
     if known is _ENSEMBLE:
         settings = {key: spec.get(key, defaults.get(key)) for key in ("combine", "penalty")}
         return list(members), lambda scorers: Ensemble(scorers, **{k: v for k, v in settings.items() if v is not None})
-    weights, standardise = spec.get("weights"), spec.get("standardise", False)
+    weights, standardize = spec.get("weights"), spec.get("standardize", False)
     check_weights(weights, len(members))
-    if not isinstance(standardise, bool):
-        raise ScorerError(f"standardise is true or false, not {standardise!r}.")
-    return list(members), lambda scorers: WeightedScorers(scorers, weights, standardise)
+    if not isinstance(standardize, bool):
+        raise ScorerError(f"standardize is true or false, not {standardize!r}.")
+    return list(members), lambda scorers: WeightedScorers(scorers, weights, standardize)
 
 
 def _members(folder: str) -> tuple[list[str], dict[str, Any]]:
@@ -179,7 +179,7 @@ def _members(folder: str) -> tuple[list[str], dict[str, Any]]:
 
 def _manifest(folder: str) -> dict[str, Any]:
     try:
-        found = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from lossmith.scorers.function import CallFailure, ScorerBatch, Verdict
 
-__all__ = ["Asked", "cut", "in_parts"]
+__all__ = ["Call", "cut", "in_parts"]
 
-Asked = Callable[[ScorerBatch, float | None, bool], list[Verdict]]
+Call = Callable[[ScorerBatch, float | None, bool], list[Verdict]]
 """(batch, seconds or None, whether this is the whole and no part of it) -> a verdict per completion, or CallFailure."""
 
 
-def in_parts(call: Asked, batch: ScorerBatch, timeout: float | None) -> list[Verdict]:
+def in_parts(call: Call, batch: ScorerBatch, timeout: float | None) -> list[Verdict]:
     """One verdict per completion, within `timeout` seconds for all calls together.
 
     Only failures that one completion can cause (`CallFailure.divisible`: it raised, the process died, the server
@@ -24,7 +24,7 @@ def in_parts(call: Asked, batch: ScorerBatch, timeout: float | None) -> list[Ver
 
 
 def _verdicts(
-    call: Asked, batch: ScorerBatch, timeout: float | None, end: float | None, *, whole: bool
+    call: Call, batch: ScorerBatch, timeout: float | None, end: float | None, *, whole: bool
 ) -> list[Verdict]:
     """As `in_parts`; end: when the time is up, in monotonic seconds."""
     left = timeout if whole or end is None else end - time.monotonic()

@@ -59,9 +59,9 @@ class Worker:
         )
         self._process = process
         self._replies = queue.SimpleQueue()
-        said = threading.Thread(target=_show, args=(process.stderr,), daemon=True)
-        said.start()
-        self._end = weakref.finalize(self, _kill, process, said)  # also runs when the interpreter exits
+        output_thread = threading.Thread(target=_show, args=(process.stderr,), daemon=True)
+        output_thread.start()
+        self._end = weakref.finalize(self, _kill, process, output_thread)  # also runs when the interpreter exits
         threading.Thread(target=_listen, args=(process.stdout, self._replies), daemon=True).start()
         try:
             answer = self._exchange({"path": self.path, "sys_path": list(sys.path)}, self.startup)
@@ -158,21 +158,21 @@ def _show(stream: IO[bytes]) -> None:
                 sys.stderr.flush()
 
 
-def _kill(process: subprocess.Popen[bytes], said: threading.Thread) -> None:
-    """Kill the process and all that it started, wait for it and for its last words, and close our end of its input."""
-    started: list[psutil.Process] = []
+def _kill(process: subprocess.Popen[bytes], output_thread: threading.Thread) -> None:
+    """Kill the process and all that it started, wait for it and its last output, and close our end of its input."""
+    children: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):  # also those that left its group
-        started = psutil.Process(process.pid).children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
     with contextlib.suppress(OSError):
         if os.name == "posix":
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-    for one in started:
+    for child in children:
         with contextlib.suppress(psutil.Error):
-            one.kill()
+            child.kill()
     process.wait()
-    said.join(1.0)
+    output_thread.join(1.0)
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()

@@ -28,7 +28,7 @@ class RewardModel:
 
     `path` is a folder or a hub name, with safetensors weights; no code of the model's is ever run. The weights are
     float32, frozen, and in evaluation mode; a folder that `lossmith reward train` wrote must be as it was written, now
-    and whenever it is asked. `reading` says how it is given a conversation: through its chat template; as a pair,
+    and at every call. `reading` says how it reads a conversation: through its chat template; as a pair,
     prompt and completion with the separator between them (BERT and its kin); or, where it has neither, as one text,
     the prompt (its messages, a line each) followed directly by the completion.
 
@@ -51,7 +51,9 @@ class RewardModel:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer, model = _load(str(path))
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.max_length = max_length or _reads(self.tokenizer, model)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = self.tokenizer.model_max_length
+        self.max_length = max_length or int(min(positions or most, most))
         self.separator = separator_of(self.tokenizer, model)
         self.reading = how_it_reads(self.tokenizer)
 
@@ -108,8 +110,8 @@ class RewardModel:
 def encode_conversation(tokenizer: Any, prompt: Prompt, completion: str) -> list[int]:
     """The token ids [T] of a whole conversation: through the chat template, as a pair, or as one text.
 
-    Training and scoring both call this, so that a reward model is asked about what it was taught. A control token that
-    a text spells out is text. ScorerError: the chat template refuses the conversation.
+    Training and scoring both call this, so that a reward model scores what it was trained on. A control token that a
+    text spells out is text. ScorerError: the chat template refuses the conversation.
     """
     messages = [dict(message) for message in prompt.messages]
     if getattr(tokenizer, "chat_template", None):
@@ -119,10 +121,10 @@ def encode_conversation(tokenizer: Any, prompt: Prompt, completion: str) -> list
             return encode_chat(tokenizer, messages, template_values(tokenizer, prompt), answer_follows=False)
         except PolicyError as error:
             raise ScorerError(f"{prompt.source}: of the reward model: {error}") from None
-    said = "\n".join(map(message_text, messages))
+    prompt_text = "\n".join(map(message_text, messages))
     if separates(tokenizer):
-        return list(tokenizer(said, completion, split_special_tokens=True)["input_ids"])
-    return list(tokenizer(said + completion)["input_ids"])
+        return list(tokenizer(prompt_text, completion, split_special_tokens=True)["input_ids"])
+    return list(tokenizer(prompt_text + completion)["input_ids"])
 
 
 def separates(tokenizer: Any) -> bool:
@@ -195,7 +197,7 @@ def _check_outputs(path: str | Path) -> None:
     try:
         outputs = AutoConfig.from_pretrained(place if place.is_dir() else path, trust_remote_code=False).num_labels
     except Exception as error:  # transformers alone runs here, and what it raises of a damaged file is anything
-        where = "" if place.is_dir() else f" (there is no such folder in {Path.cwd()}, so the hub was asked)"
+        where = "" if place.is_dir() else f" (there is no such folder in {Path.cwd()}, so it was looked up on the hub)"
         raise ScorerError(f"reward model {str(path)!r} cannot be read{where}: {in_brief(error)}") from None
     if outputs != 1:
         raise ScorerError(
@@ -222,9 +224,3 @@ def _load(path: str) -> tuple[Any, Any]:
         )
     check_weights(model, path, ScorerError)
     return tokenizer, model
-
-
-def _reads(tokenizer: Any, model: Any) -> int:
-    """The most tokens the model reads, as far as it says."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return int(min(positions, tokenizer.model_max_length))

@@ -1,6 +1,6 @@
-"""The one contract of a reward source, and the one way to ask it.
+"""The one contract of a reward source, and the one way to call it.
 
-A score is a number, an abstention, or an error of a kind: it is never a 0 that stands for something that went wrong.
+A score is a number, an abstention, or an error of a kind: something that went wrong is never scored 0.
 
 Where one completion can be the cause (`raised`, `worker died`, some of `http`), the scorer is asked again about each
 half, and so on: the error is that of the completion at fault, and the others keep their scores.
@@ -168,7 +168,7 @@ def _stop_at_error(name: str, rollouts: Sequence[Rollout], scores: Sequence[Scor
         f"  error:      {score.error}\n"
         f"  prompt:     {_shorten(rollout.prompt.text)} (id {rollout.prompt.id}, sample {rollout.sample})\n"
         f"  completion: {_shorten(rollout.completion)}\n"
-        f'Mend the scorer; let it return "{ABSTAIN}" where it has no opinion; or leave such completions out: '
+        f'Fix the scorer; let it return "{ABSTAIN}" where it has no opinion; or leave such completions out: '
         'scorer_errors = "drop" (on_error in score_rollouts). '
         "They are never scored 0."
     )

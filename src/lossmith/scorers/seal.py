@@ -1,4 +1,4 @@
-"""Frozen means frozen: what reward training wrote down of a model's files, and whether they are still the same."""
+"""Frozen means frozen: what reward training recorded of a model's files, and whether they are still the same."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def _look(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def sha256(path: Path) -> str:

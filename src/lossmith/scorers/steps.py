@@ -1,6 +1,6 @@
 """Rewards of segments and steps: what each part of a completion is worth, not only its end.
 
-A completion is cut into segments; a scorer judges it up to the end of each; and r_k stands at the last token of segment
+A completion is cut into segments; a scorer judges it up to the end of each; and r_k is put at the last token of segment
 k, so that a loss reads rewards [N, T]. Equation numbers follow NLPBook ch. 10.
 """
 
@@ -49,7 +49,7 @@ class StepReward:
         if gain not in GAINS:
             raise ScorerError(f"gain is {gain!r}.{nearest(gain, GAINS)}")
         self.scorer, self.segments, self.gain, self.decode = scorer, segments, gain, decode
-        self._bound = False  # to a policy, which decodes a completion as it stands after its prompt
+        self._bound = False  # to a policy, which decodes a completion as the continuation of its prompt
         self.name = f"{gain} of {scorer.name} by {segments if isinstance(segments, str) else f'{segments} tokens'}"
 
     def bind(self, policy: Any) -> None:
@@ -67,17 +67,17 @@ class StepReward:
             )
         readers = [functools.partial(decode, after=r.prompt_ids) if self._bound else decode for r in rollouts]
         ends = [segment_ends(r.completion_ids, self.segments, read) for r, read in zip(rollouts, readers, strict=True)]
-        asked = [
+        prefixes = [
             dataclasses.replace(
                 r, completion_ids=r.completion_ids[:end], completion=read(r.completion_ids[:end]),
                 finish_reason=r.finish_reason if end == len(r.completion_ids) else "length",
             )
-            for r, its, read in zip(rollouts, ends, readers, strict=True) for end in its
+            for r, own_ends, read in zip(rollouts, ends, readers, strict=True) for end in own_ends
         ]  # fmt: skip
-        answers = iter(ask(self.scorer, asked, timeout))
+        answers = iter(ask(self.scorer, prefixes, timeout))
         return [
-            self._combine(len(r.completion_ids), its, [next(answers) for _ in its])
-            for r, its in zip(rollouts, ends, strict=True)
+            self._combine(len(r.completion_ids), own_ends, [next(answers) for _ in own_ends])
+            for r, own_ends in zip(rollouts, ends, strict=True)
         ]
 
     def columns_read(self, names: Set[str]) -> set[str]:
@@ -114,5 +114,5 @@ def segment_ends(ids: Sequence[int], segments: str | int, decode: Callable[[Sequ
     marks = [m.end() for m in _ENDS[segments].finditer(text)]
     if marks and not text[marks[-1] :].strip():
         marks.pop()  # an end token or white space after the last sentence is no step of its own
-    found = {next((k + 1 for k, n in enumerate(lengths) if n >= mark), len(ids)) for mark in marks}
-    return sorted(found | {len(ids)})
+    ends = {next((k + 1 for k, n in enumerate(lengths) if n >= mark), len(ids)) for mark in marks}
+    return sorted(ends | {len(ids)})

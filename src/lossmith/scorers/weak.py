@@ -24,7 +24,7 @@ def doubts(spec: Any) -> list[str]:
     if isinstance(spec, Mapping):
         return doubts([spec[key] for key in ("steps", "ensemble", "scorers") if key in spec])
     if isinstance(spec, Sequence) and not isinstance(spec, str):
-        return [said for member in spec for said in doubts(member)]
+        return [doubt_text for member in spec for doubt_text in doubts(member)]
     if not isinstance(spec, str | Path) or "://" in str(spec):
         return []
     try:
@@ -32,15 +32,15 @@ def doubts(spec: Any) -> list[str]:
     except (OSError, ValueError):
         return []
     held_out = manifest.get("held_out") if isinstance(manifest, dict) else None
-    said = doubt(held_out.get("accuracy") if isinstance(held_out, dict) else None)
-    return [f"reward model {str(spec)!r}: {said}"] if said else []
+    doubt_text = doubt(held_out.get("accuracy") if isinstance(held_out, dict) else None)
+    return [f"reward model {str(spec)!r}: {doubt_text}"] if doubt_text else []
 
 
 def refuse_weak(spec: Any) -> None:
     """ScorerError where a policy would learn from a reward model that may be no better than a coin."""
-    found = doubts(spec)
-    if found:
+    reasons = doubts(spec)
+    if reasons:
         raise ScorerError(
-            f"{'; '.join(found)}. A policy that learns from it may learn noise. Judge more outputs and train it again, "
-            "or use it all the same with accept_weak_scorer = true."
+            f"{'; '.join(reasons)}. A policy that learns from it may learn noise. Judge more outputs and train it "
+            "again, or use it all the same with accept_weak_scorer = true."
         )

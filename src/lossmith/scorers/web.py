@@ -58,7 +58,7 @@ class Server:
     ) -> None:
         self.address, self.per_minute, self.wait = address, per_minute, wait
         self._slots = threading.BoundedSemaphore(parallel)
-        self._asked: deque[float] = deque(maxlen=per_minute)  # when, the last `per_minute` of them
+        self._request_times: deque[float] = deque(maxlen=per_minute)  # when, the last `per_minute` of them
         self._lock = threading.Lock()
 
     def post(self, body: bytes, timeout: float, *, patient: bool = True) -> bytes:
@@ -91,8 +91,9 @@ class Server:
             return 0.0
         with self._lock:
             now = time.monotonic()
-            start = max(now, self._asked[0] + MINUTE) if len(self._asked) == self.per_minute else now
-            self._asked.append(start)
+            times = self._request_times
+            start = max(now, times[0] + MINUTE) if len(times) == self.per_minute else now
+            times.append(start)
         if start > now:
             self.wait(start - now)
         return start - now
@@ -121,7 +122,7 @@ class Server:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
                 raise TimeoutError from None
-            raise NoAnswer(_plainly(reason)) from None
+            raise NoAnswer(_without_address(reason)) from None
         if len(data) > MAX_REPLY_BYTES:
             raise NoAnswer(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB", status=200)
         return data
@@ -129,12 +130,12 @@ class Server:
     def _refusal(self, error: urllib.error.HTTPError) -> NoAnswer:
         """A status that is no success, with the beginning of what the server said."""
         try:
-            said = error.read(200).decode(errors="replace").strip()
+            details = error.read(200).decode(errors="replace").strip()
         except (OSError, http.client.HTTPException):
-            said = ""
+            details = ""
         if error.code in (301, 302, 303, 307, 308):
-            said = f"it points to {error.headers.get('Location', 'nowhere')}: give that address"
-        text = f"status {error.code} {error.reason}".rstrip() + (f": {said}" if said else "")
+            details = f"it points to {error.headers.get('Location', 'nowhere')}: give that address"
+        text = f"status {error.code} {error.reason}".rstrip() + (f": {details}" if details else "")
         return NoAnswer(self.address.hide(text), error.code, _seconds(error.headers.get("Retry-After")))
 
 
@@ -183,8 +184,8 @@ def _too_long(refusal: NoAnswer, timeout: float) -> NoAnswer:
     return NoAnswer(f"{refusal}{wish}; no time is left to try again within the limit of {limit}", refusal.status)
 
 
-def _plainly(reason: object) -> str:
-    """What a library says of a failed connection, without the address, which may hold a key."""
+def _without_address(reason: object) -> str:
+    """What a library says about a failed connection, without the address, which may hold a key."""
     if isinstance(reason, OSError) and reason.strerror:
         return f"{type(reason).__name__}: {reason.strerror}"
     if isinstance(reason, http.client.HTTPException | ValueError):

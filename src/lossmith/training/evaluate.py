@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lossmith.intervals import ALIKE, Interval, alike, bears_verdict, in_words, mean_of, share_of, verdict
+from lossmith.intervals import ALIKE, Interval, alike, allows_verdict, in_words, mean_of, share_of, verdict
 from lossmith.policy import Policy, sample
 from lossmith.prompts import PromptSet
 from lossmith.rollouts import Rollout
@@ -136,7 +136,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     held_out, steps = summary["held_out"], summary.get("training", {})
     silent = _no_verdict(held_out, steps)
     said = [silent or verdict(held_out["difference"], "held-out score")]
-    if not silent and bears_verdict(held_out["difference"]):
+    if not silent and allows_verdict(held_out["difference"]):
         share = held_out["preferred"]
         said.append(
             f"Preferred to the untrained policy on {share['mean']:.0%} of the {share['n']} prompts "

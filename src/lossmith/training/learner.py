@@ -23,10 +23,10 @@ from lossmith.policy import (
     Layout,
     Policy,
     TokenOutputs,
-    can_recompute,
+    bfloat16_weights,
+    can_checkpoint_activations,
     compile_layers,
     distribution_of,
-    narrowed,
     sharing_is_exact,
     token_outputs,
 )
@@ -66,7 +66,7 @@ class Learner:
         self.optimizer = _optimizer(policy, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
         self.need = estimate(policy, recipe, self.reference is not None, longest)
-        self.recompute = self.need.recompute and can_recompute(policy.model)
+        self.recompute = self.need.recompute and can_checkpoint_activations(policy.model)
         self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
             _log.warning(
@@ -198,7 +198,7 @@ class Learner:
             if value is not None and out.value is not None:
                 value = value.to(out.value.dtype)
                 value[rows, :t] = out.value
-        return TokenOutputs(logp=logp, mask=mask, measure=out.measure, value=value)
+        return TokenOutputs(logp=logp, mask=mask, distribution=out.distribution, value=value)
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class Learner:
         A loss that is not separable is evaluated once on all rows, over outputs without a graph; each micro-batch's
         forward pass is then given its share of dL/d(outputs). That costs one more forward pass.
         """
-        with narrowed(self.policy) if self.compiled else contextlib.nullcontext():
+        with bfloat16_weights(self.policy) if self.compiled else contextlib.nullcontext():
             return self._accumulate(rollouts, batch, credit)
 
     def _accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
@@ -241,7 +241,7 @@ class Learner:
             layout=self.layout,
             want=want,
             reference=self.reference if "full_kl" in want else None,
-            recompute=self.recompute,
+            activation_checkpointing=self.recompute,
         )
         width = batch.valid.shape[1]
         graded = {name: getattr(out, name) for name in ("logp", *want)}

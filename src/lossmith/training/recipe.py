@@ -154,7 +154,7 @@ class Recipe(Settings):
     scorer: Any = Field(
         "helpfulness",
         description="built-in name, file.py:function, module:function, http(s) address, reward-model folder, or a "
-        "table {scorers=[...], weights=[...], standardise=false}",
+        "table {scorers=[...], weights=[...], standardize=false}",
     )
     scorer_errors: Literal["stop", "drop"] = Field(
         "stop", description="a scorer that fails on a completion stops the run, or that rollout is dropped and counted"

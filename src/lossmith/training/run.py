@@ -25,10 +25,10 @@ import tomli_w
 import torch
 
 from lossmith.durable.checkpoint import clean, flush, remove
-from lossmith.durable.folder import hold, let_go
+from lossmith.durable.folder import lock, unlock
 from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
-from lossmith.files import add_line, read_text, replacing, said_plainly, sync, write_whole
+from lossmith.files import append_line, explain_write_errors, read_text, replace_atomically, sync, write_atomically
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt, plain
 from lossmith.rollouts import Distribution, LogProbs, Rollout, Score
@@ -91,9 +91,9 @@ class RunFolder:
         """The folder of a run that stopped. RunError: it is none, or another process is in it."""
         if not path.is_dir():
             raise RunError(f"there is no run folder {str(path)!r}.")
-        hold(path)
+        lock(path)
         if not (path / "recipe.toml").exists():
-            let_go(path)
+            unlock(path)
             if _nothing_in(path):
                 raise RunError(
                     f"the run {str(path)!r} was stopped before it began: there is nothing in it to go on with. Start "
@@ -104,7 +104,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes work in it."""
-        let_go(self.path)
+        unlock(self.path)
 
     def clean(self) -> None:
         """Delete what a kill left half written."""
@@ -115,13 +115,13 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all. RunError: it cannot be written."""
-        write_whole(self.path / name, text)
+        write_atomically(self.path / name, text)
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     def add_metrics(self, record: dict[str, Any]) -> None:
         """Append one step to metrics.jsonl."""
-        add_line(self.path / "metrics.jsonl", json.dumps(record))
+        append_line(self.path / "metrics.jsonl", json.dumps(record))
 
     def metrics_text(self) -> str:
         path = self.path / "metrics.jsonl"
@@ -147,9 +147,9 @@ class RunFolder:
     def add_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Write rollouts/NAME.parquet, a row a completion."""
         place = self.path / "rollouts" / f"{name}.parquet"
-        with said_plainly(place):
+        with explain_write_errors(place):
             place.parent.mkdir(exist_ok=True)
-        with replacing(place) as partial:
+        with replace_atomically(place) as partial:
             pyarrow.parquet.write_table(rollout_table(rollouts), partial)
             digest = sha256(partial)
         self.digests[name] = digest
@@ -180,7 +180,7 @@ class RunFolder:
         partial = self.path / "policy.partial"
         remove(partial)
         try:
-            with said_plainly(target):
+            with explain_write_errors(target):
                 policy.save(partial)
                 flush(partial)
                 remove(target)
@@ -282,7 +282,7 @@ def _new_folder(parent: Path, recipe: NamedSettings, loss_name: str) -> Path:
             path.mkdir()
         except FileExistsError:
             continue
-        hold(path)
+        lock(path)
         return path
     raise RunError(f"cannot find a free folder name for {stem!r} in {str(parent)!r}.")
 
@@ -302,7 +302,7 @@ def _named_folder(parent: Path, name: str, recipe: NamedSettings) -> Path:
             raise RunError(
                 f"the run folder {str(path)!r} exists, and a run never overwrites another. Choose another name{go_on}"
             ) from None
-    hold(path)
+    lock(path)
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.intervals import Interval, bears_verdict, mean_of, share_across, share_of
+from lossmith.intervals import Interval, allows_verdict, mean_of, share_across, share_of
 from lossmith.intervals import verdict as said_of
 from lossmith.losses import CompletionLoss
 from lossmith.losses.completion.pairs import Paired
@@ -139,7 +139,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     difference = summary["held_out"]["difference"]
     said = [said_of(difference["accuracy"], "held-out preference accuracy")]
     fell = difference["chosen_logp"]
-    if bears_verdict(fell) and fell["ci95_high"] < 0:
+    if allows_verdict(fell) and fell["ci95_high"] < 0:
         said.append(
             f"Warning: the preferred texts themselves became less likely ({fell['mean']:+.2f} nats a text): a margin "
             "grows as well when both sides fall. A smaller learning rate, a larger beta, or a loss that imitates the "

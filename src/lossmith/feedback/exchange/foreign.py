@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lossmith.errors import FeedbackError
-from lossmith.feedback.exchange.read import Said, prompt_of
+from lossmith.feedback.exchange.read import Statement, prompt_of
 from lossmith.feedback.output_set import Output, named
 from lossmith.prompts import Prompt
 
@@ -40,13 +40,13 @@ class _Item:
     def output(self, field: str) -> Output:
         return named(self.prompt, self.fields[field])
 
-    def said(self, kind: Any, texts: list[str], value: Any, who: Mapping[str, Any], **more: Any) -> Said:
+    def statement(self, kind: Any, texts: list[str], value: Any, who: Mapping[str, Any], **more: Any) -> Statement:
         outputs = tuple(named(self.prompt, text) for text in texts)
         if len({o.id for o in outputs}) < len(outputs):
             raise FeedbackError(f"{self.where}: two of the texts that were compared are the same.")
-        return Said(self.where, self.prompt, kind, outputs, value, **who, **more)
+        return Statement(self.where, self.prompt, kind, outputs, value, **who, **more)
 
-    def choice(self, choice: str, about: str | None, who: Mapping[str, Any]) -> Said | None:
+    def choice(self, choice: str, about: str | None, who: Mapping[str, Any]) -> Statement | None:
         """A label: one of two texts, a tie, both bad, or a thumb for the text that it is `about`; else None."""
         word = _squash(choice) or choice.strip()
         two = list(self.fields)
@@ -57,12 +57,12 @@ class _Item:
             if chosen is not None:
                 verdict = "first" if chosen == two[0] else "second"
             if verdict is not None:
-                return self.said("pair", texts, verdict, who)
+                return self.statement("pair", texts, verdict, who)
         if about is not None and word in _GOOD | _BAD:
-            return self.said("rating", [self.fields[about]], int(word in _GOOD), who, scale="binary")
+            return self.statement("rating", [self.fields[about]], int(word in _GOOD), who, scale="binary")
         return None
 
-    def order(self, tiers: list[list[str]], who: Mapping[str, Any], texts: Mapping[str, str]) -> Said:
+    def order(self, tiers: list[list[str]], who: Mapping[str, Any], texts: Mapping[str, str]) -> Statement:
         """A ranking of names of texts."""
         keys = [[pick(name, texts) for name in tier] for tier in tiers]
         flat = [
@@ -74,7 +74,7 @@ class _Item:
         if len(flat) < 2:
             raise FeedbackError(f"{self.where}: a ranking orders two or more texts.")
         value = [[named(self.prompt, texts[str(key)]).id for key in tier] for tier in keys]
-        return self.said("ranking", [texts[str(key)] for key, _ in flat], value, who)
+        return self.statement("ranking", [texts[str(key)] for key, _ in flat], value, who)
 
 
 def pick(name: str, fields: Mapping[str, Any]) -> str | None:
@@ -82,10 +82,10 @@ def pick(name: str, fields: Mapping[str, Any]) -> str | None:
     (txt-2 is text2, Response A is answer_a). None where no field or several could be meant."""
     for key in (str, _squash, _end):
         wanted = key(name)
-        found = [field for field in fields if wanted and key(field) == wanted]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        matches = [field for field in fields if wanted and key(field) == wanted]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
             return None
     return None
 
@@ -95,8 +95,8 @@ def _squash(name: str) -> str:
 
 
 def _end(name: str) -> str:
-    found = re.search(r"(\d+|left|right|first|second|(?<![a-z])[a-z])\W*$", name.lower())
-    return found.group(1) if found else ""
+    match = re.search(r"(\d+|left|right|first|second|(?<![a-z])[a-z])\W*$", name.lower())
+    return match.group(1) if match else ""
 
 
 def _number(value: Any, where: str, what: str) -> int | float:
@@ -108,20 +108,20 @@ def _number(value: Any, where: str, what: str) -> int | float:
 # -- Label Studio -----------------------------------------------------------------------------------------------------
 
 
-def label_studio_row(row: Mapping[str, Any], where: str, aside: Counter[str]) -> list[Said]:
+def label_studio_row(row: Mapping[str, Any], where: str, aside: Counter[str]) -> list[Statement]:
     """What the annotations of a task say; `aside` counts what is no judgement of outputs."""
     answers = list(_annotations(row, where, aside))
     if not answers:
         return []
     item = _Item(_mapping(row.get("data"), where, "data"), where)
-    found = []
+    statements = []
     for result, who in answers:
-        one = _result(item, result, who, _mapping(row["data"], where, "data"))
-        if one is None:
+        statement = _result(item, result, who, _mapping(row["data"], where, "data"))
+        if statement is None:
             aside[f"answers of type {result.get('type')} ({result.get('from_name')}) that judge no output"] += 1
         else:
-            found.append(one)
-    return found
+            statements.append(statement)
+    return statements
 
 
 def _annotations(
@@ -145,7 +145,7 @@ def _annotations(
             yield _mapping(result, where, "annotations.result"), more
 
 
-def _result(item: _Item, result: Mapping[str, Any], who: dict[str, Any], data: Mapping[str, Any]) -> Said | None:
+def _result(item: _Item, result: Mapping[str, Any], who: dict[str, Any], data: Mapping[str, Any]) -> Statement | None:
     where, kind = item.where, result.get("type")
     value = _mapping(result.get("value"), where, "annotations.result.value")
     to = result.get("to_name") or ""
@@ -160,14 +160,14 @@ def _result(item: _Item, result: Mapping[str, Any], who: dict[str, Any], data: M
         verdict = {"left": "first", "right": "second", "tie": "tie"}.get(str(value.get("selected")))
         if verdict is None:
             raise FeedbackError(f"{where}: selected = {value.get('selected')!r} is neither left nor right.")
-        return item.said("pair", [item.fields[str(name)] for name in two], verdict, who)
+        return item.statement("pair", [item.fields[str(name)] for name in two], verdict, who)
     about = _about(names[0], item.fields)
     if kind == "rating":
         if about is None:
             raise FeedbackError(
                 f"{where}: the rating's to_name {names[0]!r} is none of data's fields: {', '.join(item.fields)}."
             )
-        return item.said("rating", [item.fields[about]], _number(value.get("rating"), where, "rating"), who)
+        return item.statement("rating", [item.fields[about]], _number(value.get("rating"), where, "rating"), who)
     if kind == "choices":
         choices = _list(value.get("choices"), where, "choices")
         return item.choice(str(choices[0]), about, who) if len(choices) == 1 else None
@@ -179,7 +179,7 @@ def _about(name: str, fields: Mapping[str, str]) -> str | None:
     return next(iter(fields)) if len(fields) == 1 else pick(name, fields)
 
 
-def _ranker(item: _Item, value: Mapping[str, Any], who: dict[str, Any], data: Mapping[str, Any]) -> Said:
+def _ranker(item: _Item, value: Mapping[str, Any], who: dict[str, Any], data: Mapping[str, Any]) -> Statement:
     """One list of ids, best first, of items that data holds as {"id": ..., "body" or another name: text}."""
     buckets = _mapping(value.get("ranker"), item.where, "ranker")
     filled = {str(name): ids for name, ids in buckets.items() if ids}
@@ -203,20 +203,20 @@ def _ranker(item: _Item, value: Mapping[str, Any], who: dict[str, Any], data: Ma
 # -- Argilla ----------------------------------------------------------------------------------------------------------
 
 
-def argilla_row(row: Mapping[str, Any], where: str, aside: Counter[str]) -> list[Said]:
+def argilla_row(row: Mapping[str, Any], where: str, aside: Counter[str]) -> list[Statement]:
     """What the responses of a record say: per question and user, in the layouts of Argilla 1 and 2."""
     answers = list(_responses(row, where, aside))
     if not answers:
         return []
     item = _Item(_mapping(row.get("fields"), where, "fields"), where)
-    found = []
+    statements = []
     for question, value, user in answers:
-        one = _answer(item, question, value, {"annotator": user})
-        if one is None:
+        statement = _answer(item, question, value, {"annotator": user})
+        if statement is None:
             aside[f"answers to {question!r} that judge no output"] += 1
         else:
-            found.append(one)
-    return found
+            statements.append(statement)
+    return statements
 
 
 def _responses(row: Mapping[str, Any], where: str, aside: Counter[str]) -> Iterator[tuple[str, Any, str]]:
@@ -226,13 +226,13 @@ def _responses(row: Mapping[str, Any], where: str, aside: Counter[str]) -> Itera
         aside["records without a response"] += 1
     flat: list[tuple[str, Any, Any, Any]] = []
     if isinstance(responses, Mapping):  # {question: [{"value": ..., "user_id": ...}]}
-        for question, given in responses.items():
-            for one in (_mapping(one, where, "responses") for one in _list(given, where, f"responses.{question}")):
+        for question, answers in responses.items():
+            for one in (_mapping(one, where, "responses") for one in _list(answers, where, f"responses.{question}")):
                 flat.append((str(question), one.get("value"), one.get("user_id"), one.get("status")))
     else:  # [{"user_id": ..., "values": {question: {"value": ...}}}]
         for one in (_mapping(one, where, "responses") for one in _list(responses, where, "responses")):
-            for question, given in _mapping(one.get("values") or {}, where, "responses.values").items():
-                value = _mapping(given, where, f"responses.values.{question}").get("value")
+            for question, answers in _mapping(one.get("values") or {}, where, "responses.values").items():
+                value = _mapping(answers, where, f"responses.values.{question}").get("value")
                 flat.append((str(question), value, one.get("user_id"), one.get("status")))
     for question, value, user, status in flat:
         if status not in (None, "submitted"):
@@ -241,7 +241,7 @@ def _responses(row: Mapping[str, Any], where: str, aside: Counter[str]) -> Itera
             yield question, value, "" if user is None else str(user)
 
 
-def _answer(item: _Item, question: str, value: Any, who: dict[str, Any]) -> Said | None:
+def _answer(item: _Item, question: str, value: Any, who: dict[str, Any]) -> Statement | None:
     where = f"{item.where}: question {question}"
     if isinstance(value, list):
         if value and all(isinstance(v, Mapping) and "value" in v for v in value):
@@ -259,10 +259,8 @@ def _answer(item: _Item, question: str, value: Any, who: dict[str, Any]) -> Said
         return item.choice(value, about, who)
     number = _number(value, where, "the answer")
     if about is None:
-        raise FeedbackError(
-            f"{where}: a rating of one of {', '.join(item.fields)}, and its name does not say of which."
-        )
-    return item.said("rating", [item.fields[about]], number, who)
+        raise FeedbackError(f"{where}: a rating of one of {', '.join(item.fields)}, and its name does not say which.")
+    return item.statement("rating", [item.fields[about]], number, who)
 
 
 def _mapping(value: Any, where: str, field: str) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Import: the judgements of a file into a store, all or none, with an account of what was in it."""
+"""Import: the judgements of a file into a store, all or none, with a report of what was in it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lossmith.errors import FeedbackError, nearest
-from lossmith.feedback.convert import standing
+from lossmith.feedback.convert import effective_judgements
 from lossmith.feedback.exchange.foreign import argilla_row, label_studio_row
-from lossmith.feedback.exchange.read import FORMATS, Said, format_of, preference_row
+from lossmith.feedback.exchange.read import FORMATS, Statement, format_of, preference_row
 from lossmith.feedback.judgement import SCALES, Judgement, Source, now
 from lossmith.feedback.output_set import Output, OutputSet, read_set
 from lossmith.feedback.rows import is_database, listed, read_file, refuse
@@ -36,7 +36,7 @@ def import_file(
     annotator: str | None = None,
     skip_bad: bool = False,
 ) -> str:
-    """Put the judgements of a file, and the texts they are about, into the store. Returns an account of it.
+    """Put the judgements of a file, and the texts they are about, into the store. Returns a report of it.
 
     path: a file of rows, or another judgement database. format: auto, or one of `FORMATS`. annotator: who judged,
     where the file does not say it. skip_bad: leave out the rows that cannot be read; without it one such row keeps the
@@ -47,8 +47,8 @@ def import_file(
     path = at_home(path, FeedbackError)
     bad: list[FeedbackError] = []
     rows: Rows = []
-    found = _rows_of_database(path, store, bad) if is_database(path) else read_file(path)
-    for where, row in found:
+    all_rows = _rows_of_database(path, store, bad) if is_database(path) else read_file(path)
+    for where, row in all_rows:
         if isinstance(row, FeedbackError):
             bad.append(row)
         else:
@@ -59,17 +59,18 @@ def import_file(
     if kind == "judgements":
         sets, judgements = _own_file(rows, store, bad)
     else:
-        said = _all_said(rows, kind, bad, notes)
-        sets, judgements = _judged(said, annotator or "import", bad)
+        statements = _statements(rows, kind, bad, notes)
+        sets, judgements = _sets_and_judgements(statements, annotator or "import", bad)
     if bad and not skip_bad:
         raise refuse(path.name, bad)
     if not judgements and not sets:
+        lines = "".join(f"\n  {count} {what}" for what, count in sorted(notes.items()))
         raise FeedbackError(
-            f"{path.name} holds no judgement that can be read as {kind}.{_counted(notes)}\n{listed(bad)}".rstrip()
+            f"{path.name} holds no judgement that can be read as {kind}.{lines}\n{listed(bad)}".rstrip()
         )
     store.add_sets(sets.values())
     new = store.add(judgements, store.sets())
-    return _account(path, kind, judgements, new, bad, notes, store)
+    return _report(path, kind, judgements, new, bad, notes, store)
 
 
 def _rows_of_database(path: Path, store: Store, bad: list[FeedbackError]) -> Rows:
@@ -77,61 +78,57 @@ def _rows_of_database(path: Path, store: Store, bad: list[FeedbackError]) -> Row
     if path.absolute() == store.path.absolute():
         raise FeedbackError(f"{path} is the judgement file itself; give another to bring in.")
     with Store(path, create=False) as other:
-        said: list[Any] = [*other.sets(bad).values(), *other.judgements(bad=bad)]
-    return [(f"{path.name}: {number}", one.as_row()) for number, one in enumerate(said, 1)]
-
-
-def _counted(notes: Mapping[str, int]) -> str:
-    return "".join(f"\n  {count} {what}" for what, count in sorted(notes.items()))
+        contents: list[Any] = [*other.sets(bad).values(), *other.judgements(bad=bad)]
+    return [(f"{path.name}: {number}", one.as_row()) for number, one in enumerate(contents, 1)]
 
 
 # -- what others wrote ------------------------------------------------------------------------------------------------
 
 
-def _all_said(rows: Rows, kind: str, bad: list[FeedbackError], notes: Counter[str]) -> list[Said]:
-    found: list[Said] = []
+def _statements(rows: Rows, kind: str, bad: list[FeedbackError], notes: Counter[str]) -> list[Statement]:
+    statements: list[Statement] = []
     unread: set[str] = set()
     for where, row in rows:
         try:
             if kind == "preferences":
-                said, columns = preference_row(row, where)
-                found += said
+                parsed, columns = preference_row(row, where)
+                statements += parsed
                 unread |= columns
             else:
-                found += (label_studio_row if kind == "label-studio" else argilla_row)(row, where, notes)
+                statements += (label_studio_row if kind == "label-studio" else argilla_row)(row, where, notes)
         except FeedbackError as error:
             bad.append(error)
     if unread:
         notes[f"columns not read, which no preference has: {', '.join(sorted(unread))}"] = len(unread)
-    unscaled = [s.value for s in found if s.kind == "rating" and not s.scale]
+    unscaled = [s.value for s in statements if s.kind == "rating" and not s.scale]
     if unscaled:  # an export of stars does not say how many there were
         most = max((value for value in unscaled if value <= SCALES["1-10"][1]), default=0)  # more is a bad row
         scale = "1-5" if most <= SCALES["1-5"][1] else "1-10"
         notes[f"ratings taken as {scale}: the export does not say its scale"] += len(unscaled)
-        found = [s if s.scale or s.kind != "rating" else dataclasses.replace(s, scale=scale) for s in found]
+        statements = [s if s.scale or s.kind != "rating" else dataclasses.replace(s, scale=scale) for s in statements]
     for name in ("margin", "weight"):
         notes[f"values of {name} dropped: a judgement says which is better, not by how much"] += sum(
-            name in s.lost for s in found
+            name in s.lost for s in statements
         )
-    return found
+    return statements
 
 
-def _judged(
-    said: Iterable[Said], annotator: str, bad: list[FeedbackError]
+def _sets_and_judgements(
+    statements: Iterable[Statement], annotator: str, bad: list[FeedbackError]
 ) -> tuple[dict[str, OutputSet], list[Judgement]]:
     """Sets and judgements. Pairs and rankings have sets of their own; the ratings of a prompt share one, so that they
-    can be held against each other."""
-    said = list(said)
+    can be compared."""
+    statements = list(statements)
     rated: dict[str, dict[str, Output]] = {}
-    for s in said:
+    for s in statements:
         if s.kind == "rating":
             rated.setdefault(s.prompt.content_id, {})[s.outputs[0].id] = s.outputs[0]
     sets: dict[str, OutputSet] = {}
     judgements = []
-    for s in said:
-        held = rated[s.prompt.content_id].values() if s.kind == "rating" else s.outputs
+    for s in statements:
+        outputs = rated[s.prompt.content_id].values() if s.kind == "rating" else s.outputs
         # In the order of their names, which is nobody's: the file's order is not one in which they were shown.
-        of = OutputSet(s.prompt, tuple(sorted(held, key=lambda o: o.id)))
+        of = OutputSet(s.prompt, tuple(sorted(outputs, key=lambda o: o.id)))
         names, value = tuple(o.id for o in s.outputs), s.value
         if s.kind == "pair" and names[0] > names[1]:
             names, value = names[::-1], 1 - value if isinstance(value, float) else _FLIPPED.get(value, value)
@@ -157,26 +154,26 @@ def _judged(
 def _own_file(rows: Rows, store: Store, bad: list[FeedbackError]) -> tuple[dict[str, OutputSet], list[Judgement]]:
     """Sets and judgements as they were, under their own ids."""
     sets: dict[str, OutputSet] = {}
-    said: Rows = []
+    judgement_rows: Rows = []
     for where, row in rows:
         if "kind" in row:
-            said.append((where, row))
+            judgement_rows.append((where, row))
             continue
         try:
-            one = read_set(json.dumps(row, ensure_ascii=False), where)
-            sets[one.id] = one
+            output_set = read_set(json.dumps(row, ensure_ascii=False), where)
+            sets[output_set.id] = output_set
         except (ValueError, TypeError, AttributeError, OverflowError) as error:  # FeedbackError is a ValueError
             bad.append(_at(where, error))
     known = store.sets() | sets
-    held = {j.id: j for j in store.judgements()}
+    by_id = {j.id: j for j in store.judgements()}
     judgements = []
-    for where, row in said:
+    for where, row in judgement_rows:
         try:
-            j = _typed(Judgement.from_row(row, where))
+            j = _check_types(Judgement.from_row(row, where))
             if j.set_id not in known:
                 raise FeedbackError(f"its set {j.set_id!r} is neither in the file nor in {store.path}.")
             j.check(known[j.set_id])
-            if held.setdefault(j.id, j) != j:
+            if by_id.setdefault(j.id, j) != j:
                 raise FeedbackError(f"the id {j.id!r} belongs to another judgement already.")
             judgements.append(j)
         except (FeedbackError, TypeError, AttributeError) as error:
@@ -188,7 +185,7 @@ def _at(where: str, error: Exception) -> FeedbackError:
     return FeedbackError(str(error) if str(error).startswith(where) else f"{where}: {error}")
 
 
-def _typed(j: Judgement) -> Judgement:
+def _check_types(j: Judgement) -> Judgement:
     """Itself, if the fields that no set decides on are what they should be."""
     for name in ("set_id", "annotator", "kind", "question", "source", "scale", "comment", "page", "time", "id"):
         if not isinstance(getattr(j, name), str):
@@ -196,16 +193,16 @@ def _typed(j: Judgement) -> Judgement:
     if j.source not in get_args(Source):
         raise FeedbackError(f"there is no source {j.source!r}.{nearest(j.source, get_args(Source))}")
     if not j.id:
-        raise FeedbackError("the id is empty; without one, the same judgement could not be told from another.")
+        raise FeedbackError("the id is empty; without one, two judgements cannot be told apart.")
     if j.seconds is not None and not (isinstance(j.seconds, int | float) and math.isfinite(j.seconds)):
         raise FeedbackError(f"seconds must be a number, not {j.seconds!r}.")
     return j
 
 
-# -- the account ------------------------------------------------------------------------------------------------------
+# -- the report -------------------------------------------------------------------------------------------------------
 
 
-def _account(
+def _report(
     path: Path, kind: str, judgements: list[Judgement], new: int, bad: list[FeedbackError], notes: Counter[str],
     store: Store,
 ) -> str:  # fmt: skip
@@ -216,10 +213,10 @@ def _account(
         f"imported: {new}",
         f"duplicates: {len(judgements) - new}",
         f"contradictory: {_contradictory(judgements, store)}",
-        f"no signal: {_silent(judgements)}",
+        f"no signal: {_no_signal(judgements)}",
     ]
     unique = {j.id: j for j in judgements}.values()
-    replaced = len([j for j in unique if j.kind != "undo"]) - len(standing(list(unique)))
+    replaced = len([j for j in unique if j.kind != "undo"]) - len(effective_judgements(list(unique)))
     if replaced and kind != "judgements":
         lines.append(f"replaced: {replaced} answers by a later one of the same annotator to the same question")
     lines += [f"{count} {what}" for what, count in sorted((+notes).items())]
@@ -258,7 +255,7 @@ def _preferred(j: Judgement, sets: Mapping[str, OutputSet]) -> Iterable[tuple[st
             yield j.annotator, of.prompt.content_id, (min(first, second), max(first, second)), first < second
 
 
-def _silent(judgements: list[Judgement]) -> str:
+def _no_signal(judgements: list[Judgement]) -> str:
     """Judgements that prefer nothing."""
     ratings = [j for j in judgements if j.kind == "rating"]
     if len(ratings) > 1 and len(ratings) == len(judgements) and len({j.value for j in ratings}) == 1:

@@ -1,4 +1,4 @@
-"""Rows, as others and we ourselves write them, become things said about texts.
+"""Rows, as others and we ourselves write them, become statements about texts.
 
 | format         | a row                                                                                      |
 |----------------|--------------------------------------------------------------------------------------------|
@@ -20,14 +20,14 @@ from lossmith.feedback.output_set import Output, named
 from lossmith.feedback.preferences import Label, Pair, Preference, Ranking, Rating, parse_preferences
 from lossmith.prompts import Prompt, load_prompts
 
-__all__ = ["FORMATS", "Said", "format_of", "preference_row", "prompt_of"]
+__all__ = ["FORMATS", "Statement", "format_of", "preference_row", "prompt_of"]
 
 FORMATS = ("preferences", "label-studio", "argilla", "judgements")
 
 
 @dataclass(frozen=True)
-class Said:
-    """One thing that a row says. `value` is as in a judgement: of a pair, about the first of `outputs`."""
+class Statement:
+    """One judgement that a row holds. `value` is as in a judgement: of a pair, about the first of `outputs`."""
 
     where: str
     prompt: Prompt
@@ -41,11 +41,8 @@ class Said:
     lost: tuple[str, ...] = ()  # fields of the row that a judgement does not have
 
     def __post_init__(self) -> None:
-        assert self.kind in get_args(Question) and (self.kind != "pair" or _is_verdict(self.value)), self
-
-
-def _is_verdict(value: Any) -> bool:
-    return isinstance(value, float) or value in PAIR_VALUES
+        assert self.kind in get_args(Question), self
+        assert self.kind != "pair" or isinstance(self.value, float) or self.value in PAIR_VALUES, self
 
 
 def format_of(row: Mapping[str, Any]) -> str:
@@ -67,26 +64,26 @@ def prompt_of(content: Any, where: str) -> Prompt:
     return Prompt(checked.content, {}, where)
 
 
-def preference_row(row: Mapping[str, Any], where: str) -> tuple[list[Said], set[str]]:
+def preference_row(row: Mapping[str, Any], where: str) -> tuple[list[Statement], set[str]]:
     """(what a row of preferences says, its columns that are not read)."""
-    found, unread = parse_preferences(row, where)
-    return [_said(p, where) for p in found], unread
+    preferences, unread = parse_preferences(row, where)
+    return [_statement(p, where) for p in preferences], unread
 
 
-def _said(p: Preference, where: str) -> Said:
+def _statement(p: Preference, where: str) -> Statement:
     more: dict[str, Any] = {"annotator": p.annotator}
     if isinstance(p, Pair):
         value = {1.0: "first", 0.5: "tie"}.get(p.probability, p.probability)
         more["lost"] = ("margin",) * (p.margin != 0) + ("weight",) * (p.weight != 1)
-        return Said(where, p.prompt, "pair", (_own(p.prompt, p.chosen), _own(p.prompt, p.rejected)), value, **more)
+        return Statement(where, p.prompt, "pair", (_own(p.prompt, p.chosen), _own(p.prompt, p.rejected)), value, **more)
     if isinstance(p, Ranking):
         tiers = [[_own(p.prompt, o) for o in tier] for tier in p.tiers]
         outputs = tuple(o for tier in tiers for o in tier)
-        return Said(where, p.prompt, "ranking", outputs, [[o.id for o in tier] for tier in tiers], **more)
+        return Statement(where, p.prompt, "ranking", outputs, [[o.id for o in tier] for tier in tiers], **more)
     if isinstance(p, Label):
-        return Said(where, p.prompt, "rating", (_own(p.prompt, p.output),), int(p.good), scale="binary", **more)
+        return Statement(where, p.prompt, "rating", (_own(p.prompt, p.output),), int(p.good), scale="binary", **more)
     value, scale = (int(p.rating) if p.rating.is_integer() else p.rating), _scale(p, where)
-    return Said(where, p.prompt, "rating", (_own(p.prompt, p.output),), value, scale=scale, **more)
+    return Statement(where, p.prompt, "rating", (_own(p.prompt, p.output),), value, scale=scale, **more)
 
 
 def _own(prompt: Prompt, output: Output) -> Output:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import FeedbackError, nearest
-from lossmith.feedback.convert import Converted, convert, standing
+from lossmith.feedback.convert import Converted, convert, effective_judgements
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import write_rows
 from lossmith.feedback.preferences import Label, Pair, Preference, Rating, write_preferences
 from lossmith.feedback.store import Store
-from lossmith.files import check_writable, write_whole
+from lossmith.files import check_writable, write_atomically
 
 __all__ = ["FORMS", "export_file"]
 
@@ -44,33 +44,33 @@ def export_file(store: Store, path: str | Path, *, form: str = "pairs", ties: bo
         return f"{len(judgements)} judgements of {len(sets)} sets written to {path}"
     made = convert(form, judgements, sets, **({"ties": ties} if form == "pairs" else {}))
     if not made.preferences:
-        raise FeedbackError(_nothing(form, standing(judgements), made))
+        raise FeedbackError(_why_none(form, effective_judgements(judgements), made))
     if path.suffix.lower() == ".csv":
-        write_whole(path, _table([p.as_row() for p in made.preferences]))
+        write_atomically(path, _table([p.as_row() for p in made.preferences]))
     else:
         write_preferences(path, made.preferences)
-    left = made.report().partition("; ")[2]
-    said = f"{len(made.preferences)} {form} written to {path}" + (f"; {left}" if left else "")
+    left_out = made.report().partition("; ")[2]
+    summary = f"{len(made.preferences)} {form} written to {path}" + (f"; {left_out}" if left_out else "")
     flat = _flat(made.preferences)
-    return said + (f"\nno signal: {flat}" if flat else "")
+    return summary + (f"\nno signal: {flat}" if flat else "")
 
 
-def _nothing(form: str, held: Sequence[Judgement], made: Converted) -> str:
+def _why_none(form: str, judgements: Sequence[Judgement], made: Converted) -> str:
     """Why no preference came of the judgements."""
-    ratings = [j for j in held if j.kind == "rating"]
-    if not held:
+    ratings = [j for j in judgements if j.kind == "rating"]
+    if not judgements:
         return "there is no judgement to export. Annotate first: lossmith annotate SETS"
-    if ratings and len(ratings) == len(held) and len({j.value for j in ratings}) == 1:
+    if ratings and len(ratings) == len(judgements) and len({j.value for j in ratings}) == 1:
         return f"no signal: all {len(ratings)} ratings are equal. Nothing was written."
-    left = ", ".join(f"{count} {reason}" for reason, count in sorted(made.left_out.items()))
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(made.left_out.items()))
     return (
-        f"no signal: {len(held)} judgements give no {form} ({left}). Nothing was written; choose another --form, or "
-        "judge more."
+        f"no signal: {len(judgements)} judgements give no {form} ({left_out}). Nothing was written; choose another "
+        "--form, or judge more."
     )
 
 
 def _flat(preferences: Sequence[Preference]) -> str:
-    """What is the same of all preferences, where nothing can be learned from them therefore."""
+    """Why nothing can be learned from these preferences, where all are equal; or ""."""
     if all(isinstance(p, Pair) and p.probability == 0.5 for p in preferences):
         return f"all {len(preferences)} pairs are ties"
     if len(preferences) > 1 and len({p.rating for p in preferences if isinstance(p, Rating)}) == 1:

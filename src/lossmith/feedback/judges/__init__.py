@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lossmith.feedback.judgement import Question
-from lossmith.feedback.judges.scored import judge_by_scorer
+from lossmith.feedback.judges.by_scorer import judge_by_scorer
 from lossmith.feedback.output_set import OutputSet
 from lossmith.feedback.store import Store
 
@@ -29,6 +29,6 @@ def judge(
     """
     if model is None:
         return judge_by_scorer(spec, sets, store, question=question, scale=scale, on_progress=on_progress)
-    from lossmith.feedback.judges.asked import judge_by_model
+    from lossmith.feedback.judges.language_model import judge_by_model
 
     return judge_by_model(spec, model, sets, store, question=question, criteria=criteria, on_progress=on_progress)

@@ -49,15 +49,15 @@ def matches(password: str, secret: str | None) -> bool:
         ValueError,
         TypeError,
         OverflowError,
-    ):  # the file is damaged there: nobody comes in by it, and --add-account makes it anew
+    ):  # the file is damaged there: nobody comes in by it, and --add-account replaces it
         _fits(password, _NOBODY)
         return False
 
 
 def _fits(password: str, secret: str) -> bool:
     n, r, p, salt, wanted = secret.split("$")
-    found = _hash(password, base64.b64decode(salt), (int(n), int(r), int(p)))
-    return secrets.compare_digest(found, base64.b64decode(wanted))
+    digest = _hash(password, base64.b64decode(salt), (int(n), int(r), int(p)))
+    return secrets.compare_digest(digest, base64.b64decode(wanted))
 
 
 def _secret(password: str) -> str:

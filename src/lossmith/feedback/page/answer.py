@@ -57,18 +57,18 @@ def undo_of(last: Judgement, version: str) -> Judgement:
     return Judgement(last.set_id, "undo", (), last.id, last.annotator, last.question, page=version, id=name)
 
 
-def _value(question: str, given: str) -> Any:
+def _value(question: str, text: str) -> Any:
     if question == "rating":
         try:
-            return int(given.encode("ascii"))
+            return int(text.encode("ascii"))
         except ValueError:  # UnicodeEncodeError is one: other scripts' digits
-            raise FeedbackError(f"a rating is a whole number, not {given[:20]!r}.") from None
+            raise FeedbackError(f"a rating is a whole number, not {text[:20]!r}.") from None
     if question == "pair":
-        if given not in PAIR_VALUES:
-            raise FeedbackError(f"a pair is judged {', '.join(PAIR_VALUES)}, not {given[:20]!r}.")
-        return given
+        if text not in PAIR_VALUES:
+            raise FeedbackError(f"a pair is judged {', '.join(PAIR_VALUES)}, not {text[:20]!r}.")
+        return text
     try:
-        tiers = json.loads(given)
+        tiers = json.loads(text)
     except (ValueError, RecursionError):
         raise FeedbackError("a ranking is sent as JSON: a list of tiers, best first.") from None
     named = isinstance(tiers, list) and all(isinstance(t, list) and all(isinstance(n, str) for n in t) for t in tiers)

@@ -139,10 +139,10 @@ def _sha256(path: Path | None) -> str | None:
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
     try:
-        found = path.stat() if path else None
+        status = path.stat() if path else None
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_size) if found else None
+    return (status.st_mtime_ns, status.st_size) if status else None
 
 
 def make_app(
@@ -213,8 +213,8 @@ async def _form(request: Request) -> Mapping[str, str]:
     session = _session(request)
     if session is None:
         raise _signed_out()
-    given = request.headers.get("x-csrf-token") or form.get("csrf", "")
-    if not secrets.compare_digest(given.encode("utf-8", "surrogatepass"), session.csrf.encode()):
+    token = request.headers.get("x-csrf-token") or form.get("csrf", "")
+    if not secrets.compare_digest(token.encode("utf-8", "surrogatepass"), session.csrf.encode()):
         raise Refused(HTTPStatus.FORBIDDEN, "Refused", "This form is from another session. Reload the page.")
     return form
 
@@ -234,8 +234,8 @@ def _signed_out() -> Refused:
     return Refused(
         HTTPStatus.FORBIDDEN,
         "Open the link from the terminal",
-        "This browser has not come in, or the server was started again since. The newest link stands in the terminal "
-        "in which lossmith annotate runs. Every answer that was acknowledged is kept.",
+        "This browser has not come in, or the server was started again since. The newest link is in the terminal "
+        "in which lossmith annotate runs. Every answer that was acknowledged is stored.",
     )
 
 
@@ -300,7 +300,7 @@ def _come_in(request: Request, token: str) -> Response:
         raise Refused(
             HTTPStatus.FORBIDDEN,
             "This link was used before",
-            "A link works once. The newest one stands in the terminal in which lossmith annotate runs; each time one "
+            "A link works once. The newest one is in the terminal in which lossmith annotate runs; each time one "
             "is used, the next is printed there, for another browser or another annotator.",
         )
     return _with_cookie(_home(), page, page.sessions.open()[0])
@@ -400,10 +400,10 @@ def _work(page: Page, session: Session, desk: Desk) -> Response:
 def answer(request: Request, form: Form) -> Response:
     page, _, desk = _desk(request)
     with desk.lock:
-        asked = form.get("id", "")
-        if desk.said(asked) is not None:  # the same click again, or an old page
+        name = form.get("id", "")
+        if desk.judgement(name) is not None:  # the same click again, or an old page
             return _home()
-        shown = desk.shown(asked)
+        shown = desk.shown(name)
         if shown is None:
             raise Refused(HTTPStatus.CONFLICT, "That page is out of date", "Reload it to go on where you are.")
         judgement = read_answer(form, shown, desk, __version__)

@@ -73,8 +73,8 @@ class Crowd:
 class Connection(H11Protocol):
     """uvicorn's, with deadlines and a place in the crowd."""
 
-    def __init__(self, crowd: Crowd, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, crowd: Crowd, **options: Any) -> None:
+        super().__init__(**options)
         self.crowd = crowd
         self._timer: asyncio.TimerHandle | None = None
         self._working = False
@@ -109,7 +109,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is not None and not self.cycle.response_complete:  # garbage in the body of a request
-            self.cycle.disconnected = True  # what the app still says would stand behind the refusal
+            self.cycle.disconnected = True  # what the app still sends would come after the refusal
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)

@@ -107,7 +107,7 @@ class _Server(uvicorn.Server):
         elif time.monotonic() - self._said > 60:
             self._said = time.monotonic()
             _LOG.warning(
-                f"a connection was refused: {error.strerror or error}. Every answer that was acknowledged is kept."
+                f"a connection was refused: {error.strerror or error}. Every answer that was acknowledged is stored."
             )
 
 

@@ -22,13 +22,13 @@ def visible(text: str) -> Markup:
     text = text.replace("\r\n", "\n")
     if all(c.isprintable() or c in "\n\t" for c in text) and not any(c in text for c in _BLANK):
         return escape(text)
-    found: list[Markup] = []
+    pieces: list[Markup] = []
     for (character, hides), run in itertools.groupby(
         (c, _hides(c, text[k - 1 : k], text[k + 1 : k + 2])) for k, c in enumerate(text)
     ):
         count = len(list(run))
-        found.append(_label(character, count) if hides else escape(character * count))
-    return Markup("").join(found)
+        pieces.append(_label(character, count) if hides else escape(character * count))
+    return Markup("").join(pieces)
 
 
 def _hides(c: str, before: str, after: str) -> bool:

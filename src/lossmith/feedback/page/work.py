@@ -1,6 +1,6 @@
 """What an annotator is asked next: a pure function of the sets, the name, and the judgements so far.
 
-Nothing is kept in the browser. A set's items follow each other, so that a prompt is read once; the order of the sets,
+Nothing is stored in the browser. A set's items follow each other, so that a prompt is read once; the order of the sets,
 of a set's items and of the outputs shown differs from annotator to annotator and is the same on every visit.
 """
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lossmith.feedback.convert import standing
+from lossmith.feedback.convert import effective_judgements
 from lossmith.feedback.judgement import Judgement, Question, new_id
 from lossmith.feedback.output_set import OutputSet
 
@@ -44,17 +44,17 @@ class Item:
 
 def items_of(sets: Iterable[OutputSet], question: Question) -> list[Item]:
     """Rating: each output. Ranking: each set of two or more. Pair: up to 6 pairs of a set, or one for each output."""
-    found = []
+    items = []
     for of in sets:
         name = of.id
         ids = tuple(output.id for output in of.outputs)
         if question == "rating":
-            found += [Item(of, name, (one,)) for one in ids]
+            items += [Item(of, name, (one,)) for one in ids]
         elif question == "ranking":
-            found += [Item(of, name, ids)] if len(ids) > 1 else []
+            items += [Item(of, name, ids)] if len(ids) > 1 else []
         else:
-            found += [Item(of, name, pair) for pair in _pairs(name, ids)]
-    return found
+            items += [Item(of, name, pair) for pair in _pairs(name, ids)]
+    return items
 
 
 def _pairs(set_id: str, ids: Sequence[str]) -> list[tuple[str, str]]:
@@ -109,7 +109,7 @@ class Desk:
         self._front: Key | None = None
 
     def _mine(self, j: Judgement) -> bool:
-        """Said by a person, about an item that is asked about now; a rating on another scale does not answer it."""
+        """By this person, about an item of this page; a rating on another scale does not answer it."""
         if j.source != "person" or j.annotator != self.annotator or j.question != self.question:
             return False
         return j.kind == "undo" or (_key(j) in self.items and (j.kind != "rating" or j.scale == self.scale))
@@ -122,14 +122,14 @@ class Desk:
         self._front = None
 
     def answers(self) -> dict[Key, Judgement]:
-        """What stands, by item, the latest last."""
-        return {_key(j): j for j in standing(self.judged)}
+        """The answers that hold, by item, the latest last."""
+        return {_key(j): j for j in effective_judgements(self.judged)}
 
     def last(self) -> Judgement | None:
         """What an undo would take back."""
         return next(reversed(self.answers().values()), None)
 
-    def said(self, name: str) -> Judgement | None:
+    def judgement(self, name: str) -> Judgement | None:
         return next((j for j in reversed(self.judged) if j.id == name), None)
 
     def next(self) -> Shown | None:

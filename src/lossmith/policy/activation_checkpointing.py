@@ -15,16 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from lossmith.policy.attention import attending, current_plan
 
-__all__ = ["can_recompute", "model_layers", "recomputed"]
+__all__ = ["can_checkpoint_activations", "checkpoint_activations", "model_layers"]
 
 
-def can_recompute(model: Any) -> bool:
+def can_checkpoint_activations(model: Any) -> bool:
     """Whether the model's layers are of transformers' kind that can be run again."""
     return bool(model_layers(model))
 
 
 @contextlib.contextmanager
-def recomputed(model: Any) -> Iterator[None]:
+def checkpoint_activations(model: Any) -> Iterator[None]:
     """Forward passes within keep the inputs of layers only; their backward pass may come after it."""
     layers = model_layers(model)
     for layer in layers:
@@ -48,10 +48,10 @@ def _forward(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)
     plan = current_plan()  # the second time, in the backward pass, it is no longer current
 
-    def again(*given: Any, **named: Any) -> Any:
+    def run_layer(*layer_args: Any, **layer_kwargs: Any) -> Any:
         if plan is None:
-            return inner(*given, **named)
+            return inner(*layer_args, **layer_kwargs)
         with attending(model, plan):
-            return inner(*given, **named)
+            return inner(*layer_args, **layer_kwargs)
 
-    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+    return checkpoint(run_layer, *args, use_reentrant=False, **kwargs)

@@ -1,7 +1,7 @@
-"""Output sets that take long: what is sampled stands in FILE.partial, and the same command goes on with the rest.
+"""Output sets that take long: what is sampled is stored in FILE.partial, and the same command goes on with the rest.
 
-Its first line says what decides the sets, every other one holds those of some prompts. Prompts are sampled so many at a
-time, always the same ones together: what stands beside a completion in a batch can change its last bits.
+Its first line says what decides the sets; every other line holds those of some prompts. Prompts are sampled so many at
+a time, always the same ones together: the other completions of a batch can change the last bits of one.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lossmith.durable.folder import hold, let_go
+from lossmith.durable.folder import lock, unlock
 from lossmith.durable.inputs import Inputs
 from lossmith.durable.stopping import Stopping
 from lossmith.errors import RunError
 from lossmith.feedback.output_set import json_line, write_rows
-from lossmith.files import add_line
+from lossmith.files import append_line
 from lossmith.prompts import Prompt
 
-__all__ = ["Part", "UnderWay", "in_parts", "part_size"]
+__all__ = ["Part", "PartialSets", "in_parts", "part_size"]
 
 TOGETHER = 256  # completions: twice what is decoded side by side, so that few rows wait for the longest
 
 
 @dataclass(frozen=True)
 class Part:
-    """The sets of some prompts as rows of a sets file, and counts of what else there is to tell of them."""
+    """The sets of some prompts as rows of a sets file, and counts of what was left out of them."""
 
     sets: list[dict[str, Any]]
-    told: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def part_size(n: int) -> int:
@@ -44,7 +44,7 @@ def in_parts(
     n: int,
     make: Callable[[Sequence[Prompt], Callable[[int, int], None]], Part],
     stop: Stopping,
-    file: UnderWay | None = None,
+    file: PartialSets | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Part]:
     """What `make(some prompts, progress)` makes of all of them; `file` has what was made before, and keeps the rest."""
@@ -59,7 +59,7 @@ def in_parts(
     return parts
 
 
-class UnderWay:
+class PartialSets:
     """FILE.partial, which this process alone writes to. RunError: another one does; it is of another command."""
 
     def __init__(self, output: Path, now: Inputs) -> None:
@@ -67,9 +67,9 @@ class UnderWay:
         self.parts: list[Part] = []
         self.notes: list[str] = []
         if self.path.is_dir():
-            raise RunError(f"{str(self.path)!r} is a folder, and what is sampled is kept there. Move it away.")
+            raise RunError(f"{str(self.path)!r} is a folder, and what is sampled is stored there. Move it away.")
         self.path.touch()
-        hold(self.path)
+        lock(self.path)
         try:
             self._read(now)
         except BaseException:
@@ -78,9 +78,9 @@ class UnderWay:
 
     def _read(self, now: Inputs) -> None:
         head, *lines = self.path.read_bytes().splitlines(keepends=True) or [b""]
-        if not head.endswith(b"\n"):  # a kill tore the first line, and nothing was sampled yet
+        if not head.endswith(b"\n"):  # the process was killed within the first line: nothing was sampled yet
             os.truncate(self.path, 0)
-            add_line(self.path, now.as_line())
+            append_line(self.path, now.as_line())
             return
         then = Inputs.parse(head)
         if then is None:
@@ -90,13 +90,14 @@ class UnderWay:
         if changed and lines:
             raise RunError(
                 f"{str(self.path)!r} holds what was sampled already for {str(self.output)!r}, by another command or "
-                f"other files: {'; '.join(changed)}. Put that back to go on with it, or delete it to begin anew."
+                f"other files: {'; '.join(changed)}. Put that back to go on with it, or delete it to start again."
             )
-        whole = [line for line in lines if line.endswith(b"\n")]  # a kill may have torn the last one
-        self.parts = [Part(**json.loads(line)) for line in whole]
-        os.truncate(self.path, len(head) * (not changed) + sum(map(len, whole)))
+        complete = [line for line in lines if line.endswith(b"\n")]  # the last one may have been cut by a kill
+        rows = map(json.loads, complete)
+        self.parts = [Part(row["sets"], row.get("counts", row.get("told"))) for row in rows]  # older files say told
+        os.truncate(self.path, len(head) * (not changed) + sum(map(len, complete)))
         if changed:
-            add_line(self.path, now.as_line())
+            append_line(self.path, now.as_line())
         moved = then.moved(now)
         if self.parts and moved:
             self.notes.append(f"not where it began ({'; '.join(moved)}): its last bits may differ.")
@@ -108,7 +109,7 @@ class UnderWay:
 
     def add(self, part: Part) -> None:
         """Flushed to disk. RunError: it cannot be written."""
-        add_line(self.path, json_line({"sets": part.sets, "told": part.told}))
+        append_line(self.path, json_line({"sets": part.sets, "counts": part.counts}))
         self.parts.append(part)
 
     def finish(self) -> None:
@@ -119,6 +120,6 @@ class UnderWay:
 
     def close(self) -> None:
         """Let another process go on; a file in which nothing is yet goes."""
-        let_go(self.path)
+        unlock(self.path)
         if not self.parts and self.path.exists() and Inputs.parse(self.path.read_bytes()):
             self.path.unlink()

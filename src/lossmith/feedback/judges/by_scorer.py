@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from lossmith import __version__
 from lossmith.errors import FeedbackError, nearest
-from lossmith.feedback.convert import standing
+from lossmith.feedback.convert import effective_judgements
 from lossmith.feedback.judgement import SCALES, Judgement, Question
 from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
@@ -39,41 +39,42 @@ def judge_by_scorer(
 
     ranking: by score, equal scores tied. pair: up to six pairs of a set. rating: the score itself, which has to lie on
     the scale. An output without a score leaves its item out, counted. FeedbackError: a score off the scale, or a scorer
-    that only fails, with what was done so far, which is kept.
+    that only fails, with what was done so far, which stays in the store.
     """
     if question == "rating" and scale not in SCALES:
         raise FeedbackError(f"there is no scale {scale!r}.{nearest(scale, SCALES)}")
     scorer = load_scorer(spec, columns={name for s in sets for name in s.prompt.columns})
     # Of an address without what may be secret: a password, a query.
     name = scorer.name if is_address(spec) else str(spec)
-    known = {(j.set_id, frozenset(j.outputs)) for j in standing(store.judgements(name)) if j.question == question}
+    before = effective_judgements(store.judgements(name))
+    known = {(j.set_id, frozenset(j.outputs)) for j in before if j.question == question}
     counts: Counter[str] = Counter()
-    mine = {s.id: s for s in sets}
+    by_id = {s.id: s for s in sets}
     errors: list[str] = []
     in_a_row = 0  # sets of which nothing was scored, and something failed
     try:
-        for number, one in enumerate(sets):
+        for number, output_set in enumerate(sets):
             on_progress(number, len(sets))
             if in_a_row >= IN_A_ROW:
-                counts["not asked, for the scorer only fails"] += len(_items(one, question))
+                counts["not asked, for the scorer only fails"] += len(_items(output_set, question))
                 continue
-            before = len(errors)
-            asked = [outputs for outputs in _items(one, question) if (one.id, _ids(outputs)) not in known]
-            scores = _scores(scorer, one, errors) if asked else {}
-            made = [_judgement(one, outputs, scores, question, scale, name) for outputs in asked]
-            counts["judged"] += store.add([j for j in made if j is not None], mine)
-            counts["left out: no score"] += sum(j is None for j in made)
-            counts["judged before"] += len(_items(one, question)) - len(asked)
-            if asked:
-                in_a_row = in_a_row + 1 if len(errors) > before and not scores else 0
+            errors_before, items = len(errors), _items(output_set, question)
+            todo = [item for item in items if (output_set.id, frozenset(o.id for o in item)) not in known]
+            scores = _scores(scorer, output_set, errors) if todo else {}
+            judgements = [_judgement(output_set, outputs, scores, question, scale, name) for outputs in todo]
+            counts["judged"] += store.add([j for j in judgements if j is not None], by_id)
+            counts["left out: no score"] += sum(j is None for j in judgements)
+            counts["judged before"] += len(items) - len(todo)
+            if todo:
+                in_a_row = in_a_row + 1 if len(errors) > errors_before and not scores else 0
     finally:
         close_scorer(scorer)
-    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing to judge"
-    lines = [f"{name} (a scorer, recorded as one): {said}"]
+    summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing to judge"
+    lines = [f"{name} (a scorer, recorded as one): {summary}"]
     if errors:
         lines.append(f"outputs with an error, which is not an abstention: {len(errors)}; the first: {errors[0]}")
     if in_a_row >= IN_A_ROW or (errors and not counts["judged"]):
-        lines.append("What was judged is kept; the same command goes on.")
+        lines.append("What was judged is stored; the same command goes on.")
         raise FeedbackError("the scorer gives no scores. " + "\n".join(lines))
     return "\n".join([*lines, *(f"! {doubted}" for doubted in doubts(spec))])
 
@@ -88,10 +89,6 @@ def _items(of: OutputSet, question: Question) -> list[tuple[Output, ...]]:
         return [of.outputs]
     pairs: list[tuple[Output, ...]] = list(itertools.combinations(of.outputs, 2))
     return pairs[:PAIRS]
-
-
-def _ids(outputs: tuple[Output, ...]) -> frozenset[str]:
-    return frozenset(output.id for output in outputs)
 
 
 def _scores(scorer: Scorer, of: OutputSet, errors: list[str]) -> dict[str, float]:
@@ -116,22 +113,17 @@ def _judgement(
     if any(output.id not in scores for output in outputs):
         return None
     values = [scores[output.id] for output in outputs]
-    said: object = values[0]
+    value: object = values[0]
     if question == "ranking":
-        said = [[o.id for o in tier] for tier in _tiers(outputs, scores)]
+        ranked = sorted(outputs, key=lambda o: -scores[o.id])
+        value = [[o.id for o in tier] for _, tier in itertools.groupby(ranked, key=lambda o: scores[o.id])]
     elif question == "pair":
-        said = "first" if values[0] > values[1] else "second" if values[1] > values[0] else "tie"
+        value = "first" if values[0] > values[1] else "second" if values[1] > values[0] else "tie"
     elif not SCALES[scale][0] <= values[0] <= SCALES[scale][1]:
         raise FeedbackError(
             f"{name} scored {values[0]:g}, which is not on the scale {scale}. Let it rank instead: --question ranking."
         )
     return Judgement(
-        of.id, question, tuple(o.id for o in outputs), said, name, question, source="scorer",
+        of.id, question, tuple(o.id for o in outputs), value, name, question, source="scorer",
         scale=scale if question == "rating" else "", page=f"lossmith {__version__}",
     )  # fmt: skip
-
-
-def _tiers(outputs: tuple[Output, ...], scores: dict[str, float]) -> Iterator[list[Output]]:
-    ranked = sorted(outputs, key=lambda o: -scores[o.id])
-    for _, tier in itertools.groupby(ranked, key=lambda o: scores[o.id]):
-        yield list(tier)

@@ -20,7 +20,7 @@ from typing import Any
 
 from lossmith import __version__
 from lossmith.errors import FeedbackError
-from lossmith.feedback.convert import standing
+from lossmith.feedback.convert import effective_judgements
 from lossmith.feedback.judgement import Judgement, Question
 from lossmith.feedback.output_set import Output, OutputSet
 from lossmith.feedback.store import Store
@@ -77,15 +77,15 @@ class Endpoint:
         reply = self._post(body | ({"logprobs": True, "top_logprobs": 20} if self.soft else {}))
         try:
             choice = reply["choices"][0]
-            said = str(choice["message"]["content"] or "")
+            text = str(choice["message"]["content"] or "")
         except (KeyError, IndexError, TypeError):
             raise _Unanswered("the reply holds no choice") from None
         odds = _log_odds(choice)
         if odds is not None:
             return odds, True
-        letter = said.strip().strip(".()*\"'").upper()
+        letter = text.strip().strip(".()*\"'").upper()
         if letter not in ("A", "B"):
-            raise _Unanswered(f"it answered {said[:40]!r}, not A or B")
+            raise _Unanswered(f"it answered {text[:40]!r}, not A or B")
         return math.inf if letter == "A" else -math.inf, False
 
     def _post(self, body: dict[str, Any]) -> Any:
@@ -138,10 +138,10 @@ def judge_by_model(
             f"a language model compares two outputs; it is not asked for a {question}: --question pair."
         )
     endpoint = Endpoint(url, model, criteria, wait)
-    known = {frozenset(j.outputs) for j in standing(store.judgements(model)) if j.kind == "pair"}
+    known = {frozenset(j.outputs) for j in effective_judgements(store.judgements(model)) if j.kind == "pair"}
     everything = [(s, pair) for s in sets for pair in list(itertools.combinations(s.outputs, 2))[:PAIRS]]
     todo = [(s, pair) for s, pair in everything if frozenset(o.id for o in pair) not in known]
-    mine = {s.id: s for s in sets}
+    by_id = {s.id: s for s in sets}
     counts: Counter[str] = Counter({"judged before": len(everything) - len(todo)})
     failures: list[str] = []
     leans: list[float] = []
@@ -158,7 +158,7 @@ def judge_by_model(
                 in_a_row += 1
                 continue
             in_a_row = 0
-            counts["judged"] += store.add([_judgement(of, pair, answer, model)], mine)
+            counts["judged"] += store.add([_judgement(of, pair, answer, model)], by_id)
             leans.append(answer.lean)
             hard += not answer.soft
         on_progress(start + len(part), len(todo))
@@ -169,18 +169,20 @@ def judge_by_model(
             counts["not asked, for the server does not answer"] = len(todo) - start - len(part)
             break
     counts["skipped"] = len(failures)
-    said = _in_words(model, counts, leans, hard, failures)
+    summary = _summary(model, counts, leans, hard, failures)
     if in_a_row >= IN_A_ROW or (failures and not leans):
-        raise FeedbackError(f"the judge does not answer. {said}\nWhat was judged is kept; the same command goes on.")
-    return said
+        raise FeedbackError(
+            f"the judge does not answer. {summary}\nWhat was judged is stored; the same command goes on."
+        )
+    return summary
 
 
-def _in_words(model: str, counts: Counter[str], leans: list[float], hard: int, failures: list[str]) -> str:
-    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no pair to judge"
-    lines = [f"{model} (a language model, recorded as one): {said}"]
+def _summary(model: str, counts: Counter[str], leans: list[float], hard: int, failures: list[str]) -> str:
+    summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no pair to judge"
+    lines = [f"{model} (a language model, recorded as one): {summary}"]
     if leans:
         lines.append(
-            f"it leans {sum(leans) / len(leans):+.3f} to what stands first; both orders were asked, and averaged"
+            f"it leans {sum(leans) / len(leans):+.3f} to what is shown first; both orders were asked, and averaged"
         )
     if hard:
         lines.append(f"{hard} without token probabilities: a letter each, and a tie where the two orders disagree")
@@ -233,10 +235,10 @@ def _log_odds(choice: Any) -> float | None:
         pairs = [(str(one["token"]).strip().upper(), max(float(one["logprob"]), LEAST)) for one in listed]
     except (KeyError, IndexError, TypeError, ValueError):
         return None
-    found = {x: sum(math.exp(value) for token, value in pairs if token == x) for x in ("A", "B")}
-    total = sum(found.values())
+    probability = {x: sum(math.exp(value) for token, value in pairs if token == x) for x in ("A", "B")}
+    total = sum(probability.values())
     if not 0 < total < math.inf:  # neither letter, or no numbers
         return None
     unlisted = max(1 - sum(math.exp(value) for _, value in pairs), math.exp(LEAST))
     bound = min(unlisted, math.exp(min(value for _, value in pairs)))
-    return math.log(found["A"] or bound) - math.log(found["B"] or bound)
+    return math.log(probability["A"] or bound) - math.log(probability["B"] or bound)
