@@ -31,9 +31,15 @@ from lossmith.training.learner import Learner
 from lossmith.training.loop import disk_needed
 from lossmith.training.metrics import in_completions
 from lossmith.training.offline.examples import JudgedRollouts, JudgedSet, judged_rollouts
+from lossmith.training.offline.preference_scores import (
+    PreferenceScores,
+    compare,
+    evaluate_preferences,
+    rows_of,
+    score_of,
+)
 from lossmith.training.recipe import PROVIDED, Recipe, Settings, checked_loss
 from lossmith.training.run import RunFolder, check_disk
-from lossmith.training.standing import Standing, compare, rows_of, score_of, stand
 
 __all__ = [
     "PreferencePlan",
@@ -80,7 +86,7 @@ class PreferenceRecipe(Settings):
     balance: bool = Field(True, description="KTO: weigh good and bad by their numbers, as its paper asks")
 
     epochs: int = Field(1, gt=0, description="passes over the preferences")
-    preferences_per_step: int = Field(16, gt=0, description="preferences in one optimiser step")
+    preferences_per_step: int = Field(16, gt=0, description="preferences in one optimizer step")
     learning_rate: float = Field(5e-6, ge=0, description="AdamW's learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over the steps")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
@@ -195,8 +201,8 @@ class PreferenceRun(Keeping):
     batches: list[list[int]]  # examples of each step
     notes: list[str]
     going_on: GoingOn = field(default_factory=GoingOn)
-    before: Standing | None = None
-    after: Standing | None = None
+    before: PreferenceScores | None = None
+    after: PreferenceScores | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -207,14 +213,14 @@ class PreferenceRun(Keeping):
     def start(self) -> None:
         """Measure the untrained policy on the held-out preferences; then, in a resumed run, load the checkpoint."""
         if self.before is None:
-            self.before = stand(self.learner, self.held_out)
+            self.before = evaluate_preferences(self.learner, self.held_out)
             self.load()
 
     def finish(self) -> None:
         """Measure again, save the policy, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
         self.save()  # what a stop from here on goes on from
-        self.after = stand(self.learner, self.held_out)
+        self.after = evaluate_preferences(self.learner, self.held_out)
         self.folder.save_policy(self.policy)
         summary = {
             "held_out": compare(self.before, self.after),
@@ -380,7 +386,7 @@ def _decided(examples: JudgedSet, threshold: float) -> JudgedSet:
 
 @dataclass(frozen=True)
 class PreferenceStep:
-    """One optimiser step: its line in metrics.jsonl."""
+    """One optimizer step: its line in metrics.jsonl."""
 
     index: int
     record: dict[str, Any]
@@ -389,12 +395,14 @@ class PreferenceStep:
 def learn_preferences(run: PreferenceRun) -> Iterator[PreferenceStep]:
     """One step at a time, each recorded in the run's folder before it is yielded."""
     run.start()
-    clock = Clock()
+    learner, clock = run.learner, Clock()
     for index in range(run.first_step, run.steps):
         chosen = run.batches[index]
         rollouts, given = rows_of([run.train.examples[i] for i in chosen])
         with clock("update"):
-            update = run.learner.update(rollouts, index, given)
+            batch = learner.make_batch(rollouts, given)
+            credit = learner.credit(batch)
+            update = learner.update(rollouts, batch, credit, index)
         record = {"step": index, "skipped_updates": update.skipped, **in_completions(update.metrics)}
         record |= {f"seconds_{part}": value for part, value in clock.read().items()}
         run.folder.add_metrics(record)
