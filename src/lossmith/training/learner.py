@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lossmith.errors import RunError
 from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
+from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import (
     Layout,
     Policy,
@@ -61,7 +62,12 @@ class Learner:
         self.policy, self.loss, self.recipe = policy, loss, recipe
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
         self.reference = policy.frozen() if needed else None
-        self.optimizer = _optimizer(policy, recipe)
+        trained = [(policy.parameters(), recipe.learning_rate)]
+        if policy.value_head is not None:
+            trained.append((list(policy.value_head.parameters()), recipe.value_learning_rate))
+        if not trained[0][0]:
+            raise RunError("the policy has no trainable parameter.")
+        self.optimizer = make_optimizer(trained, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
         self.memory = estimate_memory(policy, recipe, self.reference is not None, longest)
         self.recompute = self.memory.recompute and can_recompute(policy.model)
@@ -290,18 +296,14 @@ class Learner:
 
     def _optimizer_step(self, step: int) -> tuple[bool, float]:
         """(whether the parameters moved, gradient norm before clipping). A non-finite gradient moves nothing."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm))
+        norm = clip_gradients(self.optimizer, self.recipe)
         finite = math.isfinite(norm)
         bad = 0 if finite else self.bad_in_a_row + 1
         if bad == 3:
             raise RunError(f"step {step + 1}: the gradient was not finite three times in a row; {self._cure()}.")
         self.settled, self.bad_in_a_row = False, bad
         if finite:
-            factor = rate_factor(self.recipe, step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            self.optimizer.step()
+            optimizer_step(self.optimizer, self.recipe, step, self.recipe.steps)
             self.policy.version += 1
         self.optimizer.zero_grad(set_to_none=True)
         return finite, norm if finite else 0.0
@@ -368,23 +370,6 @@ def _metrics_of(result: LossOutput) -> dict[str, float]:
     """The loss, its terms, and what it measures, as numbers."""
     terms = {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
     return {"loss": float(result.loss.detach())} | terms | result.metrics
-
-
-def _optimizer(policy: Policy, recipe: Recipe) -> torch.optim.AdamW:
-    groups = [{"params": policy.parameters(), "base_lr": recipe.learning_rate}]
-    if policy.value_head is not None:
-        groups.append({"params": list(policy.value_head.parameters()), "base_lr": recipe.value_learning_rate})
-    if not groups[0]["params"]:
-        raise RunError("the policy has no trainable parameter.")
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-
-
-def rate_factor(recipe: Recipe, step: int) -> float:
-    """What the learning rate is multiplied with at this step, 0-based: warm-up, then the schedule."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / (recipe.warmup_steps + 1)
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
 
 
 @torch.no_grad()
