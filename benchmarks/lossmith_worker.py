@@ -49,7 +49,8 @@ def main() -> None:
         rollouts = sample(policy, prompts, work["samples"], recipe.sampling, seed=0, step=step)
         sampled = time.perf_counter()
         rollouts = score_rollouts(scorer, rollouts)
-        update = learner.update(rollouts, step)
+        batch = learner.make_batch(rollouts)
+        update = learner.update(rollouts, batch, learner.credit(batch), step)
         seconds = {"sample": sampled - start, **update.seconds, "total": time.perf_counter() - start}
         tokens = sum(len(r.completion_ids) for r in rollouts)
         answer = {"seconds": seconds, "tokens": tokens, "peak_gb": peak_gb()}

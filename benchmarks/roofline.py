@@ -56,7 +56,9 @@ def measure(policy: Policy, name: str, rounds: int, compiled: bool) -> dict[str,
         start = time.perf_counter()
         rollouts = sample(policy, prompts, work.samples, recipe.sampling, seed=0, step=step)
         found = {"sample": time.perf_counter() - start}
-        update = learner.update(score_rollouts(scorer, rollouts), step).seconds
+        rollouts = score_rollouts(scorer, rollouts)
+        batch = learner.make_batch(rollouts)
+        update = learner.update(rollouts, batch, learner.credit(batch), step).seconds
         found |= {name: update[name] for name in ("forward", "backward")}
         found["update"] = found["forward"] + found["backward"]
         floors = count_work(policy, rollouts)

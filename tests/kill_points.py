@@ -217,7 +217,7 @@ def warm():
     run = open_run(plan(Recipe.make(**settings(runs, "step"))))
     run.start()
     rollouts = sample_and_score(run, run.prompts.batch(0, 2, 0), 0, Clock())
-    run.learner.loss.credit(run.learner.formulate(rollouts))
+    run.learner.credit(run.learner.make_batch(rollouts))
     for group in run.learner.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

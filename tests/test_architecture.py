@@ -24,6 +24,8 @@ ORDER = [
     "policy",
     "scorers",
     "durable",
+    "settings",
+    "optimization",
     "feedback",
     "reward_model",
     "training",

@@ -49,7 +49,7 @@ def test_products_are_counted_as_by_hand():
 
 
 def test_every_phase_is_measured_and_the_step_is_their_sum(found):
-    phases = {"sample", "score", "log_probs", "forward", "loss", "backward", "optimizer"}
+    phases = {"sample", "score", "log_probs", "credit", "forward", "loss", "backward", "optimizer"}
     assert set(found.seconds) == phases and all(value > 0 for value in found.seconds.values())
     assert found.step_seconds == pytest.approx(sum(found.seconds.values()))
     assert len(found.rounds) == 4 and all(len(times) == 4 for times in found.update_seconds.values())
@@ -77,7 +77,7 @@ def test_what_is_slow_is_said(found):
         seconds={**found.seconds, "score": 10.0, "log_probs": 10.0},
         rounds=[{**one, "score": 10.0, "log_probs": 10.0} for one in found.rounds],
         update_seconds={32: [1.0, 1.1], 64: [2.0, 2.2], 128: [1.2, 1.0]},
-        need=dataclasses.replace(found.need, budget=1.0),
+        memory=dataclasses.replace(found.memory, budget=1.0),
     )
     lines = " ".join(recommendations(slow))
     assert "micro_batch_tokens = 32: the update is 100% faster than with 64 (1 to 1.1 against 2 to 2.2 s" in lines

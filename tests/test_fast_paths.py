@@ -202,7 +202,7 @@ def accumulated(compile_, dtype=torch.float64, compute=None, model=None):
         )
         for i, r in enumerate(tiny.rollouts())
     ]
-    batch = learner.formulate(rollouts)
+    batch = learner.make_batch(rollouts)
     learner.accumulate(rollouts, batch, learner.loss.credit(batch))
     assert all(a is b and a.dtype == dtype for a, b in zip(own, policy.parameters(), strict=True))
     return [p.grad for p in own]

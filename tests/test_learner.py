@@ -81,7 +81,7 @@ def run(spec, layout="shared", budget=4096, order=None):
     rollouts = scored(tiny.rollouts(measure=MEASURE))
     rollouts = [rollouts[i] for i in order] if order else rollouts
     made.layout = layout
-    batch = made.formulate(rollouts)
+    batch = made.make_batch(rollouts)
     credit = made.loss.credit(batch)
     moved(made)
     metrics = made.accumulate(rollouts, batch, credit)
@@ -92,7 +92,7 @@ def plain(spec):
     """The same by hand: every rollout alone through the model, one loss over the whole batch, one backward pass."""
     made = learner(spec, epochs=2)
     rollouts = scored(tiny.rollouts(measure=MEASURE))
-    batch = made.formulate(rollouts)
+    batch = made.make_batch(rollouts)
     credit = made.loss.credit(batch)
     moved(made)
     fields = {
@@ -154,7 +154,7 @@ def test_step_0_identities():
     """Ratio 1, KL to the reference 0, group advantages that sum to 0, no token clipped; sampler and learner agree."""
     made = learner("grpo", torch.float32, epochs=2)  # two epochs, so that old log-probabilities are measured
     rollouts = sampled(made)
-    batch = made.formulate(rollouts)
+    batch = made.make_batch(rollouts)
     credit = made.loss.credit(batch)
     metrics = made.accumulate(rollouts, batch, credit)
     assert metrics["ratio"] == pytest.approx(1, abs=1e-6)
@@ -174,7 +174,7 @@ def test_after_one_step_the_trained_moved_and_the_frozen_did_not(spec):
     reference = None if made.reference is None else made.reference.checksum()
     before = copy.deepcopy(dict(made.policy.model.named_parameters()))
     head = None if made.policy.value_head is None else made.policy.value_head.weight.clone()
-    update = made.update(sampled(made), 0)
+    update, rollouts = tiny.update(made, sampled(made))
     after = dict(made.policy.model.named_parameters())
     changed = [float((after[n] != before[n]).float().mean()) for n in after if n != "model.embed_tokens.weight"]
     assert min(changed) > 0.5
@@ -183,13 +183,13 @@ def test_after_one_step_the_trained_moved_and_the_frozen_did_not(spec):
         assert made.reference.checksum() == reference
     if head is not None:
         assert not torch.equal(head, made.policy.value_head.weight)
-    assert all(r.advantage is not None for r in update.rollouts)
+    assert all(r.advantage is not None for r in rollouts)
 
 
 def test_rewards_that_are_all_equal_teach_nothing():
     made = learner("dr_grpo", torch.float32)
     rollouts = [dataclasses.replace(r, score=Score(value=0.7)) for r in sampled(made)]
-    batch = made.formulate(rollouts)
+    batch = made.make_batch(rollouts)
     metrics = made.accumulate(rollouts, batch, made.loss.credit(batch))
     assert metrics["loss"] == 0
     assert all((g == 0).all() for g in gradients(made))
@@ -214,17 +214,18 @@ def test_the_sign_of_the_whole_path(flip):
         rollouts = sample(made.policy, tiny.prompts(), 16, made.recipe.sampling, seed=0, step=step)
         values = reward(rollouts)
         means.append(sum(values) / len(values))
-        made.update([dataclasses.replace(r, score=Score(value=v)) for r, v in zip(rollouts, values, strict=True)], step)
+        scored = [dataclasses.replace(r, score=Score(value=v)) for r, v in zip(rollouts, values, strict=True)]
+        tiny.update(made, scored, step)
     assert (means[-1] < means[0] - 0.1) if flip else (means[-1] > means[0] + 0.1)
 
 
 # -- several updates, dropped rollouts, bad gradients -----------------------------------------------------------------
 
 
-def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch():
+def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch(monkeypatch):
     made = learner("dapo(group_filter='none')", torch.float32, updates_per_step=3, epochs=2)
     rollouts = sampled(made)
-    batch = made.formulate(rollouts)
+    batch = made.make_batch(rollouts)
     parts = list(made._parts(batch, 0))
     assert len(parts) == 6
     assert sorted(torch.cat(parts[:3]).tolist()) == sorted(torch.cat(parts[3:]).tolist()) == list(range(12))
@@ -232,9 +233,13 @@ def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch():
         assert len(set(batch.group[rows].tolist())) == 1  # whole groups
         weights = made.loss.token_weights(batch.rows(rows))
         assert float(weights.sum()) == pytest.approx(1, abs=1e-6)
-    update = made.update(rollouts, 0)
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *of: norms.append(clip(*of)) or norms[-1])
+    update, _ = tiny.update(made, rollouts)
     assert made.policy.version == 6
     assert update.metrics["ratio"] != 1
+    assert update.metrics["grad_norm"] == pytest.approx(float(sum(norms)) / 6)
 
 
 def test_a_rollout_without_a_score_leaves_no_trace():
@@ -244,13 +249,13 @@ def test_a_rollout_without_a_score_leaves_no_trace():
     rollouts = scored(tiny.rollouts(measure=MEASURE))
     hole = list(rollouts)
     hole[4] = dataclasses.replace(hole[4], score=Score(error="raised: boom"))
-    first = with_hole.update(hole, 0)
-    second = without.update(rollouts[:4] + rollouts[5:], 0)
-    assert first.dropped == 1 and second.dropped == 0
-    assert first.rollouts[4].advantage is None
+    _, first = tiny.update(with_hole, hole)
+    _, second = tiny.update(without, rollouts[:4] + rollouts[5:])
+    advantages = [r.advantage for r in first]
+    assert advantages.pop(4) is None and advantages == [r.advantage for r in second]
     assert with_hole.policy.checksum() == without.policy.checksum()
     with pytest.raises(RunError, match="none of 1 completions has a score"):
-        with_hole.update([hole[4]], 1)
+        tiny.update(with_hole, [hole[4]], 1)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_three_stop_the_run():
@@ -259,10 +264,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_three_stop_the_run():
     before = made.policy.checksum()
     hook = made.policy.parameters()[0].register_hook(lambda g: g * float("nan"))
     for _ in range(2):
-        assert made.update(rollouts, 0).skipped == 1
+        assert tiny.update(made, rollouts)[0].skipped == 1
     assert made.policy.checksum() == before and made.policy.version == 0
     with pytest.raises(RunError, match="not finite three times"):
-        made.update(rollouts, 0)
+        tiny.update(made, rollouts)
     hook.remove()
 
 
@@ -275,7 +280,7 @@ def test_the_adaptive_coefficient_moves_towards_its_target():
     made = learner("grpo(beta=0.1, kl_control='adaptive', kl_control_target=0.01, kl_horizon=100.0)", torch.float32)
     rollouts = sampled(made)
     moved(made, 0.05)
-    made.update(rollouts, 0)
+    tiny.update(made, rollouts)
     assert made.loss.kl.beta == pytest.approx(0.1 * (1 + 0.2 * 12 / 100))
 
 
@@ -297,7 +302,7 @@ def test_junk_in_masked_slots_of_a_real_batch_changes_no_gradient():
         for poison in (False, True):
             made = learner("grpo", epochs=2)
             rollouts = scored(tiny.rollouts(measure=MEASURE))
-            batch = made.formulate(rollouts)
+            batch = made.make_batch(rollouts)
             if poison:
                 value = torch.where(batch.valid, getattr(batch, field), junk)
                 batch = Batch(**{**vars(batch), field: value})
@@ -314,4 +319,4 @@ def test_the_measure_of_stored_log_probs_is_checked():
     other = dataclasses.replace(rollouts[0].behavior_logp.distribution, temperature=0.3)
     wrong = dataclasses.replace(rollouts[0], behavior_logp=LogProbs(rollouts[0].behavior_logp.values, other))
     with pytest.raises(PolicyError, match="are of different distributions"):
-        made.update([wrong, *rollouts[1:]], 0)
+        made.make_batch([wrong, *rollouts[1:]])

@@ -203,11 +203,11 @@ def scored(values):
 def test_a_round_of_huge_scores_is_learned_from_in_their_order(values):
     made, rollouts = learner(), scored(values)
     given = pytest.approx([r.score.value for r in rollouts], rel=1e-7)
-    assert made.formulate(rollouts).reward.double().tolist() == given
-    update = made.update(rollouts, 0)
+    assert made.make_batch(rollouts).reward.double().tolist() == given
+    update, rollouts = tiny.update(made, rollouts)
     assert update.metrics["grad_norm"] > 1e-6 and not update.skipped
-    for a in update.rollouts:
-        for b in update.rollouts:
+    for a in rollouts:
+        for b in rollouts:
             if a.prompt.id == b.prompt.id and a.score.value > b.score.value:
                 assert a.advantage > b.advantage
 
@@ -215,17 +215,17 @@ def test_a_round_of_huge_scores_is_learned_from_in_their_order(values):
 def test_ordinary_scores_are_in_the_type_of_the_weights():
     made = learner()
     made.policy.model.float()
-    assert made.formulate(scored((0.1, 0.25, 3.0))).reward.dtype == torch.float32
-    assert made.formulate(scored((1e300, 0.25, 3.0))).reward.dtype == torch.float64
+    assert made.make_batch(scored((0.1, 0.25, 3.0))).reward.dtype == torch.float32
+    assert made.make_batch(scored((1e300, 0.25, 3.0))).reward.dtype == torch.float64
 
 
 def test_a_gradient_that_rewards_made_infinite_is_not_blamed_on_the_learning_rate():
     made = learner("reinforce")
     made.policy.model.float()
     rollouts = scored((1e30, -1e30, 0.0))
-    made.update(rollouts, 0)
-    made.update(rollouts, 1)
+    tiny.update(made, rollouts, 0)
+    tiny.update(made, rollouts, 1)
     with pytest.raises(
         RunError, match=r"advantages of .*e\+\d\d, which gradients cannot carry.*advantage_scale='group_std'"
     ):
-        made.update(rollouts, 2)
+        tiny.update(made, rollouts, 2)

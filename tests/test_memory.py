@@ -12,25 +12,25 @@ from lossmith.errors import RecipeError
 from lossmith.report.run.opening import memory_estimate
 from lossmith.training import Learner, Recipe
 from lossmith.training.loop import open_run, plan
-from lossmith.training.memory import Need, check_memory, estimate
+from lossmith.training.memory import MemoryEstimate, check_memory, estimate_memory
 
 
 def test_a_long_prompt_counts_in_the_estimate_of_memory():
     """8 prompts of 100,000 tokens on a model of 2 layers: once said to be 1.3 GB, and killed at 20.9."""
     policy = tiny.policy(tiny.llama(max_position_embeddings=1 << 18))
     recipe = Recipe.make(prompts_per_step=8, samples_per_prompt=4, max_tokens=16)
-    needs = [estimate(policy, recipe, True, longest) for longest in (10, 1000, 100_000)]
+    needs = [estimate_memory(policy, recipe, True, longest) for longest in (10, 1000, 100_000)]
     assert needs[0].sampling < needs[1].sampling < needs[2].sampling
     row = 100_000 + 16  # keys and values of every prompt, and a backward pass over one of them
     assert needs[2].sampling > 8 * 100_000 * 2 * 2 * 16 * 4
     assert needs[2].activations > row * 2 * 32 * 4 * 10 > needs[1].activations
     plain = tiny.policy(tiny.llama(max_position_embeddings=1 << 18))
     plain.shares = False  # a copy of its prompt for each completion
-    assert estimate(plain, recipe, True, 100_000).sampling > 2 * needs[2].sampling
+    assert estimate_memory(plain, recipe, True, 100_000).sampling > 2 * needs[2].sampling
 
 
 def test_a_run_that_takes_more_memory_than_there_is_is_refused():
-    need = Need(fixed=1e9, sampling=30e9, activations=2e9, recomputed=1e9, budget=8e9, longest=100_019)
+    need = MemoryEstimate(fixed=1e9, sampling=30e9, activations=2e9, recomputed=1e9, budget=8e9, longest=100_019)
     said = r"about 31\.0 GB .* 8\.0 GB are free.*p\.txt:3\) has 100,019 tokens.*memory_gb = 31"
     with pytest.raises(RecipeError, match=said):
         check_memory(need, False, Recipe.make(), "p.txt:3")
@@ -45,7 +45,7 @@ def test_a_memory_budget_decides_whether_layers_are_run_again(memory_gb, again):
     learner = Learner(tiny.policy(), recipe.policy_loss(), recipe)
     assert learner.recompute is again
     text = memory_estimate(learner)
-    assert ("run again" in text) is again and ("more than there is" in text) is again
+    assert ("activation checkpointing" in text) is again and ("more than there is" in text) is again
 
 
 def recipe_of(folder, tokens, **changes):
@@ -74,7 +74,7 @@ from pathlib import Path
 from test_memory import recipe_of
 from lossmith.training.loop import learn, open_run, plan
 run = open_run(plan(recipe_of(Path(sys.argv[1]), int(sys.argv[2]))))
-estimate = run.learner.need.total(run.learner.recompute)
+estimate = run.learner.memory.total(run.learner.recompute)
 list(learn(run))
 print(estimate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

@@ -29,7 +29,7 @@ from lossmith.training.offline.loop import (
     open_preferences,
     plan_preferences,
 )
-from lossmith.training.standing import rows_of, verdict
+from lossmith.training.offline.preference_scores import rows_of, verdict
 
 
 def text(rng, letters):
@@ -163,7 +163,7 @@ def gradient(loss, rollouts, given=None):
         draw = torch.Generator().manual_seed(9)
         for p in policy.parameters():
             p.add_(0.02 * torch.randn(p.shape, dtype=p.dtype, generator=draw))
-    batch = made.formulate(rollouts, given)
+    batch = made.make_batch(rollouts, given)
     metrics = made.accumulate(rollouts, batch, made.loss.credit(batch))
     return metrics["loss"], torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
@@ -192,7 +192,7 @@ def test_two_judgements_of_one_prompt_are_two_groups():
     rollouts, given = rows_of(examples)
     assert given["group"].tolist() == [0, 0, 1, 1]
     made = Learner(policy, get_loss("dpo"), Recipe.make(temperature=1.0))
-    batch = made.formulate(rollouts, given)
+    batch = made.make_batch(rollouts, given)
     metrics = made.accumulate(rollouts, batch, made.loss.credit(batch))
     assert metrics["units"] == 2
     assert max(float(p.grad.abs().max()) for p in policy.parameters() if p.grad is not None) < 1e-12
@@ -204,14 +204,14 @@ def test_the_reference_point_of_kto_is_of_other_prompts_completions():
     made = Learner(policy, get_loss("kto"), Recipe.make(temperature=1.0))
     with torch.no_grad():
         policy.parameters()[0].add_(0.05)
-    found = made.formulate(rollouts).mismatched_log_ratio.tolist()
+    found = made.make_batch(rollouts).mismatched_log_ratio.tolist()
     settings = made.recipe.sampling
     for mine, value in zip(rollouts, found, strict=True):
         others = [r for r in rollouts if r.prompt.id != mine.prompt.id]
         swapped = [dataclasses.replace(r, prompt=mine.prompt, prompt_ids=mine.prompt_ids) for r in others]
         ours, theirs = (token_outputs(p, swapped, settings).logp.sum(1) for p in (policy, made.reference))
         assert min(abs(value - x) for x in (ours - theirs).tolist()) < 1e-10
-    alone = made.formulate(rollouts[:2]).mismatched_log_ratio
+    alone = made.make_batch(rollouts[:2]).mismatched_log_ratio
     assert alone.tolist() == [0, 0]  # no other prompt: no estimate
 
 
@@ -226,7 +226,7 @@ def test_what_needs_the_sampler_is_refused_with_the_reason():
     ]
     learner = Learner(tiny.loaded(), get_loss("dppo_square"), Recipe.make(temperature=1.0))
     with pytest.raises(LossError, match="behavior_logp"):
-        learner.update(unknown, 0)
+        tiny.update(learner, unknown)
 
 
 def test_what_is_missing_is_said(tmp_path):

@@ -310,6 +310,6 @@ def test_a_loss_that_cannot_read_the_form(tmp_path):
     with pytest.raises(RecipeError, match=r"'bradley_terry' cannot read rankings.*all_pairs, plackett_luce"):
         train(tmp_path, judged("rankings", prompts=10), loss="bradley_terry")
     with pytest.raises(RecipeError, match="Did you mean 'bradley_terry'"):
-        RewardRecipe(loss="bradly_terry")
+        RewardRecipe.make(loss="bradly_terry")
     with pytest.raises(RecipeError, match="epochs = 0"):
-        RewardRecipe(epochs=0)
+        RewardRecipe.make(epochs=0)

@@ -97,7 +97,7 @@ def test_a_loss_reads_them_by_token():
         rollout(TEXT, policy), score=Score(value=0.375, per_token=tuple([0.0] * 3 + [0.25] + [0.0] * 14 + [0.125]))
     )
     plain = dataclasses.replace(rollout("ab", policy), sample=1, score=Score(value=2.0))
-    batch = learner.formulate([scored, plain])
+    batch = learner.make_batch([scored, plain])
     assert batch.reward.shape == (2, 19)
     assert batch.reward[0].nonzero()[:, 0].tolist() == [3, 18]
     assert batch.reward[1].nonzero()[:, 0].tolist() == [1] and float(batch.reward[1].sum()) == 2.0

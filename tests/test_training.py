@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lossmith as ls
 import tiny
 from lossmith.errors import LossError, PolicyError, PromptError, RecipeError, RunError, ScorerError
-from lossmith.training.learner import rate_factor
+from lossmith.optimization import rate_factor
 from lossmith.training.run import check_disk
 
 PROMPTS = [f"Prompt number {i}?" for i in range(12)]
@@ -305,7 +305,7 @@ def test_a_loss_is_carried_whole_by_the_recipe(tmp_path):
 def test_schedules():
     def factors(**fields):
         recipe = ls.Recipe.make(steps=5, **fields)
-        return [round(rate_factor(recipe, step), 4) for step in range(5)]
+        return [round(rate_factor(recipe, step, recipe.steps), 4) for step in range(5)]
 
     assert factors() == [1, 1, 1, 1, 1]
     assert factors(schedule="linear") == [1, 0.8, 0.6, 0.4, 0.2]

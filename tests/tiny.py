@@ -17,6 +17,7 @@ from transformers import (
 from lossmith.policy import Policy, load_policy
 from lossmith.prompts import load_prompts
 from lossmith.rollouts import Distribution, LogProbs, Rollout
+from lossmith.training.loop import those_scored, with_advantages
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from a second thread
 
@@ -89,6 +90,14 @@ def loaded():
 
 def prompts(*texts):
     return list(load_prompts(list(texts or ("Why?", "A longer question, with more bytes in it", "hm"))))
+
+
+def update(learner, rollouts, step=0):
+    """(the update, the rollouts with their advantages) of a round, as the loop makes it."""
+    scored = those_scored(rollouts, step)
+    batch = learner.make_batch(scored)
+    credit = learner.credit(batch)
+    return learner.update(scored, batch, credit, step), with_advantages(rollouts, credit)
 
 
 def rollouts(*, prompt_count=3, samples=3, seed=0, dtype=torch.float64, measure=None):

@@ -96,6 +96,11 @@ class Rollout:
     advantage: float | None = None  # mean over its tokens, filled once the loss has assigned credit
 
     @property
+    def scored(self) -> bool:
+        """Whether its scorer gave it a number, and it can be learned from."""
+        return self.score is not None and self.score.ok
+
+    @property
     def truncated(self) -> bool:
         """True where the token budget, not the policy, ended the completion."""
         return self.finish_reason == "length"

@@ -26,7 +26,7 @@ from lossmith.training.offline.loop import (
     plan_preferences,
     resume_preferences,
 )
-from lossmith.training.standing import verdict
+from lossmith.training.offline.preference_scores import verdict
 
 __all__ = ["prefer"]
 

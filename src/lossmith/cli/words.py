@@ -16,8 +16,8 @@ from pathlib import Path
 import cyclopts
 
 from lossmith.errors import LossmithError, printable
-from lossmith.training.elsewhere import instead_of, is_word
-from lossmith.training.recipe import Settings
+from lossmith.settings.base import Settings
+from lossmith.settings.unknown import instead_of, is_word
 
 __all__ = ["in_options", "options_of", "said", "settings_of"]
 
@@ -108,6 +108,6 @@ def _misread(error: cyclopts.CycloptsError, options: Mapping[str, str]) -> str:
     if isinstance(error, cyclopts.UnknownOptionError):
         keyword = (error.token.keyword or error.token.value).partition("=")[0]
         key = keyword.strip("-").replace("-", "_")
-        if "loss" in options and is_word(key):  # the nearest option would be another quantity
+        if "allow_traps" in options and is_word(key):  # the nearest option would be another quantity
             return f"there is no option {keyword}.{instead_of(key, ..., options)}"
     return str(error)

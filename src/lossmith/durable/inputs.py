@@ -73,14 +73,17 @@ class Inputs:
         parts = (inputs.settings, inputs.decisive, inputs.around, inputs.known)
         return inputs if all(isinstance(part, dict) for part in parts) else None
 
-    def changed_settings(self, now: Mapping[str, Any]) -> dict[str, str]:
-        """{setting: "0.003 -> 0.3"} of those that are not what they were."""
+    def changed_settings(self, now: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> dict[str, str]:
+        """{setting: "0.003 -> 0.3"} of those that are not what they were.
+
+        defaults: what a setting was where there was none of its name yet.
+        """
         after = json.loads(json.dumps(now, default=str))
-        keys = [*self.settings, *(key for key in after if key not in self.settings)]
+        before = json.loads(json.dumps({k: v for k, v in defaults.items() if k in after}, default=str)) | self.settings
         return {
-            key: f"{_short(self.settings.get(key))} -> {_short(after.get(key))}"
-            for key in keys
-            if self.settings.get(key) != after.get(key)
+            key: f"{_short(before.get(key))} -> {_short(after.get(key))}"
+            for key in [*before, *(key for key in after if key not in before)]
+            if before.get(key) != after.get(key)
         }
 
     def changed(self, now: Inputs) -> list[str]:

@@ -1,7 +1,8 @@
-"""The optimiser's part of reward-model training, a step at a time, with a state that can be kept and gone on with."""
+"""The optimizer's part of reward-model training, a step at a time, with a state that can be kept and gone on with."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lossmith.durable.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from lossmith.errors import RunError
+from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.reward_model import losses
 from lossmith.reward_model.model import Scoring, token_parts
 from lossmith.reward_model.recipe import RewardRecipe
@@ -33,7 +35,7 @@ class Fit:
         self.scoring, self.examples, self.recipe, self.name = scoring, examples, recipe, name
         scoring.freeze_below(recipe.train_layers)
         self.trained = {n: p for n, p in scoring.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(list(self.trained.values()), lr=recipe.learning_rate, weight_decay=0.0)
+        self.optimizer = make_optimizer([(list(self.trained.values()), recipe.learning_rate)], recipe)
         parts = max(1, round(len(examples) / recipe.comparisons_per_step))
         self.batches = [
             rows
@@ -47,18 +49,14 @@ class Fit:
 
     def steps(self) -> Iterator[str]:
         """The steps that are left; a line for people now and then, otherwise ""."""
-        warmup = max(1, self.total // 20)
+        settings = self.recipe.for_steps(self.total)
         for rows in self.batches[self.done :]:
             self.optimizer.zero_grad(set_to_none=True)
             value = accumulate(self.scoring, [self.examples[i] for i in rows], self.recipe, self.name)
-            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-            if not torch.isfinite(norm):
+            if not math.isfinite(clip_gradients(self.optimizer, settings)):
                 raise Diverged(f"step {self.done + 1}: the gradient is not finite; lower learning_rate.")
-            rate = min((self.done + 1) / warmup, (self.total - self.done) / max(1, self.total - warmup))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate * rate
             self.settled = False
-            self.optimizer.step()
+            optimizer_step(self.optimizer, settings, self.done, self.total)
             self.done += 1
             self.recent.append(value)
             line = ""

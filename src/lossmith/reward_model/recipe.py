@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
-from lossmith.errors import RecipeError, nearest
+from pydantic import Field
+
 from lossmith.feedback.preferences import Form
+from lossmith.optimization import check_optimizer
+from lossmith.settings.base import LearningRate, MicroBatchTokens, Schedule, TrainerSettings
 
 __all__ = ["DEFAULT_LOSS", "READS", "Loss", "RewardRecipe"]
 
@@ -15,58 +16,70 @@ Loss = Literal["auto", "bradley_terry", "plackett_luce", "all_pairs", "mean_squa
 DEFAULT_LOSS: dict[Form, str] = {
     "pairs": "bradley_terry", "rankings": "plackett_luce", "ratings": "mean_squared", "labels": "logistic",
 }  # fmt: skip
-HUGE = 1_000_000_000  # no count of a training reaches it
 READS: dict[str, set[Form]] = {
     "bradley_terry": {"pairs"}, "plackett_luce": {"pairs", "rankings"}, "all_pairs": {"pairs", "rankings"},
     "mean_squared": {"ratings"}, "logistic": {"labels"},
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RewardRecipe:
-    """The settings of reward-model training.
+class RewardRecipe(TrainerSettings):
+    """The settings of reward-model training."""
 
-    train_layers: None trains the whole model; k its last k layers and the head. ensemble: how many members, which
-    differ by their seed, or by the prompts that they see (`ensemble_by`). combine: how an ensemble's members make one
-    score: mean, worst (the least), or uncertain (mean - penalty · variance).
-    """
+    model: str = Field(
+        "default", description="where its body comes from: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name"
+    )
+    form: Form | None = Field(
+        None, description="what a database's judgements are turned into; by itself what keeps most of them"
+    )
+    loss: Loss = Field(
+        "auto",
+        description="auto: Plackett-Luce for rankings, Bradley-Terry for pairs, squares for ratings, logistic for "
+        "labels",
+    )
+    centring: float = Field(
+        0.01, ge=0, description="weight of the term that puts zero in the middle of what is compared"
+    )
+    epochs: int = Field(2, gt=0, description="passes over the preferences")
+    comparisons_per_step: int = Field(8, gt=0, description="preferences in one optimizer step")
+    train_layers: int | None = Field(
+        None, ge=0, description="train the last so many layers and the head only: faster, and less memory"
+    )
+    held_out: int | float = Field(
+        0.2, gt=0, description="share (or number) of the prompts that the figures are measured on"
+    )
+    ensemble: int = Field(1, gt=0, description="members; more than one makes an ensemble")
+    ensemble_by: Literal["seeds", "subsets"] = Field(
+        "seeds", description="members differ by seed, or also by the prompts they see"
+    )
+    combine: Literal["mean", "worst", "uncertain"] = Field(
+        "mean", description="an ensemble's score: mean, worst, or uncertain (mean - penalty x variance)"
+    )
+    penalty: float = Field(1.0, ge=0, description="of `uncertain`")
+    normalise: bool = Field(True, description="give scores in units of their spread over the training texts")
+    max_length: int | None = Field(None, gt=0, description="tokens of the longest text; longer ones are refused")
+    skip_bad: bool = Field(False, description="leave out texts that are too long, and count them")
 
-    model: str = "default"
-    form: Form | None = None
-    loss: Loss = "auto"
-    centring: float = 0.01
-    epochs: int = 2
-    comparisons_per_step: int = 8
-    learning_rate: float = 2e-5
-    train_layers: int | None = None
-    held_out: float = 0.2
-    ensemble: int = 1
-    ensemble_by: Literal["seeds", "subsets"] = "seeds"
-    combine: Literal["mean", "worst", "uncertain"] = "mean"
-    penalty: float = 1.0
-    normalise: bool = True
-    max_length: int | None = None
-    skip_bad: bool = False
-    checkpoint_minutes: float = 1.0
-    micro_batch_tokens: int = 2048
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
+    learning_rate: LearningRate = 2e-5
+    schedule: Schedule = "linear"
+    warmup_steps: int | None = Field(  # type: ignore[assignment]
+        None, ge=0, description="steps over which the learning rate rises from 0; a twentieth of all if not given"
+    )
+    micro_batch_tokens: MicroBatchTokens = 2048
+    seed: int = Field(0, ge=0, description="decides split, order and the new head")
+    checkpoint_minutes: float = Field(
+        1.0,
+        ge=0,
+        description="minutes between checkpoints, more where saving takes over 3% of the time; 0 for none but when it "
+        "stops",
+    )
 
-    def __post_init__(self) -> None:
-        for key, low in (("epochs", 1), ("comparisons_per_step", 1), ("ensemble", 1), ("micro_batch_tokens", 1)):
-            if getattr(self, key) < low:
-                raise RecipeError(f"{key} = {getattr(self, key)}, but must be at least {low}.")
-            if getattr(self, key) >= HUGE:
-                raise RecipeError(f"{key} = {getattr(self, key)} is too large: it must be below {HUGE}.")
-        for key in ("centring", "learning_rate", "penalty", "checkpoint_minutes"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise RecipeError(f"{key} = {getattr(self, key)}, but must be finite and at least 0.")
-        if not 1e-12 <= self.learning_rate <= 1:
-            does = "destroys the model" if self.learning_rate > 1 else "changes nothing"
-            raise RecipeError(f"learning_rate = {self.learning_rate:g} {does}. Usual is 1e-6 to 1e-4.")
-        for key, known in (("ensemble_by", ("seeds", "subsets")), ("combine", ("mean", "worst", "uncertain"))):
-            if getattr(self, key) not in known:
-                raise RecipeError(f"{key} = {getattr(self, key)!r}.{nearest(getattr(self, key), known)}")
-        if self.loss != "auto" and self.loss not in READS:
-            raise RecipeError(f"loss = {self.loss!r}.{nearest(self.loss, [*READS, 'auto'])}")
+    @classmethod
+    def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
+        """A checked recipe. RecipeError: an unknown key, a wrong type or range, nothing that could be learned with."""
+        recipe = cls.checked(source, fields)
+        check_optimizer(source, recipe)
+        return recipe
+
+    def for_steps(self, steps: int) -> Self:
+        """With the warm-up of so many steps."""
+        return self if self.warmup_steps is not None else self.model_copy(update={"warmup_steps": steps // 20})

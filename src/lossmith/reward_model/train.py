@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -67,7 +66,7 @@ def train_reward_model(
         "lossmith": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "loss": name,
-        "settings": dataclasses.asdict(recipe),
+        "settings": recipe.model_dump(),
         "data": {
             "source": str(source),
             "sha256": _digest(preferences),
@@ -115,8 +114,7 @@ def _warn(measured: Measured, on_step: Callable[[str], None]) -> None:
 
 def _inputs_of(recipe: RewardRecipe, shared: dict[str, Any]) -> Inputs:
     """What the model follows from."""
-    settings = dataclasses.asdict(recipe)
-    del settings["checkpoint_minutes"]  # how often it is saved decides nothing
+    settings = {key: value for key, value in recipe.model_dump().items() if key not in recipe.free}
     body = at_home(recipe.model)
     files = of_code("body", body if body.is_dir() else recipe.model)
     decisive = {"the preferences": shared["data"]["sha256"], "the model's files": digest(sorted(files.values()))}
@@ -141,7 +139,7 @@ class _Training:
         for k in range(recipe.ensemble):
             self.say(f"member {k + 1} of {recipe.ensemble}")
             seen = train if recipe.ensemble_by == "seeds" else _subset(train, recipe.seed, k)
-            own = dataclasses.replace(recipe, seed=recipe.seed + k)
+            own = recipe.model_copy(update={"seed": recipe.seed + k})
             alike = self.shared | {"normalise": True}  # or the member with the largest numbers would decide
             member = _Training(own, self.loss, alike, self.work, self.say, self.busy, k)
             scores, examples, manifest = member.one(seen, held_out, folder / f"member-{k}")

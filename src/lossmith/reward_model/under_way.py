@@ -23,6 +23,7 @@ from lossmith.durable.stopping import Stopping
 from lossmith.errors import LossmithError, RunError
 from lossmith.files import explain_write_errors, sync, write_atomically
 from lossmith.reward_model.fit import Fit
+from lossmith.reward_model.recipe import RewardRecipe
 
 __all__ = ["UnderWay"]
 
@@ -53,7 +54,8 @@ class UnderWay:
                 f"{str(self.path)!r} is not what `lossmith reward train` leaves when it stops. Move it away."
             )
         if then is not None and self.kept:
-            changed = [f"{key}: {change}" for key, change in then.changed_settings(now.settings).items()]
+            settings = then.changed_settings(now.settings, RewardRecipe.defaults())
+            changed = [f"{key}: {change}" for key, change in settings.items()]
             changed += then.changed(now)
             if changed:
                 raise RunError(

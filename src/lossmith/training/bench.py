@@ -19,9 +19,9 @@ from lossmith.rollouts import Rollout
 from lossmith.scorers import Scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.scorers.scorer import bind_scorer
 from lossmith.training.clock import Clock
-from lossmith.training.learner import Learner
-from lossmith.training.loop import Plan, policy_of
-from lossmith.training.memory import Need
+from lossmith.training.learner import Learner, Update
+from lossmith.training.loop import Plan, policy_of, those_scored
+from lossmith.training.memory import MemoryEstimate
 from lossmith.training.recipe import Recipe
 from lossmith.training.roofline import Work, count_work, multiply_rate
 
@@ -45,7 +45,7 @@ class Measurement:
     rate: float  # operations a second that this machine reaches
     compute: str  # the type that products are computed in
     peak_bytes: float
-    need: Need
+    memory: MemoryEstimate
     update_seconds: dict[int, list[float]]  # {micro_batch_tokens: seconds of a whole step's update, each time}
     held_out: int  # prompts that are sampled from before and after
 
@@ -108,7 +108,7 @@ def _measure(plan: Plan, recipe: Recipe, policy: Policy, scorer: Scorer) -> Meas
     for _ in range(ROUNDS):
         clock = Clock()
         rollouts = _round(learner, prompts[:count], scorer, clock)
-        update = learner.update(rollouts, 0)
+        update = _update(learner, rollouts)
         seconds = {name: scale * value for name, value in (clock.read() | update.seconds).items()}
         rounds.append(seconds | {"optimizer": update.seconds["optimizer"]})  # as long for any number of prompts
     work = count_work(policy, rollouts)
@@ -122,7 +122,7 @@ def _measure(plan: Plan, recipe: Recipe, policy: Policy, scorer: Scorer) -> Meas
         rate=max(multiply_rate(policy), multiply_rate(policy, 256)),
         compute=str(policy.compute_dtype).removeprefix("torch."),
         peak_bytes=_peak(policy),
-        need=learner.need,
+        memory=learner.memory,
         update_seconds=_micro_batches(learner, rollouts, scale),
         held_out=len(plan.held_out),
     )
@@ -138,12 +138,18 @@ def _round(learner: Learner, prompts: Sequence[Prompt], scorer: Scorer, clock: C
         return score_rollouts(scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
 
 
+def _update(learner: Learner, rollouts: Sequence[Rollout]) -> Update:
+    scored = those_scored(rollouts, 0)
+    batch = learner.make_batch(scored)
+    return learner.update(scored, batch, learner.credit(batch), 0)
+
+
 def _share(learner: Learner, one: Sequence[Prompt], scorer: Scorer, most: int) -> int:
     """How many prompts fit into the time of a round, found with one; everything is warm afterwards."""
     clock = Clock()
-    learner.update(_round(learner, one, scorer, clock), 0)  # the first touch of memory takes long
+    _update(learner, _round(learner, one, scorer, clock))  # the first touch of memory takes long
     start = time.perf_counter()
-    learner.update(_round(learner, one, scorer, clock), 0)
+    _update(learner, _round(learner, one, scorer, clock))
     return max(1, min(most, int(_SECONDS / (time.perf_counter() - start))))
 
 
@@ -154,13 +160,13 @@ def _micro_batches(learner: Learner, rollouts: list[Rollout], scale: float) -> d
     """
     recipe = learner.recipe
     now = recipe.micro_batch_tokens
-    found: dict[int, list[float]] = {size: [] for size in dict.fromkeys((now, max(now // 2, 1), 2 * now))}
+    seconds: dict[int, list[float]] = {size: [] for size in dict.fromkeys((now, max(now // 2, 1), 2 * now))}
     for k in range(ROUNDS):
-        for size in list(found)[:: 1 if k % 2 else -1]:
+        for size in list(seconds)[:: 1 if k % 2 else -1]:
             learner.recipe = recipe.model_copy(update={"micro_batch_tokens": size})
-            found[size].append(scale * sum(learner.update(rollouts, 0).seconds.values()))
+            seconds[size].append(scale * sum(_update(learner, rollouts).seconds.values()))
     learner.recipe = recipe
-    return found
+    return seconds
 
 
 def _peak(policy: Policy) -> float:

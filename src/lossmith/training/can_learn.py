@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from lossmith.errors import RecipeError
 from lossmith.losses import Loss, PolicyLoss
 from lossmith.policy import SamplingSettings
 
-__all__ = ["check_loss", "check_optimizer", "check_sampling"]
-
-
-class OptimizerSettings(Protocol):
-    """What AdamW is given."""
-
-    @property
-    def learning_rate(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float: ...
-
-    @property
-    def max_grad_norm(self) -> float: ...
+__all__ = ["check_loss", "check_sampling"]
 
 
 def check_sampling(source: str, settings: SamplingSettings, samples: int) -> None:
@@ -36,35 +21,6 @@ def check_sampling(source: str, settings: SamplingSettings, samples: int) -> Non
         raise RecipeError(
             f"{source}: {settings.noise} makes every token about as likely as any other: completions are noise, and "
             "so are their scores. Lower it; usual is 0.7 to 1."
-        )
-
-
-def check_optimizer(source: str, recipe: OptimizerSettings) -> None:
-    """RecipeError: no weight would move, or none would be left.
-
-    AdamW moves a weight by about learning_rate in one update, whatever the size of its gradient, as long as that is
-    above the 1e-8 which AdamW adds to it; and it takes learning_rate times weight_decay of the weight away.
-    """
-    rate, decay, norm = recipe.learning_rate, recipe.weight_decay, recipe.max_grad_norm
-    if rate < 1e-12:
-        raise RecipeError(
-            f"{source}: learning_rate = {rate:g} changes nothing: weights are rounded more coarsely than that. "
-            "Usual is 1e-6 to 1e-4."
-        )
-    if rate > 1:
-        raise RecipeError(
-            f"{source}: learning_rate = {rate:g} moves every weight by about {rate:g} in one update, and the weights "
-            "of a model are below 1: nothing of it would be left. Usual is 1e-6 to 1e-4."
-        )
-    if rate * decay >= 1:
-        raise RecipeError(
-            f"{source}: weight_decay = {decay:g} with learning_rate = {rate:g} takes the whole of every weight away in "
-            "one update. Usual is 0 to 0.1."
-        )
-    if norm <= 1e-8:
-        raise RecipeError(
-            f"{source}: max_grad_norm = {norm:g} scales gradients down to where AdamW takes them for 0: nothing moves. "
-            "Usual is 1."
         )
 
 

@@ -12,12 +12,12 @@ from lossmith.durable.inputs import Inputs, circumstances, digest, of_code, of_m
 from lossmith.errors import FinishedError, RecipeError, RunError
 from lossmith.policy import Policy
 from lossmith.prompts import PromptSet
-from lossmith.training.recipe import Recipe, Settings
+from lossmith.training.recipe import Recipe, RunSettings
 from lossmith.training.run import RunFolder
 
 __all__ = ["GoingOn", "command_of", "go_on", "inputs_of", "is_finished", "recipe_of", "split_again"]
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=RunSettings)
 # by a setting that only such a run has
 _RESUMED_BY = {"preferences": "lossmith prefer --resume", "prompts": "lossmith train --resume"}
 _FOUND = {"scorer": "module:function, or a file", "watch": "module:function, or a file"}
@@ -45,7 +45,7 @@ class GoingOn:
             self.notes.append(f"missing or damaged in rollouts/ ({shown}); the run does not need them, and goes on.")
 
 
-def command_of(recipe: Settings | type[Settings], folder: RunFolder) -> str:
+def command_of(recipe: RunSettings | type[RunSettings], folder: RunFolder) -> str:
     """What goes on with the run."""
     return f"{recipe.resumed_by} {shlex.quote(str(folder.path))}"
 
@@ -122,7 +122,9 @@ def split_again(prompts: PromptSet, held_out_ids: Sequence[str]) -> tuple[Prompt
     return PromptSet(train, prompts.name), PromptSet(tuple(known[i] for i in held_out_ids), prompts.name)
 
 
-def go_on(folder: RunFolder, now: Inputs, recipe: Settings, accept_changes: bool, more_steps: bool = False) -> GoingOn:
+def go_on(
+    folder: RunFolder, now: Inputs, recipe: RunSettings, accept_changes: bool, more_steps: bool = False
+) -> GoingOn:
     """Where to go on from. RunError: inputs that changed, each named; no checkpoint that is whole."""
     state = GoingOn(resumed=True)
     _compare(state, folder, now, recipe, accept_changes, more_steps)
@@ -147,7 +149,7 @@ def go_on(folder: RunFolder, now: Inputs, recipe: Settings, accept_changes: bool
 
 
 def _compare(
-    state: GoingOn, folder: RunFolder, now: Inputs, recipe: Settings, accept_changes: bool, more_steps: bool
+    state: GoingOn, folder: RunFolder, now: Inputs, recipe: RunSettings, accept_changes: bool, more_steps: bool
 ) -> None:
     """What is not as it was at the start of the run."""
     then = Inputs.read(folder.path)
@@ -155,7 +157,7 @@ def _compare(
         state.notes.append("inputs.json is missing or damaged: nobody can tell whether the run's inputs have changed.")
         return
     state.accepted = then.accepted
-    settings = then.changed_settings(now.settings)
+    settings = then.changed_settings(now.settings, recipe.defaults())
     free = {key: settings.pop(key) for key in recipe.free if key in settings}
     for key in free.keys() - {"runs", "name"}:
         state.notes.append(f"recipe.toml: {key}: {free[key]}.")

@@ -1,4 +1,4 @@
-"""The learner: one round of rollouts -> gradients of the loss -> new parameters.
+"""The learner: a round of rollouts -> batch -> credit -> gradients of the loss -> new parameters.
 
 The credit half of the loss sees the whole round at once; the objective half runs on micro-batches whose gradients add
 up to exactly the gradient of the whole, however the round is cut.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lossmith.errors import RunError
 from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
+from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import (
     Layout,
     Policy,
@@ -32,7 +33,7 @@ from lossmith.policy import (
 )
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
 from lossmith.training.clock import Clock
-from lossmith.training.memory import estimate
+from lossmith.training.memory import estimate_memory
 from lossmith.training.recipe import Recipe
 
 __all__ = ["Learner", "Update"]
@@ -42,17 +43,15 @@ _log = logging.getLogger("lossmith")
 
 @dataclass(frozen=True)
 class Update:
-    """What one round's update did. `metrics` are those of the loss, plus gradient norm and learning rate."""
+    """What one round's update did."""
 
-    rollouts: list[Rollout]  # with their advantages filled in
-    metrics: dict[str, float]
-    dropped: int  # rollouts without a score, left out of everything
-    skipped: int  # optimiser steps not taken because a gradient was not finite
-    seconds: dict[str, float] = field(default_factory=dict)  # by part: log_probs, forward, loss, backward, optimizer
+    metrics: dict[str, float]  # those of the loss, gradient norm and learning rate
+    skipped: int  # optimizer steps not taken because a gradient was not finite
+    seconds: dict[str, float] = field(default_factory=dict)  # by part, from log_probs and credit to optimizer
 
 
 class Learner:
-    """Holds the optimiser, and the loss with whatever in it moves (an adaptive KL coefficient)."""
+    """Holds the optimizer, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
     def __init__(self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0) -> None:
         """longest: tokens of the longest prompt there will be, for the estimate of memory."""
@@ -63,10 +62,15 @@ class Learner:
         self.policy, self.loss, self.recipe = policy, loss, recipe
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
         self.reference = policy.frozen() if needed else None
-        self.optimizer = _optimizer(policy, recipe)
+        trained = [(policy.parameters(), recipe.learning_rate)]
+        if policy.value_head is not None:
+            trained.append((list(policy.value_head.parameters()), recipe.value_learning_rate))
+        if not trained[0][0]:
+            raise RunError("the policy has no trainable parameter.")
+        self.optimizer = make_optimizer(trained, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        self.need = estimate(policy, recipe, self.reference is not None, longest)
-        self.recompute = self.need.recompute and can_checkpoint_activations(policy.model)
+        self.memory = estimate_memory(policy, recipe, self.reference is not None, longest)
+        self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
         self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
             _log.warning(
@@ -81,46 +85,13 @@ class Learner:
         self.settled = True  # False from the first change that a round makes, until the loop has written the round down
         self._largest = 0.0  # advantage of the round
 
-    def update(self, rollouts: Sequence[Rollout], step: int, given: Mapping[str, Tensor] | None = None) -> Update:
-        """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimiser steps.
-
-        given: fields of the batch that the caller knows and rollouts do not say, rows as in `rollouts`.
-        """
-        scored = [r for r in rollouts if r.score is not None and r.score.ok]
-        if not scored:
-            raise RunError(
-                f"step {step + 1}: none of {len(rollouts)} completions has a score; there is nothing to learn from."
-            )
-        rows_scored = [i for i, r in enumerate(rollouts) if r.score is not None and r.score.ok]
-        batch = self.formulate(scored, {k: v[rows_scored] for k, v in (given or {}).items()})
-        with self._clock("loss"):
-            credit = self.loss.credit(batch)
-        self._largest = float(credit.advantage.abs().max()) if credit.advantage.numel() else 0.0
-        metrics: dict[str, float] = {}
-        taken = skipped = 0
-        for rows in self._parts(batch, step):
-            part, share = batch.rows(rows), credit.rows(rows)
-            if len(rows) < len(scored):
-                share = self.loss.as_whole(share, part)
-            found = self.accumulate([scored[i] for i in rows], part, share)
-            metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
-            with self._clock("optimizer"):
-                moved, norm = self._optimizer_step(step)
-            metrics["grad_norm"] = metrics.get("grad_norm", 0.0) + norm
-            taken += 1
-            skipped += not moved
-        metrics = {k: v / taken for k, v in metrics.items()} | credit.metrics
-        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        self._adapt(metrics, len(scored))
-        dropped, seconds = len(rollouts) - len(scored), self._clock.read()
-        return Update(_with_advantages(rollouts, scored, credit), metrics, dropped, skipped, seconds)
-
     # -- the batch --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def formulate(self, rollouts: Sequence[Rollout], given: Mapping[str, Tensor] | None = None) -> Batch:
+    def make_batch(self, rollouts: Sequence[Rollout], given: Mapping[str, Tensor] | None = None) -> Batch:
         """Scored rollouts -> everything the loss needs about them, except the gradient-carrying forward pass.
 
+        given: fields of the batch that the caller knows and rollouts do not say, rows as in `rollouts`.
         Where the sampler's log-probabilities are unknown (NaN: texts that were imported) there is no behavior_logp.
         """
         recipe, loss = self.recipe, self.loss
@@ -138,7 +109,7 @@ class Learner:
             fields["mismatched_log_ratio"] = self._mismatched(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
         if not bool(behavior.isnan().any()):
-            self._check_measure(rollouts)
+            self._check_distribution(rollouts)
             fields["behavior_logp"] = behavior.to(self.policy.device)
         names = {key: i for i, key in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
@@ -157,7 +128,7 @@ class Learner:
         0 where there is no such completion that fits the context.
         """
         assert self.reference is not None
-        found = torch.zeros(len(rollouts), device=self.policy.device)
+        log_ratio = torch.zeros(len(rollouts), device=self.policy.device)
         rows, swapped = [], []
         order = sorted(range(len(rollouts)), key=lambda i: (rollouts[i].prompt.id, rollouts[i].completion_ids))
         for at, i in enumerate(order):
@@ -169,17 +140,17 @@ class Learner:
                     swapped.append(dataclasses.replace(other, prompt=mine.prompt, prompt_ids=mine.prompt_ids))
                     break
         if not rows:
-            return found
+            return log_ratio
         nothing: frozenset[str] = frozenset()
         ours, theirs = (self.outputs(p, swapped, nothing).logp for p in (self.policy, self.reference))
         gap = (ours - theirs).sum(1)
-        return found.to(gap.dtype).index_copy(0, torch.tensor(rows, device=found.device), gap)
+        return log_ratio.to(gap.dtype).index_copy(0, torch.tensor(rows, device=gap.device), gap)
 
-    def _check_measure(self, rollouts: Sequence[Rollout]) -> None:
-        """The stored log-probabilities must be of the distribution that the learner measures."""
+    def _check_distribution(self, rollouts: Sequence[Rollout]) -> None:
+        """PolicyError: the stored log-probabilities are of another distribution than the learner's."""
         ours = LogProbs(torch.zeros(1), distribution_of(self.policy, self.recipe.sampling))
-        for measure in {r.behavior_logp.distribution for r in rollouts}:
-            ours - LogProbs(torch.zeros(1), measure)
+        for distribution in {r.behavior_logp.distribution for r in rollouts}:
+            ours - LogProbs(torch.zeros(1), distribution)
 
     def outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
@@ -193,14 +164,41 @@ class Learner:
                     policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
                 )
             t = out.logp.shape[1]
-            logp, mask = logp.to(out.logp.dtype), mask
+            logp = logp.to(out.logp.dtype)
             logp[rows, :t], mask[rows, :t] = out.logp, out.mask
             if value is not None and out.value is not None:
                 value = value.to(out.value.dtype)
                 value[rows, :t] = out.value
         return TokenOutputs(logp=logp, mask=mask, distribution=out.distribution, value=value)
 
-    # -- gradients --------------------------------------------------------------------------------------------------
+    # -- credit and update ------------------------------------------------------------------------------------------
+
+    def credit(self, batch: Batch) -> Credit:
+        """The advantage of every token, and what its weight is divided by: of the whole round at once."""
+        with self._clock("credit"):
+            return self.loss.credit(batch)
+
+    def update(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, step: int) -> Update:
+        """theta <- argmin L, by recipe.epochs passes of recipe.updates_per_step optimizer steps.
+
+        rollouts: those that `batch` was made of, and `credit` of that.
+        """
+        self._largest = float(credit.advantage.abs().max()) if credit.advantage.numel() else 0.0
+        metrics: list[dict[str, float]] = []  # of each optimizer step
+        skipped = 0
+        for rows in self._parts(batch, step):
+            part, share = batch.rows(rows), credit.rows(rows)
+            if len(rows) < len(rollouts):
+                share = self.loss.as_whole(share, part)
+            of_loss = self.accumulate([rollouts[i] for i in rows], part, share)
+            with self._clock("optimizer"):
+                moved, norm = self._optimizer_step(step)
+            skipped += not moved
+            metrics.append(of_loss | {"grad_norm": norm})
+        means = {name: sum(m.get(name, 0.0) for m in metrics) / len(metrics) for name in metrics[-1]}
+        means |= credit.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self._adapt(means, len(rollouts))
+        return Update(means, skipped, self._clock.read())
 
     def accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
         """Add dL/dtheta of these rows to the gradients, micro-batch by micro-batch; returns the loss's metrics.
@@ -212,23 +210,23 @@ class Learner:
             return self._accumulate(rollouts, batch, credit)
 
     def _accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
-        pull = None if self.loss.separable else self._whole(rollouts, batch, credit)
-        metrics = {} if pull is None else pull.metrics
+        whole = None if self.loss.separable else self._output_gradients(rollouts, batch, credit)
+        metrics = {} if whole is None else whole.metrics
         for rows in self.micro_batches(rollouts):
             with torch.enable_grad():
                 with self._clock("forward"):
                     graded = self._graded([rollouts[i] for i in rows], batch)
                 with self._clock("loss"):
-                    if pull is None:
+                    if whole is None:
                         result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
-                        found, total = _found(result), result.loss
+                        share, total = _metrics_of(result), result.loss
                     else:
-                        found, total = {}, pull.along(graded, rows)
+                        share, total = {}, whole.surrogate_loss(graded, rows)
                 if total.requires_grad:
                     with self._clock("backward"):
                         total.backward()
-            found |= _mismatch(graded["logp"], batch.rows(rows), credit.rows(rows))
-            metrics = {k: metrics.get(k, 0.0) + found.get(k, 0.0) for k in {**metrics, **found}}
+            share |= _sampler_gap(graded["logp"], batch.rows(rows), credit.rows(rows))
+            metrics = {k: metrics.get(k, 0.0) + share.get(k, 0.0) for k in {**metrics, **share}}
         return metrics
 
     def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
@@ -247,7 +245,7 @@ class Learner:
         graded = {name: getattr(out, name) for name in ("logp", *want)}
         return {k: torch.nn.functional.pad(v, (0, width - v.shape[1])) for k, v in graded.items()}
 
-    def _whole(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> _Pull:
+    def _output_gradients(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> _OutputGradients:
         """dL/d(outputs) of all rows at once."""
         parts: list[tuple[Tensor, dict[str, Tensor]]] = []
         with torch.no_grad():
@@ -260,7 +258,8 @@ class Learner:
         with torch.enable_grad():
             result = self.loss.objective(batch.replace(**leaves), credit)
             grads = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
-        return _Pull({k: g for k, g in zip(leaves, grads, strict=True) if g is not None}, _found(result))
+        known = {k: g for k, g in zip(leaves, grads, strict=True) if g is not None}
+        return _OutputGradients(known, _metrics_of(result))
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> Iterator[Tensor]:
         """Row numbers within the token budget, a prompt's completions side by side so that they share its encoding."""
@@ -272,7 +271,7 @@ class Learner:
             r = rollouts[i]
             shared = r.prompt.id in seen and sharing_is_exact(self.policy)
             cost = len(r.completion_ids) + (0 if shared else len(r.prompt_ids))
-            # a quarter more is borne where the prompt would otherwise be encoded once again for its last completions
+            # 25% over budget rather than encode the prompt again for its last few completions
             budget = self.recipe.micro_batch_tokens * (1.25 if shared else 1.0)
             if rows and used + cost > budget:
                 yield torch.tensor(rows)
@@ -285,7 +284,7 @@ class Learner:
             yield torch.tensor(rows)
 
     def _parts(self, batch: Batch, step: int) -> Iterator[Tensor]:
-        """Rows of each optimiser step: whole groups, shuffled anew in every epoch by (seed, step, epoch)."""
+        """Rows of each optimizer step: whole groups, shuffled anew in every epoch by (seed, step, epoch)."""
         assert batch.group is not None
         groups = batch.group.cpu()
         ids = groups.unique()
@@ -297,18 +296,14 @@ class Learner:
 
     def _optimizer_step(self, step: int) -> tuple[bool, float]:
         """(whether the parameters moved, gradient norm before clipping). A non-finite gradient moves nothing."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm))
+        norm = clip_gradients(self.optimizer, self.recipe)
         finite = math.isfinite(norm)
         bad = 0 if finite else self.bad_in_a_row + 1
         if bad == 3:
             raise RunError(f"step {step + 1}: the gradient was not finite three times in a row; {self._cure()}.")
         self.settled, self.bad_in_a_row = False, bad
         if finite:
-            factor = rate_factor(self.recipe, step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            self.optimizer.step()
+            optimizer_step(self.optimizer, self.recipe, step, self.recipe.steps)
             self.policy.version += 1
         self.optimizer.zero_grad(set_to_none=True)
         return finite, norm if finite else 0.0
@@ -359,43 +354,26 @@ def _rewards(rollouts: Sequence[Rollout]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pull:
+class _OutputGradients:
     """dL/d(outputs) of a whole batch, and what was measured with it."""
 
     gradient: dict[str, Tensor]  # {logp, entropy, ...: [N, T]}
     metrics: dict[str, float]
 
-    def along(self, graded: dict[str, Tensor], rows: Tensor) -> Tensor:
+    def surrogate_loss(self, graded: dict[str, Tensor], rows: Tensor) -> Tensor:
         """A scalar whose gradient in the parameters is that of the loss through these rows."""
         terms = [(self.gradient[k][rows].to(v.dtype) * v).sum() for k, v in graded.items() if k in self.gradient]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
-def _found(result: LossOutput) -> dict[str, float]:
-    """What a loss says about itself, as numbers."""
+def _metrics_of(result: LossOutput) -> dict[str, float]:
+    """The loss, its terms, and what it measures, as numbers."""
     terms = {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
     return {"loss": float(result.loss.detach())} | terms | result.metrics
 
 
-def _optimizer(policy: Policy, recipe: Recipe) -> torch.optim.AdamW:
-    groups = [{"params": policy.parameters(), "base_lr": recipe.learning_rate}]
-    if policy.value_head is not None:
-        groups.append({"params": list(policy.value_head.parameters()), "base_lr": recipe.value_learning_rate})
-    if not groups[0]["params"]:
-        raise RunError("the policy has no trainable parameter.")
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-
-
-def rate_factor(recipe: Recipe, step: int) -> float:
-    """What the learning rate is multiplied with at this step, 0-based: warm-up, then the schedule."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / (recipe.warmup_steps + 1)
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
-
-
 @torch.no_grad()
-def _mismatch(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
+def _sampler_gap(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
     """How far the sampler's stored log-probabilities are from the learner's: mean |difference| per token, nats.
 
     Both are of the distribution sampled from; what is left is rounding, and how far this update has already moved.
@@ -404,10 +382,3 @@ def _mismatch(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
         return {}
     gap = torch.where(batch.valid, (logp - batch.behavior_logp).abs(), torch.zeros_like(logp))
     return {"sampler_gap": float(gap.sum()) / max(credit.tokens, 1)}
-
-
-def _with_advantages(rollouts: Sequence[Rollout], scored: list[Rollout], credit: Credit) -> list[Rollout]:
-    """The rollouts in their order, those with a score now with the mean advantage of their tokens."""
-    means = [float(a.sum()) / len(r.completion_ids) for r, a in zip(scored, credit.advantage, strict=True)]
-    known = {id(r): m for r, m in zip(scored, means, strict=True)}
-    return [dataclasses.replace(r, advantage=known.get(id(r))) for r in rollouts]

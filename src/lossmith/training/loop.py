@@ -1,10 +1,11 @@
-"""The loop: sample, score, formulate the loss, update, and again.
+"""The loop: prompts -> rollouts -> batch -> credit -> update, and again.
 
 `learn` yields one Step a round. Logging, progress and early stopping belong to whoever iterates.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lossmith.errors import RecipeError, quiet_traps
+from lossmith.errors import RecipeError, RunError, quiet_traps
+from lossmith.losses import Credit
 from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rollouts import Rollout
@@ -32,7 +34,7 @@ from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
 
-__all__ = ["Plan", "Run", "Step", "learn", "open_run", "plan", "policy_of"]
+__all__ = ["Plan", "Run", "Step", "learn", "open_run", "plan", "policy_of", "those_scored"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Step:
     """One round: what was sampled and scored, what the update did, and how long each part took (seconds)."""
 
     index: int
-    rollouts: list[Rollout]
+    rollouts: list[Rollout]  # with their advantages; None of those without a score, from which nothing is learned
     update: Update
     seconds: dict[str, float]
     watched: list[float] = field(default_factory=list)  # the watching scorer's mean for each prompt
@@ -58,7 +60,7 @@ class Step:
             # -log p of what was sampled is an unbiased estimate of the entropy, and costs nothing
             "sampled_entropy": -sum(float(r.behavior_logp.values.sum()) for r in self.rollouts) / sum(lengths),
             "ended": statistics.fmean(not r.truncated for r in self.rollouts),
-            "dropped": self.update.dropped,
+            "dropped": sum(not r.scored for r in self.rollouts),
             "skipped_updates": self.update.skipped,
             **in_completions(self.update.metrics),
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
@@ -145,9 +147,9 @@ class Run(Keeping):
         kept = self.folder.read_rollouts(name, self.held_out)
         if kept is not None:
             return Evaluation(kept)
-        found = measure()
-        self.folder.add_rollouts(name, found.rollouts)
-        return found
+        evaluation = measure()
+        self.folder.add_rollouts(name, evaluation.rollouts)
+        return evaluation
 
     def _watched(self, evaluation: Evaluation | None) -> Evaluation:
         """The same completions as the watching scorer sees them."""
@@ -189,15 +191,18 @@ class Run(Keeping):
 def learn(run: Run) -> Iterator[Step]:
     """One Step per round, each recorded in the run's folder before it is yielded."""
     run.start()
-    recipe, clock = run.recipe, Clock()
+    recipe, learner, clock = run.recipe, run.learner, Clock()
     for index in run.remaining_steps():
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         watched = watch(run, rollouts, clock)
-        with clock("update"):  # theta <- argmin L
+        with clock("update"):
             run.tell("updating", 0, 0)
-            update = run.learner.update(rollouts, index)
-        step = Step(index, update.rollouts, update, clock.read(), watched)
+            scored = those_scored(rollouts, index)
+            batch = learner.make_batch(scored)  # log pi_old and log pi_ref, where the loss asks for them
+            credit = learner.credit(batch)  # A of every token, and what its weight is divided by
+            update = learner.update(scored, batch, credit, index)  # theta <- argmin L
+        step = Step(index, with_advantages(rollouts, credit), update, clock.read(), watched)
         record(run, step)
         run.stopped = run.guard.reason_to_stop(step.record)
         yield step
@@ -226,13 +231,32 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
             if not ahead:
                 run.tell("scoring", 0, len(rollouts))
                 return score(rollouts)
-            found: list[Rollout] = []
+            scored: list[Rollout] = []
             for prompt in prompts:
-                run.tell("scoring", len(found), len(rollouts))
-                found += asked[prompt.id].result()
-            return found
+                run.tell("scoring", len(scored), len(rollouts))
+                scored += asked[prompt.id].result()
+            return scored
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # whoever stops the run does not wait for a server
+
+
+def those_scored(rollouts: Sequence[Rollout], index: int) -> list[Rollout]:
+    """Those that have a score, which the others leave no trace in. RunError: none has."""
+    scored = [r for r in rollouts if r.scored]
+    if not scored:
+        raise RunError(
+            f"step {index + 1}: none of {len(rollouts)} completions has a score; there is nothing to learn from."
+        )
+    return scored
+
+
+def with_advantages(rollouts: Sequence[Rollout], credit: Credit) -> list[Rollout]:
+    """The rollouts in their order, those with a score now with the mean advantage of their tokens."""
+    rows = iter(credit.advantage)
+    return [
+        dataclasses.replace(r, advantage=float(next(rows).sum()) / len(r.completion_ids) if r.scored else None)
+        for r in rollouts
+    ]
 
 
 def watch(run: Run, rollouts: list[Rollout], clock: Clock) -> list[float]:
@@ -318,7 +342,7 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
     longest = _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)))
-    check_memory(learner.need, learner.recompute, recipe, longest.source)
+    check_memory(learner.memory, learner.recompute, recipe, longest.source)
     now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
     if folder is None:
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
@@ -352,7 +376,7 @@ def _check_lengths(policy: Policy, plan: Plan) -> Prompt:
 
 
 def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None) -> int:
-    """Bytes a run may write: the policy, two checkpoints with their optimiser state, and the next one beside them.
+    """Bytes a run may write: the policy, two checkpoints with their optimizer state, and the next one beside them.
 
     folder: of a resumed run, whose checkpoints are there already.
     """

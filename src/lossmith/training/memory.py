@@ -13,7 +13,7 @@ from lossmith.policy.attention import SCORES_AT_ONCE
 from lossmith.policy.decode import ENCODED_AT_ONCE
 from lossmith.training.recipe import Recipe
 
-__all__ = ["Need", "check_memory", "estimate"]
+__all__ = ["MemoryEstimate", "check_memory", "estimate_memory"]
 
 # Measured on the default model in bfloat16 with 512 to 2048 tokens: libraries and what the allocator leaves unused take
 # 1.3 GB, and a layer keeps so many numbers of the hidden size a token for its backward pass; layers that are run again
@@ -26,8 +26,8 @@ _SCORE_COPIES = 3  # scores, their softmax, and that in the type of the values
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes. `fixed`: weights, gradients, optimiser, libraries; beside it sampling or a backward pass, never both."""
+class MemoryEstimate:
+    """Bytes. `fixed`: weights, gradients, optimizer, libraries; beside it sampling or a backward pass, never both."""
 
     fixed: float
     sampling: float  # keys and values of prompts and completions, and what encoding a prompt takes
@@ -41,9 +41,9 @@ class Need:
         """Whether it is too much, unless layers are run again in the backward pass."""
         return self.budget is not None and self.fixed + self.activations > self.budget
 
-    def total(self, again: bool) -> float:
-        """The most there is at one time; again: layers are run again."""
-        return self.fixed + max(self.sampling, self.recomputed if again else self.activations)
+    def total(self, recompute: bool) -> float:
+        """The most there is at one time; recompute: layers are run again in the backward pass."""
+        return self.fixed + max(self.sampling, self.recomputed if recompute else self.activations)
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class _Sizes:
     def of(cls, policy: Policy) -> _Sizes:
         config = policy.model.config.get_text_config()
 
-        def said(name: str, otherwise: int) -> int:
+        def number(name: str, otherwise: int) -> int:
             value = getattr(config, name, None)
             return value if type(value) is int and value > 0 else otherwise
 
         vocabulary, hidden = policy.model.get_output_embeddings().weight.shape
-        hidden = said("hidden_size", hidden)
-        heads = said("num_attention_heads", 1)
-        key_heads, head = said("num_key_value_heads", heads), said("head_dim", max(hidden // heads, 1))
+        hidden = number("hidden_size", hidden)
+        heads = number("num_attention_heads", 1)
+        key_heads, head = number("num_key_value_heads", heads), number("head_dim", max(hidden // heads, 1))
         linear = [m.out_features for m in policy.model.base_model.modules() if isinstance(m, nn.Linear)]
         return cls(
             hidden,
             max([*linear, hidden]),
-            said("num_hidden_layers", 1),
+            number("num_hidden_layers", 1),
             heads,
             2 * key_heads * head,
             vocabulary,
@@ -82,7 +82,7 @@ class _Sizes:
         )
 
 
-def estimate(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) -> Need:
+def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) -> MemoryEstimate:
     """What training this policy with this recipe takes, with prompts of at most so many tokens."""
     size = _Sizes.of(policy)
     weights = sum(p.numel() for p in policy.model.parameters())
@@ -93,7 +93,7 @@ def estimate(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) 
     head = 2 * size.width * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
     layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width
     once = head + _attention(size, tokens)
-    return Need(
+    return MemoryEstimate(
         fixed,
         _sampling(policy, size, recipe, longest),
         once + size.layers * layer,
@@ -104,7 +104,7 @@ def estimate(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) 
 
 
 def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> int:
-    """Tokens: as many as the recipe says or a round has, but a prompt and its completion are never torn apart."""
+    """Tokens: as many as the recipe says or a round has, but a prompt and its completion always stay together."""
     n, row = recipe.samples_per_prompt, longest + recipe.max_tokens
     group = longest + n * recipe.max_tokens if sharing_is_exact(policy) else n * row
     return max(row, min(recipe.micro_batch_tokens, recipe.prompts_per_step * group))
@@ -132,17 +132,17 @@ def _sampling(policy: Policy, size: _Sizes, recipe: Recipe, longest: int) -> flo
     return cached + max(encoding, step)
 
 
-def check_memory(need: Need, again: bool, recipe: Recipe, source: str) -> None:
+def check_memory(memory: MemoryEstimate, recompute: bool, recipe: Recipe, source: str) -> None:
     """RecipeError where the run would take more than the machine has; source: where the longest prompt stands.
 
     A recipe that says how much it may take (memory_gb) knows better than an estimate.
     """
-    total = need.total(again)
-    if recipe.memory_gb is not None or need.budget is None or total <= need.budget:
+    total = memory.total(recompute)
+    if recipe.memory_gb is not None or memory.budget is None or total <= memory.budget:
         return
     raise RecipeError(
-        f"this run needs about {total / 1e9:.1f} GB of memory, and {need.budget / 1e9:.1f} GB are free: the longest "
-        f"prompt ({source}) has {need.longest:,} tokens. Shorten or drop it, take a smaller model, or lower "
+        f"this run needs about {total / 1e9:.1f} GB of memory, and {memory.budget / 1e9:.1f} GB are free: the longest "
+        f"prompt ({source}) has {memory.longest:,} tokens. Shorten or drop it, take a smaller model, or lower "
         "samples_per_prompt, prompts_per_step or micro_batch_tokens; "
         f"memory_gb = {-(-total // 1e9):.0f} starts the run all the same."
     )

@@ -78,7 +78,7 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "tokens_per_second": ("response tokens over the whole step's seconds", "1/s"),
             "seconds_*": ("by part of the step: sample, score, watch, update", "s"),
             "seconds_update_*": (
-                "by part of the update: log_probs (old and reference), forward, loss, backward, optimizer",
+                "by part of the update: log_probs (old and reference), credit, forward, loss, backward, optimizer",
                 "s",
             ),
         },

@@ -2,132 +2,44 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable, Mapping, Set
-from pathlib import Path
+from collections.abc import Set
 from typing import Any, ClassVar, Literal, Self
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lossmith.errors import RecipeError, quiet_traps
-from lossmith.files import at_home, read_text, text_at_home
 from lossmith.losses import Loss, parse_loss
 from lossmith.losses.batch import FIELDS
+from lossmith.optimization import check_optimizer
 from lossmith.policy import SamplingSettings
 from lossmith.scorers import ScorerSettings
-from lossmith.scorers.address import redacted
-from lossmith.training.can_learn import check_loss, check_optimizer, check_sampling
-from lossmith.training.elsewhere import instead_of
-from lossmith.training.paths import absolute
-from lossmith.training.wanted import wanted
+from lossmith.settings.base import TrainerSettings
+from lossmith.training.can_learn import check_loss, check_sampling
 
-__all__ = ["PROVIDED", "Recipe", "Settings", "checked_loss"]
+__all__ = ["PROVIDED", "Recipe", "RunSettings", "checked_loss"]
 
-HUGE = 1_000_000_000  # no count of a run reaches it
 COMPLETIONS = 1_000_000  # of a step, which are held in memory together
 
 
-class Settings(BaseModel):
-    """A flat record that a TOML file holds."""
+class RunSettings(TrainerSettings):
+    """What every run of a policy is told, whatever it learns from."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
-    live: ClassVar[tuple[str, ...]] = ()  # fields that may hold a Python object
-    paths: ClassVar[tuple[str, ...]] = ()  # fields that may name a file or a folder
     resumed_by: ClassVar[str] = ""  # the command that goes on with a run of such a recipe
     resumed_in_python: ClassVar[str] = ""  # the function that does
     extended_by: ClassVar[str] = ""  # what gives a finished run more steps, where anything can
-    # where and how often a run writes and asks, which decides nothing of what it learns
-    free: ClassVar[tuple[str, ...]] = (
-        "runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts",
-        "accept_weak_scorer", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
-    )  # fmt: skip
 
-    @classmethod
-    def read(cls, path: Path | str) -> dict[str, Any]:
-        """The fields that a TOML file sets, its paths relative to its folder.
+    chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
+    allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
+    memory_gb: float | None = Field(
+        None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
+    )
 
-        RecipeError names the file, and the line of a syntax error.
-        """
-        text = read_text(path, RecipeError, "recipe file")
-        try:
-            fields = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number or date that Python cannot hold
-            raise RecipeError(f"{path} is not a TOML file: {error}.") from None
-        return cls.resolved(fields, at_home(path).parent)
-
-    @classmethod
-    def resolved(cls, fields: Mapping[str, Any], base: Path) -> dict[str, Any]:
-        """The fields with every path absolute: `~` is home, and what is relative is meant from `base`."""
-        return dict(fields) | {key: absolute(key, fields[key], base) for key in cls.paths if key in fields}
-
-    @classmethod
-    def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
-        """A checked record."""
-        return cls.checked(source, fields)
-
-    @classmethod
-    def checked(cls, source: str, fields: Mapping[str, Any]) -> Self:
-        """RecipeError: an unknown key (and the nearest), a wrong type or range. `~` in a path is the home folder."""
-        for key in fields:
-            if key not in cls.model_fields:
-                raise RecipeError(
-                    f"{source}: there is no setting {key!r}.{instead_of(key, fields[key], cls.model_fields)}"
-                )
-        fields = {key: _at_home(key, value) if key in cls.paths else value for key, value in fields.items()}
-        try:
-            return cls(**fields)
-        except pydantic.ValidationError as error:
-            raise RecipeError(f"{source}: {cls.refusal(error, repr)}") from None
-
-    @classmethod
-    def refusal(cls, error: pydantic.ValidationError, shown: Callable[[str], str]) -> str:
-        """Which value was refused and what is wanted instead, in our words; `shown` writes a text value."""
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        given = next((e["input"] for e in error.errors() if e["loc"] == (key,)), first["input"])
-        value = shown(given) if isinstance(given, str) else repr(given).lower()  # true, as TOML has it
-        field = cls.model_fields[key]
-        at = "".join(f"[{i}]" for i in first["loc"][1:] if isinstance(i, int))  # of a list
-        if first["type"] == "value_error" and not isinstance(given, bool):
-            return f"{key} = {value} is too large: a whole number below {HUGE} is wanted ({field.description})."
-        return f"{key}{at} = {value}: {wanted(field, given)} is wanted ({field.description})."
-
-    @pydantic.field_validator("*", mode="before")
-    @classmethod
-    def _no_number_by_accident(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """true is no number, though Python takes it for 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, Any):
-            raise ValueError("a number")
-        return value
-
-    @pydantic.field_validator("*", mode="after")
-    @classmethod
-    def _no_number_without_end(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """A slip of the finger; a seed may be any number."""
-        if isinstance(value, int) and value >= HUGE and info.field_name != "seed":
-            raise ValueError("too large")
-        return value
-
-    def as_toml(self) -> dict[str, Any]:
-        """Every field in TOML types, defaults included; None is left out. Live Python objects become their names.
-
-        A key in a scorer's address becomes the name of the variable that a resumed run reads it from.
-        """
-        plain = {key: getattr(self, key) for key in type(self).model_fields}
-        if isinstance(plain.get("loss"), Loss):
-            plain["loss"] = {k: "none" if v is None else v for k, v in plain["loss"].to_dict().items()}
-        secrets: list[str] = []
-        for key in self.live:
-            plain[key] = redacted(_plain(plain[key]), secrets)
-        return {key: value for key, value in plain.items() if value is not None}
-
-    def written(self) -> dict[str, Any]:
-        """As recipe.toml holds it: whoever reads it may stand in another folder."""
-        return self.resolved(self.as_toml(), Path.cwd())
+    runs: str = Field("runs", description="folder in which the run gets a folder of its own")
+    name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
 
 
-class Recipe(Settings):
+class Recipe(RunSettings):
     """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
@@ -135,14 +47,6 @@ class Recipe(Settings):
     resumed_by: ClassVar[str] = "lossmith train --resume"
     resumed_in_python: ClassVar[str] = "lossmith.resume"
     extended_by: ClassVar[str] = " --steps MORE"
-
-    model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
-    device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute type; auto: bfloat16 where the machine is faster with it. Weights stay float32"
-    )
-
-    chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
 
     prompts: Any = Field("default", description="prompts: 'default', a file, a datasets folder, a hub name, or a list")
     prompt_column: str = Field("prompt", description="column that holds the prompt: text or chat messages")
@@ -187,7 +91,6 @@ class Recipe(Settings):
         "grpo",
         description="loss: a name, 'name@library', 'grpo(beta=0.04)', 'my.py:function', or a table of parameters",
     )
-    allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
 
     steps: int = Field(12, gt=0, description="rounds of sample, score, update")
     prompts_per_step: int = Field(8, gt=0, description="prompts in a round")
@@ -203,33 +106,15 @@ class Recipe(Settings):
         "answer (<think>, tool calls), all (the end token too), or none",
     )
 
-    updates_per_step: int = Field(1, gt=0, description="parts into which a round is cut, one optimiser step for each")
+    updates_per_step: int = Field(1, gt=0, description="parts into which a round is cut, one optimizer step for each")
     epochs: int = Field(1, gt=0, description="passes over a round's completions")
-    learning_rate: float = Field(4e-5, ge=0, description="AdamW's learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the steps")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     value_learning_rate: float = Field(
         1e-3, ge=0, description="learning rate of the value head, where the loss has one"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
-    micro_batch_tokens: int = Field(
-        1024, gt=0, description="tokens in one forward and backward pass; changes no result"
     )
     compile: bool = Field(
         False, description="update through torch.compile: the first steps take longer, later ones less time and memory"
     )
-    memory_gb: float | None = Field(
-        None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
-    )
-
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
-    runs: str = Field("runs", description="folder in which the run gets a folder of its own")
-    name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
-    checkpoint_minutes: float = Field(
-        1.0, ge=0, description="minutes between checkpoints, more where saving takes over 3% of the time; 0 for none"
-    )
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
     @classmethod
@@ -250,7 +135,7 @@ class Recipe(Settings):
         if recipe.updates_per_step > recipe.prompts_per_step:
             raise RecipeError(
                 f"{source}: updates_per_step = {recipe.updates_per_step} exceeds prompts_per_step = "
-                f"{recipe.prompts_per_step}; a prompt's completions are not torn apart."
+                f"{recipe.prompts_per_step}; a prompt's completions stay in one optimizer step."
             )
         return recipe
 
@@ -320,27 +205,3 @@ def _check_needs(loss: Loss, provided: Set[str]) -> None:
                 "Use it in a loop of your own, or choose a loss that does without (`lossmith losses list`)."
             )
         raise RecipeError(f"The loss {loss.name!r} needs the parameter {name}: write {loss.name}({name}=...).")
-
-
-def _at_home(field: str, value: Any) -> Any:
-    """A path with its `~` resolved, in a table of scorers or a loss's too; prompts in memory are texts, no paths."""
-    if field in ("scorer", "watch", "loss") and isinstance(value, Mapping):
-        return {key: _at_home(field, one) for key, one in value.items()}
-    if field in ("scorer", "watch") and isinstance(value, list):
-        return [_at_home(field, one) for one in value]
-    return text_at_home(value, RecipeError) if isinstance(value, str) else value
-
-
-def _plain(value: Any) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return f"python: {len(value)} prompts in memory" if len(value) > 8 else [_plain(v) for v in value]
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    return f"python: {getattr(value, '__module__', '')}.{name}"

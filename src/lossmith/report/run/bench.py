@@ -18,8 +18,9 @@ _MEANING = {
     "sample": "",
     "score": "",
     "log_probs": "old, reference",
+    "credit": "advantages",
     "forward": "with gradient",
-    "loss": "and advantages",
+    "loss": "",
     "backward": "",
     "optimizer": "and clipping",
 }
@@ -71,7 +72,7 @@ def recommendations(found: Measurement) -> list[str]:
             f"micro_batch_tokens = {best}: the update is {gain:.0%} faster than with {now} "
             f"({_range(found.update_seconds[best])} against {_range(found.update_seconds[now])} s, {ROUNDS} times each)"
         )
-    if found.need.recompute:
+    if found.memory.recompute:
         lines.append("more memory, or a smaller micro_batch_tokens: layers are run again in the backward pass")
     least, most = found.share("score")
     if least > 0.2:

@@ -38,19 +38,17 @@ def batch_arithmetic(recipe: Recipe, train_prompts: int) -> list[str]:
 
 
 def memory_estimate(learner: Learner) -> str:
-    """Weights, gradients and optimiser exactly; sampling and the activations of one micro-batch by rules of thumb."""
-    need, again = learner.need, learner.recompute
-    activations = need.recomputed if again else need.activations
+    """Weights, gradients and optimizer exactly; sampling and the activations of one micro-batch by rules of thumb."""
+    memory, recompute = learner.memory, learner.recompute
+    activations = memory.recomputed if recompute else memory.activations
     held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
-    total = need.total(again)
-    text = (
-        f"about {total / 1e9:.1f} GB: {held} {need.fixed / 1e9:.1f} GB, and then sampling {need.sampling / 1e9:.1f} GB "
-    )
-    text += f"or activations {activations / 1e9:.1f} GB"
-    if need.longest:
-        text += f" (longest prompt: {need.longest:,} tokens)"
-    if again and need.budget is not None:
-        text += f"\n          layers are run again in the backward pass, for {need.budget / 1e9:.1f} GB are to be had"
-    if need.budget is not None and total > need.budget:
+    total = memory.total(recompute)
+    text = f"about {total / 1e9:.1f} GB: {held} {memory.fixed / 1e9:.1f} GB, and then "
+    text += f"sampling {memory.sampling / 1e9:.1f} GB or activations {activations / 1e9:.1f} GB"
+    if memory.longest:
+        text += f" (longest prompt: {memory.longest:,} tokens)"
+    if recompute and memory.budget is not None:
+        text += f"\n          activation checkpointing is on: {memory.budget / 1e9:.1f} GB available"
+    if memory.budget is not None and total > memory.budget:
         text += "\n          this is more than there is: lower micro_batch_tokens, or take a smaller model"
     return text

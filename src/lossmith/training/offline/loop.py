@@ -22,8 +22,9 @@ from lossmith.feedback.preferences import Form, Preference, split_by_prompt
 from lossmith.files import at_home
 from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.completion.pairs import GIVEN, Paired
+from lossmith.optimization import check_optimizer
 from lossmith.policy import Policy, check_model, load_policy
-from lossmith.training.can_learn import check_optimizer
+from lossmith.settings.base import LearningRate, Schedule
 from lossmith.training.clock import Clock
 from lossmith.training.going_on import GoingOn, go_on, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
@@ -31,9 +32,15 @@ from lossmith.training.learner import Learner
 from lossmith.training.loop import disk_needed
 from lossmith.training.metrics import in_completions
 from lossmith.training.offline.examples import JudgedRollouts, JudgedSet, judged_rollouts
-from lossmith.training.recipe import PROVIDED, Recipe, Settings, checked_loss
+from lossmith.training.offline.preference_scores import (
+    PreferenceScores,
+    compare,
+    evaluate_preferences,
+    rows_of,
+    score_of,
+)
+from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, checked_loss
 from lossmith.training.run import RunFolder, check_disk
-from lossmith.training.standing import Standing, compare, rows_of, score_of, stand
 
 __all__ = [
     "PreferencePlan",
@@ -52,7 +59,7 @@ MAKES_LOSS = {"preferences", "form", "skip_bad", "loss", "balance", "inputs"}  #
 CLASS_RATIO = (1.0, 4 / 3)  # where KTO's paper wants λ_d·n_d / (λ_u·n_u)
 
 
-class PreferenceRecipe(Settings):
+class PreferenceRecipe(RunSettings):
     """The settings of a run on preferences. `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("preferences",)
@@ -67,39 +74,13 @@ class PreferenceRecipe(Settings):
     held_out: int | float = Field(0.2, gt=0, description="prompts kept for before and after: number or share")
     skip_bad: bool = Field(False, description="leave out and count what cannot be used, instead of stopping at it")
 
-    model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
-    device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute type; auto: bfloat16 where the machine is faster with it. Weights stay float32"
-    )
-
-    chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
-
     loss: Any = Field("dpo", description="loss: dpo, ipo, kto, simpo, orpo, cpo, slic, 'dpo(beta=0.3)', ...")
-    allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
     balance: bool = Field(True, description="KTO: weigh good and bad by their numbers, as its paper asks")
 
     epochs: int = Field(1, gt=0, description="passes over the preferences")
-    preferences_per_step: int = Field(16, gt=0, description="preferences in one optimiser step")
-    learning_rate: float = Field(5e-6, ge=0, description="AdamW's learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over the steps")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
-    micro_batch_tokens: int = Field(
-        1024, gt=0, description="tokens in one forward and backward pass; changes no result"
-    )
-    memory_gb: float | None = Field(
-        None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
-    )
-
-    seed: int = Field(0, ge=0, description="decides order and split")
-    runs: str = Field("runs", description="folder in which the run gets a folder of its own")
-    name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
-    checkpoint_minutes: float = Field(
-        1.0, ge=0, description="minutes between checkpoints, more where saving takes over 3% of the time; 0 for none"
-    )
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
+    preferences_per_step: int = Field(16, gt=0, description="preferences in one optimizer step")
+    learning_rate: LearningRate = 5e-6
+    schedule: Schedule = "linear"
 
     @classmethod
     def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
@@ -195,8 +176,8 @@ class PreferenceRun(Keeping):
     batches: list[list[int]]  # examples of each step
     notes: list[str]
     going_on: GoingOn = field(default_factory=GoingOn)
-    before: Standing | None = None
-    after: Standing | None = None
+    before: PreferenceScores | None = None
+    after: PreferenceScores | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -207,14 +188,14 @@ class PreferenceRun(Keeping):
     def start(self) -> None:
         """Measure the untrained policy on the held-out preferences; then, in a resumed run, load the checkpoint."""
         if self.before is None:
-            self.before = stand(self.learner, self.held_out)
+            self.before = evaluate_preferences(self.learner, self.held_out)
             self.load()
 
     def finish(self) -> None:
         """Measure again, save the policy, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
         self.save()  # what a stop from here on goes on from
-        self.after = stand(self.learner, self.held_out)
+        self.after = evaluate_preferences(self.learner, self.held_out)
         self.folder.save_policy(self.policy)
         summary = {
             "held_out": compare(self.before, self.after),
@@ -380,7 +361,7 @@ def _decided(examples: JudgedSet, threshold: float) -> JudgedSet:
 
 @dataclass(frozen=True)
 class PreferenceStep:
-    """One optimiser step: its line in metrics.jsonl."""
+    """One optimizer step: its line in metrics.jsonl."""
 
     index: int
     record: dict[str, Any]
@@ -389,12 +370,14 @@ class PreferenceStep:
 def learn_preferences(run: PreferenceRun) -> Iterator[PreferenceStep]:
     """One step at a time, each recorded in the run's folder before it is yielded."""
     run.start()
-    clock = Clock()
+    learner, clock = run.learner, Clock()
     for index in range(run.first_step, run.steps):
         chosen = run.batches[index]
         rollouts, given = rows_of([run.train.examples[i] for i in chosen])
         with clock("update"):
-            update = run.learner.update(rollouts, index, given)
+            batch = learner.make_batch(rollouts, given)
+            credit = learner.credit(batch)
+            update = learner.update(rollouts, batch, credit, index)
         record = {"step": index, "skipped_updates": update.skipped, **in_completions(update.metrics)}
         record |= {f"seconds_{part}": value for part, value in clock.read().items()}
         run.folder.add_metrics(record)

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from lossmith.intervals import Interval, allows_verdict, mean_of, share_across, share_of
-from lossmith.intervals import verdict as said_of
+from lossmith.intervals import verdict as verdict_of
 from lossmith.losses import CompletionLoss
 from lossmith.losses.completion.pairs import Paired
 from lossmith.rollouts import Rollout
 from lossmith.training.learner import Learner
 from lossmith.training.offline.examples import JudgedRollouts, JudgedSet
 
-__all__ = ["Standing", "compare", "rows_of", "score_of", "stand", "verdict"]
+__all__ = ["PreferenceScores", "compare", "evaluate_preferences", "rows_of", "score_of", "verdict"]
 
 
 @dataclass(frozen=True)
-class Standing:
+class PreferenceScores:
     """A policy on held-out preferences; each prompt's mean is the unit of the statistics.
 
     accuracy   share of pairs whose better text has the greater score of the loss (its log-ratio, or what it compares);
@@ -40,12 +40,12 @@ class Standing:
 
 
 @torch.no_grad()
-def stand(learner: Learner, examples: JudgedSet) -> Standing:
+def evaluate_preferences(learner: Learner, examples: JudgedSet) -> PreferenceScores:
     """Measure the policy as it is."""
     loss = learner.loss
     assert isinstance(loss, CompletionLoss)
     rollouts, given = rows_of(examples.examples)
-    batch = learner.formulate(rollouts, given)
+    batch = learner.make_batch(rollouts, given)
     batch = batch.replace(logp=learner.outputs(learner.policy, rollouts, frozenset()).logp)
     at = loss.completions(batch)
     score = loss.term.score(at) if isinstance(loss.term, Paired) else at.log_ratio
@@ -61,7 +61,7 @@ def stand(learner: Learner, examples: JudgedSet) -> Standing:
         accuracy = share_of(list(by_prompt.values()), len(outcomes))
     else:
         accuracy, by_prompt = share_across(outcomes)
-    return Standing(
+    return PreferenceScores(
         accuracy=accuracy,
         contributions=by_prompt,
         chosen_logp=_by_prompt([(ids[i], logp[i]) for i in sorted(chosen)]),
@@ -72,11 +72,12 @@ def stand(learner: Learner, examples: JudgedSet) -> Standing:
 
 def _pairs(examples: JudgedSet) -> list[tuple[int, int]]:
     """(better, worse) row numbers within each judgement; a tie of the judge's is none."""
-    found, start = [], 0
+    pairs: list[tuple[int, int]] = []
+    start = 0
     for e in examples.examples:
-        found += [(start + i, start + j) for i, j in (e.pairs if e.probability != 0.5 else [])]
+        pairs += [(start + i, start + j) for i, j in (e.pairs if e.probability != 0.5 else [])]
         start += len(e.rollouts)
-    return found
+    return pairs
 
 
 def _ordered(reward: Sequence[float]) -> list[tuple[int, int]]:
@@ -92,27 +93,27 @@ def _outcomes(
 
 
 def _by_prompt(values: Sequence[tuple[str, float]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
+    grouped: dict[str, list[float]] = {}
     for name, value in values:
-        found.setdefault(name, []).append(value)
-    return {name: math.fsum(several) / len(several) for name, several in found.items()}
+        grouped.setdefault(name, []).append(value)
+    return {name: math.fsum(several) / len(several) for name, several in grouped.items()}
 
 
-def compare(before: Standing, after: Standing) -> dict[str, Any]:
+def compare(before: PreferenceScores, after: PreferenceScores) -> dict[str, Any]:
     """Before, after and the paired difference, prompt by prompt, with 95% intervals."""
 
     def change(first: dict[str, float], second: dict[str, float], span: float) -> dict[str, Any]:
         return mean_of([second[k] - first[k] for k in first if k in second], within=(-span, span)).as_dict()
 
-    said: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for when, one in (("before", before), ("after", after)):
-        said[when] = {"accuracy": one.accuracy.as_dict(), "loss": one.loss}
+        summary[when] = {"accuracy": one.accuracy.as_dict(), "loss": one.loss}
         for side in ("chosen_logp", "rejected_logp"):
-            said[when][side] = mean_of(list(getattr(one, side).values())).mean
-    said["difference"] = {"accuracy": change(before.contributions, after.contributions, 1.0)} | {
+            summary[when][side] = mean_of(list(getattr(one, side).values())).mean
+    summary["difference"] = {"accuracy": change(before.contributions, after.contributions, 1.0)} | {
         side: change(getattr(before, side), getattr(after, side), 0.0) for side in ("chosen_logp", "rejected_logp")
     }
-    return said
+    return summary
 
 
 def rows_of(examples: Sequence[JudgedRollouts]) -> tuple[list[Rollout], dict[str, Tensor]]:
@@ -137,12 +138,12 @@ def score_of(rollout: Rollout) -> float:
 def verdict(summary: dict[str, Any]) -> list[str]:
     """What the paired differences say, in sentences."""
     difference = summary["held_out"]["difference"]
-    said = [said_of(difference["accuracy"], "held-out preference accuracy")]
+    sentences = [verdict_of(difference["accuracy"], "held-out preference accuracy")]
     fell = difference["chosen_logp"]
     if allows_verdict(fell) and fell["ci95_high"] < 0:
-        said.append(
+        sentences.append(
             f"Warning: the preferred texts themselves became less likely ({fell['mean']:+.2f} nats a text): a margin "
             "grows as well when both sides fall. A smaller learning rate, a larger beta, or a loss that imitates the "
             "winner (orpo, cpo) helps."
         )
-    return said
+    return sentences

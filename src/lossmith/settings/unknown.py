@@ -22,7 +22,7 @@ def instead_of(key: str, value: Any, known: Iterable[str]) -> str:
     """What to write instead, as the tail of an error message. value: ... where it is not known."""
     known, word = list(known), FOREIGN.get(key)
     example = f"grpo({key}={'...' if value is ... else reprlib.repr(value)})"
-    if "loss" not in known or (word is not None and word.setting and word.setting not in known):
+    if "allow_traps" not in known or (word is not None and word.setting and word.setting not in known):
         return nearest(key, known)
     if word is not None and word.setting:
         return f" It is {word.whose}'s name for {word.setting} here."
