@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from lossmith.cli.streams import RunConsole, print_json
 from lossmith.project import check_order
-from lossmith.report.run.live import Busy
+from lossmith.report.run.waiting import Busy
 from lossmith.reward_model.train import RewardRecipe, train_reward_model
 
 __all__ = ["train"]
