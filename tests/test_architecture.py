@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ ROOT = Path(lossmith.__file__).parent
 
 # Each may import only what stands before it (and itself).
 ORDER = [
+    "lazy",
+    "user_code",
     "errors",
     "files",
     "intervals",
@@ -31,6 +35,7 @@ ORDER = [
     "training",
     "project",
     "report",
+    "outputs",
     "api",
     "cli",
     "__main__",
@@ -108,6 +113,52 @@ def test_the_heart_loads_torch_and_nothing_more():
 def test_public_names_all_exist():
     missing = [name for name in lossmith.__all__ if not hasattr(lossmith, name)]
     assert missing == []
+
+
+PACKAGES = sorted(".".join(("lossmith", *path.parent.relative_to(ROOT).parts)) for path in ROOT.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_module_hides_behind_a_name_of_its_package(name):
+    package = importlib.import_module(name)
+    inside = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    hidden = {x for x in getattr(package, "__all__", ()) if x in inside and not inspect.ismodule(getattr(package, x))}
+    assert not hidden
+
+
+@pytest.mark.parametrize("name", ["lossmith", "lossmith.feedback", "lossmith.reward_model", "lossmith.scorers"])
+def test_a_lazy_package_lists_what_a_type_checker_reads(name):
+    package = importlib.import_module(name)
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    read = {alias.name for node in block.body for alias in node.names}
+    assert read <= set(package.__all__)
+    for exported in package.__all__:
+        getattr(package, exported)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = package.nonsense
+
+
+def test_every_error_is_exported():
+    module = importlib.import_module("lossmith.errors")
+    kinds = {name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert kinds <= set(lossmith.__all__)
+
+
+def test_every_command_is_a_function_of_python():
+    from lossmith.cli import app
+
+    functions = {
+        "train": "lossmith.train", "prefer": "lossmith.prefer", "sample": "lossmith.sample_outputs",
+        "bench": "lossmith.measure_recipe", "annotate": "lossmith.feedback.serve", "plot": "lossmith.plot_frontier",
+        "audit": "lossmith.audit", "init": "lossmith.Project", "status": "lossmith.Project",
+        "losses": "lossmith.compare", "reward": "lossmith.train_reward_model",
+    }  # fmt: skip
+    commands = {name for name in app if not name.startswith("-")}
+    assert commands == functions.keys(), "a new command: give it a function, and name it here"
+    for dotted in functions.values():
+        home, _, name = dotted.rpartition(".")
+        assert callable(getattr(importlib.import_module(home), name))
 
 
 def test_train_is_the_function_even_after_the_package_is_loaded():

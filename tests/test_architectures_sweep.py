@@ -30,7 +30,7 @@ def saved(name, folder):
 
 
 def load(folder):
-    return load_policy(folder, device="cpu", compute_dtype="float32")
+    return load_policy(folder, device="cpu", dtype="float32")
 
 
 def plain(model, rollouts):

@@ -63,7 +63,7 @@ def test_every_phase_is_measured_and_the_step_is_their_sum(found):
 
 
 def test_nothing_is_trained_and_nothing_written(monkeypatch, tmp_path):
-    policy = ls.load_policy(tiny.folder(), device="cpu", compute_dtype="float32")
+    policy = ls.load_policy(tiny.folder(), device="cpu", dtype="float32")
     before = policy.checksum()
     monkeypatch.setattr("lossmith.training.bench.policy_of", lambda *_, **__: policy)
     monkeypatch.chdir(tmp_path)

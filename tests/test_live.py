@@ -11,7 +11,8 @@ import lossmith as ls
 import tiny
 from lossmith.api import run_recipe
 from lossmith.report.run import live
-from lossmith.report.run.live import WIDTH, Busy, LiveView, step_line
+from lossmith.report.run.live import WIDTH, LiveView, step_line
+from lossmith.report.run.waiting import Busy
 from lossmith.training import Recipe
 from lossmith.training.evaluate import Evaluation
 
@@ -176,8 +177,7 @@ def test_a_run_says_what_it_samples_and_scores_and_how_far_it_is(tmp_path, monke
 
 
 def test_a_heartbeat_comes_while_a_scorer_takes_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "MINUTE", 0.05)
-    monkeypatch.setattr(live.Busy.__init__, "__defaults__", (0.05,))
+    monkeypatch.setattr(live.Busy.__init__, "__defaults__", ("", 0.05))
 
     def slow(completions, **_):
         time.sleep(0.4)

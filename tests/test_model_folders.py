@@ -17,7 +17,7 @@ from lossmith.reward_model.model import load_scoring
 from lossmith.scorers.reward_model import RewardModel
 
 DOORS = {
-    "policy": (lambda folder: load_policy(folder, device="cpu", compute_dtype="float32"), PolicyError),
+    "policy": (lambda folder: load_policy(folder, device="cpu", dtype="float32"), PolicyError),
     "body": (lambda folder: load_scoring(str(folder), 0, device="cpu"), PolicyError),
     "reward model": (lambda folder: RewardModel(folder, device="cpu"), ScorerError),
 }
@@ -160,7 +160,7 @@ def test_weights_of_zero_are_weights(tmp_path):
     folder = folder_for("policy", tmp_path / "m")
     weights = {k: torch.zeros_like(v) for k, v in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    policy = load_policy(folder, device="cpu", compute_dtype="float32")
+    policy = load_policy(folder, device="cpu", dtype="float32")
     (one,) = sample(policy, tiny.prompts("hi"), 1, SamplingSettings(max_tokens=3), seed=0, step=0)
     expected = torch.full((len(one.completion_ids),), -torch.tensor(264.0).log())
     torch.testing.assert_close(one.behavior_logp.values, expected)  # uniform
@@ -177,7 +177,7 @@ def test_an_end_token_that_is_no_id_is_refused(tmp_path, ids):
 def test_a_vocabulary_of_four_tokens_is_tried_as_any_other(tmp_path):
     tiny.llama(vocab=4, eos_token_id=3, pad_token_id=3).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    policy = load_policy(tmp_path, device="cpu", compute_dtype="float32")
+    policy = load_policy(tmp_path, device="cpu", dtype="float32")
     with pytest.raises(PolicyError, match="belongs to another model"):
         policy.encode(tiny.prompts("hi")[0])
 
@@ -247,7 +247,7 @@ def check_mutations(tmp_path, seeds):
         name = rng.choice(names)
         (folder / name).write_bytes(mutated(rng, folder / name))
         try:
-            policy = load_policy(folder, device="cpu", compute_dtype="float32")
+            policy = load_policy(folder, device="cpu", dtype="float32")
             sample(policy, tiny.prompts("hi"), 1, SamplingSettings(max_tokens=2), seed=0, step=0)
         except LossmithError as error:
             refused += 1

@@ -19,7 +19,7 @@ from lossmith.feedback.store import Store
 from lossmith.losses import get_loss
 from lossmith.policy import token_outputs
 from lossmith.rollouts import Distribution, LogProbs, Score
-from lossmith.scorers.best_of import best_of, choose_best
+from lossmith.scorers.best_of_n import best_of, choose_best
 from lossmith.training import Learner, Recipe
 from lossmith.training.offline.examples import around_answer, judged_rollouts
 from lossmith.training.offline.loop import (
@@ -389,7 +389,7 @@ class Scorer:
 def test_best_of_n_takes_the_first_of_the_best_of_each_prompt():
     rollouts = tiny.rollouts()  # three prompts, three samples each
     ok, out, bad = Score, Score(abstained=True), Score(error="raised: no")
-    found = best_of(rollouts, Scorer(ok(1.0), ok(3.0), ok(3.0), out, ok(-2.0), bad, out, bad, bad))
+    found = best_of(Scorer(ok(1.0), ok(3.0), ok(3.0), out, ok(-2.0), bad, out, bad, bad), rollouts)
     assert [(r.prompt.id, r.sample) for r in found.rollouts] == [(rollouts[0].prompt.id, 1), (rollouts[3].prompt.id, 1)]
     assert [r.score.value for r in found.rollouts] == [3.0, -2.0]
     assert (found.abstained, found.failed, found.without, found.tied) == (2, 3, 1, 1)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-import lossmith.cli.sample
+import lossmith.outputs
 import tiny
 from lossmith import project
 from lossmith.cli.audit import audit_
@@ -46,7 +46,7 @@ def test_nothing_is_sampled_where_the_output_cannot_be_written(tmp_path, prompts
     def loaded(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(lossmith.cli.sample, "load_policy", loaded)
+    monkeypatch.setattr(lossmith.outputs, "load_policy", loaded)
     place = bad_places(tmp_path).get(kind, tmp_path / "file")
     with pytest.raises(RunError):
         sample(prompts, output=place, model=str(tiny.folder()))

@@ -39,7 +39,7 @@ def test_a_frozen_copy_stays_when_the_policy_moves():
 
 
 def test_dropout_is_off_so_that_the_ratio_is_one():
-    policy = load_policy(tiny.folder("gpt2"), compute_dtype="float32", device="cpu")
+    policy = load_policy(tiny.folder("gpt2"), dtype="float32", device="cpu")
     ids = torch.tensor([[1, 2, 3, 4]])
     assert torch.equal(policy.model(input_ids=ids).logits, policy.model(input_ids=ids).logits)
     assert policy.model.config.resid_pdrop > 0
@@ -97,7 +97,7 @@ def test_a_head_that_is_not_understood_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5}))
     with pytest.raises(PolicyError, match="head applied to its hidden states differs from its own logits"):
-        load_policy(folder, compute_dtype="float32")
+        load_policy(folder, dtype="float32")
 
 
 @pytest.mark.parametrize("gone", ["model.layers.1.mlp", "lm_head"])
@@ -110,7 +110,7 @@ def test_missing_weights_are_not_made_up(tmp_path, gone):
     kept = {k: v for k, v in weights.items() if not k.startswith(gone)}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PolicyError, match=f"lacks {len(weights) - len(kept)} weights .*{gone}"):
-        load_policy(folder, compute_dtype="float32")
+        load_policy(folder, dtype="float32")
 
 
 def test_a_damaged_weight_file_is_named(tmp_path):
@@ -132,7 +132,7 @@ def test_a_recurrent_model_is_refused(tmp_path):
 def test_a_folder_under_the_home_directory(tmp_path, monkeypatch):
     broken(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_policy("~/model", compute_dtype="float32").version == 0
+    assert load_policy("~/model", dtype="float32").version == 0
 
 
 def test_a_device_that_is_not_there_is_named():

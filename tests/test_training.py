@@ -14,6 +14,7 @@ import lossmith as ls
 import tiny
 from lossmith.errors import LossError, PolicyError, PromptError, RecipeError, RunError, ScorerError
 from lossmith.optimization import rate_factor
+from lossmith.rollouts import rollout_table
 from lossmith.training.run import check_disk
 
 PROMPTS = [f"Prompt number {i}?" for i in range(12)]
@@ -315,3 +316,13 @@ def test_schedules():
 def test_a_recipe_has_about_forty_fields_and_each_says_what_it_is():
     assert len(ls.Recipe.model_fields) <= 48
     assert all(field.description for field in ls.Recipe.model_fields.values())
+
+
+def test_rollout_files_are_read_back(finished):
+    """What the file holds, and what `rollout_table` makes of it again."""
+    for file in sorted((finished.folder.path / "rollouts").glob("*.parquet")):
+        rollouts = ls.read_rollouts(file)
+        assert rollout_table(rollouts).to_pylist() == pyarrow.parquet.read_table(file).to_pylist()
+        assert all(len(r.completion_ids) == len(r.behavior_logp.values) for r in rollouts)
+    with pytest.raises(ls.RunError, match="cannot be read as a file of rollouts"):
+        ls.read_rollouts(finished.folder.path / "metrics.jsonl")

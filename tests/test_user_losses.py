@@ -211,12 +211,12 @@ def test_what_cannot_be_loaded_is_said(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("import nothing_like_it\n")
     (tmp_path / "empty.py").write_text("number = 3\ndef odd(x): return x\ndef other(): return 3\n")
     for path, message in [
-        ("gone.py:mine", "there is no file gone.py"),
+        ("gone.py:mine", "there is no file 'gone.py'"),
         ("broken.py:mine", "ModuleNotFoundError"),
         ("empty.py:mine", "has no 'mine'"),
         ("empty.py:number", "is int, not a loss or a function"),
         ("empty.py:other", "returned int, not a loss"),
-        ("nowhere.at.all:mine", "ModuleNotFoundError"),
+        ("nowhere.at.all:mine", "there is no module 'nowhere'"),
     ]:
         with pytest.raises(L.LossError, match=message):
             L.get_loss(path)
@@ -271,3 +271,19 @@ def test_the_example_of_the_readme():
         torch.testing.assert_close(ours[1]["logp"], theirs[1]["logp"])
     finally:
         user._REGISTERED.pop("mine")
+
+
+def test_a_losss_neighbours_import_and_a_process_that_it_starts_finds_it(tmp_path):
+    """As a scorer's do: the same loader."""
+    (tmp_path / "beside_my_loss.py").write_text("SCALE = 2.0\n")
+    (tmp_path / "my_spawning_loss.py").write_text(
+        "import multiprocessing, beside_my_loss\n"
+        "def half(x): return x / beside_my_loss.SCALE\n"
+        "def mine(batch):\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        return batch.logp.sum() * pool.apply(half, (1.0,))\n"
+    )
+    (tmp_path / "random.py").write_text("def mine(batch): return batch.logp.sum()\n")  # hides no library
+    batch = L.Batch(**random_fields(0))
+    whole = L.get_loss(f"{tmp_path}/random.py:mine")(batch).loss
+    assert L.get_loss(f"{tmp_path}/my_spawning_loss.py:mine")(batch).loss == whole / 2

@@ -85,7 +85,7 @@ def folder(kind="llama"):
 
 
 def loaded():
-    return load_policy(folder(), compute_dtype="float32", device="cpu")
+    return load_policy(folder(), dtype="float32", device="cpu")
 
 
 def prompts(*texts):

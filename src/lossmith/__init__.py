@@ -8,61 +8,136 @@ run = ls.train(scorer=my_function, loss=loss)  # the whole loop on a real model
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from lossmith.lazy import lazy_names
 
 __version__ = "0.1.0"
 
 # Names are imported when they are first used: `import lossmith.losses` must load torch and nothing more.
-_HOMES = {
-    "Recipe": "lossmith.training",
-    "learn": "lossmith.training",
-    "open_run": "lossmith.training",
-    "plan": "lossmith.training",
-    "resume": "lossmith.api",
-    "train": "lossmith.api",
-    "Policy": "lossmith.policy",
-    "SamplingSettings": "lossmith.policy",
-    "load_policy": "lossmith.policy",
-    "sample": "lossmith.policy",
-    "token_outputs": "lossmith.policy",
-    "Prompt": "lossmith.prompts",
-    "PromptSet": "lossmith.prompts",
-    "load_prompts": "lossmith.prompts",
-    "LogProbs": "lossmith.rollouts",
-    "Distribution": "lossmith.rollouts",
-    "Rollout": "lossmith.rollouts",
-    "Score": "lossmith.rollouts",
-    "ABSTAIN": "lossmith.scorers",
-    "load_scorer": "lossmith.scorers",
-    "score_rollouts": "lossmith.scorers",
-    "LossError": "lossmith.errors",
-    "LossmithError": "lossmith.errors",
-    "PolicyError": "lossmith.errors",
-    "PromptError": "lossmith.errors",
-    "RecipeError": "lossmith.errors",
-    "RunError": "lossmith.errors",
-    "ScorerError": "lossmith.errors",
-    "TrapWarning": "lossmith.errors",
-}
-_LOSS_NAMES = (
-    "Batch", "BookClip", "Clip", "CompletionLoss", "Credit", "GAE", "KL", "LogP", "Loss", "LossOutput", "NoTrust",
-    "Normalizer", "PolicyLoss", "SgClip", "TD", "ValueLoss", "all_parameters", "get_loss", "list_losses", "losses",
+if TYPE_CHECKING:
+    from lossmith import losses
+    from lossmith.api import prefer, resume, resume_preferences, train
+    from lossmith.errors import (
+        FeedbackError,
+        FinishedError,
+        LossError,
+        LossmithError,
+        PolicyError,
+        PromptError,
+        ProofError,
+        RecipeError,
+        RunError,
+        ScorerError,
+        StageError,
+        TrapWarning,
+    )
+    from lossmith.losses import (
+        GAE,
+        KL,
+        TD,
+        Batch,
+        Clip,
+        CompletionLoss,
+        Credit,
+        LogP,
+        Loss,
+        LossOutput,
+        Normalizer,
+        NoTrust,
+        PolicyLoss,
+        ValueLoss,
+        all_parameters,
+        get_loss,
+        list_losses,
+        register_loss,
+    )
+    from lossmith.outputs import sample_outputs
+    from lossmith.policy import Policy, SamplingSettings, load_policy, sample, token_outputs
+    from lossmith.project import Project
+    from lossmith.prompts import Prompt, PromptSet, load_prompts
+    from lossmith.proofs import Audit, audit, check_loss, prove
+    from lossmith.report.loss import Comparison, compare
+    from lossmith.report.run.frontier import plot_frontier
+    from lossmith.reward_model import train_reward_model
+    from lossmith.rollouts import Distribution, LogProbs, Rollout, Score, read_rollouts
+    from lossmith.scorers import ABSTAIN, best_of, load_scorer, score_rollouts
+    from lossmith.training import Measurement, Recipe, Run, learn, measure_recipe, open_run, plan
+
+__all__ = [
+    "ABSTAIN",
+    "GAE",
+    "KL",
+    "TD",
+    "Audit",
+    "Batch",
+    "Clip",
+    "Comparison",
+    "CompletionLoss",
+    "Credit",
+    "Distribution",
+    "FeedbackError",
+    "FinishedError",
+    "LogP",
+    "LogProbs",
+    "Loss",
+    "LossError",
+    "LossOutput",
+    "LossmithError",
+    "Measurement",
+    "NoTrust",
+    "Normalizer",
+    "Policy",
+    "PolicyError",
+    "PolicyLoss",
+    "Project",
+    "Prompt",
+    "PromptError",
+    "PromptSet",
+    "ProofError",
+    "Recipe",
+    "RecipeError",
+    "Rollout",
+    "Run",
+    "RunError",
+    "SamplingSettings",
+    "Score",
+    "ScorerError",
+    "StageError",
+    "TrapWarning",
+    "ValueLoss",
+    "all_parameters",
+    "audit",
+    "best_of",
+    "check_loss",
+    "compare",
+    "get_loss",
+    "learn",
+    "list_losses",
+    "load_policy",
+    "load_prompts",
+    "load_scorer",
+    "losses",
+    "measure_recipe",
+    "open_run",
+    "plan",
+    "plot_frontier",
+    "prefer",
+    "prove",
+    "read_rollouts",
     "register_loss",
-)  # fmt: skip
+    "resume",
+    "resume_preferences",
+    "sample",
+    "sample_outputs",
+    "score_rollouts",
+    "token_outputs",
+    "train",
+    "train_reward_model",
+]
 
-__all__ = sorted([*_HOMES, *_LOSS_NAMES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    losses = importlib.import_module("lossmith.losses")
-    if name == "losses":
-        return losses
-    if name in losses.__all__:
-        return getattr(losses, name)
-    raise AttributeError(f"module 'lossmith' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker reads the names above
+    __getattr__ = lazy_names(__name__, __file__)
 
 
 def __dir__() -> list[str]:

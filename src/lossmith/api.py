@@ -1,4 +1,8 @@
-"""Everything the command line does, from Python."""
+"""Training, from Python: what `lossmith train` and `lossmith prefer` do.
+
+The other commands are functions too: `sample_outputs`, `lossmith.feedback` (annotate), `train_reward_model`, `audit`,
+`compare`, `measure_recipe` (bench), `plot_frontier` and `Project` (init, status). All of them are in `lossmith`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,16 @@ from lossmith.project import check_recipe_order
 from lossmith.report.run.closing import closing
 from lossmith.report.run.code import show_code
 from lossmith.report.run.live import LiveView
+from lossmith.report.run.offline import show_preference_run
 from lossmith.report.run.opening import opening
 from lossmith.training import Plan, Recipe, Run, learn, open_run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
+from lossmith.training.offline import loop as offline
+from lossmith.training.offline.loop import PreferenceRecipe, PreferenceRun
 from lossmith.training.run import RunFolder
 
-__all__ = ["kept", "resume", "run_recipe", "train"]
+__all__ = ["kept", "prefer", "resume", "resume_preferences", "run_preferences", "run_recipe", "train"]
 
 
 def train(*, quiet: bool = False, **settings: Any) -> Run:
@@ -113,6 +120,42 @@ def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None
         view.end()
         run.finish()
     closing(run, run.summary, console)
+
+
+def prefer(preferences: Any = None, *, quiet: bool = False, **settings: Any) -> PreferenceRun:
+    """Train a policy straight from preferences (DPO and its kin) and return its run.
+
+    preferences: a file, a database of judgements, or a list. settings: the other fields of a PreferenceRecipe
+    (`lossmith prefer --help` lists them): prefer("pairs.jsonl", loss="dpo"). Errors and rescue are those of `train`.
+    """
+    if preferences is not None:
+        settings["preferences"] = preferences
+    return run_preferences(PreferenceRecipe.make("prefer()", **settings), Console(quiet=quiet))
+
+
+def resume_preferences(
+    folder: str | Path, *, accept_changes: bool = False, console: Console | None = None, **objects: Any
+) -> PreferenceRun:
+    """Go on with a run of `prefer` from its last complete checkpoint, as `resume` does with one of `train`.
+
+    objects: `preferences` that were a Python object, which no file can hold.
+    """
+    with Stopping() as stop:
+        run = offline.resume_preferences(folder, accept_changes=accept_changes, **objects)
+        with kept(run, stop):
+            show_preference_run(run, console or Console(), stop)
+    return run
+
+
+def run_preferences(recipe: PreferenceRecipe, console: Console) -> PreferenceRun:
+    """Do all that a recipe on preferences asks, showing it on the console."""
+    with Stopping() as stop:
+        checked = offline.plan_preferences(recipe)
+        with console.status("reading the preferences into the model's tokens"):
+            run = offline.open_preferences(checked)
+        with kept(run, stop):
+            show_preference_run(run, console, stop)
+    return run
 
 
 @contextlib.contextmanager

@@ -6,15 +6,23 @@ Token ids are the only truth. Text is a view for people and scorers; nothing her
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow
+import pyarrow.parquet
 import torch
 
-from lossmith.errors import PolicyError
-from lossmith.prompts import Prompt
+from lossmith.errors import PolicyError, RunError
+from lossmith.prompts import Prompt, plain
 
-__all__ = ["FINISH_REASONS", "Distribution", "FinishReason", "LogProbs", "Rollout", "Score", "pad_rows"]
+__all__ = [
+    "FINISH_REASONS", "Distribution", "FinishReason", "LogProbs", "Rollout", "Score", "pad_rows", "read_rollouts",
+    "rollout_table",
+]  # fmt: skip
 
 FinishReason = Literal["eos", "stop", "length"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("eos", "stop", "length")
@@ -116,3 +124,69 @@ def pad_rows(rows: list[torch.Tensor], value: float = 0.0) -> tuple[torch.Tensor
         stacked[i, : len(row)] = row
         mask[i, : len(row)] = True
     return stacked, mask
+
+
+def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
+    """The schema of a rollouts file: text for people, token ids and behavior log-probabilities (nats) for replay."""
+    distributions = [r.behavior_logp.distribution for r in rollouts]
+    return pyarrow.table(
+        {
+            "prompt_id": [r.prompt.id for r in rollouts],
+            "prompt": [json.dumps(plain(r.prompt.messages), ensure_ascii=False) for r in rollouts],
+            "sample": [r.sample for r in rollouts],
+            "completion": [r.completion for r in rollouts],
+            "prompt_tokens": [list(r.prompt_ids) for r in rollouts],
+            "tokens": [list(r.completion_ids) for r in rollouts],
+            "behavior_logp": pyarrow.array(
+                [r.behavior_logp.values.float().tolist() for r in rollouts], pyarrow.list_(pyarrow.float32())
+            ),
+            "score": pyarrow.array([r.score.value if r.score else None for r in rollouts], pyarrow.float64()),
+            "score_error": pyarrow.array([r.score.error if r.score else None for r in rollouts], pyarrow.string()),
+            "score_parts": [json.dumps(dict(r.score.parts) if r.score else {}) for r in rollouts],
+            "score_logged": [json.dumps(r.score.logged if r.score else {}, default=str) for r in rollouts],
+            "advantage": pyarrow.array([r.advantage for r in rollouts], pyarrow.float64()),
+            "finish_reason": [r.finish_reason for r in rollouts],
+            "truncated": [r.truncated for r in rollouts],
+            "policy_version": [d.policy_version for d in distributions],
+            "temperature": [d.temperature for d in distributions],
+            "top_p": [d.top_p for d in distributions],
+            "top_k": [d.top_k for d in distributions],
+        }
+    )
+
+
+def read_rollouts(path: str | Path, prompts: Mapping[str, Prompt] | None = None) -> list[Rollout]:
+    """The completions of a run's rollouts/NAME.parquet, as they were sampled and scored.
+
+    prompts: by id, the prompts themselves. Others are made of the file, which has their messages and not their columns.
+    Rewards by token are not in the file, and the compute type is read as float32. RunError: it is no such file.
+    """
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return [_rollout(row, (prompts or {}).get(row["prompt_id"]) or _prompt(row)) for row in rows]
+    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+        raise RunError(f"{str(path)!r} cannot be read as a file of rollouts: {error}") from None
+
+
+def _prompt(row: Mapping[str, Any]) -> Prompt:
+    """The prompt under the id that it had, so that completions of one prompt stay together."""
+    prompt = Prompt(tuple(json.loads(row["prompt"])))
+    object.__setattr__(prompt, "id", row["prompt_id"])
+    return prompt
+
+
+def _rollout(row: Mapping[str, Any], prompt: Prompt) -> Rollout:
+    distribution = Distribution(*(row[key] for key in ("policy_version", "temperature", "top_p", "top_k")))
+    value, error = row["score"], row["score_error"]
+    parts, logged = json.loads(row["score_parts"]), json.loads(row["score_logged"])
+    return Rollout(
+        prompt,
+        row["sample"],
+        tuple(row["prompt_tokens"]),
+        tuple(row["tokens"]),
+        row["completion"],
+        LogProbs(torch.tensor(row["behavior_logp"], dtype=torch.float32), distribution),
+        row["finish_reason"],
+        Score(value, value is None and error is None, error, parts, logged=logged),
+        row["advantage"],
+    )

@@ -20,7 +20,7 @@ from lossmith.feedback.output_set import OutputSet, read_sets
 from lossmith.feedback.store import Store
 from lossmith.files import at_home, check_writable, read_text
 from lossmith.project import Project, check_order
-from lossmith.report.run.waiting import waiting
+from lossmith.report.run.waiting import Busy
 
 __all__ = ["annotate"]
 
@@ -179,8 +179,8 @@ def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> No
 
     if options["model"] is None:
         show_code(Console(), scorer=spec)
-    with waiting(Console(stderr=True), "judging") as count:
-        said = judge(spec, sets, store, on_progress=count, **options)
+    with Busy(Console(stderr=True), "judging") as busy:
+        said = judge(spec, sets, store, on_progress=busy.count, **options)
     _say(said)
 
 

@@ -8,8 +8,6 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from lossmith.errors import RunError
-from lossmith.files import at_home, check_writable
 from lossmith.report.run.frontier import plot_frontier
 
 __all__ = ["plot"]
@@ -31,11 +29,5 @@ def plot(
     smooth
         Steps in the mean that makes one point.
     """
-    if not runs:
-        raise RunError("give one run folder or more: lossmith plot runs/NAME -o frontier.svg")
-    if output.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise RunError(f"{output}: the image is an .svg, .png or .pdf file.")
-    if smooth < 1:
-        raise RunError(f"smooth = {smooth}, but a point is the mean of at least one step.")
-    plot_frontier([at_home(run) for run in runs], check_writable(output), smooth)
+    plot_frontier(runs, output, smooth)
     Console().print(f"{len(runs)} run{'s' * (len(runs) > 1)} plotted to {output}", highlight=False)

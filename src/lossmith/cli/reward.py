@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from lossmith.cli.streams import RunConsole, print_json
 from lossmith.cli.words import settings_of
 from lossmith.project import check_order
-from lossmith.report.run.live import Busy
+from lossmith.report.run.waiting import Busy
 from lossmith.reward_model.recipe import RewardRecipe
 from lossmith.reward_model.train import train_reward_model
 

@@ -23,13 +23,14 @@ def load_policy(
     model: str | Path = "default",
     *,
     device: str = "auto",
-    compute_dtype: str = "auto",
+    dtype: str = "auto",
     trainable: bool = True,
     special_tokens: SpecialTokens = "answer",
     chat_template: str | None = None,
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
 
+    dtype: what matrix products run in: auto, float32 or bfloat16; the weights themselves are float32.
     special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
     the model has several.
 
@@ -43,7 +44,7 @@ def load_policy(
         keep_freed_memory()
     tokenizer, network = _read(str(model))
     network = network.to(where).eval().requires_grad_(trainable)
-    policy = Policy(network, tokenizer, find_dtype(compute_dtype, where), special_tokens=special_tokens)
+    policy = Policy(network, tokenizer, find_dtype(dtype, where), special_tokens=special_tokens)
     if chat_template is not None:
         policy.use_template(chat_template)
     _check_parts(policy, str(model))

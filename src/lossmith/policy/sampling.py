@@ -36,15 +36,16 @@ def sample(
     settings: SamplingSettings,
     *,
     seed: int,
-    step: int,
+    step: int = 0,
     batch_rows: int = 128,
     on_progress: Callable[[int, int], None] | None = None,
     on_group: Callable[[list[Rollout]], None] | None = None,
 ) -> list[Rollout]:
     """n completions of each prompt, prompt by prompt.
 
-    batch_rows: completions that are decoded side by side. on_progress(done, of) is called when some have ended,
-    on_group when all completions of a prompt have, while those of other prompts are still being written.
+    step: of a run; each draws other completions. batch_rows: completions that are decoded side by side.
+    on_progress(done, of) is called when some have ended, on_group when all completions of a prompt have, while those
+    of other prompts are still being written.
     PolicyError: n copies of a greedy completion, or a prompt too long for the model's context.
     """
     check_samples(n, settings)

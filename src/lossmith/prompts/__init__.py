@@ -1,8 +1,8 @@
 """x ~ D: the input-only data set. Prompts, columns for the scorer, and no gold answers."""
 
 from lossmith.prompts.content import chat_in_text
+from lossmith.prompts.json_values import plain
 from lossmith.prompts.load import default_prompts_path, load_prompts
-from lossmith.prompts.plain import plain
 from lossmith.prompts.prompt import SYSTEM_COLUMNS, TEMPLATE_COLUMNS, Prompt, PromptSet, message_text, prompt_content
 from lossmith.prompts.sources import read_rows
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lossmith.errors import PromptError
-from lossmith.prompts.plain import plain
+from lossmith.prompts.json_values import plain
 from lossmith.prompts.prompt import Content
 
 __all__ = ["BEGINS_CHAT", "NOTHING", "as_python_spells", "chat_in_text", "is_blank", "read_content"]

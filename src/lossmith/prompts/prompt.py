@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lossmith.errors import PromptError
-from lossmith.prompts.plain import plain
+from lossmith.prompts.json_values import plain
 
 __all__ = ["SYSTEM_COLUMNS", "TEMPLATE_COLUMNS", "Content", "Prompt", "PromptSet", "message_text", "prompt_content"]
 

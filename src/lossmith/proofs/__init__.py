@@ -11,7 +11,7 @@ from lossmith.proofs.auditing import Audit, audit
 from lossmith.proofs.checks import CHECKS, check_loss, prove
 from lossmith.proofs.enumeration import Bias, GroupGradients, Tree, World, bias, default_world, group_gradients
 from lossmith.proofs.finding import Finding
-from lossmith.proofs.kl_push import KLRow, Push, kl_push, kl_table
+from lossmith.proofs.kl_terms import KLRow, Push, kl_push, kl_table
 from lossmith.proofs.length import LengthWeights, length_weights
 from lossmith.proofs.scenarios import Difficulty, Distance, difficulty, off_policy
 

@@ -15,7 +15,7 @@ from lossmith.losses import CATALOGUE, PolicyLoss
 from lossmith.proofs.checks import prove
 from lossmith.proofs.enumeration import Bias, World, bias, default_world, group_gradients, long_world
 from lossmith.proofs.finding import Finding
-from lossmith.proofs.kl_push import Push, kl_push
+from lossmith.proofs.kl_terms import Push, kl_push
 from lossmith.proofs.length import LengthWeights, length_weights, neutral_fields
 from lossmith.proofs.random_batches import batch_fields, evaluate
 from lossmith.proofs.scenarios import (

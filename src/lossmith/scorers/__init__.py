@@ -6,12 +6,13 @@ every other name is imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lossmith.lazy import lazy_names
 from lossmith.scorers.function import ABSTAIN
 
 if TYPE_CHECKING:
+    from lossmith.scorers.best_of_n import BestOf, best_of
     from lossmith.scorers.builtin import BUILTINS
     from lossmith.scorers.callable import FunctionScorer, PathScorer
     from lossmith.scorers.combine import WeightedScorers
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ABSTAIN",
     "BUILTINS",
+    "BestOf",
     "FunctionScorer",
     "HttpScorer",
     "PathScorer",
@@ -31,6 +33,7 @@ __all__ = [
     "Scorer",
     "ScorerSettings",
     "WeightedScorers",
+    "best_of",
     "check_scorer",
     "close_scorer",
     "list_scorers",
@@ -38,24 +41,5 @@ __all__ = [
     "score_rollouts",
 ]
 
-_HOMES = {
-    "BUILTINS": "builtin",
-    "FunctionScorer": "callable",
-    "HttpScorer": "http",
-    "PathScorer": "callable",
-    "RewardModel": "reward_model",
-    "Scorer": "scorer",
-    "ScorerSettings": "settings",
-    "WeightedScorers": "combine",
-    "check_scorer": "load",
-    "close_scorer": "scorer",
-    "list_scorers": "load",
-    "load_scorer": "load",
-    "score_rollouts": "scorer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # a type checker reads the names above
+    __getattr__ = lazy_names(__name__, __file__)

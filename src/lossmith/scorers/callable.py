@@ -21,10 +21,11 @@ from typing import Any
 from lossmith.errors import ScorerError, nearest
 from lossmith.rollouts import Rollout, Score
 from lossmith.scorers.deadline import DeadlinePassed, DeadlineThread
-from lossmith.scorers.function import Caller, CallFailure, LoadFailure, ScorerBatch, Signature, Verdict
+from lossmith.scorers.function import Caller, CallFailure, ScorerBatch, Signature, Verdict
 from lossmith.scorers.parts import in_parts
 from lossmith.scorers.process import STARTUP_SECONDS, Worker
 from lossmith.scorers.settings import ScorerSettings
+from lossmith.user_code import LoadFailure
 
 __all__ = ["FunctionScorer", "PathScorer", "as_batch"]
 

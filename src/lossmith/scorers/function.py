@@ -1,6 +1,7 @@
-"""A scoring function written by a person: found, inspected, called, and its answer judged.
+"""A scoring function written by a person: inspected, called, and its answer judged.
 
-Standard library only: the worker process loads this file by itself and must start in a fraction of a second.
+Standard library only: the worker process loads this file and `user_code.py` by themselves, and must start in a fraction
+of a second.
 A verdict is the keyword arguments of a `Score`: {"value": 0.5}, {"abstained": True} or {"error": "none: ..."}.
 
 The names and meanings of what a function is given are those of TRL 1.16 (trl/trainer/grpo_trainer.py).
@@ -9,31 +10,25 @@ The names and meanings of what a function is given are those of TRL 1.16 (trl/tr
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.machinery
 import inspect
 import math
 import numbers
-import os
 import sys
-import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NotRequired, TypedDict
+
+from lossmith.user_code import LoadFailure, describe_error
 
 __all__ = [
     "ABSTAIN",
     "CallFailure",
     "Caller",
-    "LoadFailure",
     "ScorerBatch",
     "Signature",
     "TrainerState",
     "Verdict",
     "describe",
-    "find_function",
     "judge",
     "judge_all",
 ]
@@ -84,85 +79,6 @@ class CallFailure(Exception):
     def __init__(self, message: str, divisible: bool = False) -> None:
         super().__init__(message)
         self.divisible = divisible
-
-
-class LoadFailure(Exception):
-    """A function that cannot be loaded; `name` was looked for among `known` (both empty for other failures)."""
-
-    def __init__(self, message: str, name: str = "", known: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.name = name
-        self.known = sorted(known)
-
-
-# --- finding ---------------------------------------------------------------------------------------------------------
-
-
-def find_function(path: str) -> Callable[..., Any]:
-    """The object at `"file.py:name"` or `"package.module:name"` (the name may be dotted). Raises LoadFailure."""
-    place, _, attribute = path.rpartition(":")
-    is_file = place.endswith(".py") or os.sep in place
-    if not attribute or not (is_file or all(place.split("."))):
-        raise LoadFailure("that is no 'path/file.py:function' and no 'module:function'.")
-    try:
-        module = _import_file(Path(place).expanduser()) if is_file else _import_module(place)
-    except (LoadFailure, KeyboardInterrupt):
-        raise
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        raise LoadFailure(f"{error.filename}, line {error.lineno}: {error.msg}: {line!r}") from error
-    except BaseException as error:  # a module may do anything while it is imported, sys.exit() included
-        raise LoadFailure(f"importing {place} raised {describe_error(error)}") from error
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise LoadFailure(f"{place} has no {part!r}.", part, _public_callables(found))
-        found = getattr(found, part)
-    return found
-
-
-def _import_file(file: Path) -> ModuleType:
-    """The file as the `__main__` of this process, as multiprocessing's own children know it.
-
-    So a process pool in it can start by any method: spawn and forkserver load the parent's `__main__` from its file,
-    under the name `__mp_main__`, and find functions there. A block under `if __name__ == "__main__"` does not run.
-    """
-    if file.is_dir():
-        raise LoadFailure(f"{str(file)!r} is a folder; write the .py file in it that holds the function.")
-    if not file.is_file():
-        beside = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise LoadFailure(f"there is no file {str(file)!r} (looked from {Path.cwd()}).", str(file), beside)
-    file = file.resolve()
-    loader = importlib.machinery.SourceFileLoader("__mp_main__", str(file))
-    module = ModuleType("__mp_main__")
-    module.__file__ = str(file)
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-    # Its neighbours can be imported, but none of them, nor itself, hides a module of the standard library.
-    library = {str(Path(os.__file__).parent), str(Path(os.__file__).parent / "lib-dynload")}
-    after = max((k for k, entry in enumerate(sys.path) if entry in library), default=-1) + 1
-    sys.path.insert(after, str(file.parent))
-    loader.exec_module(module)
-    return module
-
-
-def _import_module(name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a console command has no current folder on its path
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise LoadFailure(
-                f"there is no module {error.name!r}. Give a file as 'path/file.py:function', or start from the "
-                "folder that holds the module."
-            ) from error
-        raise
-
-
-def _public_callables(place: Any) -> list[str]:
-    return [
-        name for name, value in getattr(place, "__dict__", {}).items() if callable(value) and not name.startswith("_")
-    ]
 
 
 # --- inspecting ------------------------------------------------------------------------------------------------------
@@ -275,13 +191,6 @@ def _no_grad() -> Any:
     """torch.no_grad() where torch is loaded, without being the one who loads it."""
     torch = sys.modules.get("torch")
     return torch.no_grad() if torch is not None else contextlib.nullcontext()
-
-
-def describe_error(error: BaseException) -> str:
-    """`"KeyError: 'answer' (scorer.py, line 12)"`."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from lossmith.errors import ScorerError
 from lossmith.rollouts import Rollout, Score
 from lossmith.scorers.deadline import DeadlinePassed, DeadlineThread
-from lossmith.scorers.function import ABSTAIN, describe_error
+from lossmith.scorers.function import ABSTAIN
+from lossmith.user_code import describe_error
 
 __all__ = [
     "OnError",

@@ -1,8 +1,8 @@
 """The child process that holds one scoring function. It is run as a script, by `process.Worker`, and by nobody else.
 
-It imports the standard library and its neighbour `function.py`, never the package: a worker must start quickly and
-must not run the caller's own script again, which is what multiprocessing's "spawn" does to a script without a
-`__main__` guard.
+It imports the standard library and two files, `function.py` and `user_code.py`, never the package: a worker must start
+quickly and must not run the caller's own script again, which is what multiprocessing's "spawn" does to a script
+without a `__main__` guard.
 
 Over the pipe: pickles go in (the parent is trusted), JSON comes out (a scorer's process need not be).
 """
@@ -56,10 +56,12 @@ def serve() -> None:
 
     first = pickle.loads(inbox.get())
     sys.path[:] = first["sys_path"]
-    function = _neighbour("function")
+    here = Path(__file__).parent
+    user_code = _load("lossmith.user_code", here.with_name("user_code.py"))
+    function = _load("lossmith.scorers.function", here / "function.py")
     try:
-        caller = function.Caller(function.find_function(first["path"]))
-    except function.LoadFailure as failure:
+        caller = function.Caller(user_code.load_object(first["path"], as_main=True))
+    except user_code.LoadFailure as failure:
         reply({"failed": str(failure), "name": failure.name, "known": failure.known})
         return
     reply({"loaded": caller.signature})
@@ -92,8 +94,9 @@ def _listen(requests: IO[bytes], inbox: queue.SimpleQueue[bytes]) -> None:
     os._exit(0)
 
 
-def _neighbour(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_lossmith_{name}", Path(__file__).with_name(f"{name}.py"))
+def _load(name: str, file: Path) -> ModuleType:
+    """The file under the name that the package gives it, so that whoever imports that gets the same module."""
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

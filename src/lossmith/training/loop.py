@@ -357,7 +357,7 @@ def policy_of(recipe: Recipe) -> Policy:
     return load_policy(
         recipe.model,
         device=recipe.device,
-        compute_dtype=recipe.dtype,
+        dtype=recipe.dtype,
         special_tokens=recipe.special_tokens,
         chat_template=recipe.chat_template,
     )

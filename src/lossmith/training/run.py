@@ -19,10 +19,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import pyarrow
 import pyarrow.parquet
 import tomli_w
-import torch
 
 from lossmith.durable.checkpoint import clean, flush, remove
 from lossmith.durable.folder import lock, unlock
@@ -30,8 +28,8 @@ from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
 from lossmith.files import append_line, explain_write_errors, read_text, replace_atomically, sync, write_atomically
 from lossmith.policy import Policy
-from lossmith.prompts import Prompt, plain
-from lossmith.rollouts import Distribution, LogProbs, Rollout, Score
+from lossmith.prompts import Prompt
+from lossmith.rollouts import Rollout, read_rollouts, rollout_table
 from lossmith.scorers.seal import sha256
 from lossmith.training.evaluate import Evaluation, comparison
 
@@ -159,10 +157,8 @@ class RunFolder:
         if not self._whole(name):
             return None
         known = {p.id: p for p in prompts}
-        rows = pyarrow.parquet.read_table(self.path / "rollouts" / f"{name}.parquet").to_pylist()
-        if not all(row["prompt_id"] in known for row in rows):
-            return None
-        return [_rollout(row, known[row["prompt_id"]]) for row in rows]
+        rollouts = read_rollouts(self.path / "rollouts" / f"{name}.parquet", known)
+        return rollouts if all(r.prompt is known.get(r.prompt.id) for r in rollouts) else None
 
     def damaged_rollouts(self) -> list[str]:
         """Names of files in rollouts/ that are not there as they were written."""
@@ -216,59 +212,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             found.append({**record, "step": record["step"]})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):
                 raise RunError(
                     f"{path}:{number}: the line is damaged. A run that is gone on with writes it again."
                 ) from None
     return found
-
-
-def rollout_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
-    """Rollouts as a table: text for people, token ids and behaviour log-probabilities for replay."""
-    measure = [r.behavior_logp.distribution for r in rollouts]
-    return pyarrow.table(
-        {
-            "prompt_id": [r.prompt.id for r in rollouts],
-            "prompt": [json.dumps(plain(r.prompt.messages), ensure_ascii=False) for r in rollouts],
-            "sample": [r.sample for r in rollouts],
-            "completion": [r.completion for r in rollouts],
-            "prompt_tokens": [list(r.prompt_ids) for r in rollouts],
-            "tokens": [list(r.completion_ids) for r in rollouts],
-            "behavior_logp": pyarrow.array(
-                [r.behavior_logp.values.float().tolist() for r in rollouts], pyarrow.list_(pyarrow.float32())
-            ),
-            "score": pyarrow.array([r.score.value if r.score else None for r in rollouts], pyarrow.float64()),
-            "score_error": pyarrow.array([r.score.error if r.score else None for r in rollouts], pyarrow.string()),
-            "score_parts": [json.dumps(dict(r.score.parts) if r.score else {}) for r in rollouts],
-            "score_logged": [json.dumps(r.score.logged if r.score else {}, default=str) for r in rollouts],
-            "advantage": pyarrow.array([r.advantage for r in rollouts], pyarrow.float64()),
-            "finish_reason": [r.finish_reason for r in rollouts],
-            "truncated": [r.truncated for r in rollouts],
-            "policy_version": [m.policy_version for m in measure],
-            "temperature": [m.temperature for m in measure],
-            "top_p": [m.top_p for m in measure],
-            "top_k": [m.top_k for m in measure],
-        }
-    )
-
-
-def _rollout(row: dict[str, Any], prompt: Prompt) -> Rollout:
-    """A row of `rollout_table` as it was, but for rewards by token."""
-    measure = Distribution(*(row[key] for key in ("policy_version", "temperature", "top_p", "top_k")))
-    value, error = row["score"], row["score_error"]
-    score = Score(value, value is None and error is None, error, json.loads(row["score_parts"]))
-    return Rollout(
-        prompt,
-        row["sample"],
-        tuple(row["prompt_tokens"]),
-        tuple(row["tokens"]),
-        row["completion"],
-        LogProbs(torch.tensor(row["behavior_logp"], dtype=torch.float32), measure),
-        row["finish_reason"],
-        score,
-        row["advantage"],
-    )
 
 
 def _new_folder(parent: Path, recipe: NamedSettings, loss_name: str) -> Path:

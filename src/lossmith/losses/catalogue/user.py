@@ -12,15 +12,10 @@ A function whose first parameter is `batch` is a loss of the whole batch; one wi
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.metadata
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Collection
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from lossmith.errors import LossError, nearest
@@ -28,6 +23,7 @@ from lossmith.files import text_at_home
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.losses.function_loss import FunctionLoss, parameters_of, read_fields
 from lossmith.losses.loss import Loss
+from lossmith.user_code import LoadFailure, load_object
 
 __all__ = ["entries", "from_path", "register_loss"]
 
@@ -78,12 +74,12 @@ def _installed() -> dict[str, Entry]:
 
 def from_path(path: str) -> Entry:
     """The entry of "package.module:function" or "path/file.py:function"."""
-    where, _, name = text_at_home(path, LossError).rpartition(":")
-    module = _module(where, path)
-    if not hasattr(module, name):
-        known = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
-        raise LossError(f"{where} has no {name!r}.{nearest(name, known)}")
-    return _of_object(getattr(module, name), path, name)
+    try:
+        value = load_object(text_at_home(path, LossError))
+    except LoadFailure as failure:
+        hint = nearest(failure.name, failure.known) if failure.known else ""
+        raise LossError(f"loss {path!r}: {failure}{hint}") from failure
+    return _of_object(value, path, path.rpartition(":")[2])
 
 
 def _of_object(found: Any, where: str, name: str) -> Entry:
@@ -140,26 +136,3 @@ def _checked(build: Callable[..., Any], where: str) -> Callable[..., Loss]:
 
     checked.__signature__ = inspect.signature(build)  # type: ignore[attr-defined]
     return checked
-
-
-def _module(where: str, path: str) -> ModuleType:
-    try:
-        if where.endswith(".py"):
-            return _file(str(Path(where).resolve()))
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(where)
-    except FileNotFoundError:
-        raise LossError(f"cannot load the loss {path!r}: there is no file {where}.") from None
-    except Exception as error:
-        raise LossError(f"cannot load the loss {path!r}: {type(error).__name__}: {error}") from error
-
-
-@cache
-def _file(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

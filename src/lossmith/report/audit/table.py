@@ -9,7 +9,7 @@ from typing import Any
 from lossmith.losses import CATALOGUE, example_loss
 from lossmith.proofs.auditing import Audit, audit
 from lossmith.proofs.finding import FAILED
-from lossmith.proofs.kl_push import kl_table
+from lossmith.proofs.kl_terms import kl_table
 from lossmith.report.audit.sentences import EXACT, SIMILAR, short
 
 __all__ = ["Row", "markdown", "table"]

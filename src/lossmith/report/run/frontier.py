@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lossmith.errors import RunError
-from lossmith.files import read_text
+from lossmith.files import at_home, check_writable
 from lossmith.training.guards import kl_of_completion
+from lossmith.training.run import read_metrics
 
 __all__ = ["plot_frontier", "read_steps"]
 
@@ -22,8 +22,15 @@ def plot_frontier(runs: Sequence[Path], target: Path, smooth: int = 3) -> None:
     """Write an image (by its suffix: svg, png, pdf) of reward and watched score against sqrt(KL), a colour a run.
 
     KL is that of a completion, nats, against the reference (the axis of arXiv:2210.10760). Each point is the mean of
-    `smooth` steps, as every step has other prompts. RunError: a run without steps, or without a measured KL.
+    `smooth` steps, as every step has other prompts. RunError: no run, one without steps, or without a measured KL.
     """
+    if not runs:
+        raise RunError("give one run folder or more: lossmith plot runs/NAME -o frontier.svg")
+    if target.suffix.lower() not in (".svg", ".png", ".pdf"):
+        raise RunError(f"{target}: the image is an .svg, .png or .pdf file.")
+    if smooth < 1:
+        raise RunError(f"smooth = {smooth}, but a point is the mean of at least one step.")
+    target = check_writable(target)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +39,7 @@ def plot_frontier(runs: Sequence[Path], target: Path, smooth: int = 3) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.8), sharex=True, layout="constrained")
     try:
         for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
-            records = read_steps(run)
+            records = read_steps(at_home(run))
             for axis, key in zip(axes, ("reward", "watch"), strict=True):
                 shown = [r for r in records if key in r]
                 distance = _smooth([math.sqrt(max(0.0, kl_of_completion(r) or 0.0)) for r in shown], smooth)
@@ -59,8 +66,7 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
     if not file.exists():
         raise RunError(f"{str(run)!r} is not a run folder with steps: it holds no metrics.jsonl.")
-    *lines, _unfinished = read_text(file, RunError, "file of metrics").split("\n")
-    records = [_step(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    records = [_with_numbers(record, f"{file}: step {record['step']}") for record in read_metrics(file)]
     measured = [record for record in records if kl_of_completion(record) is not None]
     if not measured:
         raise RunError(
@@ -70,13 +76,12 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
     return measured
 
 
-def _step(line: str, where: str) -> dict[str, Any]:
-    """One line, with numbers where the plot reads them."""
+def _with_numbers(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record, with finite numbers where the plot reads them."""
     try:
-        record = dict(json.loads(line))
         numbers = {key: float(record[key]) for key in _PLOTTED if key in record}
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise RunError(f"{where}: the line is no record of a step ({error}). Remove it, or plot another run.") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"{where}: it is no record of a step ({error}). Remove it, or plot another run.") from None
     if not all(map(math.isfinite, numbers.values())) or ("kl_ref" in numbers) > ("tokens" in numbers):
         raise RunError(f"{where}: a step has finite {', '.join(_PLOTTED)}. Remove the line, or plot another run.")
     return record | numbers

@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["minutes", "waiting"]
+__all__ = ["Busy", "minutes"]
 
-EVERY = 60.0  # seconds between lines where nothing can be drawn over
+MINUTE = 60.0
 
 
-@contextmanager
-def waiting(
-    console: Console, what: str, *, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Callable[[int, int], None]]:
-    """`with waiting(console, "sampling") as count: count(3, 48)`: 3 of 48 are done. Nothing of it stays on a terminal.
+class Busy:
+    """`with Busy(console, "step 3/12") as busy: busy("sampling", 12, 64)`; `busy.count(12, 64)` for the stage itself.
 
-    A line is at most 80 columns if `what` has at most 40.
+    On a terminal a live count that is gone afterwards; elsewhere a line a minute, for as long as nothing else is said
+    (`told`). A line is at most 80 columns if stage and what have at most 40.
     """
-    start = said = clock()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
 
-        def count(done: int, of: int) -> None:
-            nonlocal said
-            progress.update(task, completed=done, total=of)
-            now = clock()
-            if not console.is_terminal and now - said >= EVERY and 0 < done < of:
-                left = (now - start) * (of - done) / done
-                console.print(f"{what}: {done} of {of}, about {minutes(left)} left", highlight=False, markup=False)
-                said = now
+    def __init__(self, console: Console, stage: str = "", every: float = MINUTE) -> None:
+        self.console, self.every = console, every
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None, count="")
+        self._what = self._count = ""
+        self._left: float | None = None  # seconds, where the stage itself is counted
+        self._told = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="lossmith-busy", daemon=True)
+        self.about(stage)
 
-        yield count
+    def __enter__(self) -> Busy:
+        if self.console.is_terminal:
+            self._bar.start()
+        elif not self.console.quiet:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._bar.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def about(self, stage: str) -> None:
+        """What is being done from now on; its time begins."""
+        self._stage, self._what, self._count = stage, "", ""
+        self._left = None
+        self._began = time.monotonic()
+        self._bar.reset(self._task, description=stage, total=None, count="")
+
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        """How far it is."""
+        self._what, self._count = what, f"{done}/{total}" if total else ""
+        described = ": ".join(filter(None, (self._stage, what)))
+        self._bar.update(self._task, description=described, completed=done, total=total or None, count=self._count)
+
+    def told(self) -> None:
+        """Something was printed: the next line is due a minute from now."""
+        self._told = time.monotonic()
+
+    def count(self, done: int, total: int) -> None:
+        """How far the stage itself is, and so how long it will take."""
+        self("", done, total)
+        self._left = (time.monotonic() - self._began) * (total - done) / done if done else None
+
+    def line(self) -> str:
+        """What is being done, in a line."""
+        counted = f"{self._what} {self._count}".strip()
+        doing = f"{self._stage}: {counted}" if self._what else f"{self._stage} {counted}".strip()
+        left = "" if self._left is None else f", about {minutes(self._left)} left"
+        return f"{doing}, for {minutes(time.monotonic() - self._began)}{left}"
+
+    def _tell(self) -> None:
+        while not self._over.wait(min(1.0, self.every / 4)):
+            if self._stage and time.monotonic() - self._told >= self.every:
+                self.console.print(self.line(), highlight=False, soft_wrap=True, markup=False)
+                self.told()
 
 
 def minutes(seconds: float) -> str:

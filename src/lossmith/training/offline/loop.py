@@ -65,7 +65,7 @@ class PreferenceRecipe(RunSettings):
     live: ClassVar[tuple[str, ...]] = ("preferences",)
     paths: ClassVar[tuple[str, ...]] = ("preferences", "model", "loss", "runs")
     resumed_by: ClassVar[str] = "lossmith prefer --resume"
-    resumed_in_python: ClassVar[str] = "lossmith.training.offline.loop.resume_preferences"
+    resumed_in_python: ClassVar[str] = "lossmith.resume_preferences"
 
     preferences: Any = Field(None, description="a preferences file of any tool, a judgement database (.db), or a list")
     form: Literal["auto", "pairs", "rankings", "ratings", "labels"] = Field(
@@ -221,9 +221,7 @@ def open_preferences(
     """
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
-    policy = load_policy(
-        recipe.model, device=recipe.device, compute_dtype=recipe.dtype, chat_template=recipe.chat_template
-    )
+    policy = load_policy(recipe.model, device=recipe.device, dtype=recipe.dtype, chat_template=recipe.chat_template)
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)
     notes += plan.notes

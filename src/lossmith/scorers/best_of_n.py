@@ -28,7 +28,7 @@ class BestOf:
 
 
 def best_of(
-    rollouts: Sequence[Rollout], scorer: Scorer, *, on_error: OnError = "drop", timeout: float | None = 60.0
+    scorer: Scorer, rollouts: Sequence[Rollout], *, on_error: OnError = "drop", timeout: float | None = 60.0
 ) -> BestOf:
     """Score, and keep the best completion of each prompt. `timeout` is in seconds for all of them."""
     return choose_best(score_rollouts(scorer, rollouts, on_error=on_error, timeout=timeout))
