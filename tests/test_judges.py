@@ -93,7 +93,7 @@ def test_a_scorer_that_only_fails_is_not_asked_for_ever_and_what_it_judged_befor
     with pytest.raises(FeedbackError, match="the scorer gives no scores") as error:
         judge(f"{tmp_path / 's.py'}:f", sets, store, question="ranking")
     assert "1 judged, 8 left out: no score, 22 not asked, for the scorer only fails" in str(error.value)
-    assert "What was judged is kept" in str(error.value) and len(store.judgements()) == 1
+    assert "What was judged is stored" in str(error.value) and len(store.judgements()) == 1
 
 
 def test_a_scorer_without_an_opinion_is_no_dead_one(store, tmp_path):
@@ -263,7 +263,7 @@ def test_a_dead_server_is_not_asked_for_ever(serve, store):
 def test_a_server_that_dies_midway_ends_with_an_error_that_counts_what_is_kept(serve, store):
     sets = [made("aaaa", "bb", prompt="first"), *[made("never", "cc", prompt=f"q{i}") for i in range(30)]]
     store.add_sets(sets)
-    with pytest.raises(FeedbackError, match=r"the judge does not answer.*1 judged(.|\n)*What was judged is kept"):
+    with pytest.raises(FeedbackError, match=r"the judge does not answer.*1 judged(.|\n)*What was judged is stored"):
         ask(serve(longer), sets, store)
     assert len(store.judgements()) == 1
 

@@ -318,5 +318,5 @@ def test_the_measure_of_stored_log_probs_is_checked():
     rollouts = sampled(made)
     other = dataclasses.replace(rollouts[0].behavior_logp.distribution, temperature=0.3)
     wrong = dataclasses.replace(rollouts[0], behavior_logp=LogProbs(rollouts[0].behavior_logp.values, other))
-    with pytest.raises(PolicyError, match="are of different distributions"):
+    with pytest.raises(PolicyError, match="different distributions and cannot be subtracted"):
         made.make_batch([wrong, *rollouts[1:]])

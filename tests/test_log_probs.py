@@ -150,7 +150,7 @@ def test_log_probs_measured_differently_cannot_be_subtracted():
         Distribution(0, top_k=5),
         Distribution(0, dtype="bfloat16"),
     ):
-        with pytest.raises(PolicyError, match="are of different distributions"):
+        with pytest.raises(PolicyError, match="different distributions and cannot be subtracted"):
             a - LogProbs(values, other)
 
 

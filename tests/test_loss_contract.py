@@ -619,7 +619,7 @@ def test_an_unknown_style_is_refused():
 # -- imports --------------------------------------------------------------------------------------------------------
 
 SOURCE = Path(L.__file__).parent
-BESIDE = {"lossmith.errors", "lossmith.files"}  # which import the standard library alone
+BESIDE = {"lossmith.errors", "lossmith.files", "lossmith.lazy", "lossmith.user_code"}  # the standard library alone
 
 
 def test_importing_the_losses_loads_torch_and_nothing_more():

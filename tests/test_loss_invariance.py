@@ -163,7 +163,7 @@ def test_ranks_with_a_shared_normalizer_add_up(label):
     loss = build(label)
     fields = random_fields(1)
     if loss.coupling == "batch":
-        whole_batch = not loss.separable or loss.mismatch.whole_batch or loss.local_normalizer
+        whole_batch = not loss.separable or loss.mismatch.coupling == "batch" or loss.local_normalizer
         if whole_batch or (loss.kl.active and loss.kl.place == "reward"):
             pytest.skip("statistics of the whole batch, which one rank cannot see")
         fields["advantage"] = normal(0, 9, 8)

@@ -34,7 +34,7 @@ def test_the_page_takes_the_same_steps_as_the_learner():
     before = [p.clone() for p in learner.policy.parameters()]
     for step in range(2):
         rollouts = ls.sample(learner.policy, page["prompts"], 4, page["settings"], seed=0, step=step)
-        learner.update(ls.score_rollouts(page["scorer"], rollouts), step)
+        tiny.update(learner, ls.score_rollouts(page["scorer"], rollouts), step)
     after = learner.policy.parameters()
     assert any(not torch.allclose(a, b) for a, b in zip(before, after, strict=True))
     for mine, theirs in zip(page["policy"].parameters(), after, strict=True):

@@ -478,7 +478,7 @@ def test_what_was_measured_before_is_not_measured_again(stopped, unbroken, monke
 
 
 def test_a_second_process_is_refused_in_a_sentence(stopped):
-    code = "import sys; from lossmith.durable.folder import hold; from pathlib import Path; hold(Path(sys.argv[1]));"
+    code = "import sys; from lossmith.durable.folder import lock; from pathlib import Path; lock(Path(sys.argv[1]));"
     code += "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, stopped], stdin=subprocess.PIPE, stdout=subprocess.PIPE
