@@ -170,7 +170,7 @@ def fields_for(loss: Loss, code: str, every: dict[str, Tensor], objective: bool)
 def objective_of(loss: Loss) -> Loss:
     """The loss without what a given advantage bypasses."""
     in_reward = isinstance(loss, PolicyLoss) and loss.kl.active and loss.kl.place == "reward"
-    return loss.set({"beta": 0.0, "kl_control": "fixed"}) if in_reward else loss
+    return loss.replace(beta=0.0, kl_control="fixed") if in_reward else loss
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def quiet_loss(name: str, **changes: Any) -> Loss:
     """get_loss without trap warnings, with values for parameters that have no default (the token limit among them)."""
     with no_trap_warnings():
         loss = get_loss(name, **changes)
-        return loss.set({key: OPEN[key] for key in loss.needs if key in OPEN})
+        return loss.replace(**{key: OPEN[key] for key in loss.needs if key in OPEN})
 
 
 def random_fields(seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -591,7 +591,7 @@ WORDS = {"ratio_level": "ratio", "shaping": "reward", "group_filter": "filter", 
 WORDS |= {"sequence_mask": "mask", "advantage_scale": "scale"}
 
 
-@pytest.mark.parametrize("axis, known", [*((a, k) for a, (_, k) in AXES.items()), ("shaping", SHAPING)])
+@pytest.mark.parametrize("axis, known", [*AXES.items(), ("shaping", SHAPING)])
 def test_the_class_of_an_option_has_its_name(axis, known):
     """GroupStd is "group_std", TVMask is "tv_mask"; No... is "none"."""
     for option, piece in known.items():
@@ -601,5 +601,5 @@ def test_the_class_of_an_option_has_its_name(axis, known):
 
 
 def test_no_option_means_one_thing_on_one_axis_and_another_on_another():
-    homes = [(option, piece) for _, known in AXES.values() for option, piece in known.items() if option != "none"]
+    homes = [(option, piece) for known in AXES.values() for option, piece in known.items() if option != "none"]
     assert len(dict(homes)) == len(homes)

@@ -39,7 +39,7 @@ def quiet_loss(spec, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)
         loss = parse_loss(spec)
-        return loss.set({"max_length": 9}) if "max_length" in loss.needs else loss
+        return loss.replace(max_length=9) if "max_length" in loss.needs else loss
 
 
 def recipe(**fields):

@@ -105,7 +105,7 @@ def test_fixed_choices_are_refused_loudly_and_never_ignored(name):
     flat = quiet_loss(name).to_dict()
     for key in L.CATALOGUE[name].fixed:
         assert quiet_loss(name, **{key: flat[key]}) == quiet_loss(name)
-        others = [option for option in AXES[key][1] if option != flat[key]]
+        others = [option for option in AXES[key] if option != flat[key]]
         for other in others:
             with pytest.raises(L.LossError, match=f"{name} is defined with {key}"):
                 quiet_loss(name, **{key: other})
@@ -327,7 +327,7 @@ def test_a_missing_old_policy_is_the_current_one(name):
     same = evaluate(loss, fields | {"old_logp": fields["logp"]})
     none = evaluate(loss, {k: v for k, v in fields.items() if k != "old_logp"})
     assert torch.equal(same[0].loss, none[0].loss) and torch.equal(same[1]["logp"], none[1]["logp"])
-    plain = loss.ratio.denominator == "old" and loss.token_mask.option == loss.sequence_mask.option == "none"
+    plain = loss.ratio_level.denominator == "old" and loss.token_mask.option == loss.sequence_mask.option == "none"
     plain &= not loss.trust.whole_batch
     if plain and "ratio" in none[0].metrics and isinstance(loss.aggregate, L.TokenMean | L.SeqMeanTokenMean):
         counted = float(loss.credit(L.Batch(**fields)).weight.sum())
@@ -394,7 +394,20 @@ def test_replace_changes_one_axis():
     with pytest.raises(L.LossError, match="trust must be a Trust"):
         loss.replace(trust=L.TokenMean())
     with pytest.raises(L.LossError, match="per token"):
-        loss.replace(scale=L.GroupStd())
+        loss.replace(advantage_scale=L.GroupStd())
+
+
+def test_one_way_to_change_a_loss_takes_parameters_options_and_pieces():
+    asked = L.get_loss("grpo", clip_high=0.28, advantage_scale="none", beta=0.1)
+    assert asked == L.get_loss("grpo(clip_high=0.28, advantage_scale='none', beta=0.1)")
+    assert asked == L.get_loss("grpo").replace(clip_high=0.28, advantage_scale="none", beta=0.1)
+    pieces = dict(trust=L.Clip(0.2, 0.28), advantage_scale=asked.advantage_scale, kl=asked.kl)
+    assert asked == L.get_loss("grpo", **pieces) == L.get_loss("grpo").replace(**pieces)
+    flat = set(asked.to_dict())
+    assert set(AXES) <= flat and set(AXES) <= {f.name for f in dataclasses.fields(asked)}
+    for wrong, near in (("scale", "advantage_scale"), ("ratio", "ratio_level"), ("clip_hgh", "clip_high")):
+        with pytest.raises(L.LossError, match=near):
+            asked.replace(**{wrong: "none"})
 
 
 def check_round_trip(loss: L.PolicyLoss) -> None:
@@ -433,7 +446,7 @@ def other_value(draw: st.DrawFn, field: dataclasses.Field, value: object) -> obj
 def compositions(draw: st.DrawFn) -> L.PolicyLoss | None:
     """A catalogue loss with random choices and parameters; None where that means nothing."""
     name = draw(st.sampled_from(NAMES))
-    changes = {axis: draw(st.sampled_from(list(AXES[axis][1]))) for axis in draw(st.sets(st.sampled_from(list(AXES))))}
+    changes = {axis: draw(st.sampled_from(list(AXES[axis]))) for axis in draw(st.sets(st.sampled_from(list(AXES))))}
     if draw(st.booleans()):
         changes["shaping"] = draw(st.permutations(["clip", "scale", "overlong"]))[: draw(st.integers(0, 3))]
     if draw(st.booleans()):
@@ -520,7 +533,7 @@ def test_no_formula_holds_a_control_character(name):
 NOT_IN_THE_FORMULA = {"kl_control", "kl_control_target", "kl_horizon"}
 SHOWN = {
     **{name: (name, {}) for name in NAMES},
-    **{f"{axis} {option}": None for axis, (_, known) in AXES.items() for option in known if option != "zero"},
+    **{f"{axis} {option}": None for axis, known in AXES.items() for option in known if option != "zero"},
     "shaping": ("grpo", {"shaping": ["clip", "scale", "overlong"], "max_length": 40}),
     "critic": ("ppo", {"value_clip": 0.3, "value_coef": 0.4}),
     "gae": ("ppo", {"lam": 0.9, "gamma": 0.8}),
@@ -547,11 +560,11 @@ def test_every_parameter_in_force_changes_the_formula(label, style):
     for where, piece in pieces_of(loss).items():
         if (where == "kl" and not loss.kl.active) or (where == "value" and not loss.value.active):
             continue
-        if where == "ratio" and not loss.trust.uses_ratio:
+        if where == "ratio_level" and not loss.trust.uses_ratio:
             continue
         for field in dataclasses.fields(piece):
             flat, value = field.metadata["flat"], getattr(piece, field.name)
-            if flat in NOT_IN_THE_FORMULA or (flat == "eps" and where == "scale" and piece.option == "none"):
+            if flat in NOT_IN_THE_FORMULA or (flat == "eps" and where == "advantage_scale" and piece.option == "none"):
                 continue
             if flat == "cap" and getattr(piece, "surrogate", "logp") == "ratio":
                 continue  # belongs to the other surrogate
@@ -666,7 +679,7 @@ def test_all_lists_are_true():
 def test_names_of_axes_do_not_collide():
     """One flat namespace: a parameter name may be shared by options of one axis, not by two pieces in force at once."""
     for name, other in itertools.combinations(AXES, 2):
-        a, b = ({flat for piece in AXES[axis][1].values() for flat in piece.flat_names()} for axis in (name, other))
+        a, b = ({flat for piece in AXES[axis].values() for flat in piece.flat_names()} for axis in (name, other))
         # two axes read the token limit's, the bounds' or eps's name: legality asks that they agree
         assert a & b <= {"eps", "gamma", "threshold", "coef"}, (name, other, a & b)
 

@@ -111,7 +111,7 @@ def test_rows_that_are_a_batch_of_their_own_have_every_normaliser_of_their_own(t
 
 # -- the size and type of rewards -------------------------------------------------------------------------------------
 
-SCALED = [name for name in NAMES if isinstance(quiet_loss(name).scale, L.GroupStd | L.BatchStd | L.Whiten)]
+SCALED = [name for name in NAMES if isinstance(quiet_loss(name).advantage_scale, L.GroupStd | L.BatchStd | L.Whiten)]
 
 
 @pytest.mark.parametrize("size", [1e10, 1e20, 1e30, 1e150, 1e300])

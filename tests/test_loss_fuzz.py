@@ -105,7 +105,7 @@ def odd_loss(seed: int) -> None:
     changes = {}
     for _ in range(rng.randint(1, 3)):
         word = rng.choice(WORDS if rng.random() < 0.7 else [*AXES, *PLAIN, "shaping", "clip", "beta", "eps"])
-        options = [*AXES[word][1]] if word in AXES else []
+        options = [*AXES[word]] if word in AXES else []
         changes[word] = rng.choice(options) if options and rng.random() < 0.4 else rng.choice(ODD)
     with no_trap_warnings():
         try:
@@ -130,7 +130,7 @@ def odd_loss(seed: int) -> None:
                     value,
                     kept,
                 )
-        loss = loss.set({k: v for k, v in OPEN.items() if k in loss.needs})
+        loss = loss.replace(**{k: v for k, v in OPEN.items() if k in loss.needs})
         fields = random_fields(seed % 5)
         fields |= dict.fromkeys(loss.needs & {"advantage", "returns"}, fields["logp"])
         try:

@@ -130,7 +130,7 @@ def test_without_an_old_policy_the_gradient_is_that_of_reinforce(label):
     fields = random_fields(0) | {"advantage": normal(0, 9)}
     del fields["old_logp"]
     factor = double([[1.0]])
-    if isinstance(loss.ratio, L.SequenceSumRatio):  # one number a completion: its mean over T tokens, d/dlogp each
+    if isinstance(loss.ratio_level, L.SequenceSumRatio):  # one number a completion: its mean over T tokens
         factor = fields["mask"].sum(1, keepdim=True).double()
     plain = evaluate(quiet_loss("reinforce").replace(aggregate=loss.aggregate), fields)
     torch.testing.assert_close(plain[1]["logp"] * factor, evaluate(loss, fields)[1]["logp"], rtol=1e-12, atol=1e-14)

@@ -128,7 +128,7 @@ def brokens():
         "round_trip": WrittenWrongly(grpo),
         "listing": Broken(grpo, code=lambda: grpo.code().replace("1 + 0.2", "1 + 0.3")),
         "reward_shift": Broken(quiet_loss("reinforce"), advantage=promise(shift_invariant=True)),
-        "reward_scale": Broken(quiet_loss("dr_grpo"), scale=promise(scale_invariant=True)),
+        "reward_scale": Broken(quiet_loss("dr_grpo"), advantage_scale=promise(scale_invariant=True)),
         "raises_reward": Broken(grpo, policy_flipped),
     }
 

@@ -161,8 +161,8 @@ WHOLE = [
     (
         "advantage_factor_dropped",
         "composition/policy_loss.py",
-        "self.scale(raw, signal) * self.advantage_mul",
-        "self.scale(raw, signal)",
+        "self.advantage_scale(raw, signal) * self.advantage_mul",
+        "self.advantage_scale(raw, signal)",
         "advantage_mul multiplies",
     ),
     (

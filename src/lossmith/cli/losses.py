@@ -127,7 +127,7 @@ def _entry(name: str) -> Entry:
 
 def _example(entry: Entry) -> Loss:
     with quiet_traps():
-        return entry.build().set({"name": entry.name})
+        return entry.build().replace(name=entry.name)
 
 
 def _summary(entry: Entry, loss: Loss) -> dict[str, Any]:

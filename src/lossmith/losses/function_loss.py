@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from lossmith.errors import LossError
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.composition.flat import no_parameter
-from lossmith.losses.loss import Loss, LossOutput, distance_metrics, reward_metrics, together
+from lossmith.losses.loss import Loss, LossOutput, distance_metrics, reward_metrics
 from lossmith.losses.piece import shown
 
 __all__ = ["FunctionLoss", "parameters_of", "read_fields"]
@@ -108,8 +108,7 @@ class FunctionLoss(Loss):
         except OSError:
             raise NotImplementedError(f"the source of {self.name} cannot be found.") from None
 
-    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> FunctionLoss:
-        changes = together(changes, more)
+    def replace(self, **changes: Any) -> FunctionLoss:
         name, known = changes.pop("name", self.name), dict(self.parameters)
         if not isinstance(name, str):
             raise LossError(f"the name of a loss is text, not {shown(name)}.")
@@ -118,11 +117,6 @@ class FunctionLoss(Loss):
             if key not in known:
                 raise no_parameter(self.name, key, value, known)
         return dataclasses.replace(self, name=name, parameters=tuple((known | changes).items()))
-
-    def replace(self, **changes: Any) -> FunctionLoss:
-        parts = {f.name for f in dataclasses.fields(self)}
-        made = dataclasses.replace(self, **{k: v for k, v in changes.items() if k in parts})
-        return made.set({k: v for k, v in changes.items() if k not in parts})
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "function": self.source} | dict(self.parameters)

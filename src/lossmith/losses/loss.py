@@ -259,12 +259,8 @@ class Loss(ABC):
         """The loss as flat parameters in JSON types; `parse_loss` reads them back."""
 
     @abstractmethod
-    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> Loss:
-        """A copy with these flat parameters changed."""
-
-    @abstractmethod
     def replace(self, **changes: Any) -> Loss:
-        """A copy with some parts, or flat parameters, changed."""
+        """A copy with some parameters, options or parts changed, by the names that `to_dict` and `get_loss` use."""
 
 
 def together(changes: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def _choices() -> dict[str, PolicyLoss]:
     }
     for k in ("k1", "k3"):
         weighted = KL(1.0, k, ratio_weight=True)
-        kinds[f"{k} by the token ratio"] = {"kl": weighted, "trust": NoTrust(), "ratio": TokenRatio()}
+        kinds[f"{k} by the token ratio"] = {"kl": weighted, "trust": NoTrust(), "ratio_level": TokenRatio()}
     kinds["k1 by the ratio of completions"] = {
-        "kl": KL(1.0, "k1", ratio_weight=True), "trust": NoTrust(), "ratio": SequenceSumRatio()
+        "kl": KL(1.0, "k1", ratio_weight=True), "trust": NoTrust(), "ratio_level": SequenceSumRatio()
     }  # fmt: skip
     for k in ("k1", "k3", "abs"):
         kinds[f"{k} straight through"] = {"kl": KL(1.0, k, straight_through=True)}

@@ -98,7 +98,7 @@ def _invariance(loss: Any, seed: int, check: str, promise: str, change: Any) -> 
     if "reward" not in fields:
         return not_applicable(check, "the loss reads no reward")
     number = gap(_credit(loss, fields), _credit(loss, fields | {"reward": change(fields["reward"], fields["group"])}))
-    estimator, scale = getattr(loss, "advantage", None), getattr(loss, "scale", None)
+    estimator, scale = getattr(loss, "advantage", None), getattr(loss, "advantage_scale", None)
     mine, its = (getattr(owner, promise, False) is True for owner in (estimator, scale))
     # a shift must leave both alone; a factor must come through the estimator for the scale to take it out
     promised = (

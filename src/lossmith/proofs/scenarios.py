@@ -155,10 +155,10 @@ def difficulty(loss: Any, size: int = 16, success: tuple[float, ...] = SUCCESS) 
 
 def unscaled(loss: Any) -> PolicyLoss | None:
     """The loss without what it divides its advantages by; None where there is nothing to take away."""
-    if not isinstance(loss, PolicyLoss) or not loss.scale.acts:
+    if not isinstance(loss, PolicyLoss) or not loss.advantage_scale.acts:
         return None
     with quiet_traps():
-        return dataclasses.replace(loss, scale=NoScale())
+        return dataclasses.replace(loss, advantage_scale=NoScale())
 
 
 # -- what its normaliser does ---------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def _advantages(loss: Any, seed: int) -> list[Tensor]:
 
 def _per_sequence(loss: Any) -> bool:
     """One ratio for a completion: what a given advantage per token means is the loss's own convention."""
-    return bool(getattr(getattr(loss, "ratio", None), "per_sequence", True))
+    return bool(getattr(getattr(loss, "ratio_level", None), "per_sequence", True))
 
 
 def _closed_gap(loss: Any, fields: Fields) -> float:

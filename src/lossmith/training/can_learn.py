@@ -37,7 +37,7 @@ def check_loss(loss: Loss, samples: int, prompts: int) -> None:
             f"The loss {loss.name!r} compares the completions of a step with one another, and one prompt with one "
             "sample is one: there is nothing to learn from. Raise prompts_per_step or samples_per_prompt."
         )
-    if isinstance(loss, PolicyLoss) and loss.kl.in_loss and loss.scale.scale_invariant and loss.kl.beta > 100:
+    if isinstance(loss, PolicyLoss) and loss.kl.in_loss and loss.advantage_scale.scale_invariant and loss.kl.beta > 100:
         raise RecipeError(
             f"The loss {loss.name!r} has beta = {loss.kl.beta:g}: its advantages have a size of about 1, so that the "
             "KL term alone decides, and the policy stays at the reference. Usual is 0.001 to 0.1."

@@ -184,7 +184,7 @@ def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: i
     with quiet_traps():  # said below, as an error or not at all
         loss = parse_loss(spec)
         if max_tokens is not None and "max_length" in loss.needs:
-            loss = loss.set({"max_length": max_tokens})
+            loss = loss.replace(max_length=max_tokens)
     if loss.traps and not allow_traps:
         raise RecipeError(
             f"The loss {loss.name!r} is a known trap: {'; '.join(loss.traps)}. Set allow_traps = true to train with it."

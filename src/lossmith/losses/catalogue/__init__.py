@@ -78,9 +78,9 @@ def get_loss(spec: str | None = None, /, **changes: Any) -> Loss:
     entry = find_entry(name)
     own = {key: changes.pop(key) for key in _own_parameters(entry) if key in changes}
     with quiet_traps():  # the default's traps; what is returned is checked below
-        default = entry.build(**own).set({"name": entry.name})
+        default = entry.build(**own).replace(name=entry.name)
         _refuse_fixed(entry, default, changes)
-    return default.set({"name": entry.name, **changes})
+    return default.replace(**{"name": entry.name, **changes})
 
 
 def _own_parameters(entry: Entry) -> list[str]:
@@ -108,7 +108,7 @@ def example_loss(name: str, max_length: int = 8, **changes: Any) -> Loss:
     changes = together(called, changes)
     with quiet_traps():
         loss = get_loss(plain, **{**find_entry(plain).example, **changes})
-        return loss.set({"max_length": max_length}) if "max_length" in loss.needs else loss
+        return loss.replace(max_length=max_length) if "max_length" in loss.needs else loss
 
 
 def list_losses() -> list[Entry]:

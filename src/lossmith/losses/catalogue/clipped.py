@@ -23,7 +23,7 @@ def _critic(trust: Clip, **more: object) -> PolicyLoss:
 
 def _grouped(**more: object) -> PolicyLoss:
     """GRPO's advantages, every token counting the same."""
-    fields: dict[str, object] = {"advantage": Group(), "scale": GroupStd(), "aggregate": TokenMean()}
+    fields: dict[str, object] = {"advantage": Group(), "advantage_scale": GroupStd(), "aggregate": TokenMean()}
     return PolicyLoss(**{**fields, **more})  # type: ignore[arg-type]
 
 
@@ -97,7 +97,7 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2508.08221",
         summary="Reward minus the group's mean over the batch's standard deviation; clipped ratio; token mean.",
-        build=lambda: _grouped(scale=BatchStd(), trust=Clip(0.2, 0.28)),
+        build=lambda: _grouped(advantage_scale=BatchStd(), trust=Clip(0.2, 0.28)),
     ),
     Entry(
         name="gfpo",

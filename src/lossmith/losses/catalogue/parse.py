@@ -43,8 +43,8 @@ def loss_from_dict(flat: Mapping[str, Any]) -> Loss:
         kind = flat["completion"]
         if not isinstance(kind, str) or kind not in TERMS:
             raise LossError(f"completion is {shown(kind)}.{nearest(str(kind), TERMS)}")
-        return CompletionLoss(kind, TERMS[kind]()).set(flat)
+        return CompletionLoss(kind, TERMS[kind]()).replace(**flat)
     if "function" in flat:
         fields = {k: v for k, v in flat.items() if k != "function"}
-        return find_entry(str(flat["function"])).build().set(fields)
+        return find_entry(str(flat["function"])).build().replace(**fields)
     return PolicyLoss.from_dict(dict(flat))

@@ -55,7 +55,7 @@ ENTRIES = [
         summary="Leave-one-out baseline; the clipped ratio of whole completions; KL taken off the reward.",
         build=lambda: PolicyLoss(
             advantage=LOO(),
-            ratio=SequenceSumRatio(),
+            ratio_level=SequenceSumRatio(),
             trust=Clip(0.2, 0.2),
             kl=KL(0.05, "k1", "reward"),
             aggregate=SeqMeanTokenMean(),
@@ -76,7 +76,7 @@ ENTRIES = [
         summary="REINFORCE++: reward-to-go whitened over the batch, PPO's clip, KL taken off the reward.",
         build=lambda: PolicyLoss(
             advantage=Return(gamma=1.0),
-            scale=Whiten(),
+            advantage_scale=Whiten(),
             trust=Clip(0.2, 0.2),
             kl=KL(0.01, "k1", "reward"),
             aggregate=TokenMean(),
@@ -89,7 +89,11 @@ ENTRIES = [
         paper="arXiv:2501.03262 (its default KL coefficient is not settled: 0 here)",
         summary="REINFORCE++ with the group's mean as baseline, whitened over the batch.",
         build=lambda: PolicyLoss(
-            advantage=Group(), scale=Whiten(), trust=Clip(0.2, 0.2), kl=KL(0.0, "k2", "loss"), aggregate=TokenMean()
+            advantage=Group(),
+            advantage_scale=Whiten(),
+            trust=Clip(0.2, 0.2),
+            kl=KL(0.0, "k2", "loss"),
+            aggregate=TokenMean(),
         ),
         aliases=("reinforce++_baseline", "reinforce_plus_plus_baseline"),
     ),

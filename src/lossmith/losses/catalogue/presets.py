@@ -7,6 +7,7 @@ open-instruct e6c3044, torchforge 6e77f0b. Each line: the loss it starts from, a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -251,8 +252,8 @@ def _library(name: str) -> str:
 
 def _build(of: Entry, changes: Mapping[str, Any], library: str, catalogue: Mapping[str, Entry]) -> Callable[[], Loss]:
     def build() -> Loss:
-        made = of.build().set(changes)
-        return made.replace(house=_house(library, catalogue)) if isinstance(made, PolicyLoss) else made
+        made = of.build().replace(**changes)
+        return dataclasses.replace(made, house=_house(library, catalogue)) if isinstance(made, PolicyLoss) else made
 
     return build
 
@@ -265,9 +266,10 @@ def _house(library: str, catalogue: Mapping[str, Entry]) -> House:
     if library not in _HOUSES:
         with quiet_traps():
             losses = [
-                catalogue[base].build().set(x) for name, (base, _, x, _) in PRESETS.items() if _library(name) == library
+                catalogue[base].build().replace(**x)
+                for name, (base, _, x, _) in PRESETS.items()
+                if _library(name) == library
             ]
         composed = [loss for loss in losses if isinstance(loss, PolicyLoss)]
-        axes = {axis: field for axis, (field, _) in AXES.items()}
-        _HOUSES[library] = House(tuple((axis, getattr(x, field)) for x in composed for axis, field in axes.items()))
+        _HOUSES[library] = House(tuple((axis, getattr(x, axis)) for x in composed for axis in AXES))
     return _HOUSES[library]

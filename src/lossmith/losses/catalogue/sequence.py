@@ -11,8 +11,8 @@ from lossmith.losses.composition.policy_loss import PolicyLoss
 
 
 def _gspo(**more: object) -> PolicyLoss:
-    fields = {"ratio": SequenceRatio(), "trust": Clip(3e-4, 4e-4), "aggregate": SeqMeanTokenMean()}
-    return PolicyLoss(advantage=Group(), scale=GroupStd(), **{**fields, **more})  # type: ignore[arg-type]
+    fields = {"ratio_level": SequenceRatio(), "trust": Clip(3e-4, 4e-4), "aggregate": SeqMeanTokenMean()}
+    return PolicyLoss(advantage=Group(), advantage_scale=GroupStd(), **{**fields, **more})  # type: ignore[arg-type]
 
 
 ENTRIES = [
@@ -28,7 +28,7 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2507.18071, eq. 13 to 15",
         summary="GSPO's ratio with a gradient for each token, so that advantages may differ within a completion.",
-        build=lambda: _gspo(ratio=SequenceTokenRatio()),
+        build=lambda: _gspo(ratio_level=SequenceTokenRatio()),
     ),
     Entry(
         name="luspo",
@@ -43,7 +43,7 @@ ENTRIES = [
         paper="arXiv:2507.20673",
         summary="The geometric mean of token ratios that are clipped one by one in log space.",
         build=lambda: PolicyLoss(
-            advantage=Group(), scale=GroupStd(), trust=LogClip(0.4, 0.4), aggregate=SeqMeanTokenMean()
+            advantage=Group(), advantage_scale=GroupStd(), trust=LogClip(0.4, 0.4), aggregate=SeqMeanTokenMean()
         ),
         fixed=("aggregate",),  # one number a completion, averaged over completions
     ),
@@ -53,7 +53,11 @@ ENTRIES = [
         paper="arXiv:2602.10693",
         summary="Log-probability weighted by a gamma-shaped function of the completion's ratio.",
         build=lambda: PolicyLoss(
-            advantage=Group(), scale=GroupStd(), ratio=SequenceSumRatio(), trust=Gamma(), aggregate=TokenMean()
+            advantage=Group(),
+            advantage_scale=GroupStd(),
+            ratio_level=SequenceSumRatio(),
+            trust=Gamma(),
+            aggregate=TokenMean(),
         ),
     ),
     Entry(

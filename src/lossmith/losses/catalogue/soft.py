@@ -22,7 +22,7 @@ from lossmith.losses.composition.policy_loss import PolicyLoss
 
 def _scaled(trust: Trust, **more: object) -> PolicyLoss:
     """GRPO's advantages under another trust region, every token counting the same."""
-    fields: dict[str, object] = {"scale": GroupStd(), "aggregate": TokenMean()}
+    fields: dict[str, object] = {"advantage_scale": GroupStd(), "aggregate": TokenMean()}
     return PolicyLoss(advantage=Group(), trust=trust, **{**fields, **more})  # type: ignore[arg-type]
 
 
@@ -70,7 +70,7 @@ ENTRIES = [
         paper="arXiv:2602.04879, 2602.02276; PRIME-RL's default",
         summary="DPPO on the ratio to the sampler, with a squared pull towards the sampler.",
         build=lambda: _centred(
-            TVMask(0.2, 0.2, cap=None, surrogate="ratio"), ratio=SAMPLER, extra=SquareLogRatio(1e-3)
+            TVMask(0.2, 0.2, cap=None, surrogate="ratio"), ratio_level=SAMPLER, extra=SquareLogRatio(1e-3)
         ),
     ),
     Entry(
@@ -78,14 +78,14 @@ ENTRIES = [
         year=2026,
         paper="PRIME-RL, loss 'ipo'",
         summary="Drops every token whose probability moved, with a squared pull towards the sampler.",
-        build=lambda: _centred(TVMaskSymmetric(0.1), ratio=SAMPLER, extra=SquareLogRatio(1e-3)),
+        build=lambda: _centred(TVMaskSymmetric(0.1), ratio_level=SAMPLER, extra=SquareLogRatio(1e-3)),
     ),
     Entry(
         name="rollout_is",
         year=2025,
         paper="SkyRL; the band of arXiv:2510.18855",
         summary="Log-probability weighted by the ratio to the sampler, inside a band and nowhere else.",
-        build=lambda: _centred(Band(0.2, 0.2), ratio=SAMPLER),
+        build=lambda: _centred(Band(0.2, 0.2), ratio_level=SAMPLER),
     ),
     Entry(
         name="dro",

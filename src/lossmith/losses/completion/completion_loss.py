@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ from lossmith.losses.axes.advantage import Groups, Signal
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.composition.flat import no_parameter
 from lossmith.losses.composition.formula import powers
-from lossmith.losses.loss import Credit, Loss, LossOutput, distance_metrics, reward_metrics, together
+from lossmith.losses.loss import Credit, Loss, LossOutput, distance_metrics, reward_metrics
 from lossmith.losses.piece import Piece, shown
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
@@ -204,22 +203,18 @@ class CompletionLoss(Loss):
             ]
         )
 
-    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> CompletionLoss:
-        changes = together(changes, more)
+    def replace(self, **changes: Any) -> CompletionLoss:
         name = changes.pop("name", self.name)
         if not isinstance(name, str):
             raise LossError(f"the name of a loss is text, not {shown(name)}.")
         if changes.pop("completion", self.term.option) != self.term.option:
             raise LossError(f"{self.name} is a loss of completion={self.term.option!r}: another is another loss.")
-        known = type(self.term).flat_names()
+        term = changes.pop("term", self.term)
+        known = type(term).flat_names()
         for flat, value in changes.items():
             if flat not in known:
                 raise no_parameter(self.name, flat, value, known)
-        return CompletionLoss(name, dataclasses.replace(self.term, **{known[k]: v for k, v in changes.items()}))
-
-    def replace(self, **changes: Any) -> CompletionLoss:
-        parts = {k: changes.pop(k) for k in ("name", "term") if k in changes}
-        return dataclasses.replace(self, **parts).set(changes)
+        return CompletionLoss(name, dataclasses.replace(term, **{known[k]: v for k, v in changes.items()}))
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "completion": self.term.option} | self.term.flat()

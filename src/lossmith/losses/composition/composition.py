@@ -36,10 +36,10 @@ class Composition:
     truncated: str = "keep"  # keep | mask | zero: what becomes of completions that the token budget cut
     group_filter: GroupFilter = dataclasses.field(default_factory=NoFilter)
     advantage: Estimator = dataclasses.field(default_factory=BatchMean)
-    scale: Scale = dataclasses.field(default_factory=NoScale)
+    advantage_scale: Scale = dataclasses.field(default_factory=NoScale)
     advantage_mul: float = 1.0
     advantage_clip: float | None = None
-    ratio: Ratio = dataclasses.field(default_factory=TokenRatio)
+    ratio_level: Ratio = dataclasses.field(default_factory=TokenRatio)
     trust: Trust = dataclasses.field(default_factory=LogP)
     token_mask: Mask = dataclasses.field(default_factory=NoMask)
     sequence_mask: Mask = dataclasses.field(default_factory=NoMask)
@@ -57,7 +57,7 @@ class Composition:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """Everything that is chosen on an axis, shaping included."""
-        axes = (self.group_filter, self.advantage, self.scale, self.ratio, self.trust, self.token_mask)
+        axes = (self.group_filter, self.advantage, self.advantage_scale, self.ratio_level, self.trust, self.token_mask)
         rest = (self.sequence_mask, self.mismatch, self.kl, self.extra, self.value, self.aggregate)
         return (*self.shaping, *axes, *rest)
 
@@ -82,7 +82,7 @@ class Composition:
 
     @property
     def uses_old(self) -> bool:
-        by_ratio = self.needs_ratio and self.ratio.denominator == "old"
+        by_ratio = self.needs_ratio and self.ratio_level.denominator == "old"
         return by_ratio or any(piece.reads_old for piece in self.pieces)
 
     @property
@@ -104,4 +104,6 @@ class Composition:
 
     @property
     def stops_gradient(self) -> bool:
-        return any(piece.stops_gradient for piece in self.pieces if piece is not self.ratio or self.trust.uses_ratio)
+        return any(
+            piece.stops_gradient for piece in self.pieces if piece is not self.ratio_level or self.trust.uses_ratio
+        )

@@ -31,18 +31,18 @@ __all__ = ["AXES", "all_parameters", "describe", "no_parameter", "to_flat", "wit
 
 Composed = TypeVar("Composed", bound=Composition)
 
-# flat axis name -> (field of Composition, options)
-AXES: dict[str, tuple[str, Mapping[str, type[Piece]]]] = {
-    "advantage": ("advantage", ADVANTAGE),
-    "advantage_scale": ("scale", SCALE),
-    "ratio_level": ("ratio", RATIO),
-    "trust": ("trust", TRUST),
-    "token_mask": ("token_mask", TOKEN_MASK),
-    "sequence_mask": ("sequence_mask", SEQUENCE_MASK),
-    "group_filter": ("group_filter", GROUP_FILTER),
-    "extra": ("extra", EXTRA),
-    "mismatch": ("mismatch", MISMATCH),
-    "aggregate": ("aggregate", AGGREGATE),
+# axis, the field of Composition -> its options
+AXES: dict[str, Mapping[str, type[Piece]]] = {
+    "advantage": ADVANTAGE,
+    "advantage_scale": SCALE,
+    "ratio_level": RATIO,
+    "trust": TRUST,
+    "token_mask": TOKEN_MASK,
+    "sequence_mask": SEQUENCE_MASK,
+    "group_filter": GROUP_FILTER,
+    "extra": EXTRA,
+    "mismatch": MISMATCH,
+    "aggregate": AGGREGATE,
 }
 # choices and numbers of the composition itself, with their meaning
 PLAIN = {
@@ -54,20 +54,22 @@ PLAIN = {
     "entropy_aggregate": "how the entropy is aggregated: same, or one of the aggregations",
     "local_normalizer": "count over the rows at hand only; micro-batches then do not add up (a trap)",
 }
-_ALWAYS = ("kl", "value")  # pieces that are always there, switched off by a coefficient of 0
+_ALWAYS: dict[str, type[Piece]] = {
+    "kl": KL,
+    "value": ValueLoss,
+}  # pieces that are always there, switched off by a coefficient of 0
 
 
 def pieces_of(loss: Composition) -> dict[str, Piece]:
     """{where: piece} of everything that has parameters, shaping included."""
-    fields = [field for field, _ in AXES.values()]
-    pieces: dict[str, Piece] = {name: getattr(loss, name) for name in (*fields, *_ALWAYS)}
+    pieces: dict[str, Piece] = {name: getattr(loss, name) for name in (*AXES, *_ALWAYS)}
     return pieces | {f"shaping.{i}": piece for i, piece in enumerate(loss.shaping)}
 
 
 def to_flat(loss: Composition) -> dict[str, Any]:
     """Every choice and parameter of the composition, in JSON types. In TOML, write None as "none"."""
     flat: dict[str, Any] = {"name": loss.name, "shaping": [s.option for s in loss.shaping]}
-    flat |= {axis: getattr(loss, field).option for axis, (field, _) in AXES.items()}
+    flat |= {axis: getattr(loss, axis).option for axis in AXES}
     flat |= {name: getattr(loss, name) for name in PLAIN}
     for piece in pieces_of(loss).values():
         flat |= {key: list(x) if isinstance(x, tuple) else x for key, x in piece.flat().items()}
@@ -75,16 +77,17 @@ def to_flat(loss: Composition) -> dict[str, Any]:
 
 
 def with_flat(loss: Composed, changes: Mapping[str, Any]) -> Composed:
-    """The composition with these flat parameters changed."""
+    """The composition with these parameters, options of an axis, or pieces changed."""
     changes = dict(changes)
     fields: dict[str, Any] = {"name": changes.pop("name", loss.name)}
     if not isinstance(fields["name"], str) or not fields["name"].strip():
         raise LossError(f"the name of a loss is text, not {shown(fields['name'])}.")
-    for axis, (field, known) in AXES.items():
-        fields[field] = _chosen(axis, known, changes.pop(axis, getattr(loss, field)), loss)
+    for axis, known in AXES.items():
+        fields[axis] = _chosen(axis, known, changes.pop(axis, getattr(loss, axis)), loss)
     fields |= {name: changes.pop(name, getattr(loss, name)) for name in PLAIN}
     fields["advantage_clip"] = _none(fields["advantage_clip"])
-    fields |= {name: getattr(loss, name) for name in _ALWAYS}
+    for name, kind in _ALWAYS.items():
+        fields[name] = changes.pop(name) if isinstance(changes.get(name), kind) else getattr(loss, name)
     fields["shaping"] = _shaping(changes.pop("shaping", loss.shaping), loss)
     _expand_clip(loss.name, changes, fields["trust"])
     owners = [*fields["shaping"], *(v for v in fields.values() if isinstance(v, Piece))]
@@ -96,7 +99,7 @@ def with_flat(loss: Composed, changes: Mapping[str, Any]) -> Composed:
 
 def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, loss: Composition) -> Piece:
     """The piece for this option, with the numbers that go with it."""
-    current: Piece = getattr(loss, AXES[axis][0])
+    current: Piece = getattr(loss, axis)
     option = "none" if option is None and "none" in known else option
     if isinstance(option, Piece):
         return option
@@ -206,7 +209,7 @@ def _homes(flat: str) -> list[str]:
     """Where a parameter would take effect: "trust='clip'"."""
     return [
         f"{axis}={option!r}"
-        for axis, known in [*((a, k) for a, (_, k) in AXES.items()), ("shaping", SHAPING)]
+        for axis, known in [*AXES.items(), ("shaping", SHAPING)]
         for option, piece in known.items()
         if flat in piece.flat_names()
     ]
@@ -222,11 +225,11 @@ def describe(loss: Composition) -> list[tuple[str, Any, str]]:
 
 def all_parameters() -> dict[str, str]:
     """{flat name: one-line meaning} of every axis, choice and parameter there is."""
-    docs = {axis: f"one of {', '.join(known)}" for axis, (_, known) in AXES.items()}
+    docs = {axis: f"one of {', '.join(known)}" for axis, known in AXES.items()}
     docs["shaping"] = f"a list of {', '.join(SHAPING)}, applied in that order"
     docs["clip"] = "short for clip_low and clip_high at once"
     docs |= PLAIN
-    classes = [c for _, known in AXES.values() for c in known.values()] + list(SHAPING.values())
+    classes = [c for known in AXES.values() for c in known.values()] + list(SHAPING.values())
     for piece in (*classes, KL, ValueLoss):
         docs |= {f.metadata["flat"]: f.metadata["doc"] for f in dataclasses.fields(piece)}
     return docs

@@ -32,7 +32,7 @@ def _equation(loss: Composition, i: int) -> str:
     minus, theta = ("−", "L(θ)") if i == 0 else ("-", r"\mathcal L(\theta)")
     policy = loss.trust.formula()[i]
     if not loss.trust.reads_old:
-        policy = policy.replace(("π_old", r"\pi_{\mathrm{old}}")[i], loss.ratio.denominator_names()[i])
+        policy = policy.replace(("π_old", r"\pi_{\mathrm{old}}")[i], loss.ratio_level.denominator_names()[i])
     if loss.mismatch.acts:
         policy = ("u·" if i == 0 else r"u\,") + policy
     if any(mask.formula() for mask in (loss.token_mask, loss.sequence_mask)):
@@ -71,7 +71,7 @@ def _where(loss: Composition, i: int) -> list[str]:
     """The definitions below the equation."""
     lines = []
     if (loss.trust.uses_ratio and loss.advantage.acts) or loss.kl.uses_ratio:
-        lines.append("r = " + loss.ratio.formula()[i])
+        lines.append("r = " + loss.ratio_level.formula()[i])
     if loss.advantage.acts:
         lines.append(_advantage(loss, i))
     reward = _reward(loss, i)
@@ -89,7 +89,7 @@ def _where(loss: Composition, i: int) -> list[str]:
 
 
 def _advantage(loss: Composition, i: int) -> str:
-    formula = loss.scale.formula(*loss.advantage.formula())[i]
+    formula = loss.advantage_scale.formula(*loss.advantage.formula())[i]
     if loss.advantage_mul != 1:
         formula = f"{number(loss.advantage_mul)}·({formula})" if i == 0 else f"{number(loss.advantage_mul)}({formula})"
     if loss.advantage_clip is not None:

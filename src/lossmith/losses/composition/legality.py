@@ -23,8 +23,8 @@ __all__ = ["check_legal"]
 TRUNCATED = ("keep", "mask", "zero")
 KINDS = {
     "advantage": Estimator,
-    "scale": Scale,
-    "ratio": Ratio,
+    "advantage_scale": Scale,
+    "ratio_level": Ratio,
     "trust": Trust,
     "group_filter": GroupFilter,
     "token_mask": Mask,
@@ -74,7 +74,7 @@ def _illegal(loss: Composition) -> list[str]:
 
 def _ratio_reasons(loss: Composition) -> list[str]:
     reasons = []
-    advantage, ratio, trust = loss.advantage, loss.ratio, loss.trust
+    advantage, ratio, trust = loss.advantage, loss.ratio_level, loss.trust
     if ratio.per_sequence and advantage.per_token and trust.through == "ratio":
         reasons.append(
             f"advantage='{advantage.option}' differs between tokens, but ratio_level='{ratio.option}' has one number a "
@@ -95,7 +95,7 @@ def _ratio_reasons(loss: Composition) -> list[str]:
 
 def _credit_reasons(loss: Composition) -> list[str]:
     reasons = []
-    advantage, scale = loss.advantage, loss.scale
+    advantage, scale = loss.advantage, loss.advantage_scale
     if advantage.per_token and not scale.per_token:
         reasons.append(
             f"advantage='{advantage.option}' is per token, but advantage_scale='{scale.option}' divides by a statistic "

@@ -87,7 +87,7 @@ def _rewards(loss: Composition, words: set[str]) -> list[str]:
 
 
 def _advantages(loss: Composition) -> list[str]:
-    lines = [*loss.advantage.code(), *loss.scale.code()]
+    lines = [*loss.advantage.code(), *loss.advantage_scale.code()]
     if loss.advantage_mul != 1:
         lines.append(f"A = {loss.advantage_mul} * A")
     if loss.advantage_clip is not None:
@@ -99,7 +99,7 @@ def _objective(loss: Composition) -> list[str]:
     lines = []
     policies = {"old": "old_logp", "behavior": "behavior_logp", "ref": "ref_logp", "self": "logp.detach()"}
     if loss.needs_ratio:
-        lines += [f"denominator_logp = {policies[loss.ratio.denominator]}", *loss.ratio.code()]
+        lines += [f"denominator_logp = {policies[loss.ratio_level.denominator]}", *loss.ratio_level.code()]
     nothing = ["loss = torch.zeros(mask.shape, dtype=torch.float64)"]
     lines += _policy(loss) if loss.advantage.acts else nothing
     after: list[str] = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,11 @@ from lossmith.losses.axes.aggregate import AGGREGATE, Aggregate
 from lossmith.losses.axes.trust import Tokens
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.composition.composition import Composition
-from lossmith.losses.composition.flat import AXES, to_flat, with_flat
+from lossmith.losses.composition.flat import to_flat, with_flat
 from lossmith.losses.composition.formula import render
 from lossmith.losses.composition.legality import check_legal
 from lossmith.losses.composition.listing import listing
-from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, distance_metrics, reward_metrics, together
-from lossmith.losses.piece import Piece
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, distance_metrics, reward_metrics
 
 __all__ = ["PolicyLoss"]
 
@@ -46,19 +44,13 @@ class PolicyLoss(Composition, Loss):
         for trap in self.traps:
             warnings.warn(f"{self.name}: {trap}.", TrapWarning, stacklevel=3)
 
-    def set(self, changes: Mapping[str, Any] | None = None, **more: Any) -> PolicyLoss:
-        """A copy with these flat parameters changed: `loss.set(clip_high=0.28, beta=0.04)`, or a mapping of them."""
-        return with_flat(self, together(changes, more))
-
     def replace(self, **changes: Any) -> PolicyLoss:
-        """A copy with some axes changed: `loss.replace(trust=Clip(low=0.2, high=0.28))`. Flat parameters are taken too.
+        """A copy with parameters, options or pieces changed: `loss.replace(clip_high=0.28, advantage_scale="none")`,
+        `loss.replace(trust=Clip(low=0.2, high=0.28))`.
 
-        LossError: a name that is neither, or a composition that means nothing.
+        LossError: a name that is none of these, or a composition that means nothing.
         """
-        pieces = {f.name for f in dataclasses.fields(self)} - {"shaping"}
-        flat = {k: v for k, v in changes.items() if k not in pieces or (k in AXES and not isinstance(v, Piece))}
-        made = dataclasses.replace(self, **{k: v for k, v in changes.items() if k not in flat})
-        return made.set(flat) if flat else made
+        return with_flat(self, changes)
 
     # -- credit -----------------------------------------------------------------------------------------------------
 
@@ -165,7 +157,7 @@ class PolicyLoss(Composition, Loss):
             return given, given
         assert signal is not None
         raw = self.advantage(signal)
-        scaled = self.scale(raw, signal) * self.advantage_mul
+        scaled = self.advantage_scale(raw, signal) * self.advantage_mul
         if self.advantage_clip is not None:
             scaled = scaled.clamp(-self.advantage_clip, self.advantage_clip)
         return scaled, raw
@@ -240,16 +232,16 @@ class PolicyLoss(Composition, Loss):
         if batch.logp is None and not self.advantage.acts and not self.kl.active:
             return None
         logp = batch.require("logp", self.name)
-        ratio = self.ratio(batch) if self.needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
-        if self.ratio.per_sequence:  # one number a completion stays one, [N, 1], until it meets the tokens
+        ratio = self.ratio_level(batch) if self.needs_ratio else torch.ones_like(logp[:1, :1]).expand_as(logp)
+        if self.ratio_level.per_sequence:  # one number a completion stays one, [N, 1], until it meets the tokens
             ratio = ratio[:, :1]
-        denominator_logp = self.ratio.denominator_logp(batch) if self.needs_ratio else logp.detach()
+        denominator_logp = self.ratio_level.denominator_logp(batch) if self.needs_ratio else logp.detach()
         return Tokens(ratio, self._row_advantage(batch, credit), logp, denominator_logp, batch.valid, batch)
 
     def _row_advantage(self, batch: Batch, credit: Credit) -> Tensor:
         """A as the trust region sees it: one number a completion where the ratio is one and carries the gradient."""
         advantage = credit.advantage
-        if not self.ratio.per_sequence or self.trust.through != "ratio":
+        if not self.ratio_level.per_sequence or self.trust.through != "ratio":
             return advantage
         mean = advantage.sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
         return mean if advantage.shape[1] else advantage
@@ -283,7 +275,7 @@ class PolicyLoss(Composition, Loss):
         At A = 0 the limit A -> 0+. old_prob: the token's old probability, for losses that look at it.
         """
         r, a = torch.broadcast_tensors(_tensor(ratio), _tensor(advantage))
-        if self.ratio.denominator == "self":  # the ratio is 1 wherever the old policy is
+        if self.ratio_level.denominator == "self":  # the ratio is 1 wherever the old policy is
             r = torch.ones_like(r)
         return self.trust.weight(Tokens.single(r, a, old_prob)).reshape(r.shape)
 
@@ -301,14 +293,14 @@ class PolicyLoss(Composition, Loss):
         factor = self._factor(batch, credit)
         if self.advantage.acts:
             slope = self.trust.spread(_valid(credit.weight * factor * self.trust.slope(at), batch), at)
-            gradient = self.ratio.chain(slope, batch) if self.trust.through == "ratio" else slope
+            gradient = self.ratio_level.chain(slope, batch) if self.trust.through == "ratio" else slope
         if self.kl.in_loss:
             weight = credit.weight if credit.kl_weight is None else credit.kl_weight
             weight = self.kl.beta * (weight * factor if self.kl.masked else weight)
             by_logp, by_ratio = self.kl.slopes(batch, at.ratio)
             gradient = gradient + weight * by_logp
             if by_ratio is not None:
-                gradient = gradient + self.ratio.chain(_valid(weight * by_ratio, batch), batch)
+                gradient = gradient + self.ratio_level.chain(_valid(weight * by_ratio, batch), batch)
         if self.extra.acts:
             gradient = gradient + credit.weight * self.extra.slope(batch, credit.advantage)
         return _valid(gradient, batch)

@@ -152,7 +152,7 @@ def _value(value: Any) -> str:
 
 def _says(loss: Loss, axis: str) -> str:
     """The first sentence of what the chosen piece says of itself."""
-    piece = getattr(loss, AXES[axis][0], None)
+    piece = getattr(loss, axis, None)
     if piece is None:
         return "no such axis"
     doc = " ".join((inspect.getdoc(type(piece)) or "").split("\n\n")[0].split())

@@ -303,7 +303,7 @@ def fit_loss(
                 f"annotator, and {loss.name} learns from pairs. Use --loss kto, or judge several texts of each prompt."
             )
     if isinstance(loss.term, Paired) and loss.term.labels == "reward" and (train.soft or train.weighed):
-        loss = loss.set({"labels": "given"})
+        loss = loss.replace(labels="given")
         why = [f"{train.soft} uncertain {train.form}"] if train.soft else []
         why += ["pairs of one judgement share its weight"] if train.weighed else []
         notes.append(f"labels = given: {'; '.join(why)}")
@@ -331,7 +331,7 @@ def _fit_kto(
         ratio = good / bad
         factor = min(max(ratio, CLASS_RATIO[0]), CLASS_RATIO[1]) / ratio
         weights = {"lam_d": max(factor, 1.0), "lam_u": max(1 / factor, 1.0)}
-        loss = loss.set(weights)
+        loss = loss.replace(**weights)
         weighed = weights["lam_d"] * good / (weights["lam_u"] * bad)
         notes.append(
             f"{good} good and {bad} bad: lam_d = {weights['lam_d']:.3g}, lam_u = {weights['lam_u']:.3g}, so that "
