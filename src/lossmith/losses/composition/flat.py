@@ -105,7 +105,7 @@ def _chosen(axis: str, known: Mapping[str, type[Piece]], option: Any, loss: Comp
         return option
     if not isinstance(option, str) or option not in {*known, current.option}:
         # as runs with rollout_is wrote it before
-        renamed = " It is now called trust='band'." if (axis, option) == ("trust", "icepop") else ""
+        renamed = " It is now called trust='band'." if axis == "trust" and str(option) == "icepop" else ""
         raise LossError(f"{axis} is {shown(option)}.{renamed}{nearest(str(option), known)}")
     if option == current.option:
         return current
