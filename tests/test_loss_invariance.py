@@ -15,9 +15,9 @@ from lossmith.losses.axes.extra import EXTRA
 from lossmith.losses.axes.masks import GROUP_FILTER, SEQUENCE_MASK
 from lossmith.losses.axes.trust import TRUST
 
-# Settings that together touch every piece; the catalogue is added to them.
+# Settings that together touch every piece. The named losses go through the conformance suite (test_proofs.py), whose
+# checks of the layout ask the same; what it does not ask is asked of them here, too.
 COMPOSITIONS = {
-    **{name: (name, {}) for name in NAMES},
     **{f"aggregate {a}": ("grpo", {"aggregate": a, "entropy_coef": 0.1}) for a in AGGREGATE},
     **{f"advantage {a}": ("reinforce", {"advantage": a}) for a in ADVANTAGE if a not in ("zero", "given")},
     **{f"scale {s}": ("grpo", {"advantage_scale": s}) for s in SCALE},
@@ -59,14 +59,16 @@ COMPOSITIONS |= {
     "several scores": ("grpo", {"shaping": ["weighted_sum"], "score_weights": [0.3, 2.0]}),
     "potential": ("reinforce_pp", {"shaping": ["potential"]}),
 }
+CATALOGUE = {name: (name, {}) for name in NAMES}
 every_composition = pytest.mark.parametrize("label", COMPOSITIONS)
+with_the_catalogue = pytest.mark.parametrize("label", [*CATALOGUE, *COMPOSITIONS])
 in_pieces = pytest.mark.parametrize(
     "label", [n for n in COMPOSITIONS if quiet_loss(COMPOSITIONS[n][0], **COMPOSITIONS[n][1]).separable]
 )
 
 
 def build(label: str) -> L.PolicyLoss:
-    name, changes = COMPOSITIONS[label]
+    name, changes = (CATALOGUE | COMPOSITIONS)[label]
     return quiet_loss(name, **changes)
 
 
@@ -259,7 +261,7 @@ def test_float32_agrees_with_float64(label):
         torch.testing.assert_close(grads[leaf].double(), exact_grads[leaf], rtol=2e-3, atol=2e-5)
 
 
-@every_composition
+@with_the_catalogue
 def test_coupling_is_true(label):
     """Credit of rows on their own equals their credit within the batch, as far as `coupling` says they are coupled."""
     loss = build(label)
@@ -336,7 +338,7 @@ def test_all_masked_is_zero_and_says_so(label):
 
 def policy_term_only(label: str) -> L.PolicyLoss:
     """Without KL, entropy bonus, critic and extra terms, whose gradients do not vanish with the advantage."""
-    name, changes = COMPOSITIONS[label]
+    name, changes = (CATALOGUE | COMPOSITIONS)[label]
     kept = {k: v for k, v in changes.items() if not (k.startswith("kl_") or k in ("beta", "value_clip"))}
     with no_trap_warnings():
         return quiet_loss(name, **kept).replace(kl=L.KL(), value=L.ValueLoss(), extra=L.NoExtra(), entropy_coef=0.0)
@@ -400,7 +402,7 @@ def test_one_row_and_one_token(name):
 # -- numbers far out -------------------------------------------------------------------------------------------------
 
 
-@every_composition
+@with_the_catalogue
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_ratios_of_forty_stay_finite(label, dtype):
     loss = build(label)

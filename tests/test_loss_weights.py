@@ -66,9 +66,14 @@ def kl_choices() -> list[dict]:
 @pytest.mark.parametrize("level", RATIO)
 @pytest.mark.parametrize("trust", TRUST)
 def test_every_composition_has_its_closed_form_gradient(trust, level):
-    """trust x ratio level x aggregation x KL: what is legal agrees, and what is illegal is refused."""
+    """trust x ratio level x aggregation x KL: what is legal agrees, and what is illegal is refused.
+
+    Of every three pairs of aggregation and KL one is tried, another one for the next trust region and level.
+    """
     fields, legal = random_fields(1), 0
-    for aggregate, kl in itertools.product(AGGREGATE, kl_choices()):
+    turn = [*TRUST].index(trust) + [*RATIO].index(level)
+    pairs = [(a, kl) for i, a in enumerate(AGGREGATE) for j, kl in enumerate(kl_choices()) if (i + j + turn) % 3 == 0]
+    for aggregate, kl in pairs:
         settings = {"trust": trust, "ratio_level": level, "aggregate": aggregate, **kl}
         # without a ratio anywhere, its level would be a parameter without effect
         if not TRUST[trust].uses_ratio and level != "token" and not kl.get("kl_ratio_weight"):
@@ -81,7 +86,7 @@ def test_every_composition_has_its_closed_form_gradient(trust, level):
             continue
         check_closed_form(quiet_loss("reinforce", **settings), fields)
         legal += 1
-    assert legal >= (0 if TRUST[trust].token_only and level != "token" else 4 * len(AGGREGATE))
+    assert legal >= (0 if TRUST[trust].token_only and level != "token" else len(AGGREGATE))
 
 
 MISMATCHES = [
