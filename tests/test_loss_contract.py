@@ -704,6 +704,11 @@ def test_a_batch_moves_counts_and_keeps_the_gradient():
     assert leaf.grad is not None and leaf.grad[0].abs().min() > 0
     assert torch.equal(batch.logp.grad, leaf.grad)
 
+    again = leaf.detach().clone().requires_grad_()
+    batch = L.Batch(again, mask, reward=[1.0, 0.0], group=[0, 0])
+    L.get_loss("rloo", beta=0)(batch).loss.backward()  # a sequence's sum reaches every slot, the masked one included
+    assert float(again.grad[1, 1]) == 0 and torch.equal(batch.logp.grad, again.grad)
+
 
 def test_rows_and_replace_check_what_is_new_alone():
     batch = L.Batch(-torch.ones(3, 2), torch.ones(3, 2, dtype=torch.bool), reward=[1.0, 0.0, 2.0])

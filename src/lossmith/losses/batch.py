@@ -159,8 +159,9 @@ class Batch:
                 f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
             )
         clean = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-        if clean.requires_grad:
-            clean.retain_grad()  # batch.logp.grad is there after backward(), as of the tensor that was given
+        if tensor.is_leaf and tensor.requires_grad:  # batch.logp.grad is then what the tensor that was given gets
+            clean.register_hook(lambda grad: torch.where(mask, grad, 0.0))
+            clean.retain_grad()
         if bool(torch.isfinite(clean.detach().sum())):  # one pass; only a non-finite sum needs a closer look
             object.__setattr__(self, name, clean)
             return
