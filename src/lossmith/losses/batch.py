@@ -107,7 +107,7 @@ class Batch:
 
     def __new__(cls, *given: Any, **named: Any) -> Batch:
         """LossError: a field that there is none of."""
-        fields = [f.name for f in dataclasses.fields(cls)]
+        fields = list(FIELDS)
         for name in named:
             if name not in fields:
                 raise LossError(f"Batch has no field {name!r}.{nearest(name, fields)}")
@@ -159,20 +159,17 @@ class Batch:
                 f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
             )
         clean = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-        if tensor.is_leaf and tensor.requires_grad:  # batch.logp.grad is then what the tensor that was given gets
-            clean.register_hook(lambda grad: torch.where(mask, grad, 0.0))
-            clean.retain_grad()
-        if bool(torch.isfinite(clean.detach().sum())):  # one pass; only a non-finite sum needs a closer look
-            object.__setattr__(self, name, clean)
-            return
-        bad = ~torch.isfinite(clean.detach())
-        if bool(bad.any()):
+        # one pass; only a non-finite sum needs a closer look
+        if not bool(torch.isfinite(clean.detach().sum())) and bool((bad := ~torch.isfinite(clean.detach())).any()):
             where = bad.nonzero()[0].tolist()
             at = f"row {where[0]}" + (f", token {where[1]}" if len(where) > 1 else "")
             raise LossError(
                 f"Batch.{name} is {float(tensor.detach()[tuple(where)])} at {at}, a valid position "
                 f"({int(bad.sum())} such values). Drop that rollout or mask it; a loss over it would be meaningless."
             )
+        if tensor.is_leaf and tensor.requires_grad:  # batch.logp.grad is then what the tensor that was given gets
+            clean.register_hook(lambda grad: torch.where(mask, grad, 0.0))
+            clean.retain_grad()
         object.__setattr__(self, name, clean)
 
     def _check_ranges(self, names: Collection[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError
-from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.batch import FIELDS, Batch, Normalizer
 from lossmith.losses.composition.flat import no_parameter
 from lossmith.losses.loss import Loss, LossOutput, distance_metrics, reward_metrics
 from lossmith.losses.piece import shown
@@ -133,7 +133,7 @@ def parameters_of(function: Callable[..., Any], skip: int) -> tuple[tuple[str, A
 
 def read_fields(function: Callable[..., Any]) -> frozenset[str]:
     """Fields of Batch whose names the function's code mentions, besides logp and mask."""
-    fields = {f.name for f in dataclasses.fields(Batch)} - {"logp", "mask"}
+    fields = FIELDS.keys() - {"logp", "mask"}
     seen: set[str] = set()
     stack: list[CodeType] = [function.__code__] if hasattr(function, "__code__") else []
     while stack:

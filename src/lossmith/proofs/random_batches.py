@@ -29,7 +29,7 @@ __all__ = [
     "takes_normalizer",
 ]
 
-LEAVES = ("logp", "value", "entropy", "full_kl")  # the fields of a batch that carry gradient
+LEAVES = tuple(name for name, field in FIELDS.items() if field.gradient)
 LENGTHS = (7, 1, 3, 7, 0, 4, 2, 6, 5)
 GROUPS = (5, 2, 5, 9, 2, 5, 2, 9, 7)  # 9 is a pair, 7 is alone; row 4 has no token
 WIDTH = 8
