@@ -21,8 +21,8 @@ and what is refused does not (but for m2po in prime-rl, where there is nothing t
 [in-other-trainers.md](in-other-trainers.md)."""
 _LEGEND = """`yes`: it comes through. `set`: it comes through; the advantages are the trainer's own, and its estimator
 has to be set to the loss's. `at once`: it does where an update is one micro-batch on one rank (how, is said above).
-`–`: it is refused, with the reason (below). Losses with parameters that have no agreed default are looked at with example
-values."""
+`–`: it is refused, with the reason (below). Losses with parameters that have no agreed default are looked at with
+example values."""
 
 
 def hooks_page() -> str:
