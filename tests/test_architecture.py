@@ -37,6 +37,7 @@ ORDER = [
     "replay",
     "project",
     "report",
+    "adapters",
     "outputs",
     "chat",
     "api",
