@@ -172,7 +172,7 @@ def _of_mismatch(loss: Loss) -> frozenset[str]:
 _EVERYTHING = frozenset(FIELDS) - {"logp", "mask", "advantage"}
 _SCORED = frozenset({"reward", "group"})
 _POLICIES = frozenset({"old_logp", "behavior_logp", "ref_logp"})
-_TRL = _SCORED | _POLICIES | {"reward_parts", "truncated"}
+_TRL = _SCORED | _POLICIES | {"reward_parts", "truncated", "lag"}
 
 _VERL_AT_ONCE = (
     "one data-parallel rank, use_dynamic_bsz=False and ppo_micro_batch_size_per_gpu = ppo_mini_batch_size * rollout.n"
