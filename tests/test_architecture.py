@@ -35,6 +35,7 @@ ORDER = [
     "training",
     "project",
     "report",
+    "adapters",
     "outputs",
     "api",
     "cli",
