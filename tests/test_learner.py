@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from lossmith.errors import PolicyError, RunError, TrapWarning
-from lossmith.losses import CATALOGUE, Batch, example_loss, parse_loss
+from lossmith.losses import CATALOGUE, example_loss, parse_loss
 from lossmith.policy import sample
 from lossmith.rollouts import Distribution, LogProbs, Score
 from lossmith.training import Learner, Recipe

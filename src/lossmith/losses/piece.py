@@ -58,6 +58,7 @@ class Piece:
     coupling: ClassVar[str] = "token"  # how far rows depend on each other by it: token, sequence, group or batch
     whole_batch: ClassVar[bool] = False  # its objective looks at all tokens of the update at once: no micro-batches
     stops_gradient: ClassVar[bool] = False  # what it gives depends on logp without gradient
+    looks_at: ClassVar[frozenset[str]] = frozenset()  # batch fields it reads where given, and does without if not
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
