@@ -36,6 +36,7 @@ ORDER = [
     "project",
     "report",
     "outputs",
+    "adapters",
     "api",
     "cli",
     "__main__",

@@ -1,0 +1,116 @@
+"""Which settings of a GRPOConfig a loss of Lossmith takes the place of, and what it asks of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lossmith.errors import LossError
+from lossmith.losses import Loss, PolicyLoss, parse_loss
+from lossmith.losses.batch import FIELDS
+from lossmith.losses.catalogue.user import from_function
+from lossmith.losses.composition.foreign import FOREIGN
+
+__all__ = ["beta_of", "check_settings", "loss_for"]
+
+# Fields of Batch that the adapter fills in.
+PROVIDED = frozenset(
+    {"old_logp", "behavior_logp", "ref_logp", "reward", "reward_parts", "group", "entropy", "truncated", "lag"}
+)
+
+# Settings that only TRL's own loss reads.
+REPLACED = (
+    "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "scale_rewards",
+    "multi_objective_aggregation", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos",
+    "vespo_k_neg", "vespo_lambda_neg", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
+    "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target", "off_policy_mask_threshold",
+    "use_bias_correction_kl", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+)  # fmt: skip
+
+
+def loss_for(spec: Any, args: Any) -> Loss:
+    """The loss that was asked for, with what the GRPOConfig says of lengths and of the weights of the rewards.
+
+    spec: a Loss, a name, "name@library", "name(parameter=value)", "file.py:function", a table, or a function of the
+    user's own, as `register_loss` takes it. LossError: it is none of these, or cannot be trained in TRL's GRPOTrainer.
+    """
+    loss = from_function(spec).build() if callable(spec) and not isinstance(spec, Loss) else parse_loss(spec)
+    if "max_length" in loss.needs:
+        loss = loss.replace(max_length=args.max_completion_length)
+    weights = None if args.reward_weights is None else tuple(map(float, args.reward_weights))
+    if weights is not None and "reward_parts" in loss.needs:
+        own = tuple(loss.to_dict().get("score_weights") or ())
+        if own not in ((), weights):
+            raise LossError(
+                f"{loss.name} has score_weights={list(own)}, and GRPOConfig has reward_weights={list(weights)}. Give "
+                "the weights of the reward functions once."
+            )
+        loss = loss.replace(score_weights=weights)
+    _check_needs(loss)
+    return loss
+
+
+def _check_needs(loss: Loss) -> None:
+    for name in sorted(loss.needs - PROVIDED):
+        if name not in FIELDS:
+            raise LossError(f"{loss.name} needs the parameter {name}: write {loss.name}({name}=...).")
+        raise LossError(
+            f"{loss.name} needs Batch.{name}, which comes from {FIELDS[name].provider}; TRL's GRPOTrainer has none to "
+            "give. `lossmith train` or a loop of your own may."
+        )
+    if loss.kl.active and loss.kl.control == "adaptive":
+        raise LossError(
+            f"{loss.name} moves its coefficient between updates (kl_control='adaptive'), which it does not in TRL's "
+            "GRPOTrainer: write kl_control='fixed', or use `lossmith train`."
+        )
+
+
+def check_settings(loss: Loss, args: Any) -> None:
+    """LossError: a setting of the GRPOConfig that would not be used, or that the loss cannot be trained with."""
+    default = {f.name: f.default for f in dataclasses.fields(args)}
+    changed = {name: x for name in REPLACED if name in default and (x := getattr(args, name)) != default[name]}
+    if changed:
+        given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        owned = loss.to_dict().keys()
+        advice = " ".join(FOREIGN[name].said(name, x, owned) for name, x in changed.items() if name in FOREIGN)
+        raise LossError(
+            f"GRPOConfig({given}) is of TRL's own loss, and is not used where loss={loss.name!r} takes its place: "
+            f"leave it out, and say it in the loss. {advice}".rstrip()
+        )
+    if args.beta and args.beta != _beta(loss):
+        known = "beta" in loss.to_dict()
+        write = f"write loss={loss.name + f'(beta={args.beta:g})'!r}" if known else "take a loss that has one"
+        raise LossError(
+            f"GRPOConfig(beta={args.beta:g}) is not used: the KL term is the loss's own, and {loss.name} has "
+            f"beta={_beta(loss):g}. Leave it out, or {write}."
+        )
+    if not loss.separable:
+        _check_whole(loss, args)
+
+
+def _check_whole(loss: Loss, args: Any) -> None:
+    """A loss that is no sum over rows must have all rows of an update in one micro-batch, of one process."""
+    wanted = {"gradient_accumulation_steps": args.gradient_accumulation_steps}
+    if not isinstance(loss, PolicyLoss):  # it compares the completions of a prompt, which TRL's shuffle parts
+        wanted["steps_per_generation"] = args.steps_per_generation
+    wrong = [name for name, value in wanted.items() if value != 1]
+    if not wrong and args.world_size == 1:
+        return
+    rows = args.generation_batch_size // (1 if "steps_per_generation" in wanted else args.steps_per_generation)
+    have = ", ".join(f"{name}={wanted[name]}" for name in wrong)
+    ranks = f"{args.world_size} processes" if args.world_size > 1 else ""
+    raise LossError(
+        f"{loss.name} looks at all completions of an update at once, and here they are in parts "
+        f"({', '.join(filter(None, [have, ranks]))}). Set {', '.join(f'{name}=1' for name in wanted)} and "
+        f"per_device_train_batch_size={rows}" + (", and train in one process." if ranks else ".")
+    )
+
+
+def _beta(loss: Loss) -> float:
+    return float(loss.to_dict().get("beta") or 0.0)
+
+
+def beta_of(loss: Loss) -> float:
+    """What TRL's own beta must be: it has a reference exactly where that is not 0, and nothing else reads it here."""
+    return (_beta(loss) or 1.0) if "ref_logp" in loss.needs else 0.0
