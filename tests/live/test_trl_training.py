@@ -1,4 +1,4 @@
-"""Losses of Lossmith inside TRL's own `GRPOTrainer.train()`: they end where TRL's own end, and where plain autograd does.
+"""Losses of Lossmith inside TRL's own `GRPOTrainer.train()`: they end where TRL's own and plain autograd end.
 
 LOSSMITH_LIVE_UPDATES: updates of each of the losses that are trained in two micro-batch sizes (2).
 """
@@ -15,11 +15,10 @@ import torch
 
 pytest.importorskip("trl")
 
-import trl_runs as runs
-from trl_runs import config
-
 import lossmith.losses as L
+import trl_runs as runs
 from lossmith.errors import LossError, TrapWarning
+from trl_runs import config
 
 pytestmark = [
     pytest.mark.parity,
@@ -119,7 +118,7 @@ def test_a_reward_function_without_an_opinion_adds_nothing():
 
 
 def test_scores_that_are_compared_must_be_there():
-    with pytest.raises(LossError, match="nothing_for_short_texts gave none for .* of 32 completions"):
+    with pytest.raises(LossError, match=r"nothing_for_short_texts gave none for \d+ of 32 completions"):
         runs.run("gdpo", rewards=[runs.letters, nothing_for_short_texts])
 
 
@@ -312,17 +311,10 @@ def of_ranks(processes):
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     one = of_ranks(1)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=29517",
-        __file__,
-        tmp_path,
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([*launch, __file__, tmp_path], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "weights.pt")
     for name in RANKS:
@@ -330,7 +322,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         assert (one[name] - two[name]).abs().max() < CLOSE, name
 
 
-# -- what is refused, before a model is loaded ---------------------------------------------------------------------------
+# -- what is refused, before a model is loaded -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

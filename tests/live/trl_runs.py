@@ -43,8 +43,8 @@ def length(completions, **_):
 
 def written(prompts, trainer, *, sampler=None, tools=False):
     """A rollout function of TRL: completions that depend on the update and the row's place among those of all
-    processes, and on nothing else. sampler: spread (nats) of what the sampler says around the policy. tools: some tokens
-    are not the policy's."""
+    processes, and on nothing else. sampler: spread (nats) of what the sampler says around the policy. tools: some
+    tokens are not the policy's."""
     tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
     first = trainer.accelerator.process_index * len(prompts)
     found = {"prompt_ids": [], "completion_ids": [], "logprobs": [] if sampler else None}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lossmith.errors import LossError
+from lossmith.adapters.configurations.trl import loss_of
+from lossmith.errors import LossError, quiet_traps
 from lossmith.losses import Loss, PolicyLoss, parse_loss
 from lossmith.losses.batch import FIELDS
 from lossmith.losses.catalogue.user import from_function
@@ -70,7 +71,7 @@ def check_settings(loss: Loss, args: Any) -> None:
     """LossError: a setting of the GRPOConfig that would not be used, or that the loss cannot be trained with."""
     default = {f.name: f.default for f in dataclasses.fields(args)}
     changed = {name: x for name in REPLACED if name in default and (x := getattr(args, name)) != default[name]}
-    if changed:
+    if changed and not _describes(args, loss):
         given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         owned = loss.to_dict().keys()
         advice = " ".join(FOREIGN[name].said(name, x, owned) for name, x in changed.items() if name in FOREIGN)
@@ -87,6 +88,16 @@ def check_settings(loss: Loss, args: Any) -> None:
         )
     if not loss.separable:
         _check_whole(loss, args)
+
+
+def _describes(args: Any, loss: Loss) -> bool:
+    """Whether TRL's own loss under these settings is this one, whatever it is called."""
+    try:
+        with quiet_traps():
+            theirs = loss_of(args)
+    except LossError:  # a setting that no loss here has
+        return False
+    return theirs.replace(name=loss.name).to_dict() == loss.to_dict()
 
 
 def _check_whole(loss: Loss, args: Any) -> None:
