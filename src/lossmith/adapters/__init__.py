@@ -1,1 +1,1 @@
-"""Lossmith's losses as guests in other trainers: an adapter for each, which imports its trainer only when used."""
+"""Lossmith's losses in other trainers: one file a trainer, which is imported only when it is used."""

@@ -39,7 +39,7 @@ losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, we
 reward = cyclopts.App(name="reward", help="Reward models, trained from preferences.")
 app.command(losses)
 app.command(reward)
-for _name in ("train", "prefer", "sample", "bench", "annotate", "plot"):
+for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay"):
     _command(app, _name, _name)
 _command(app, "audit", "audit_")
 _command(app, "init", "init", "project")
@@ -47,6 +47,7 @@ _command(app, "status", "status", "project")
 _command(losses, "list", "list_", "losses")
 _command(losses, "show", "show", "losses")
 _command(losses, "compare", "compare", "compare")
+_command(losses, "from", "from_", "configurations")
 _command(reward, "train", "train", "reward")
 
 
