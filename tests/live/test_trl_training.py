@@ -106,9 +106,12 @@ def nothing_for_short_texts(completions, **_):
     return [None if len(text) < 3 else float(len(text)) for text in completions]
 
 
+GDPO = "dapo@trl(advantage='gdpo', advantage_scale='none', eps=1e-4)"
+
+
 @pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
 def test_several_reward_functions_with_weights(how):
-    loss = "dapo@trl" if how == "sum_then_normalize" else "dapo@trl(advantage='gdpo', advantage_scale='none', eps=1e-4)"
+    loss = "dapo@trl" if how == "sum_then_normalize" else GDPO
     settings = dict(reward_weights=[1.0, 0.25], multi_objective_aggregation=how)
     assert_same(settings, loss, ours={"reward_weights"}, rewards=[runs.letters, runs.length])
 
@@ -119,7 +122,7 @@ def test_a_reward_function_without_an_opinion_adds_nothing():
 
 def test_scores_that_are_compared_must_be_there():
     with pytest.raises(LossError, match=r"nothing_for_short_texts gave none for \d+ of 32 completions"):
-        runs.run("gdpo", rewards=[runs.letters, nothing_for_short_texts])
+        runs.run(GDPO, rewards=[runs.letters, nothing_for_short_texts])
 
 
 def test_a_completion_that_nobody_scored_teaches_nothing():
@@ -150,8 +153,7 @@ def as_with_vllm(loss, **settings):
     trainer = runs.trainer(loss, args=config(max_steps=6, **settings), rollout_func=sampled)
     trainer.use_vllm, trainer._last_loaded_step = True, -1
     trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)  # nothing is sampled there
-    trainer.train()
-    return runs.Trained(runs.flat(trainer.model), trainer.state.log_history)
+    return runs.trained(trainer)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +243,8 @@ def chosen_over_rejected(batch, *, margin=0.5):
 
 @pytest.mark.parametrize(
     "loss",
-    ["online_dpo(beta=0.1)", "ipo(beta=0.1)", "simpo", "orpo", "sppo", "clip_cov", "kl_cov", "m2po", "grpo_top_entropy",
-     "dpo(beta=0.2)", chosen_over_rejected],
+    ["online_dpo(beta=0.1)", "ipo(beta=0.1)", "simpo", "orpo", "sppo(eta=2.0)", "kl_cov",
+     "m2po(m2_threshold=0.04)", "grpo_top_entropy", "dpo(beta=0.2)", chosen_over_rejected],
 )  # fmt: skip
 def test_a_loss_of_the_whole_update_takes_the_step_of_plain_autograd(loss):
     import transformers
@@ -262,14 +264,15 @@ def test_a_loss_of_the_whole_update_takes_the_step_of_plain_autograd(loss):
     texts = trainer.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
     said = trainer.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
     batch = L.Batch(
-        logp, inputs["completion_mask"].bool(), ref_logp=logp.detach(), old_logp=logp.detach(),
+        logp, inputs["completion_mask"].bool(), **dict.fromkeys(("old_logp", "behavior_logp", "ref_logp"), logp.detach()),
         reward=torch.tensor(runs.letters(texts)), group=torch.tensor([sorted(set(said)).index(x) for x in said]),
         entropy=-(logits.exp() * logits).sum(-1),
     )  # fmt: skip
     trainer.loss(batch).loss.backward()
+    start = runs.flat(model)
     expected = torch.cat([(p - 0.1 * p.grad).detach().flatten().double() for p in model.parameters()])
     got = runs.flat(trainer.model)
-    assert (expected - runs.start()).abs().max() > 10 * CLOSE
+    assert (expected - start).abs().max() > 10 * CLOSE
     assert (got - expected).abs().max() < CLOSE
 
 
@@ -293,20 +296,15 @@ def test_metrics_do_not_depend_on_micro_batches():
 
 # -- several processes -------------------------------------------------------------------------------------------------
 
-RANKS = ["dapo@trl", "grpo_classic@trl", "gspo@trl", "grpo(beta=0.1)", "rloo", "dppo_tv", "opo", "gdpo", "luspo"]
+RANKS = ["dapo@trl", "grpo_classic@trl", "gspo@trl", "grpo(beta=0.1)", "rloo", "dppo_tv", "opo", GDPO, "luspo"]
 
 
 def of_ranks(processes):
     """Weights after three updates, by loss, of a generation batch of 32 that so many processes share."""
     share = {"per_device_train_batch_size": 4, "steps_per_generation": 8 // processes, "max_steps": 3}
     share["gradient_accumulation_steps"] = share["steps_per_generation"]
-    rewards = [runs.letters, runs.length]
-    return {
-        name: runs.run(
-            name, args=config(learning_rate=0.03, **share), rollout_func=runs.written, rewards=rewards
-        ).weights
-        for name in RANKS
-    }
+    more = {"rollout_func": runs.written, "rewards": [runs.letters, runs.length]}
+    return {name: runs.run(name, args=config(learning_rate=0.03, **share), **more) for name in RANKS}
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
@@ -318,8 +316,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "weights.pt")
     for name in RANKS:
-        assert (one[name] - runs.start()).abs().max() > 100 * CLOSE
-        assert (one[name] - two[name]).abs().max() < CLOSE, name
+        assert one[name].moved() > 100 * CLOSE
+        assert (one[name].weights - two[name]).abs().max() < CLOSE, name
 
 
 # -- what is refused, before a model is loaded -----------------------------------------------------------------------
@@ -330,22 +328,23 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     [
         ("ppo", {}, "ppo.*value"),
         ("remax", {}, "remax.*reward_greedy"),
-        ("dpo(beta=0.1)", {}, "gradient_accumulation_steps=1, steps_per_generation=1.*per_device_train_batch_size=32"),
-        ("clip_cov", {}, "gradient_accumulation_steps=1 and per_device_train_batch_size=16"),
+        ("dpo", {}, "batch_size=32, gradient_accumulation_steps=1, steps_per_generation=1"),
+        ("clip_cov", {}, "batch_size=16, gradient_accumulation_steps=1, steps_per_generation=2"),
         ("grpo(beta=0.1, kl_control='adaptive')", {}, "kl_control='fixed'"),
-        ("dro", {}, "dro"),
+        ("opmd", {}, r"opmd\(tau=\.\.\.\)"),
         ("grppo", {}, "Did you mean"),
         ("rloo", dict(epsilon=0.1, scale_rewards="none"), "epsilon=0.1, scale_rewards='none'.*advantage_scale='none'"),
         ("rloo", dict(loss_type="bnpo"), "loss_type='bnpo'"),
-        ("grpo", dict(beta=0.04), r"beta=0.04.*grpo\(beta=0.04\)"),
-        ("gdpo(score_weights=(1, 2))", dict(reward_weights=[1.0]), "score_weights.*reward_weights"),
+        ("rloo", dict(beta=0.04), r"beta=0.04.*rloo\(beta=0.04\)"),
+        (f"{GDPO[:-1]}, score_weights=(1.0, 2.0))", dict(reward_weights=[1.0]), "score_weights.*reward_weights"),
         (len, {}, "function of Python itself"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_before_the_model_is_loaded(loss, settings, said, monkeypatch):
-    import transformers
+    def load(*_, **__):
+        pytest.fail("the model was loaded")
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", load)
     with pytest.raises(LossError, match=said):
         runs.trainer(loss, args=config(**settings))
 
@@ -358,4 +357,4 @@ def test_a_known_trap_is_told():
 if __name__ == "__main__":  # one of several processes
     found = of_ranks(int(os.environ["WORLD_SIZE"]))
     if os.environ["RANK"] == "0":
-        torch.save(found, Path(sys.argv[1]) / "weights.pt")
+        torch.save({name: run.weights for name, run in found.items()}, Path(sys.argv[1]) / "weights.pt")

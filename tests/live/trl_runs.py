@@ -88,14 +88,15 @@ def config(**changes):
 class Trained:
     """What is left of a run."""
 
-    weights: torch.Tensor  # all of them, in a row
+    before: torch.Tensor  # all weights, in a row
+    weights: torch.Tensor
     log: list[dict]
 
     def apart(self, other):
         return float((self.weights - other.weights).abs().max())
 
     def moved(self):
-        return float((self.weights - start()).abs().max())
+        return float((self.weights - self.before).abs().max())
 
     def rewards(self):
         return [line["reward"] for line in self.log if "reward" in line]
@@ -103,13 +104,6 @@ class Trained:
 
 def flat(model):
     return torch.cat([x.detach().flatten().double() for x in model.parameters()])
-
-
-@functools.cache
-def start():
-    import transformers
-
-    return flat(transformers.AutoModelForCausalLM.from_pretrained(folder(), dtype=torch.float32))
 
 
 def trainer(loss=None, *, args=None, rewards=letters, cls=None, **more):
@@ -131,7 +125,11 @@ def trainer(loss=None, *, args=None, rewards=letters, cls=None, **more):
 
 def run(loss=None, **more):
     """Trained to the end."""
-    made = trainer(loss, **more)
+    return trained(trainer(loss, **more))
+
+
+def trained(made):
+    before = flat(made.model)
     with contextlib.redirect_stdout(io.StringIO()):
         made.train()
-    return Trained(flat(made.model), made.state.log_history)
+    return Trained(before, flat(made.model), made.state.log_history)

@@ -102,19 +102,22 @@ def _describes(args: Any, loss: Loss) -> bool:
 
 def _check_whole(loss: Loss, args: Any) -> None:
     """A loss that is no sum over rows must have all rows of an update in one micro-batch, of one process."""
-    wanted = {"gradient_accumulation_steps": args.gradient_accumulation_steps}
-    if not isinstance(loss, PolicyLoss):  # it compares the completions of a prompt, which TRL's shuffle parts
-        wanted["steps_per_generation"] = args.steps_per_generation
-    wrong = [name for name, value in wanted.items() if value != 1]
-    if not wrong and args.world_size == 1:
+    # One that compares the completions of a prompt must have the whole generation batch, which TRL shuffles.
+    update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = update if isinstance(loss, PolicyLoss) else args.generation_batch_size
+    wanted = {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": args.generation_batch_size // rows,
+    }
+    if args.world_size == 1 and all(getattr(args, name) == value for name, value in wanted.items()):
         return
-    rows = args.generation_batch_size // (1 if "steps_per_generation" in wanted else args.steps_per_generation)
-    have = ", ".join(f"{name}={wanted[name]}" for name in wrong)
-    ranks = f"{args.world_size} processes" if args.world_size > 1 else ""
+    have = [f"{name}={getattr(args, name)}" for name, value in wanted.items() if getattr(args, name) != value]
+    have += [f"{args.world_size} processes"] if args.world_size > 1 else []
     raise LossError(
-        f"{loss.name} looks at all completions of an update at once, and here they are in parts "
-        f"({', '.join(filter(None, [have, ranks]))}). Set {', '.join(f'{name}=1' for name in wanted)} and "
-        f"per_device_train_batch_size={rows}" + (", and train in one process." if ranks else ".")
+        f"{loss.name} looks at all completions of an update at once, and here they come in parts ({', '.join(have)}). "
+        f"Set {', '.join(f'{name}={value}' for name, value in wanted.items())}"
+        + (", and train in one process." if args.world_size > 1 else ".")
     )
 
 
