@@ -264,7 +264,8 @@ def test_a_loss_of_the_whole_update_takes_the_step_of_plain_autograd(loss):
     texts = trainer.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
     said = trainer.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
     batch = L.Batch(
-        logp, inputs["completion_mask"].bool(), **dict.fromkeys(("old_logp", "behavior_logp", "ref_logp"), logp.detach()),
+        logp, inputs["completion_mask"].bool(),
+        **dict.fromkeys(("old_logp", "behavior_logp", "ref_logp"), logp.detach()),
         reward=torch.tensor(runs.letters(texts)), group=torch.tensor([sorted(set(said)).index(x) for x in said]),
         entropy=-(logits.exp() * logits).sum(-1),
     )  # fmt: skip

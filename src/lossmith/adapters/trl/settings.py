@@ -12,7 +12,7 @@ from lossmith.losses.batch import FIELDS
 from lossmith.losses.catalogue.user import from_function
 from lossmith.losses.composition.foreign import FOREIGN
 
-__all__ = ["beta_of", "check_settings", "loss_for"]
+__all__ = ["beta_of", "check_needs", "check_settings", "loss_for"]
 
 # Fields of Batch that the adapter fills in.
 PROVIDED = frozenset(
@@ -48,11 +48,12 @@ def loss_for(spec: Any, args: Any) -> Loss:
                 "the weights of the reward functions once."
             )
         loss = loss.replace(score_weights=weights)
-    _check_needs(loss)
+    check_needs(loss)
     return loss
 
 
-def _check_needs(loss: Loss) -> None:
+def check_needs(loss: Loss) -> None:
+    """LossError: the loss needs something that TRL's GRPOTrainer does not have."""
     for name in sorted(loss.needs - PROVIDED):
         if name not in FIELDS:
             raise LossError(f"{loss.name} needs the parameter {name}: write {loss.name}({name}=...).")

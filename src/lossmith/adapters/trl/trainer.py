@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise LossError(f"the adapter for TRL needs TRL 1.16 or newer ({error}): pip install lossmith[trl]") from None
 
-__all__ = ["LossmithGRPOTrainer"]
+__all__ = ["LossmithGRPOTrainer", "batch_fields", "native_metrics"]
 
 _log = logging.getLogger("lossmith")
 _FIELD, _CREDIT = "lossmith_batch_", "lossmith_credit_"  # what travels with its rows through TRL's shuffle and split
@@ -29,6 +29,8 @@ _IMAGES = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
+_METRIC = "lossmith/"
+_OF_UPDATE = ("loss", "grad_norm", "learning_rate")
 _TRL_NAMES = {"kl_ref": "kl", "entropy": "entropy", "clip_fraction": "clip_ratio/region_mean"}  # what TRL's users plot
 
 
@@ -50,6 +52,8 @@ class LossmithGRPOTrainer(GRPOTrainer):
     LossError, before the model is loaded: no such loss; one that needs what TRL does not have (a critic, say); one
     that looks at a whole update, where an update is more than one micro-batch; settings that would not be used.
     """
+
+    _keeps_old = False  # whether old log-probabilities are wanted where the loss reads none
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *given: Any, loss: Any, **more: Any
@@ -112,8 +116,8 @@ class LossmithGRPOTrainer(GRPOTrainer):
         mask = (out["completion_mask"] * out.get("tool_mask", 1)).bool()
         old: Any = out.get("old_per_token_logps")
         sampled = out.get("sampling_per_token_logps")
-        reads = {"old_logp", "behavior_logp"} & self.loss.needs
-        if old is None and (reads or self.loss.kl.in_reward or sampled is not None):
+        reads = self._keeps_old or {"old_logp", "behavior_logp"} & self.loss.needs or self.loss.kl.in_reward
+        if old is None and (reads or sampled is not None):
             train = self.model.training
             size = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
             with torch.no_grad():
@@ -172,7 +176,7 @@ class LossmithGRPOTrainer(GRPOTrainer):
         """Metrics, and the advantages really used, in TRL's own places."""
         mode = "train" if self.model.training else "eval"
         for name, value in credit.metrics.items():
-            self._metrics[mode][f"lossmith/{name}"].append(value)
+            self._metrics[mode][_METRIC + name].append(value)
         used = (credit.advantage.sum(1) / counted.sum(1).clamp(min=1)).tolist()
         table = self._logs["advantages"]
         for _ in range(min(len(used), len(table))):
@@ -185,9 +189,8 @@ class LossmithGRPOTrainer(GRPOTrainer):
         logp, entropy, aux_loss = self._log_probs(
             model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
-        carried = {name.removeprefix(_FIELD): x for name, x in inputs.items() if name.startswith(_FIELD)}
         parts = {name.removeprefix(_CREDIT): x for name, x in inputs.items() if name.startswith(_CREDIT)}
-        batch = Batch(logp=logp.float(), entropy=entropy.float(), **carried)
+        batch = Batch(logp=logp.float(), entropy=entropy.float(), **batch_fields(inputs))
         credit = Credit(returns=None, tokens=int(inputs["lossmith_tokens"]), **parts)
         train = self.model.training
         accumulated = self.current_gradient_accumulation_steps if train else 1
@@ -220,6 +223,18 @@ class LossmithGRPOTrainer(GRPOTrainer):
         mean = self.accelerator.reduce(mean, reduction="mean")
         log = self._metrics["train" if self.model.training else "eval"]
         for name, value in zip(values, mean.tolist(), strict=True):
-            log[_TRL_NAMES.get(name, f"lossmith/{name}")].append(value)
+            log[_TRL_NAMES.get(name, _METRIC + name)].append(value)
         if aux_loss is not None:
             log["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+
+
+def batch_fields(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What a batch of TRL's carries of the fields of Batch."""
+    return {name.removeprefix(_FIELD): x for name, x in inputs.items() if name.startswith(_FIELD)}
+
+
+def native_metrics(logs: dict[str, Any]) -> dict[str, float]:
+    """Of what TRL logs for an update, that which Lossmith's own loop measures too, by its names."""
+    ours = {theirs: name for name, theirs in _TRL_NAMES.items()} | {name: name for name in _OF_UPDATE}
+    found = {ours.get(name, name.removeprefix(_METRIC)): x for name, x in logs.items() if x is not None}
+    return {name: float(x) for name, x in found.items() if name in ours.values() or _METRIC + name in logs}
