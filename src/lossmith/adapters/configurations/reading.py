@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -194,8 +195,7 @@ class Settings:
         for name in unread:
             if name not in known and not self.trainer.elsewhere(name):
                 self.refused[name] = (
-                    f"{self.trainer.title} {self.trainer.version} has no such setting."
-                    + nearest(name, known).partition(" Known:")[0]
+                    f"{self.trainer.title} {self.trainer.version} has no such setting{_near(name, known)}"
                 )
         self.refused = {name: why.removesuffix(".") for name, why in self.refused.items()}
         if self.source.rest:
@@ -223,3 +223,10 @@ def _number(value: Any) -> Any:
             return None
         value = int(value) if value.is_integer() and abs(value) < 2**53 else value
     return value if is_number(value) else None
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    """Settings whose last part is spelled almost like this one's."""
+    last = {x.rpartition(".")[2]: x for x in known}
+    close = difflib.get_close_matches(name.rpartition(".")[2], last, n=2, cutoff=0.75)
+    return f"; did you mean {' or '.join(last[x] for x in close)}?" if close else ""

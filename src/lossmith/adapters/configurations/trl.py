@@ -224,6 +224,11 @@ def _left_out(s: Settings) -> dict[str, Any]:
     if share <= 0:
         s.refuse("top_entropy_quantile", "0 keeps the one token of highest entropy, which is no share of them")
         return changes
+    if changes["truncated"] == "mask":
+        why = (
+            "with mask_truncated_completions the quantile is over the tokens of the completions that ended, here of all"
+        )
+        s.refuse("top_entropy_quantile", why)
     _micro_batches(s, "top_entropy_quantile")
     return changes | {"token_mask": "top_entropy", "top_entropy": share}
 

@@ -1,4 +1,4 @@
-"""verl's configuration -> the loss of its PPO trainer, read in `core_algos.py` and `workers/utils/losses.py` of 0.9.1."""
+"""verl's configuration -> the loss of its PPO trainer, read in 0.9.1: `core_algos.py`, `workers/utils/losses.py`."""
 
 from __future__ import annotations
 
@@ -323,6 +323,9 @@ def _kl(s: Settings) -> dict[str, Any]:
     types += [f"{x}+" for x in types]
     changes: dict[str, Any] = {"beta": 0.0}
     if in_reward:
+        if s.flag("algorithm.rollout_correction.bypass_mode"):
+            why = "with bypass_mode the KL penalty is that of the sampler, and here that of the old policy"
+            s.refuse("algorithm.use_kl_in_reward", why)
         kind = s.word("algorithm.kl_penalty", types)
         changes = ours("kl_penalty", kind.removesuffix("+"))
         changes |= {"beta": s.must("algorithm.kl_ctrl.kl_coef"), "kl_place": "reward", "kl_ratio_weight": False}

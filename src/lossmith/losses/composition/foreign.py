@@ -59,6 +59,7 @@ _SCALE: dict[Any, str] = {"group": "advantage_scale='group_std'", "batch": "adva
 _SCALE |= {"none": "advantage_scale='none'", **_STD}
 _AGGREGATE = {
     "token-mean": "aggregate='token_mean'",
+    "token-sum": "aggregate='token_sum'",
     "seq-mean-token-sum": "aggregate='seq_mean_token_sum'",
     "seq-mean-token-mean": "aggregate='seq_mean_token_mean'",
     "seq-mean-token-sum-norm": "aggregate='seq_mean_token_sum_norm'",
