@@ -26,8 +26,8 @@ def letters(completions):
 def settings(tmp_path, **changes):
     common = dict(
         model=str(tiny.folder()), prompts=PROMPTS, held_out=6, scorer=letters, steps=2, prompts_per_step=4,
-        samples_per_prompt=4, max_tokens=8, temperature=1.0, learning_rate=1e-3, dtype="float32", micro_batch_tokens=150,
-        runs=str(tmp_path), quiet=True, engine="trl",
+        samples_per_prompt=4, max_tokens=8, temperature=1.0, learning_rate=1e-3, dtype="float32",
+        micro_batch_tokens=150, runs=str(tmp_path), quiet=True, engine="trl",
     )  # fmt: skip
     return common | changes
 
@@ -98,6 +98,10 @@ def test_completions_without_a_score_are_dropped_and_counted(tmp_path):
     assert all(r.advantage is None for r in dropped)
 
 
+def indifferent(completions):
+    return [0.5] * len(completions)
+
+
 def test_guards_stop_it_and_a_second_scorer_watches(tmp_path):
     run = trained(
         tmp_path, steps=4, learning_rate=0.05, kl_budget=0.01, watch=lambda completions: [0.5] * len(completions)
@@ -135,5 +139,5 @@ def test_a_setting_that_does_not_carry_over_is_named_before_the_model_is_loaded(
 
 
 def test_a_loss_that_needs_a_critic_is_refused(tmp_path):
-    with pytest.raises(LossError, match="ppo needs Batch.value"):
+    with pytest.raises(LossError, match=r"ppo needs Batch\.value"):
         trained(tmp_path, loss="ppo")
