@@ -100,8 +100,12 @@ def _above(config: Any, key: str) -> Any:
     if importlib.util.find_spec("omegaconf") is None:
         return None
     from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError
 
-    return OmegaConf.select(config, f"..{key}") if OmegaConf.is_config(config) else None
+    try:
+        return OmegaConf.select(config, f"..{key}") if OmegaConf.is_config(config) else None
+    except ConfigKeyError:  # nothing is above it
+        return None
 
 
 def _length(config: Any) -> int | None:
