@@ -47,6 +47,7 @@ _command(app, "status", "status", "project")
 _command(losses, "list", "list_", "losses")
 _command(losses, "show", "show", "losses")
 _command(losses, "compare", "compare", "compare")
+_command(losses, "from", "from_", "configurations")
 _command(reward, "train", "train", "reward")
 
 

@@ -92,6 +92,10 @@ class Recipe(RunSettings):
         description="loss: a name, 'name@library', 'grpo(beta=0.04)', 'my.py:function', or a table of parameters",
     )
 
+    engine: Literal["lossmith", "trl"] = Field(
+        "lossmith", description="what trains: lossmith itself, or TRL's GRPOTrainer (pip install lossmith[trl])"
+    )
+
     steps: int = Field(12, gt=0, description="rounds of sample, score, update")
     prompts_per_step: int = Field(8, gt=0, description="prompts in a round")
     samples_per_prompt: int = Field(8, gt=0, description="completions of each prompt")
