@@ -174,8 +174,7 @@ class LossFn:
     """
 
     def __init__(self, loss: Any, config: Any = None) -> None:
-        self.spec, self.config = loss, config
-        self.loss, self.half, _ = _prepared(loss, _length(config), "verl_loss_fn")
+        self.loss, self.half, _ = _prepared(given_loss(loss), _length(config), "verl_loss_fn")
         added = ["entropy_coeff", *(["kl_loss_coef"] if getattr(config, "use_kl_loss", False) else [])]
         for name in added:
             if getattr(config, name, 0):
