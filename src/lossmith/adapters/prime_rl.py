@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ ALGORITHMS = {"grpo": ("group", "none"), "max_rl": ("maxrl", "none")}  # -> (adv
 
 @functools.lru_cache(maxsize=16)
 def _half(spec: Any, algorithm: str) -> Loss:
-    loss = given_loss(spec)
+    loss = given_loss(json.loads(spec) if isinstance(spec, str) and spec.startswith("{") else spec)
     HOOK.check(loss)
     check_estimator(HOOK, loss, algorithm, ALGORITHMS)
     return objective_half(HOOK, loss)
@@ -50,7 +51,8 @@ def loss_fn(inputs: Any, loss: Any, algorithm: str = "grpo", outputs: Any = None
     weight = mask.to(batch.dtype)
     if inputs.loss_weights is not None:
         weight = weight * inputs.loss_weights[None]
-    found = objective(_half(loss, algorithm), batch, weight=weight)
+    spec = json.dumps(loss) if isinstance(loss, dict) else loss  # a table of the TOML is no key
+    found = objective(_half(spec, algorithm), batch, weight=weight)
     metrics = {f"lossmith/{key}": torch.tensor(value) for key, value in found.metrics.items()}
     if outputs is None:
         outputs = importlib.import_module("prime_rl.trainer.rl.loss").LossOutputs

@@ -100,8 +100,12 @@ def _above(config: Any, key: str) -> Any:
     if importlib.util.find_spec("omegaconf") is None:
         return None
     from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError
 
-    return OmegaConf.select(config, f"..{key}") if OmegaConf.is_config(config) else None
+    try:
+        return OmegaConf.select(config, f"..{key}") if OmegaConf.is_config(config) else None
+    except ConfigKeyError:  # nothing is above it
+        return None
 
 
 def _length(config: Any) -> int | None:
@@ -170,8 +174,7 @@ class LossFn:
     """
 
     def __init__(self, loss: Any, config: Any = None) -> None:
-        self.spec, self.config = loss, config
-        self.loss, self.half, _ = _prepared(loss, _length(config), "verl_loss_fn")
+        self.loss, self.half, _ = _prepared(given_loss(loss), _length(config), "verl_loss_fn")
         added = ["entropy_coeff", *(["kl_loss_coef"] if getattr(config, "use_kl_loss", False) else [])]
         for name in added:
             if getattr(config, name, 0):
