@@ -1,6 +1,7 @@
 """The folder list is the method: imports run one way, and the heart loads torch alone."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -49,9 +50,15 @@ def modules():
     return sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.name != "__init__.py")
 
 
+@functools.cache
+def nodes(path):
+    """Of the syntax tree of a file."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imported(path):
     """Names of the lossmith parts a file imports, those inside functions included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("lossmith"))
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lossmith"):
@@ -92,9 +99,8 @@ def test_no_file_imports_itself_by_way_of_others():
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_fit(path):
-    source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 500
-    for node in ast.walk(ast.parse(source)):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.lineno + 1
             docstring = len((ast.get_docstring(node) or "").splitlines())
@@ -176,7 +182,7 @@ PICKLES_TO_ITS_OWN_CHILD = {"process.py", "worker.py"}
 
 def test_no_pickle_and_no_remote_code_anywhere():
     for path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 unsafe = {"pickle", "cloudpickle", "dill", "joblib"} & set(names)

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from lossmith.errors import PolicyError, RunError, TrapWarning
-from lossmith.losses import CATALOGUE, Batch, example_loss, parse_loss
+from lossmith.losses import CATALOGUE, example_loss, parse_loss
 from lossmith.policy import sample
 from lossmith.rollouts import Distribution, LogProbs, Score
 from lossmith.training import Learner, Recipe
@@ -75,29 +75,36 @@ def gradients(made):
     return [p.grad.clone() for p in [*made.policy.parameters(), *heads] if p.grad is not None]
 
 
-def run(spec, layout="shared", budget=4096, order=None):
-    """(loss, gradients) of one round by the learner, off-policy."""
-    made = learner(spec, micro_batch_tokens=budget, epochs=2)
-    rollouts = scored(tiny.rollouts(measure=MEASURE))
-    rollouts = [rollouts[i] for i in order] if order else rollouts
-    made.layout = layout
-    batch = made.make_batch(rollouts)
-    credit = made.loss.credit(batch)
-    moved(made)
-    metrics = made.accumulate(rollouts, batch, credit)
-    return metrics, gradients(made)
+def rounds(spec, forms):
+    """(loss and gradients by hand, [metrics, gradients] of each form) of one round, off-policy.
 
-
-def plain(spec):
-    """The same by hand: every rollout alone through the model, one loss over the whole batch, one backward pass."""
+    A form: layout, micro_batch_tokens, order of the rollouts. By hand: every rollout alone through the model, one loss
+    over the whole batch, one backward pass.
+    """
     made = learner(spec, epochs=2)
     rollouts = scored(tiny.rollouts(measure=MEASURE))
-    batch = made.make_batch(rollouts)
-    credit = made.loss.credit(batch)
+    prepared = []
+    for layout, budget, order in forms:
+        made.layout, made.recipe = layout, recipe(micro_batch_tokens=budget, epochs=2)
+        mine = [rollouts[i] for i in order] if order else rollouts
+        batch = made.make_batch(mine)
+        prepared.append((layout, made.recipe, mine, batch, made.loss.credit(batch)))
     moved(made)
-    fields = {
-        name: torch.zeros(batch.valid.shape, dtype=torch.float64) for name in ("logp", "entropy", "full_kl", "value")
-    }
+    batch, credit = prepared[0][-2:]
+    output = made.loss.objective(batch.replace(**by_hand(made, rollouts, batch)), credit)
+    output.loss.backward()
+    expected, found = (output, gradients(made)), []
+    for layout, settings, mine, batch, credit in prepared:
+        made.optimizer.zero_grad()
+        made.layout, made.recipe = layout, settings
+        found.append((made.accumulate(mine, batch, credit), gradients(made)))
+    return expected, found
+
+
+def by_hand(made, rollouts, batch):
+    """What the loss needs of a forward pass, one rollout after the other."""
+    wanted = {"logp"} | ({"entropy", "full_kl", "value"} & made.loss.needs)
+    fields = {name: torch.zeros(batch.valid.shape, dtype=torch.float64) for name in wanted}
     for row, r in enumerate(rollouts):
         ids = torch.tensor([r.prompt_ids + r.completion_ids])
         at = slice(len(r.prompt_ids) - 1, -1)
@@ -105,38 +112,54 @@ def plain(spec):
         logps = (made.policy.model.lm_head(hidden) / 0.8).log_softmax(-1)
         span = (row, slice(len(r.completion_ids)))
         fields["logp"][span] = logps.gather(1, ids[0, len(r.prompt_ids) :, None])[:, 0]
-        fields["entropy"][span] = -(logps.exp() * logps).sum(-1)
-        if made.reference is not None:
+        if "entropy" in wanted:
+            fields["entropy"][span] = -(logps.exp() * logps).sum(-1)
+        if "full_kl" in wanted:
             theirs = (made.reference.model(input_ids=ids).logits[0, at] / 0.8).log_softmax(-1).detach()
             fields["full_kl"][span] = (logps.exp() * (logps - theirs)).sum(-1)
-        if made.policy.value_head is not None:
+        if "value" in wanted:
             fields["value"][span] = made.policy.value_head(hidden.detach())[:, 0]
-    wanted = {"logp"} | ({"entropy", "full_kl", "value"} & made.loss.needs)
-    output = made.loss.objective(batch.replace(**{k: v for k, v in fields.items() if k in wanted}), credit)
-    output.loss.backward()
-    return output, gradients(made)
+    return fields
+
+
+WHOLE = ("shared", 4096, None)
+LAYOUTS = [("right", 4096, None), ("left", 4096, None), ("packed", 4096, None), ("single", 4096, None)]
+SPLITS = [("shared", 1, None), ("shared", 20, None), ("packed", 35, None)]
+ORDER = ("shared", 4096, [4, 8, 1, 0, 6, 3, 7, 2, 5])
+
+
+def forms_of(spec):
+    """Every form where a loss reads more of the forward pass than logp; of the others, two by turns, and the order."""
+    every = [*LAYOUTS, *SPLITS]
+    turn = 0 if spec in VARIANTS else NAMES.index(spec)
+    return [WHOLE, *(every if spec in VARIANTS else (every[turn % 7], every[(turn + 3) % 7])), ORDER]
+
+
+def check_forms(spec, forms):
+    (expected, wanted), found = rounds(spec, forms)
+    # the made-up sampler of these rollouts lies outside every band, and the old policy is the reference
+    silent = spec.split("(")[0] in ("m2po", "opd", "rollout_is")
+    assert silent or any(g.abs().max() > 1e-6 for g in wanted)
+    for metrics, gradient in found:
+        assert abs(metrics["loss"] - float(expected.loss.detach())) < 1e-10
+        for a, b in zip(gradient, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("spec", NAMES + VARIANTS)
 def test_loss_and_gradient_are_the_same_in_every_form(spec):
     """Shared, padded, packed and one-by-one; any split; any order; against a plain evaluation of the whole batch."""
-    expected, wanted = plain(spec)
-    # the made-up sampler of these rollouts lies outside every band, and the old policy is the reference
-    silent = spec.split("(")[0] in ("m2po", "opd", "rollout_is")
-    assert silent or any(g.abs().max() > 1e-6 for g in wanted)
-    forms = [("shared", 4096), ("right", 4096), ("left", 4096), ("packed", 4096), ("single", 4096)]
-    forms += [("shared", 1), ("shared", 20), ("packed", 35)]
-    runs = [run(spec, layout, budget) for layout, budget in forms]
-    runs.append(run(spec, order=[4, 8, 1, 0, 6, 3, 7, 2, 5]))
-    for metrics, found in runs:
-        assert abs(metrics["loss"] - float(expected.loss.detach())) < 1e-10
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    check_forms(spec, forms_of(spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NAMES)
+def test_loss_and_gradient_are_the_same_in_all_forms_at_once(spec):
+    check_forms(spec, [WHOLE, *LAYOUTS, *SPLITS, ORDER])
 
 
 def test_metrics_add_up_over_micro_batches():
-    whole, _ = run("grpo(entropy_coef=0.1)")
-    parts, _ = run("grpo(entropy_coef=0.1)", budget=1)
+    _, ((whole, _), (parts, _)) = rounds("grpo(entropy_coef=0.1)", [WHOLE, SPLITS[0]])
     assert whole.keys() == parts.keys()
     for key in whole:
         assert abs(whole[key] - parts[key]) < 1e-6, key
@@ -305,7 +328,7 @@ def test_junk_in_masked_slots_of_a_real_batch_changes_no_gradient():
             batch = made.make_batch(rollouts)
             if poison:
                 value = torch.where(batch.valid, getattr(batch, field), junk)
-                batch = Batch(**{**vars(batch), field: value})
+                batch = batch.replace(**{field: value})
             made.accumulate(rollouts, batch, made.loss.credit(batch))
             results.append(gradients(made))
         for a, b in zip(*results, strict=True):

@@ -1,6 +1,7 @@
 """The same number however the batch is laid out, and nothing from slots that do not count."""
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -62,14 +63,15 @@ COMPOSITIONS |= {
 CATALOGUE = {name: (name, {}) for name in NAMES}
 every_composition = pytest.mark.parametrize("label", COMPOSITIONS)
 with_the_catalogue = pytest.mark.parametrize("label", [*CATALOGUE, *COMPOSITIONS])
-in_pieces = pytest.mark.parametrize(
-    "label", [n for n in COMPOSITIONS if quiet_loss(COMPOSITIONS[n][0], **COMPOSITIONS[n][1]).separable]
-)
 
 
+@cache
 def build(label: str) -> L.PolicyLoss:
     name, changes = (CATALOGUE | COMPOSITIONS)[label]
     return quiet_loss(name, **changes)
+
+
+SEPARABLE = [n for n in COMPOSITIONS if build(n).separable]
 
 
 def token_reward(loss: L.PolicyLoss) -> bool:
@@ -121,29 +123,31 @@ def chunked(loss: L.PolicyLoss, fields: dict, chunks: list[list[int]]) -> tuple[
     return (total.detach(), gradients(total, leaves)), terms, metrics
 
 
-@in_pieces
+@pytest.mark.parametrize("label", SEPARABLE)
 def test_micro_batches_add_up_to_the_whole(label):
     loss = build(label)
-    for fields, chunks in itertools.product(
-        variants(loss),
-        ([[8, 0, 3], [1], [2, 7, 6, 5, 4]], [[i] for i in range(9)], [[4], list(range(4)), [5, 6, 7, 8]]),
-    ):
+    for fields in variants(loss):
         out, grads = evaluate(loss, fields)
-        parts, terms, metrics = chunked(loss, fields, chunks)
-        check_same((out.loss.detach(), grads), parts)
-        assert terms.keys() == out.terms.keys()
-        for key, value in terms.items():
-            torch.testing.assert_close(value, out.terms[key].detach(), rtol=1e-11, atol=1e-12)
-        for key, value in metrics.items():
-            assert value == pytest.approx(out.metrics[key], rel=1e-10, abs=1e-12), key
-        # the terms are the loss
-        torch.testing.assert_close(sum(terms.values()), out.loss.detach(), rtol=1e-11, atol=1e-12)
+        for chunks in (
+            [[8, 0, 3], [1], [2, 7, 6, 5, 4]],
+            [[i] for i in range(9)],
+            [[4], list(range(4)), [5, 6, 7, 8]],
+        ):
+            parts, terms, metrics = chunked(loss, fields, chunks)
+            check_same((out.loss.detach(), grads), parts)
+            assert terms.keys() == out.terms.keys()
+            for key, value in terms.items():
+                torch.testing.assert_close(value, out.terms[key].detach(), rtol=1e-11, atol=1e-12)
+            for key, value in metrics.items():
+                assert value == pytest.approx(out.metrics[key], rel=1e-10, abs=1e-12), key
+            # the terms are the loss
+            torch.testing.assert_close(sum(terms.values()), out.loss.detach(), rtol=1e-11, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_partition_of_any_batch_adds_up(data):
-    label = data.draw(st.sampled_from(sorted(n for n in COMPOSITIONS if build(n).separable)))
+    label = data.draw(st.sampled_from(sorted(SEPARABLE)))
     loss, fields = build(label), random_fields(data.draw(st.integers(0, 50)), data.draw(st.sampled_from([0.01, 0.5])))
     order = data.draw(st.permutations(range(9)))
     cuts = sorted(data.draw(st.sets(st.integers(1, 8))))
@@ -230,14 +234,15 @@ def test_padding_at_the_ends_does_not_matter_where_positions_count(label):
 def test_padding_does_not_matter(label):
     """Left, right, in between, wider: the k-th token of a row has the same gradient wherever it stands."""
     loss = build(label)
-    for fields, width in itertools.product(variants(loss), (8, 13)):
+    for fields in variants(loss):
         value, grads = whole(loss, fields)
-        wide = repacked(fields, width, seed=width)
-        wide_value, wide_grads = whole(loss, wide)
-        check_same(
-            (value, {k: g[fields["mask"]] for k, g in grads.items()}),
-            (wide_value, {k: g[wide["mask"]] for k, g in wide_grads.items()}),
-        )
+        for width in (8, 13):
+            wide = repacked(fields, width, seed=width)
+            wide_value, wide_grads = whole(loss, wide)
+            check_same(
+                (value, {k: g[fields["mask"]] for k, g in grads.items()}),
+                (wide_value, {k: g[wide["mask"]] for k, g in wide_grads.items()}),
+            )
 
 
 @every_composition
@@ -281,8 +286,11 @@ def test_coupling_is_true(label):
 # -- M2: poison ------------------------------------------------------------------------------------------------------
 
 
-def poisoned(fields: dict, value: float) -> dict:
-    """This number in every slot that must not count: masked tokens, and everything of rows without a token."""
+POISON = (float("nan"), float("inf"), -float("inf"), 1e30, -200.0)
+
+
+def poisoned(fields: dict, *values: float) -> dict:
+    """These numbers by turns in every slot that must not count: masked tokens, all of rows without a token."""
     mask = fields["mask"]
     sick = {}
     for key, x in fields.items():
@@ -290,7 +298,8 @@ def poisoned(fields: dict, value: float) -> dict:
             sick[key] = x
         else:
             counts = mask if x.shape == mask.shape else mask.any(1, keepdim=x.ndim == 2)
-            sick[key] = torch.where(counts, x, torch.full_like(x, value))
+            by_turns = torch.tensor(values, dtype=x.dtype).repeat(-(-x.numel() // len(values)))[: x.numel()]
+            sick[key] = torch.where(counts, x, by_turns.view_as(x))
     return sick
 
 
@@ -301,15 +310,15 @@ def test_what_stands_at_masked_positions_never_matters(label):
     for fields in variants(loss):
         out, grads = evaluate(loss, poisoned(fields, 0.0))
         assert torch.isfinite(out.loss)
-        for value in (float("nan"), float("inf"), -float("inf"), 1e30, -200.0):
-            sick_out, sick_grads = evaluate(loss, poisoned(fields, value))
-            assert torch.equal(out.loss, sick_out.loss), value
-            assert torch.equal(out.advantage, sick_out.advantage), value
-            assert out.metrics == sick_out.metrics, value
-            assert all(torch.equal(out.terms[k], sick_out.terms[k]) for k in out.terms), value
+        for values in (POISON, POISON[2:] + POISON[:2]):  # in one slot this and that
+            sick_out, sick_grads = evaluate(loss, poisoned(fields, *values))
+            assert torch.equal(out.loss, sick_out.loss)
+            assert torch.equal(out.advantage, sick_out.advantage)
+            assert out.metrics == sick_out.metrics
+            assert all(torch.equal(out.terms[k], sick_out.terms[k]) for k in out.terms)
             for leaf in LEAVES:
-                assert torch.equal(grads[leaf], sick_grads[leaf]), (leaf, value)
-                assert not sick_grads[leaf][~fields["mask"]].any(), (leaf, value)
+                assert torch.equal(grads[leaf], sick_grads[leaf]), leaf
+                assert not sick_grads[leaf][~fields["mask"]].any(), leaf
 
 
 @pytest.mark.parametrize("label", [n for n in COMPOSITIONS if n != "kl full"])
@@ -317,8 +326,7 @@ def test_poison_does_not_reach_the_closed_form(label):
     loss = build(label)
     fields = random_fields(0)
     clean = loss.closed_form_gradient(L.Batch(**poisoned(fields, 0.0)))
-    for value in (float("nan"), float("inf"), -200.0):
-        assert torch.equal(clean, loss.closed_form_gradient(L.Batch(**poisoned(fields, value))))
+    assert torch.equal(clean, loss.closed_form_gradient(L.Batch(**poisoned(fields, *POISON))))
 
 
 # -- M4: empty and constant ------------------------------------------------------------------------------------------
@@ -356,7 +364,7 @@ def test_zero_advantage_gives_exactly_zero_gradient(label):
     assert float(out.loss.detach()) == 0 and not grads["logp"].any()
 
 
-GROUP_BASELINES = [n for n in COMPOSITIONS if quiet_loss(COMPOSITIONS[n][0], **COMPOSITIONS[n][1]).coupling == "group"]
+GROUP_BASELINES = [n for n in COMPOSITIONS if build(n).coupling == "group"]
 GROUP_BASELINES = [n for n in GROUP_BASELINES if isinstance(build(n).advantage, (L.Group, L.LOO, L.MaxRL))]
 GROUP_BASELINES = [n for n in GROUP_BASELINES if n not in (*PULLED, "several scores")]
 
@@ -402,19 +410,31 @@ def test_one_row_and_one_token(name):
 # -- numbers far out -------------------------------------------------------------------------------------------------
 
 
+SHIFTS = list(itertools.product((-40.0, 0.0, 40.0), repeat=3))
+
+
+def far_out(base: dict, shifts: list[tuple]) -> dict:
+    """The batch once for each triple of shifts (of the old policy, the sampler, the reference), groups kept apart."""
+    n = len(shifts)
+    fields = {k: x.repeat(n, *[1] * (x.ndim - 1)) for k, x in base.items()}
+    rows = len(base["mask"])
+    fields["group"] = fields["group"] + 100 * torch.arange(n).repeat_interleave(rows)
+    fields["logp"] = fields["logp"] - 50
+    for name, shift in zip(("old_logp", "behavior_logp", "ref_logp"), zip(*shifts, strict=True), strict=True):
+        by_row = torch.tensor(shift, dtype=fields["logp"].dtype).repeat_interleave(rows)
+        fields[name] = fields["logp"] + by_row[:, None]
+    return fields
+
+
 @with_the_catalogue
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_ratios_of_forty_stay_finite(label, dtype):
+    """Every combination in every group; for losses that look at the whole batch, each combination alone too."""
     loss = build(label)
     base = random_fields(0, dtype=dtype)
-    for a, b, c in itertools.product((-40.0, 0.0, 40.0), repeat=3):
-        far = base | {
-            "logp": base["logp"] - 50,
-            "old_logp": base["logp"] - 50 + a,
-            "behavior_logp": base["logp"] - 50 + b,
-            "ref_logp": base["logp"] - 50 + c,
-        }
-        out, grads = evaluate(loss, far)
+    batches = [far_out(base, [shifts]) for shifts in SHIFTS] if loss.coupling == "batch" else []
+    for fields in (far_out(base, SHIFTS), *batches):
+        out, grads = evaluate(loss, fields)
         assert torch.isfinite(out.loss)
         assert all(torch.isfinite(g).all() for g in grads.values())
         assert all(torch.isfinite(torch.tensor(list(out.metrics.values()))))

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 import lossmith.losses as L
-from batches import NAMES, double, evaluate, make, no_trap_warnings, normal, quiet_loss, random_fields, single_tokens
+from batches import (
+    NAMES,
+    double,
+    evaluate,
+    gradients,
+    make,
+    no_trap_warnings,
+    normal,
+    quiet_loss,
+    random_fields,
+    single_tokens,
+)
 from lossmith.losses.axes.aggregate import AGGREGATE
 from lossmith.losses.axes.kl import ESTIMATORS
 from lossmith.losses.axes.mismatch import MISMATCH
@@ -26,9 +37,11 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check_closed_form(loss: L.PolicyLoss, fields: dict) -> None:
-    out, grads = evaluate(loss, fields)
+    leaves, batch = make(fields)
+    out = loss(batch)
+    grads = gradients(out.loss, leaves)
     assert torch.isfinite(out.loss)
-    closed = loss.closed_form_gradient(L.Batch(**fields))
+    closed = loss.closed_form_gradient(batch).detach()
     scale = max(1.0, float(closed.abs().max()))
     assert gap(grads["logp"], closed) <= 1e-12 * scale, loss
 
@@ -36,8 +49,9 @@ def check_closed_form(loss: L.PolicyLoss, fields: dict) -> None:
 @pytest.mark.parametrize("drift", DRIFTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_catalogue_gradient_is_the_closed_form(name, drift):
+    loss = quiet_loss(name)
     for seed in range(5):
-        check_closed_form(quiet_loss(name), random_fields(seed, drift))
+        check_closed_form(loss, random_fields(seed, drift))
 
 
 @pytest.mark.parametrize("level", RATIO)
@@ -63,16 +77,27 @@ def kl_choices() -> list[dict]:
     return choices
 
 
+def shares(count: int) -> pytest.MarkDecorator:
+    """A product cut into this many shares, of which the first is tried always."""
+    return pytest.mark.parametrize("share", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, count))])
+
+
+@shares(len(AGGREGATE))
 @pytest.mark.parametrize("level", RATIO)
 @pytest.mark.parametrize("trust", TRUST)
-def test_every_composition_has_its_closed_form_gradient(trust, level):
+def test_every_composition_has_its_closed_form_gradient(trust, level, share):
     """trust x ratio level x aggregation x KL: what is legal agrees, and what is illegal is refused.
 
-    Of every three pairs of aggregation and KL one is tried, another one for the next trust region and level.
+    A share has one aggregation for each trust region, level and KL, and every pair of an aggregation and one of these.
     """
     fields, legal = random_fields(1), 0
-    turn = [*TRUST].index(trust) + [*RATIO].index(level)
-    pairs = [(a, kl) for i, a in enumerate(AGGREGATE) for j, kl in enumerate(kl_choices()) if (i + j + turn) % 3 == 0]
+    turn = [*TRUST].index(trust) + [*RATIO].index(level) + share
+    pairs = [
+        (a, kl)
+        for i, a in enumerate(AGGREGATE)
+        for j, kl in enumerate(kl_choices())
+        if (i + j + turn) % len(AGGREGATE) == 0
+    ]
     for aggregate, kl in pairs:
         settings = {"trust": trust, "ratio_level": level, "aggregate": aggregate, **kl}
         # without a ratio anywhere, its level would be a parameter without effect
@@ -106,10 +131,18 @@ MISMATCHES = [
 ]
 
 
-@pytest.mark.parametrize("denominator", ["old", "behavior", "self", "ref"])
-def test_every_denominator_and_mismatch_has_its_closed_form_gradient(denominator):
-    fields = random_fields(2)
-    for mismatch, trust in itertools.product(MISMATCHES, (t for t in TRUST if TRUST[t].uses_ratio)):
+DENOMINATORS = ["old", "behavior", "self", "ref"]
+
+
+@shares(len(DENOMINATORS))
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_every_denominator_and_mismatch_has_its_closed_form_gradient(denominator, share):
+    """A share has every pair of a mismatch and a trust region with one denominator, and every other pair."""
+    fields, turn = random_fields(2), DENOMINATORS.index(denominator) + share
+    trusts = [t for t in TRUST if TRUST[t].uses_ratio]
+    for (i, mismatch), (j, trust) in itertools.product(enumerate(MISMATCHES), enumerate(trusts)):
+        if (i + j + turn) % len(DENOMINATORS):
+            continue
         settings = {"trust": trust, "denominator": denominator, "beta": 0.1, **mismatch}
         check_closed_form(quiet_loss("grpo", **settings), fields)
 
@@ -403,14 +436,15 @@ def test_losses_say_whether_they_stop_gradients():
 
 def finite_difference(loss: L.PolicyLoss, fields: dict, leaf: str, h: float = 1e-6) -> torch.Tensor:
     """Central differences in each valid slot, everything that is credit held fixed."""
-    credit = loss.credit(L.Batch(**fields))
+    batch = L.Batch(**fields)
+    credit = loss.credit(batch)
     slopes = torch.zeros_like(fields[leaf])
     for i, t in fields["mask"].nonzero().tolist():
         ends = []
         for step in (h, -h):
             moved = fields[leaf].clone()
             moved[i, t] += step
-            ends.append(float(loss.objective(L.Batch(**{**fields, leaf: moved}), credit).loss))
+            ends.append(float(loss.objective(batch.replace(**{leaf: moved}), credit).loss))
         slopes[i, t] = (ends[0] - ends[1]) / (2 * h)
     return slopes
 

@@ -113,6 +113,8 @@ def brokens():
         "finite_differences": Broken(quiet_loss("ppo"), stops_gradient=True),
         "far_ratios": changed(lambda x, b: x + 0 * (30 * (b.logp - b.old_logp)).exp().sum()),
         "zero_advantage": Broken(quiet_loss("reinforce"), a_label_too),
+        "homogeneous": Broken(quiet_loss("dro"), homogeneous=True),
+        "reads": Broken(quiet_loss("topr"), objective_reads=frozenset({"old_logp"})),
         "masked_positions": changed(lambda x, b: x + (b.mask * (-b.logp).log()).sum() * 0.1),
         "padding": changed(lambda x, b: x / b.mask.shape[1]),
         "row_order": changed(lambda x, b: x + (torch.arange(len(b.mask))[:, None] * b.logp).sum()),
@@ -143,6 +145,14 @@ def test_every_check_fails_on_the_loss_that_has_its_fault(check):
     assert status(check, loss) == "failed", CHECKS[check](loss, 0)
     if check not in ("reward_shift", "reward_scale", "round_trip"):  # of the inner loss these are not promised
         assert status(check, loss.inner) == "passed"
+
+
+def test_a_loss_that_is_homogeneous_in_the_advantage_must_say_so():
+    assert status("homogeneous", Broken(quiet_loss("grpo"), homogeneous=False)) == "failed"
+    for name in ("clip_cov", "kl_cov"):
+        for seed in range(3):
+            assert status("homogeneous", quiet_loss(name), seed) == "passed"
+    assert quiet_loss("dro", tau=0).homogeneous and quiet_loss("kl_cov", coef=0).homogeneous
 
 
 def test_a_sign_that_is_wrong_everywhere_is_seen_only_where_the_reward_rises():
@@ -183,7 +193,8 @@ def test_a_check_that_raises_has_failed():
         raise ZeroDivisionError("by zero")
 
     findings = prove(Broken(quiet_loss("grpo"), call), (0,))
-    assert {f.check for f in findings if f.status == "passed"} == {"formula"}
+    by_halves = {"homogeneous", "reads"}  # they ask the two halves, not the whole that raises
+    assert {f.check for f in findings if f.status == "passed"} == {"formula", *by_halves}
     assert "ZeroDivisionError: by zero" in findings[0].detail
 
 
@@ -241,7 +252,16 @@ class Pairs:
 def test_a_loss_from_outside_is_held_to_the_same_suite():
     check_loss(Pairs())
     by = {f.check: f for f in prove(Pairs(), (0,))}
-    for check in ("closed_form", "given_advantages", "zero_advantage", "micro_batches", "ranks", "round_trip"):
+    for check in (
+        "closed_form",
+        "given_advantages",
+        "zero_advantage",
+        "micro_batches",
+        "ranks",
+        "round_trip",
+        "homogeneous",
+        "reads",
+    ):
         assert by[check].status == "not applicable", check
     assert by["finite_differences"].status == by["raises_reward"].status == "passed"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,9 +132,10 @@ class Batch:
             object.__setattr__(self, name, _as_tensor(name, getattr(self, name)))
         for name in names:
             self._check_shape(name)
-        for name in names:
-            if FIELDS[name].kind not in ("flag", "whole"):
-                self._clean(name)
+        numbers = [name for name in names if FIELDS[name].kind not in ("flag", "whole")]
+        for name in numbers:
+            self._clean(name)
+        self._check_finite(numbers)
         self._check_ranges(names)
 
     def _check_shape(self, name: str) -> None:
@@ -153,24 +155,30 @@ class Batch:
         """Select valid positions before any arithmetic: 0 x NaN is NaN, where(mask, NaN, 0) is 0, in gradients too."""
         tensor = getattr(self, name)
         per_row = tensor.ndim == 1 or "NK" in FIELDS[name].shapes
-        mask = self.valid.any(1, keepdim=tensor.ndim == 2) if per_row else self.valid
+        mask = self.live.view(-1, *[1] * (tensor.ndim - 1)) if per_row else self.valid
         if tensor.dtype not in (torch.float32, torch.float64):
             raise LossError(
                 f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
             )
-        clean = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-        # one pass; only a non-finite sum needs a closer look
-        if not bool(torch.isfinite(clean.detach().sum())) and bool((bad := ~torch.isfinite(clean.detach())).any()):
-            where = bad.nonzero()[0].tolist()
-            at = f"row {where[0]}" + (f", token {where[1]}" if len(where) > 1 else "")
-            raise LossError(
-                f"Batch.{name} is {float(tensor.detach()[tuple(where)])} at {at}, a valid position "
-                f"({int(bad.sum())} such values). Drop that rollout or mask it; a loss over it would be meaningless."
-            )
+        clean = torch.where(mask, tensor, 0.0)
         if tensor.is_leaf and tensor.requires_grad:  # batch.logp.grad is then what the tensor that was given gets
             clean.register_hook(lambda grad: torch.where(mask, grad, 0.0))
             clean.retain_grad()
         object.__setattr__(self, name, clean)
+
+    def _check_finite(self, names: Collection[str]) -> None:
+        """One question for all fields, since on a GPU each waits for the device: is the sum of all sums finite?"""
+        if math.isfinite(sum(getattr(self, name).detach().sum() for name in names)):
+            return
+        for name in names:  # finite numbers too may have a sum that is not
+            clean = getattr(self, name).detach()
+            bad = (~torch.isfinite(clean)).nonzero().tolist()
+            if bad:
+                at = f"row {bad[0][0]}" + (f", token {bad[0][1]}" if clean.ndim > 1 else "")
+                raise LossError(
+                    f"Batch.{name} is {float(clean[tuple(bad[0])])} at {at}, a valid position "
+                    f"({len(bad)} such values). Drop that rollout or mask it; a loss over it would be meaningless."
+                )
 
     def _check_ranges(self, names: Collection[str]) -> None:
         for name, top in (("pair_probability", 1.0), ("pair_weight", torch.inf)):

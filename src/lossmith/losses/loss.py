@@ -23,7 +23,7 @@ from torch import Tensor
 from lossmith.errors import LossError
 from lossmith.losses.axes.kl import KL, kl_estimate
 from lossmith.losses.axes.value import ValueLoss
-from lossmith.losses.batch import Batch, Normalizer
+from lossmith.losses.batch import FIELDS, Batch, Normalizer
 from lossmith.losses.piece import shown
 
 __all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "distance_metrics", "reward_metrics", "together"]
@@ -89,6 +89,8 @@ class Credit:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equal numbers; where one is of a narrower type, equal in that."""
+    if a is b:
+        return True
     if a.shape != b.shape or a.device != b.device:
         return False
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
@@ -194,6 +196,25 @@ class Loss(ABC):
     def stops_gradient(self) -> bool:
         """Whether part of the loss depends on logp without gradient, so that it has no primitive function."""
         return False
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether the policy term is homogeneous in A: with the credit cA it is c times what it is with A, for c > 0.
+
+        A trainer may then put a factor (1/Z, say) into the advantages beforehand. For a separable loss the factor may
+        differ between completions.
+        """
+        return False
+
+    @property
+    def credit_reads(self) -> frozenset[str]:
+        """Fields of Batch that the credit half reads, besides mask: needed ones, and those it looks at where given."""
+        return frozenset()
+
+    @property
+    def objective_reads(self) -> frozenset[str]:
+        """Fields of Batch that the objective half reads, besides logp and mask; what must travel with the rows."""
+        return (self.needs & FIELDS.keys()) | ({"old_logp"} if self.uses_old else frozenset())
 
     @property
     def uses_old(self) -> bool:

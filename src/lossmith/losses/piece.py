@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from lossmith.errors import LossError, nearest
@@ -56,20 +58,22 @@ class Piece:
     coupling: ClassVar[str] = "token"  # how far rows depend on each other by it: token, sequence, group or batch
     whole_batch: ClassVar[bool] = False  # its objective looks at all tokens of the update at once: no micro-batches
     stops_gradient: ClassVar[bool] = False  # what it gives depends on logp without gradient
+    looks_at: ClassVar[frozenset[str]] = frozenset()  # batch fields it reads where given, and does without if not
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(type(self).__name__, field, getattr(self, field.name))
-        flat = {field: key for key, field in self.flat_names().items()}
         for low, high in self.ordered:
             a, b = getattr(self, low), getattr(self, high)
             if a > b:
+                flat = {field: key for key, field in self.flat_names().items()}
                 raise LossError(f"'{self.option}': {flat[low]} = {a} is above {flat[high]} = {b}.")
 
     @classmethod
-    def flat_names(cls) -> dict[str, str]:
+    @cache  # asked for every piece whenever a loss is built
+    def flat_names(cls) -> Mapping[str, str]:
         """{flat name: field name}."""
-        return {f.metadata["flat"]: f.name for f in dataclasses.fields(cls)}
+        return MappingProxyType({f.metadata["flat"]: f.name for f in dataclasses.fields(cls)})
 
     def flat(self) -> dict[str, Any]:
         """{flat name: value}."""

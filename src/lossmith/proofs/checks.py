@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lossmith.errors import ProofError, nearest
-from lossmith.proofs import invariances, listing, round_trip, slopes
+from lossmith.proofs import halves, invariances, listing, round_trip, slopes
 from lossmith.proofs.enumeration import bias, default_world, group_gradients
 from lossmith.proofs.finding import FAILED, PASSED, Finding, not_applicable, worst
 from lossmith.proofs.random_batches import batch_fields
@@ -44,6 +44,8 @@ CHECKS: dict[str, Callable[[Any, int], Finding]] = {
         slopes.finite_differences,
         slopes.far_ratios,
         slopes.zero_advantage,
+        halves.homogeneous,
+        halves.reads,
         invariances.masked_positions,
         invariances.padding,
         invariances.row_order,

@@ -117,7 +117,8 @@ def _differs_per_token(loss: Any, seed: int) -> bool:
 
 def _compare(loss: Any, fields: Fields, leaf: str, grad: Tensor) -> tuple[float, int, int]:
     """(gap away from kinks, slots at a kink, slots) of one leaf. A kink: the one-sided slopes differ."""
-    here = float(loss(Batch(**fields)).loss)
+    batch = Batch(**fields)
+    here = float(loss(batch).loss)
     slots = fields["mask"].nonzero().tolist()
     numeric, kept = torch.zeros_like(grad), torch.zeros_like(fields["mask"])
     scale = max(float(grad.abs().max()), 1e-3)
@@ -126,7 +127,7 @@ def _compare(loss: Any, fields: Fields, leaf: str, grad: Tensor) -> tuple[float,
         for step in (STEP, -STEP):
             moved = fields[leaf].clone()
             moved[i, t] += step
-            ends.append(float(loss(Batch(**{**fields, leaf: moved})).loss))
+            ends.append(float(loss(batch.replace(**{leaf: moved})).loss))
         up, down = (ends[0] - here) / STEP, (here - ends[1]) / STEP
         numeric[i, t] = (ends[0] - ends[1]) / (2 * STEP)
         kept[i, t] = abs(up - down) <= 1e-2 * scale

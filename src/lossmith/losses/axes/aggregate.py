@@ -59,7 +59,7 @@ class TokenMean(Aggregate):
     option: ClassVar[str] = "token_mean"
 
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
-        return _full(batch, 1 / max(norm.tokens, 1), dtype)
+        return _full(batch, 1 / (norm.tokens or 1), dtype)
 
     def formula(self) -> tuple[str, str]:
         return "1/(Σ_i T_i) Σ_i Σ_t", r"\frac{1}{\sum_i T_i}\sum_i\sum_t"
@@ -75,7 +75,7 @@ class SeqMeanTokenMean(Aggregate):
     option: ClassVar[str] = "seq_mean_token_mean"
 
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
-        return 1 / (max(norm.sequences, 1) * batch.lengths.clamp(min=1).to(dtype))
+        return 1 / ((norm.sequences or 1) * batch.lengths.clamp(min=1).to(dtype))
 
     def formula(self) -> tuple[str, str]:
         return "1/N Σ_i 1/T_i Σ_t", r"\frac1N\sum_i\frac1{T_i}\sum_t"
@@ -91,7 +91,7 @@ class SeqMeanTokenSum(Aggregate):
     option: ClassVar[str] = "seq_mean_token_sum"
 
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
-        return _full(batch, 1 / max(norm.sequences, 1), dtype)
+        return _full(batch, 1 / (norm.sequences or 1), dtype)
 
     def formula(self) -> tuple[str, str]:
         return "1/N Σ_i Σ_t", r"\frac1N\sum_i\sum_t"
@@ -110,7 +110,7 @@ class SeqMeanTokenSumNorm(Aggregate):
     )
 
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
-        return _full(batch, 1 / (max(norm.sequences, 1) * self.given("max_length")), dtype)
+        return _full(batch, 1 / ((norm.sequences or 1) * self.given("max_length")), dtype)
 
     def formula(self) -> tuple[str, str]:
         limit = "L" if self.max_length is None else str(self.max_length)
@@ -148,7 +148,7 @@ class PromptMean(Aggregate):
         group = batch.require("group", "aggregate='prompt_mean'")
         lengths = batch.lengths.to(dtype)
         tokens = Groups.of(lengths, group, batch.live).total(lengths)
-        return 1 / (max(norm.groups, 1) * tokens.clamp(min=1))
+        return 1 / ((norm.groups or 1) * tokens.clamp(min=1))
 
     def formula(self) -> tuple[str, str]:
         return "1/#g Σ_g 1/n_g Σ_{i∈g} Σ_t", r"\frac1{\#g}\sum_g\frac1{n_g}\sum_{i\in g}\sum_t"

@@ -35,6 +35,8 @@ __all__ = [
 class Mask(Piece):
     """Which valid tokens keep their policy term, [N, T] bool; no gradient."""
 
+    homogeneous: ClassVar[bool] = True  # cA keeps the same tokens as A, for c > 0
+
     def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
         """None: all of them."""
         return None
@@ -95,6 +97,7 @@ class OPSM(Mask):
     """
 
     option: ClassVar[str] = "opsm"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"behavior_logp"})
     delta: float | None = param(
         "opsm_delta", None, "mean log-ratio (nats) beyond which a bad completion is dropped", required=True, bound=True
     )

@@ -31,6 +31,10 @@ class ValueLoss(Piece):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"value"} if self.active else ())
 
+    @property
+    def looks_at(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"old_value"} if self.active and self.clip is not None else ())
+
     def term(self, batch: Batch, returns: Tensor) -> Tensor:
         """[N, T] before the coefficient, with gradient into batch.value."""
         value = batch.require("value", "a value loss")

@@ -74,7 +74,7 @@ class Composition:
             "returns": self.value.active and not self.advantage.acts,
         }
         needed = frozenset().union(*(piece.needs | piece.missing for piece in self.pieces))
-        return needed | {name for name, holds in conditions.items() if holds}
+        return needed | _where(conditions)
 
     @property
     def needs_ratio(self) -> bool:
@@ -89,6 +89,39 @@ class Composition:
     def coupling(self) -> str:
         whole = not self.separable or self.local_normalizer
         return max([piece.coupling for piece in self.pieces] + ["batch"] * whole, key=_COUPLING.index)
+
+    @property
+    def homogeneous(self) -> bool:
+        return all(piece.homogeneous for piece in (self.trust, self.token_mask, self.sequence_mask))
+
+    @property
+    def credit_reads(self) -> frozenset[str]:
+        axes = (self.group_filter, self.advantage, self.advantage_scale, self.mismatch, self.aggregate)
+        pieces = (*self.shaping, *axes, *([self.kl] if self.kl.in_reward else []))
+        conditions = {
+            "old_logp": any(piece.reads_old for piece in pieces),
+            "truncated": self.truncated != "keep",
+            "returns": self.value.active and not self.advantage.acts,
+        }
+        return _read(*pieces) | _where(conditions)
+
+    @property
+    def objective_reads(self) -> frozenset[str]:
+        pieces: list[Piece] = [self.trust, self.token_mask, self.sequence_mask, self.extra, self.value]
+        pieces += [self.ratio_level] if self.needs_ratio else []
+        pieces += [self.kl] if self.kl.in_loss else []
+        by_ratio = self.needs_ratio and self.ratio_level.denominator == "old"
+        conditions = {
+            "old_logp": by_ratio or any(piece.reads_old for piece in pieces),
+            "entropy": self.entropy_coef > 0,
+        }
+        return _read(*pieces) | _where(conditions)
+
+    @property
+    def counted(self) -> bool:
+        """Whether 1/Z of a token follows from its completion's length and the counts of tokens and completions."""
+        left_out = self.group_filter.acts or self.truncated == "mask"
+        return self.aggregate.coupling == "token" and not left_out
 
     @property
     def compares(self) -> str:
@@ -107,3 +140,12 @@ class Composition:
         return any(
             piece.stops_gradient for piece in self.pieces if piece is not self.ratio_level or self.trust.uses_ratio
         )
+
+
+def _read(*pieces: Piece) -> frozenset[str]:
+    """Fields of Batch that these read, must or may."""
+    return frozenset().union(*(piece.needs | piece.looks_at for piece in pieces))
+
+
+def _where(conditions: dict[str, bool]) -> frozenset[str]:
+    return frozenset(name for name, holds in conditions.items() if holds)

@@ -48,6 +48,7 @@ class Critic(Estimator):
     """Estimators that read values V_t; the value after the last valid token is 0 (book.md section 4, point 11)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "value"})
+    looks_at: ClassVar[frozenset[str]] = frozenset({"old_value"})
     critic: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False
     per_token: ClassVar[bool] = True

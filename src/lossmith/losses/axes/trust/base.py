@@ -69,6 +69,7 @@ class Trust(Piece):
     uses_ratio: ClassVar[bool] = True  # whether the denominator of the ratio changes anything
     token_only: ClassVar[bool] = False  # defined for ratios of single tokens
     acts_alone: ClassVar[bool] = False  # ℓ holds a part that acts where A is 0
+    homogeneous: ClassVar[bool] = True  # ℓ(cA) = c·ℓ(A) for c > 0, so that a factor may be in A before or come after
 
     def value(self, at: Tokens) -> Tensor:
         """ℓ [N, T], with gradient."""

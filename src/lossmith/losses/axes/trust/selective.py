@@ -252,6 +252,7 @@ class CovDrop(Trust):
     """
 
     option: ClassVar[str] = "cov_drop"
+    homogeneous: ClassVar[bool] = False  # the bounds of the covariance are in A's units
     ordered: ClassVar[tuple[tuple[str, str], ...]] = (("cov_low", "cov_high"),)
     whole_batch: ClassVar[bool] = True
     low: float = param("clip_low", 0.2, "how far below 1 the ratio still counts when A < 0", low=0, bound=True)
@@ -328,6 +329,10 @@ class CovKL(Trust):
     whole_batch: ClassVar[bool] = True
     fraction: float = param("fraction", 2e-4, "share of the tokens that is penalised", above=0, high=1)
     coef: float = param("coef", 1.0, "coefficient of the penalty |log r|", low=0)
+
+    @property
+    def homogeneous(self) -> bool:  # type: ignore[override]
+        return self.coef == 0
 
     def _chosen(self, at: Tokens) -> Tensor:
         if at.batch is None:  # a single token, not among the chosen

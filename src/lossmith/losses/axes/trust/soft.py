@@ -171,6 +171,10 @@ class Taper(_Weighted):
     cap: float = param("cap", 1.0, "the largest weight of a completion that is not rewarded", above=0, bound=True)
     split: str = param("split", "reward", "what divides good from bad completions", choices=("reward", "advantage"))
 
+    @property
+    def looks_at(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"reward"} if self.split == "reward" else ())
+
     def weight(self, at: Tokens) -> Tensor:
         good = at.advantage >= 0
         if self.split == "reward" and at.batch is not None and at.batch.reward is not None:
@@ -286,6 +290,10 @@ class Quadratic(Trust):
     through: ClassVar[str] = "logp"
     token_only: ClassVar[bool] = True
     tau: float = param("tau", 0.05, "strength of the pull back to the old policy", low=0)
+
+    @property
+    def homogeneous(self) -> bool:  # type: ignore[override]
+        return self.tau == 0
 
     def value(self, at: Tokens) -> Tensor:
         return -at.advantage * at.logp + 0.5 * self.tau * at.delta**2

@@ -1,0 +1,74 @@
+"""A loss driven through exactly what a hook sees: fields that do not reach it are not there, rows come in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batches import no_trap_warnings
+from lossmith.adapters import rows
+from lossmith.adapters.hooks import Hook
+from lossmith.losses import Batch, Normalizer
+from lossmith.losses.loss import Loss
+from lossmith.proofs.halves import beside
+from lossmith.proofs.random_batches import evaluate, gradients, make
+
+PIECES = {  # of nine rows: shuffled, groups broken up
+    "micro-batch": [[3, 0, 8], [1, 7], [2, 4, 6, 5]],
+    "completion": [[i] for i in range(9)],
+    "all": [list(range(9))],
+}
+
+
+def through(hook: Hook, loss: Loss, *, at_once: bool = False, seed: int = 0) -> float:
+    """Largest difference of the gradient that comes through the hook from the whole batch's."""
+    fields = beside(loss, seed)
+    if hook.old_sampled:
+        fields["behavior_logp"] = fields["old_logp"]
+    want = evaluate(loss, fields).gradients
+    leaves, batch = make(fields)
+    seen = Batch(logp=batch.logp, mask=batch.mask, **_given(batch, hook.objective))
+    objective = _half(hook, loss, fields, batch)
+    pieces = [torch.tensor(piece) for piece in PIECES["all" if at_once else hook.rows]]
+    got = gradients(torch.stack([objective(seen.rows(piece), piece) for piece in pieces]).sum(), leaves)
+    return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+
+def _given(batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
+    return {name: x for name in names if (x := getattr(batch, name)) is not None}
+
+
+def _half(hook: Hook, loss: Loss, fields: dict, batch: Batch) -> Callable[[Batch, Tensor], Tensor]:
+    """The objective of some rows, as far as the hook lets it know the batch."""
+    if hook.carries == "credit":
+        credit = loss.credit(Batch(mask=batch.mask, **_given(batch, hook.credit)))
+        return lambda part, index: loss.objective(part, credit.rows(index)).loss
+    if not hasattr(loss, "aggregate"):
+        return lambda part, index: rows.objective(loss, part).loss
+    tokens, norm = batch.tokens, Normalizer(batch.tokens, int(batch.live.sum()), 0)
+    aggregate = {"scaled": "token_sum", "tokens": "token_sum"}.get(hook.weights)
+    after = tokens if hook.weights == "tokens" else 1
+    if hook.credit is None and hook.makes_own_credit(loss):
+        with no_trap_warnings():
+            own = loss.replace(aggregate=aggregate) if aggregate else loss
+        return lambda part, index: rows.objective(own, part, norm).loss / after
+    if hook.credit is None:  # the trainer's estimator is the loss's
+        made = loss.credit(Batch(**{k: v for k, v in fields.items() if k != "logp"}))
+    else:
+        made = rows.estimator(loss).credit(Batch(mask=batch.mask, **_given(batch, hook.credit)))
+    advantage, carried = made.advantage, hook.carries == "weights"
+    if hook.per_completion:
+        first = batch.mask.to(torch.int8).argmax(1, keepdim=True)
+        advantage = advantage.gather(1, first).expand(batch.mask.shape)
+    if not carried and hook.folds(loss):
+        aggregate = "token_sum" if hook.weights == "scaled" else "token_mean"
+        advantage = rows.folded(advantage, made.weight, 1.0 if hook.weights == "scaled" else 1 / tokens)
+    half = rows.given(loss, aggregate)
+
+    def objective(part: Batch, index: Tensor) -> Tensor:
+        part = part.replace(advantage=advantage[index])
+        return rows.objective(half, part, norm, made.weight[index] if carried else None).loss / after
+
+    return objective
