@@ -139,5 +139,5 @@ def test_a_setting_that_does_not_carry_over_is_named_before_the_model_is_loaded(
 
 
 def test_a_loss_that_needs_a_critic_is_refused(tmp_path):
-    with pytest.raises(LossError, match=r"ppo needs Batch\.value"):
+    with pytest.raises(LossError, match=r"ppo does not fit trl.*Batch\.value"):
         trained(tmp_path, loss="ppo")
