@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["METRICS", "SECTIONS", "documented", "in_completions", "without_signal"]
+__all__ = ["METRICS", "SECTIONS", "aliases", "documented", "in_completions"]
 
 SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "sampling": (
@@ -104,9 +104,3 @@ def in_completions(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def without_signal(record: Mapping[str, Any]) -> bool:
-    """Whether nothing was to be learned from a step's scores: no advantage, or no pair of a better and a worse."""
-    if "advantage_abs" in record:
-        rounding = 1e-6 * abs(record["reward"]) if record.get("groups", -1) == record.get("constant_groups") else 0.0
-        return bool(record["advantage_abs"] <= rounding)
-    return record.get("units") == 0
