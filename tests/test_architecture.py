@@ -33,9 +33,11 @@ ORDER = [
     "feedback",
     "reward_model",
     "training",
+    "replay",
     "project",
     "report",
     "outputs",
+    "chat",
     "api",
     "cli",
     "__main__",
@@ -151,6 +153,7 @@ def test_every_command_is_a_function_of_python():
     functions = {
         "train": "lossmith.train", "prefer": "lossmith.prefer", "sample": "lossmith.sample_outputs",
         "bench": "lossmith.measure_recipe", "annotate": "lossmith.feedback.serve", "plot": "lossmith.plot_frontier",
+        "replay": "lossmith.replay.replay", "chat": "lossmith.chat.open_sides",
         "audit": "lossmith.audit", "init": "lossmith.Project", "status": "lossmith.Project",
         "losses": "lossmith.compare", "reward": "lossmith.train_reward_model",
     }  # fmt: skip

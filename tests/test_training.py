@@ -322,7 +322,9 @@ def test_rollout_files_are_read_back(finished):
     """What the file holds, and what `rollout_table` makes of it again."""
     for file in sorted((finished.folder.path / "rollouts").glob("*.parquet")):
         rollouts = ls.read_rollouts(file)
-        assert rollout_table(rollouts).to_pylist() == pyarrow.parquet.read_table(file).to_pylist()
+        table = pyarrow.parquet.read_table(file)
+        sampled = table.select([name for name in table.column_names if "." not in name])  # not what the loss saw
+        assert rollout_table(rollouts).to_pylist() == sampled.to_pylist()
         assert all(len(r.completion_ids) == len(r.behavior_logp.values) for r in rollouts)
     with pytest.raises(ls.RunError, match="cannot be read as a file of rollouts"):
         ls.read_rollouts(finished.folder.path / "metrics.jsonl")

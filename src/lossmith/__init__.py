@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from lossmith.project import Project
     from lossmith.prompts import Prompt, PromptSet, load_prompts
     from lossmith.proofs import Audit, audit, check_loss, prove
+    from lossmith.replay import read_recorded
     from lossmith.report.loss import Comparison, compare
     from lossmith.report.run.frontier import plot_frontier
     from lossmith.reward_model import train_reward_model
@@ -124,6 +125,7 @@ __all__ = [
     "plot_frontier",
     "prefer",
     "prove",
+    "read_recorded",
     "read_rollouts",
     "register_loss",
     "resume",

@@ -46,6 +46,7 @@ _DECIDES = (
 def sample_outputs(
     prompts: str = "default",
     *,
+    prompt: tuple[str, ...] = (),
     n: int = 1,
     output: str | Path | None = None,
     model: str = "default",
@@ -68,6 +69,7 @@ def sample_outputs(
 ) -> list[dict[str, Any]]:
     """Sample a set of different outputs for each prompt; the rows of the sets, which `read_sets` reads from a file.
 
+    prompt: texts to sample for, instead of a file of prompts.
     output: a new file for them, JSON lines. What is there when it stops stays in FILE.partial, and the same call goes
     on with the rest. The other options are those of `lossmith sample`. PromptError, PolicyError, ScorerError.
     """
@@ -80,8 +82,7 @@ def sample_outputs(
     if resample < 0:
         raise PolicyError(f"resample = {resample}, but outputs are drawn again 0 times or more.")
     place = None if output is None else check_writable(Path(output), new=True)
-    source = default_prompts_path() if prompts == "default" else prompts
-    read = load_prompts(source, column=prompt_column, pass_columns=pass_columns, limit=limit)
+    read = load_prompts(_source(prompts, prompt), column=prompt_column, pass_columns=pass_columns, limit=limit)
     chosen = list(read)
     if n * len(chosen) > AT_MOST:
         raise PolicyError(f"n = {n} outputs of {len(chosen)} prompts are more than the {AT_MOST} that fit one file.")
@@ -106,6 +107,12 @@ def sample_outputs(
         summary = f"{outputs} outputs of {len(rows)} prompts written to {place}\n{summary}"
     console.print(summary, highlight=False, markup=False, soft_wrap=True)
     return rows
+
+
+def _source(prompts: str, texts: tuple[str, ...]) -> Any:
+    if texts and prompts != "default":
+        raise PolicyError("prompts come from a file or as text, not both: leave out one of the two.")
+    return list(texts) if texts else default_prompts_path() if prompts == "default" else prompts
 
 
 def _all(

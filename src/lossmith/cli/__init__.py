@@ -39,7 +39,7 @@ losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, we
 reward = cyclopts.App(name="reward", help="Reward models, trained from preferences.")
 app.command(losses)
 app.command(reward)
-for _name in ("train", "prefer", "sample", "bench", "annotate", "plot"):
+for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay", "chat"):
     _command(app, _name, _name)
 _command(app, "audit", "audit_")
 _command(app, "init", "init", "project")

@@ -19,6 +19,7 @@ def sample(
     prompts: str = "default",
     /,
     *,
+    prompt: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     n: int = 1,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     model: str = "default",
@@ -44,6 +45,8 @@ def sample(
     ----------
     prompts
         'default', a file, a datasets folder, or a hub name.
+    prompt
+        The text of a prompt, instead of a file; again for each further one.
     n
         Outputs of each prompt.
     output

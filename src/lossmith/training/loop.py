@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import RecipeError, RunError, quiet_traps
-from lossmith.losses import Credit
+from lossmith.losses import Batch, Credit
 from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rollouts import Rollout
@@ -46,6 +46,8 @@ class Step:
     update: Update
     seconds: dict[str, float]
     watched: list[float] = field(default_factory=list)  # the watching scorer's mean for each prompt
+    batch: Batch | None = None  # of the rollouts with a score: what the loss saw before the update
+    credit: Credit | None = None  # and what it made of it
 
     @property
     def record(self) -> dict[str, Any]:
@@ -202,7 +204,7 @@ def learn(run: Run) -> Iterator[Step]:
             batch = learner.make_batch(scored)  # log pi_old and log pi_ref, where the loss asks for them
             credit = learner.credit(batch)  # A of every token, and what its weight is divided by
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
-        step = Step(index, with_advantages(rollouts, credit), update, clock.read(), watched)
+        step = Step(index, with_advantages(rollouts, credit), update, clock.read(), watched, batch, credit)
         record(run, step)
         run.stopped = run.guard.reason_to_stop(step.record)
         yield step
@@ -279,7 +281,7 @@ def record(run: Run, step: Step) -> None:
     recipe = run.recipe
     run.folder.add_metrics(step.record)
     if recipe.save_rollouts:
-        run.folder.add_rollouts(f"step-{step.index:05d}", step.rollouts)
+        run.folder.add_rollouts(f"step-{step.index:05d}", step.rollouts, step.batch, step.credit)
     run.recorded(step.index + 1)
 
 

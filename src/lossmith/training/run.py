@@ -27,6 +27,7 @@ from lossmith.durable.folder import lock, unlock
 from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
 from lossmith.files import append_line, explain_write_errors, read_text, replace_atomically, sync, write_atomically
+from lossmith.losses import Batch, Credit
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, read_rollouts, rollout_table
@@ -142,13 +143,15 @@ class RunFolder:
 
     # -- rollouts -----------------------------------------------------------------------------------------------------
 
-    def add_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
-        """Write rollouts/NAME.parquet, a row a completion."""
+    def add_rollouts(
+        self, name: str, rollouts: Sequence[Rollout], batch: Batch | None = None, credit: Credit | None = None
+    ) -> None:
+        """Write rollouts/NAME.parquet, a row a completion; of a step, with what its loss saw and gave."""
         place = self.path / "rollouts" / f"{name}.parquet"
         with explain_write_errors(place):
             place.parent.mkdir(exist_ok=True)
         with replace_atomically(place) as partial:
-            pyarrow.parquet.write_table(rollout_table(rollouts), partial)
+            pyarrow.parquet.write_table(rollout_table(rollouts, batch, credit), partial)
             digest = sha256(partial)
         self.digests[name] = digest
 

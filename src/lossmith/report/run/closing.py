@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Console, Group
@@ -34,6 +35,7 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     for first, second in pairs[:examples]:
         console.print(_example(first, second))
     console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
+    console.print(f"Talk to it, before and after: lossmith chat {shlex.quote(str(run.folder.path))}", highlight=False)
 
 
 def _table(held_out: dict[str, Any], title: str) -> Table:
