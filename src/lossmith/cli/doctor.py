@@ -29,7 +29,7 @@ def doctor_(
     Parameters
     ----------
     run
-        A run's folder, its metrics.jsonl, or one file of rollouts.
+        A run's folder, its metrics.jsonl, or rollouts as `lossmith replay` reads them, of other trainers too.
     as_json
         Print JSON. Steps are counted from 0 there, as in the names of the files.
     fail_on

@@ -89,7 +89,7 @@ def in_words(diagnosis: Diagnosis) -> str:
     """All of it: what was found with why and what to try, what was not, and what could not be looked at."""
     found = diagnosis.findings
     lines = [f"{diagnosis.subject}: {diagnosis.steps} step{'s' * (diagnosis.steps != 1)} looked at".removeprefix(": ")]
-    lines += [f"could not be read: {note}" for note in diagnosis.notes]
+    lines += [f"note: {note}" for note in diagnosis.notes]
     for finding in found:
         lines += ["", *paragraph(finding)]
     counts = [f"{sum(f.level == level for f in found)} {level}" for level in reversed(LEVELS)]

@@ -1,8 +1,8 @@
 """Made-up runs: healthy ones, and for every detector the fault that it is there for.
 
-A healthy run is a policy that learns: steps of a few prompts with several completions each, scores that rise, advantages
-that follow them, and the figures that a learner writes, with the scatter of small batches. A fault changes what the
-illness changes, and leaves the rest.
+A healthy run is a policy that learns: a few prompts a step, several completions each, scores that rise, advantages that
+follow them, and the figures that a learner writes, with the scatter of small batches. A fault changes what the illness
+changes, and leaves the rest.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class Detector:
     """One illness of a run, and how it is told from health.
 
     reads: what must have been recorded; of names joined by | one is enough. least: steps below which it says nothing.
-    rule: the thresholds in words. voids: with it, held-out scores before and after cannot be compared, or say nothing
-    of what was wanted, and the run ends without a verdict.
+    rule: the thresholds in words. voids: the level from which on held-out scores before and after say nothing of what was
+    learned, so that the run ends without a verdict.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Detector:
     cure: str
     source: str = ""
     least: int = 1
-    voids: bool = False
+    voids: Level | None = None
 
     def __call__(self, evidence: Evidence) -> Finding | NotChecked | None:
         """What is found; None where nothing is wrong."""
@@ -98,7 +98,7 @@ class Finding:
 
     @classmethod
     def of_sign(cls, detector: Detector, sign: Sign) -> Finding:
-        voids = detector.voids and sign.level != "note"
+        voids = detector.voids is not None and at_least(sign.level, detector.voids)
         return cls(
             detector.name, sign.level, sign.sentence, sign.value, sign.n, sign.of, sign.steps, sign.places,
             sign.cause or detector.cause, sign.cure or detector.cure, detector.source, voids,

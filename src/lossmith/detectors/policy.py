@@ -119,7 +119,7 @@ DETECTORS: Sequence[Detector] = (
         "(clip_high)",
         "arXiv:2505.22617",
         WINDOW + 1,
-        voids=True,
+        voids="stop",
     ),
     Detector(
         "uniform_noise",
@@ -130,7 +130,7 @@ DETECTORS: Sequence[Detector] = (
         "a step size that has destroyed the weights, a temperature that drowns them, or an untrained model",
         "lower learning_rate or temperature, and begin again from the model's own weights",
         least=2,
-        voids=True,
+        voids="stop",
     ),
     Detector(
         "watched_falls",
@@ -143,7 +143,6 @@ DETECTORS: Sequence[Detector] = (
         "stop where the watched score was best, hold the policy nearer (beta, kl_budget), or mend the scorer",
         "arXiv:2210.10760",
         2,
-        voids=False,
     ),
     Detector(
         "kl_budget",

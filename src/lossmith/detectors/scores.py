@@ -170,7 +170,7 @@ DETECTORS: Sequence[Detector] = (
         "the scorer keeps state, draws random numbers, or asks a model or a server that has changed",
         "make the scorer a function of prompt and completion alone: fix its seed, its model's version, temperature 0",
         "arXiv:2306.05685",
-        voids=True,
+        voids="warn",
     ),
     Detector(
         "stale_reward_model",

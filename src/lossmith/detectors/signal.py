@@ -41,7 +41,6 @@ def _silent(evidence: Evidence) -> list[tuple[int, float]]:
 def _no_signal(evidence: Evidence) -> Sign | None:
     silent = _silent(evidence)
     stretch = longest(silent, bool)
-    groups = sum(v for _, v in evidence.series("groups"))
     if len(stretch) >= SILENT_WARN:
         sentence = (
             f"no signal: {in_steps(stretch)} the scores of each prompt's completions were all equal, and nothing was "
@@ -50,12 +49,12 @@ def _no_signal(evidence: Evidence) -> Sign | None:
         places = evidence.places("constant_groups", stretch)
         level: Any = "stop" if len(stretch) >= SILENT_STOP else "warn"
         return Sign(level, sentence, len(stretch), len(silent), "steps", stretch, places)
-    constant = sum(v for _, v in evidence.series("constant_groups"))
-    if not evidence.has("groups") or groups < FEWEST_GROUPS or constant < CONSTANT * groups:
+    several = [s for s in evidence.steps if not _one_score(s.numbers) and not _alone(s.numbers)]
+    groups = sum(s.numbers.get("groups", 0) for s in several)
+    constant = sum(s.numbers.get("constant_groups", 0) for s in several)
+    if groups < FEWEST_GROUPS or constant < CONSTANT * groups:
         return None
-    if all(without_signal(s.numbers) == _one_score(s.numbers) for s in evidence.steps) and _alone(evidence):
-        return None
-    steps = [step for step, v in evidence.series("constant_groups") if v]
+    steps = [s.index for s in several if s.numbers.get("constant_groups")]
     sentence = (
         f"{constant / groups:.0%} of the prompts' groups had one score for all their completions: these taught nothing"
     )
@@ -64,13 +63,9 @@ def _no_signal(evidence: Evidence) -> Sign | None:
     )
 
 
-def _alone(evidence: Evidence) -> bool:
+def _alone(numbers: Mapping[str, float]) -> bool:
     """Whether there is one completion of each prompt, which is a group that cannot differ."""
-    return all(
-        s.numbers.get("groups", 0) >= s.numbers.get("completions", float("inf"))
-        for s in evidence.steps
-        if "groups" in s.numbers
-    )
+    return numbers.get("groups", 0) >= numbers.get("completions", float("inf"))
 
 
 def _sign(evidence: Evidence) -> Sign | None:

@@ -163,7 +163,7 @@ DETECTORS: Sequence[Detector] = (
         "the model ends at once: a wrong chat template or end token, or an empty answer scores best",
         "look at a prompt as the model reads it (chat_template), and at what the scorer says of an empty text",
         least=2,
-        voids=True,
+        voids="stop",
     ),
     Detector(
         "duplicates",
@@ -176,7 +176,7 @@ DETECTORS: Sequence[Detector] = (
         "lower learning_rate, raise the temperature, or add a KL term (beta) or an entropy bonus (entropy_coef)",
         "arXiv:2505.22617",
         WINDOW,
-        voids=True,
+        voids="stop",
     ),
     Detector(
         "repetitive_texts",

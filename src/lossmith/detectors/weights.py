@@ -10,6 +10,7 @@ from typing import Any
 from lossmith.detectors.evidence import Evidence
 from lossmith.detectors.finding import Detector, NotChecked, Sign
 from lossmith.detectors.series import WINDOW, in_steps, longest
+from lossmith.detectors.signal import without_signal
 
 __all__ = ["DETECTORS"]
 
@@ -95,13 +96,13 @@ def _unmoved(evidence: Evidence) -> Sign | None:
         [
             (s.index, float(s.numbers["weight_step"] == 0))
             for s in evidence.steps
-            if "weight_step" in s.numbers and not s.numbers.get("skipped_updates")
+            if "weight_step" in s.numbers and not s.numbers.get("skipped_updates") and not without_signal(s.numbers)
         ],
         bool,
     )
     if len(still) < 2:
         return None
-    sentence = f"the weights did not move {in_steps(still)}: largest change 0"
+    sentence = f"the weights did not move {in_steps(still)}, though there was something to learn: largest change 0"
     level: Any = "stop" if len(still) >= SMALL_STEPS else "warn"
     return Sign(level, sentence, 0.0, len(evidence.steps), "steps", still)
 
@@ -154,6 +155,7 @@ DETECTORS: Sequence[Detector] = (
         "AdamW moves every weight by about learning_rate in one update, whatever the gradient",
         "lower learning_rate; usual is 1e-6 to 1e-4",
         "arXiv:1412.6980",
+        voids="stop",
     ),
     Detector(
         "step_too_small",

@@ -17,7 +17,12 @@ WIDTH = 80
 def wrapped(first: str, text: str, indent: str = "  ") -> list[str]:
     """The text after its first words, in lines of a terminal's width; whatever it holds stays one paragraph."""
     return textwrap.wrap(
-        printable(text), WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        printable(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
@@ -38,7 +43,7 @@ def paragraph(finding: Finding) -> list[str]:
 
 
 def place_in_words(place: Place) -> str:
-    """"step 3, prompt "Why?", completion 2 (score 0.5): "Because""."""
+    """ "step 3, prompt "Why?", completion 2 (score 0.5): "Because""."""
     parts = [f"step {place.step + 1}"]
     if place.prompt:
         parts.append(f'prompt "{place.prompt}"')

@@ -393,8 +393,8 @@ def _against_sampler(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, fl
     ratio = gap.clamp(-20, 20).exp()
     low, high = BAND
     sums = {
-        "gap": gap.abs(), "outside": ((ratio < low) | (ratio > high)).double(), "ratio": ratio, "squared": ratio.square(),
-        "tokens": torch.ones_like(ratio),
+        "gap": gap.abs(), "outside": ((ratio < low) | (ratio > high)).double(), "ratio": ratio,
+        "squared": ratio.square(), "tokens": torch.ones_like(ratio),
     }  # fmt: skip
     return {_OF_SAMPLER + name: float(x.sum()) for name, x in sums.items()}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from lossmith.detectors.measure import Numbers, Places
 from lossmith.errors import LossmithError, RunError, quiet_traps
 from lossmith.files import at_home, read_text
 from lossmith.losses import parse_loss
+from lossmith.replay import Recorded, read_recorded
 from lossmith.rollouts import read_rollouts
 from lossmith.scorers.seal import scale_of
 from lossmith.training.guards import left_out
@@ -24,45 +28,83 @@ __all__ = ["doctor", "evidence_of"]
 
 
 def doctor(path: str | Path) -> Diagnosis:
-    """Every detector over a run's folder, a metrics.jsonl, or a file of rollouts; print() it to read it.
+    """Every detector over a run's folder, a metrics.jsonl, or recorded rollouts; print() it to read it.
 
-    The run may be finished, dead or under way, and of `train`, `prefer` or anybody who writes such files. Nothing of
-    the run is executed. RunError: there is nothing that could be read.
+    The run may be finished, dead or under way; the rollouts may be of any trainer that `replay` reads. Nothing of the
+    run is executed. RunError: there is nothing that could be read.
     """
     evidence, notes = evidence_of(path)
     return replace(examine(evidence), subject=str(path), notes=tuple(notes))
 
 
 def evidence_of(path: str | Path) -> tuple[Evidence, list[str]]:
-    """(what detectors look at, which files of it could not be read)."""
+    """(what detectors look at, what is to be known of it)."""
     place = at_home(path)
     if not place.exists():
         raise RunError(f"there is no run folder {str(path)!r}.")
-    if place.is_file():
-        return Evidence(_steps_of_file(place)), []
+    if place.is_file() and place.suffix == ".jsonl" and "metrics" in place.stem:
+        return Evidence([StepSeen(int(r["step"]), _numbers(r)) for r in read_metrics(place)]), []
+    if place.is_file() or not any((place / name).exists() for name in ("recipe.toml", "metrics.jsonl")):
+        return _of_recorded(read_recorded(place))
+    return _of_run(place)
+
+
+def _of_run(place: Path) -> tuple[Evidence, list[str]]:
     notes: list[str] = []
     steps = _steps(place, notes)
     if not steps:
         damaged = f" ({'; '.join(notes)})" if notes else ""
         raise RunError(
-            f"{str(path)!r} holds no step that could be looked at{damaged}: neither metrics.jsonl nor rollouts/ says "
+            f"{str(place)!r} holds no step that could be looked at{damaged}: neither metrics.jsonl nor rollouts/ says "
             "anything of one. Give the folder of a run that has finished a step."
         )
     recipe = _toml(place / "recipe.toml", notes)
     known = _json(place / "inputs.json", notes).get("known", {})
-    loss = recipe.get("loss", "")
-    return (
-        Evidence(
-            steps,
-            recipe,
-            cut=_left_out(loss),
-            dtype=known.get("dtype") or _named_type(recipe),
-            vocabulary=known.get("vocabulary") or _vocabulary(place),
-            reward_scale=scale_of(recipe.get("scorer")),
-            rescored=_json(place / "summary.json", notes).get("rescored"),
-        ),
-        notes,
+    evidence = Evidence(
+        steps,
+        recipe,
+        cut=_left_out(recipe.get("loss")),
+        dtype=known.get("dtype", ""),
+        vocabulary=known.get("vocabulary"),
+        reward_scale=scale_of(recipe.get("scorer")),
+        rescored=_json(place / "summary.json", notes).get("rescored"),
     )
+    return evidence, notes
+
+
+def _of_recorded(recorded: Sequence[Recorded]) -> tuple[Evidence, list[str]]:
+    """Of rollouts alone, whoever recorded them."""
+    steps = [StepSeen(r.step, *measure(r.step, _completions(r))) for r in recorded]
+    notes = [f"rollouts of {recorded[0].source}", *dict.fromkeys(note for r in recorded for note in r.notes)]
+    return Evidence(steps), notes
+
+
+def _completions(recorded: Recorded) -> list[Completion]:
+    samples: Counter[str] = Counter()
+    made = []
+    for row in recorded.rows:
+        prompt = str(row.prompt if row.group is None else row.group)
+        reward, advantage = row.by_row.get("reward"), row.advantage
+        if reward is None and "reward" in row.by_token:
+            reward = math.fsum(row.by_token["reward"])
+        if isinstance(advantage, list):
+            advantage = statistics.fmean(advantage) if advantage else None
+        made.append(
+            Completion(
+                prompt,
+                row.prompt,
+                samples[prompt],
+                row.completion or None,
+                row.tokens,
+                row.by_row.get("truncated"),
+                reward,
+                advantage=advantage,
+                behavior_logp=row.by_token.get("behavior_logp"),
+                old_logp=row.by_token.get("old_logp"),
+            )
+        )
+        samples[prompt] += 1
+    return made
 
 
 def _steps(folder: Path, notes: list[str]) -> list[StepSeen]:
@@ -81,17 +123,6 @@ def _steps(folder: Path, notes: list[str]) -> list[StepSeen]:
         for step in sorted({*numbers, *measured})
         for found in [measured.get(step, ({}, {}))]
     ]
-
-
-def _steps_of_file(file: Path) -> list[StepSeen]:
-    if file.suffix == ".parquet":
-        name = file.stem.removeprefix("step-")
-        step = int(name) if name.isdecimal() else 0
-        return [StepSeen(step, *_measured(step, file))]
-    steps = [StepSeen(int(r["step"]), _numbers(r)) for r in read_metrics(file)]
-    if not steps:
-        raise RunError(f"{str(file)!r} holds no step.")
-    return steps
 
 
 def _measured(step: int, file: Path) -> tuple[Numbers, Places]:
@@ -135,13 +166,3 @@ def _left_out(spec: Any) -> str:
             return left_out(parse_loss(spec)) if spec else ""
     except (LossmithError, TypeError):
         return ""
-
-
-def _named_type(recipe: Mapping[str, Any]) -> str:
-    dtype = recipe.get("dtype", "")
-    return dtype if dtype in ("float32", "bfloat16") else ""
-
-
-def _vocabulary(folder: Path) -> int | None:
-    size = _json(folder / "policy" / "config.json", []).get("vocab_size")
-    return size if isinstance(size, int) and size > 1 else None
