@@ -7,7 +7,7 @@ in `faults.py` that it must find, and healthy runs in which it must stay silent.
 from lossmith.detectors.diagnosis import DETECTORS, FAMILIES, Diagnosis, action_of, examine
 from lossmith.detectors.evidence import Completion, Evidence, Place, StepSeen
 from lossmith.detectors.finding import LEVELS, Detector, Finding, Level, NotChecked, at_least
-from lossmith.detectors.measure import measure
+from lossmith.detectors.measuring import measure
 
 __all__ = [
     "DETECTORS",

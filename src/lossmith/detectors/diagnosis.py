@@ -55,9 +55,13 @@ class Diagnosis:
         }
 
 
-def action_of(guards: Mapping[str, str], name: str) -> str:
-    """What a recipe's guards say of a detector: warn, stop or off; "" where its own level decides."""
-    return guards.get(name, guards.get("all", ""))
+def action_of(guards: Mapping[str, str], name: str, settings: Mapping[str, Any] = {}) -> str:
+    """What a recipe's guards say of a detector: warn, stop or off; "" where its own level decides.
+
+    What a setting of its own asks for (a KL budget) is not meant by `all`.
+    """
+    asked = DETECTORS[name].asked_by
+    return guards.get(name, "" if asked and settings.get(asked) else guards.get("all", ""))
 
 
 def examine(evidence: Evidence, guards: Mapping[str, str] | None = None) -> Diagnosis:
@@ -69,7 +73,7 @@ def examine(evidence: Evidence, guards: Mapping[str, str] | None = None) -> Diag
     passed: list[str] = []
     not_checked: dict[str, str] = {}
     for name, detector in DETECTORS.items():
-        action = action_of(guards or {}, name)
+        action = action_of(guards or {}, name, evidence.settings)
         if action == "off":
             not_checked[name] = "it is off"
             continue

@@ -18,7 +18,7 @@ import numpy as np
 from lossmith.detectors.diagnosis import DETECTORS
 from lossmith.detectors.evidence import Completion, Evidence, StepSeen
 from lossmith.detectors.finding import Finding
-from lossmith.detectors.measure import measure
+from lossmith.detectors.measuring import measure
 from lossmith.intervals import mean_of
 
 __all__ = ["FAULTS", "Made", "false_alarms", "found", "healthy"]

@@ -52,8 +52,8 @@ class Detector:
     """One illness of a run, and how it is told from health.
 
     reads: what must have been recorded; of names joined by | one is enough. least: steps below which it says nothing.
-    rule: the thresholds in words. voids: the level from which on held-out scores before and after say nothing of what was
-    learned, so that the run ends without a verdict.
+    rule: the thresholds in words. voids: the level from which on held-out scores before and after say nothing of
+    what was learned, so that the run ends without a verdict. asked_by: the setting that asks for the stop.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Detector:
     source: str = ""
     least: int = 1
     voids: Level | None = None
+    asked_by: str = ""
 
     def __call__(self, evidence: Evidence) -> Finding | NotChecked | None:
         """What is found; None where nothing is wrong."""

@@ -143,6 +143,7 @@ DETECTORS: Sequence[Detector] = (
         "stop where the watched score was best, hold the policy nearer (beta, kl_budget), or mend the scorer",
         "arXiv:2210.10760",
         2,
+        asked_by="watch_window",
     ),
     Detector(
         "kl_budget",
@@ -153,5 +154,6 @@ DETECTORS: Sequence[Detector] = (
         "the run has moved as far as its budget goes",
         "take this policy, raise kl_budget, or hold the policy nearer with a KL term (beta)",
         "arXiv:2210.10760",
+        asked_by="kl_budget",
     ),
 )  # fmt: skip

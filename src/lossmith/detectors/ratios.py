@@ -8,7 +8,7 @@ from typing import Any
 
 from lossmith.detectors.evidence import Evidence
 from lossmith.detectors.finding import Detector, NotChecked, Sign
-from lossmith.detectors.measure import BAND
+from lossmith.detectors.measuring import BAND
 from lossmith.detectors.series import WINDOW, begun, in_steps, longest, windows
 
 __all__ = ["DETECTORS", "GAP_NOTE"]
@@ -18,8 +18,8 @@ CLIPPED = 0.5  # of tokens: most of the round no longer counts; usual are 0.0 to
 SOME = 0.02  # of tokens clipped, below which the sides are not compared
 ONE_SIDE = 0.99  # of the clipped tokens on one side
 SIDED_STEPS = 5  # in a row
-ESS_WARN = 0.7  # of the tokens that the weighted sample is worth: the weights' variance is 0.43 of their mean squared
-ESS_STOP = 0.3  # a handful of tokens decides the gradient
+ESS_WARN = 0.5  # of the tokens that the weighted sample is worth: where particle filters draw afresh
+ESS_STOP = 0.1  # a handful of tokens decides the gradient
 GAP_NOTE = 0.005  # nats a token: float32 stays below 0.0001, bfloat16 lies at 0.03
 GAP_WARN = 0.1  # three times what bfloat16 rounding does to a small model
 GAP_GROWTH = 3.0  # times that of the start: rounding does not grow, weights that did not arrive do
@@ -84,7 +84,7 @@ def _one_sided(evidence: Evidence) -> Sign | None:
 
 def _ess(evidence: Evidence) -> Sign | None:
     series = evidence.series("ess")
-    low = [(step, v) for step, v in windows(series, min(2, len(series))) if v < ESS_WARN]
+    low = [(step, v) for step, v in windows(series, 2) if v < ESS_WARN]
     if not low:
         return None
     step, least = min(low, key=lambda pair: pair[1])
@@ -93,7 +93,7 @@ def _ess(evidence: Evidence) -> Sign | None:
         f"by step {step + 1} the {n} sampled tokens are worth {least:.0%} of as many: the learner's probabilities are "
         "far from those that they were sampled with"
     )
-    level: Any = "stop" if least < ESS_STOP else "warn"
+    level: Any = "stop" if any(v < ESS_STOP for _, v in windows(series)) else "warn"
     return Sign(level, sentence, least, n, "tokens", tuple(s for s, _ in low))
 
 
@@ -159,12 +159,14 @@ DETECTORS: Sequence[Detector] = (
     Detector(
         "effective_sample_size",
         "a few tokens carry all the importance weight",
-        f"(Σw)²/(nΣw²) of the tokens' ratios π_learner/π_sampler below {ESS_WARN:g}, over 2 steps (stop: {ESS_STOP:g})",
+        f"(Σw)²/(nΣw²) of the tokens' ratios π_learner/π_sampler below {ESS_WARN:g}, over 2 steps "
+        f"(stop: {ESS_STOP:g}, over {WINDOW})",
         ("ess",),
         _ess,
         "rollouts of a much older policy, too many updates on them, or a sampler that is another model",
         "use fresher rollouts, fewer epochs, or a correction that bounds the weights (mismatch='tis')",
         "arXiv:1809.04129",
+        2,
     ),
     Detector(
         "sampler_gap",

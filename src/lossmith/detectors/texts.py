@@ -8,7 +8,7 @@ from typing import Any
 
 from lossmith.detectors.evidence import Evidence
 from lossmith.detectors.finding import Detector, Sign
-from lossmith.detectors.measure import GRAM, REPEATS
+from lossmith.detectors.measuring import GRAM, REPEATS
 from lossmith.detectors.series import WINDOW, begun, in_steps, longest, windows
 
 __all__ = ["DETECTORS"]
@@ -50,7 +50,7 @@ def _cut(evidence: Evidence) -> Sign | None:
     n = int(sum(v for s, v in evidence.series("completions") if s in set(never)))
     if evidence.cut and never:
         told = "no signal: every completion was cut at max_tokens before it ended, and the loss"
-        sentence = f"{told} {evidence.cut} (truncated)"
+        sentence = f"{told} {evidence.cut} (truncated); raise max_tokens"
         return Sign("stop", sentence, 1.0, n, "completions", never, evidence.places("ended", never))
     if len(never) >= NEVER:
         sentence = f"no completion ended{within} {in_steps(never)}: the policy never sees what an end is worth"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossmith.detectors.measure import BAND
+from lossmith.detectors.measuring import BAND
 from lossmith.errors import RunError
 from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
 from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
@@ -82,7 +82,9 @@ class Learner:
         if self.compiled:
             for each in filter(None, (policy, self.reference)):
                 compile_layers(each)
-        self.weights = WeightWatch(trained[0][0], [] if self.reference is None else self.reference.parameters())
+        self.weights = WeightWatch(
+            trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
+        )
         self._clock = Clock()
         self.bad_in_a_row = 0  # gradients that were not finite
         self.settled = True  # False from the first change that a round makes, until the loop has written the round down

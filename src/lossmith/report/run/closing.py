@@ -28,12 +28,10 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     for sentence in sentences(summary):
         console.print(sentence, highlight=False, markup=False)
     for finding in summary.get("findings", ()):
-        if finding["level"] != "note" and not finding["voids"] and finding["sentence"] != summary.get("stopped"):
-            console.print(
-                f"{finding['sentence'][:1].upper()}{finding['sentence'][1:]} ({finding['detector']}).",
-                highlight=False,
-                markup=False,
-            )
+        said = finding["sentence"]
+        if finding["level"] != "note" and not finding["voids"] and said != summary.get("stopped"):
+            told = f"{said[0].upper()}{said[1:]} ({finding['detector']})."
+            console.print(told, highlight=False, markup=False)
     if "watch" in summary:
         console.print(_table(summary["watch"], "The same completions, by the scorer that watches"))
         console.print(verdict(summary["watch"]["difference"], "watched score"), highlight=False)

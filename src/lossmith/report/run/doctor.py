@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.detectors import Completion, Diagnosis, Evidence, StepSeen, examine, measure
-from lossmith.detectors.measure import Numbers, Places
+from lossmith.detectors.measuring import Numbers, Places
 from lossmith.errors import LossmithError, RunError, quiet_traps
 from lossmith.files import at_home, read_text
 from lossmith.losses import parse_loss

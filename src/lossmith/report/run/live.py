@@ -25,8 +25,8 @@ _FIGURES: tuple[tuple[str, Callable[[Mapping[str, Any]], str | None]], ...] = (
     ("watched", lambda r: _number(r["watch"]) if "watch" in r else None),
     ("KL", lambda r: None if (kl := kl_of_completion(r)) is None else f"{kl:.2f} nats"),
     ("entropy", lambda r: f"{max(r['sampled_entropy'], 0.0):.2f}"),  # an estimate of 0 may be a rounding below it
-    ("ended", lambda r: f"{r['ended']:.0%}"),
     ("gap", lambda r: f"{gap:.3f}" if (gap := r.get("sampler_gap", 0.0)) >= GAP_NOTE else None),
+    ("ended", lambda r: f"{r['ended']:.0%}"),
     ("length", lambda r: f"{r['length']:.1f}"),
 )
 
