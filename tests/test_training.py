@@ -314,8 +314,8 @@ def test_schedules():
     assert factors(schedule="cosine", warmup_steps=1) == [0.5, 1, 0.8536, 0.5, 0.1464]
 
 
-def test_a_recipe_has_about_forty_fields_and_each_says_what_it_is():
-    assert len(ls.Recipe.model_fields) <= 49
+def test_a_recipe_has_about_fifty_fields_and_each_says_what_it_is():
+    assert len(ls.Recipe.model_fields) <= 52
     assert all(field.description for field in ls.Recipe.model_fields.values())
 
 

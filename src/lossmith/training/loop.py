@@ -36,7 +36,7 @@ from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
 
-__all__ = ["Plan", "Run", "Step", "learn", "open_run", "plan", "policy_of", "those_scored"]
+__all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored"]
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,7 @@ def learn(run: Run) -> Iterator[Step]:
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
         step = Step(index, with_advantages(rollouts, credit), update, clock.read(), watched, batch, credit)
         record(run, step)
-        step.findings.extend(run.guards.after(step.record, step.seen[1]))
-        run.folder.add_findings(index, step.findings)
-        run.stopped = next((f.sentence for f in step.findings if f.level == "stop"), "")
+        look(run, step)
         yield step
         if run.stopped:
             return
@@ -308,6 +306,13 @@ def record(run: Run, step: Step) -> None:
     if recipe.save_rollouts:
         run.folder.add_rollouts(f"step-{step.index:05d}", step.rollouts, step.batch, step.credit)
     run.recorded(step.index + 1)
+
+
+def look(run: Run, step: Step) -> None:
+    """What the guards find after the step, said in it and written down; it may end the run."""
+    step.findings.extend(run.guards.after(step.record, step.seen[1]))
+    run.folder.add_findings(step.index, step.findings)
+    run.stopped = next((f.sentence for f in step.findings if f.level == "stop"), "")
 
 
 # -- before the first step --------------------------------------------------------------------------------------------
