@@ -381,7 +381,9 @@ def test_the_kl_term_of_nemo_rl_is_k3_times_a_ratio_of_one_with_gradient():
     logp, old, ref = (-torch.rand(4, 5, generator=g, dtype=torch.float64) for _ in range(3))
     mine, theirs = logp.clone().requires_grad_(), logp.clone().requires_grad_()
     loss = read({"grpo.normalize_rewards": True}).sure
-    batch = ls.Batch(mask=torch.ones(4, 5, dtype=torch.bool), advantage=torch.zeros(4), logp=mine, old_logp=old, ref_logp=ref)
+    batch = ls.Batch(
+        mask=torch.ones(4, 5, dtype=torch.bool), advantage=torch.zeros(4), logp=mine, old_logp=old, ref_logp=ref
+    )
     loss(batch).loss.backward()
     kappa = theirs - ref
     (0.01 * ((-kappa).exp() - 1 + kappa) * (theirs - theirs.detach()).exp()).mean().backward()
