@@ -11,7 +11,17 @@ import lossmith.losses as L
 from batches import quiet_loss
 from lossmith.errors import ProofError
 from lossmith.losses.batch import FIELDS
-from lossmith.proofs import Tree, World, bias, default_world, group_gradients, kl_push, kl_table, length_weights
+from lossmith.proofs import (
+    Tree,
+    World,
+    bias,
+    default_world,
+    enumeration,
+    group_gradients,
+    kl_push,
+    kl_table,
+    length_weights,
+)
 from lossmith.proofs.enumeration import WORLD_FIELDS, long_world
 from lossmith.proofs.scenarios import (
     SUCCESS,
@@ -98,6 +108,36 @@ def test_expected_gradient_is_that_of_all_ordered_groups(name):
     torch.testing.assert_close(gradients.mean(), total, rtol=1e-11, atol=1e-13)
     parts = sum(gradients.mean(term) for term in gradients.terms if term != "loss")
     torch.testing.assert_close(parts, total, rtol=1e-11, atol=1e-13)
+
+
+APART = {
+    "grpo": {"entropy_coef": 0.1, "beta": 0.3, "entropy_aggregate": "token_mean", "kl_aggregate": "token_sum"},
+    "dapo": {"truncated": "mask", "mismatch": "tis"},
+    "reinforce": {"advantage": "loo", "aggregate": "prompt_mean", "group_filter": "zero_variance"},
+    "ppo": {"value_clip": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_all_groups_at_once_have_the_gradients_of_each_alone(name, monkeypatch):
+    loss, world = quiet_loss(name, **APART[name]), moved_world(0.2)
+    at_once = group_gradients(loss, world, 3).terms
+    monkeypatch.setattr(enumeration, "_keeps_groups_apart", lambda loss: False)
+    alone = group_gradients(loss, world, 3).terms
+    assert at_once.keys() == alone.keys() and len(alone["loss"]) == 84
+    for term, gradient in alone.items():
+        torch.testing.assert_close(at_once[term], gradient, rtol=1e-11, atol=1e-13)
+
+
+def test_a_piece_that_couples_groups_and_says_that_it_does_not_changes_nothing():
+    class Silent(L.BatchMean):
+        coupling = "group"
+
+    honest = quiet_loss("reinforce", advantage="batch_mean")
+    told = honest.replace(advantage=Silent())
+    assert (honest.coupling, told.coupling) == ("batch", "group")
+    ours, theirs = (group_gradients(loss, WORLD, 2).mean() for loss in (told, honest))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 def test_sampled_groups_agree_with_their_interval():

@@ -52,9 +52,8 @@ def draw_trl(rng: random.Random) -> dict[str, Any]:
 def trl_config(**settings: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from trl import GRPOConfig
-
         from accelerate import Accelerator
+        from trl import GRPOConfig
 
         made = GRPOConfig(
             output_dir="unused", use_cpu=True, bf16=False, report_to=[], num_generations=SIZE, num_iterations=2,
@@ -104,6 +103,14 @@ def run_trl(config: Any, data: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return value_and_gradients(loss, {"logp": logp})
 
 
+READ = """
+    loss_type multi_objective_aggregation scale_rewards importance_sampling_level off_policy_mask_threshold
+    mask_truncated_completions top_entropy_quantile entropy_coef use_adaptive_entropy use_vllm beta
+    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min max_completion_length num_generations num_iterations pad_to_multiple_of
+"""
+
+
 def _trainer(config: Any, data: dict[str, torch.Tensor]) -> Any:
     """TRL's trainer with what its methods read; the model, the sampler and the reward functions are given."""
     it = library().grpo.__new__(library().grpo)
@@ -116,13 +123,7 @@ def _trainer(config: Any, data: dict[str, torch.Tensor]) -> Any:
     def log_probs(which: Any, *_: Any, **__: Any) -> Any:
         return data["ref_logp" if which is reference else "old_logp"], None, None
 
-    read = (
-        "loss_type multi_objective_aggregation scale_rewards importance_sampling_level off_policy_mask_threshold "
-        "mask_truncated_completions top_entropy_quantile entropy_coef use_adaptive_entropy use_vllm beta "
-        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
-        "vllm_importance_sampling_clip_min max_completion_length num_generations num_iterations pad_to_multiple_of"
-    ).split()
-    settings = {name: getattr(config, name) for name in read} | dict(
+    settings = {name: getattr(config, name) for name in READ.split()} | dict(
         args=config, model=model, ref_model=reference, accelerator=library().accelerator,
         current_gradient_accumulation_steps=1, aux_loss_enabled=False, log_multimodal=False,
         epsilon_low=config.epsilon, epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,

@@ -7,7 +7,6 @@ import random
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 
 from live_case import value_and_gradients
@@ -43,7 +42,7 @@ def draw(rng: random.Random) -> dict[str, Any]:
         f"{ACTOR}entropy_coeff": rng.choice([0, 0, 0.01]),
         f"{ACTOR}use_kl_loss": rng.choice([False, True]),
         f"{ACTOR}kl_loss_coef": rng.choice([0.001, 0.1]),
-        f"{ACTOR}kl_loss_type": rng.choice(kl + ["k1+", "k3+", "abs+", "mse+"]),
+        f"{ACTOR}kl_loss_type": rng.choice([*kl, "k1+", "k3+", "abs+", "mse+"]),
         f"{ACTOR}tau_pos": rng.choice([1.0, 1.5]),
         f"{ACTOR}tau_neg": rng.choice([1.05, 2.0]),
         f"{CORRECTION}rollout_is": rng.choice(["null", "null", "token", "sequence"]),
@@ -136,7 +135,7 @@ def _for_loss(tensors: Any, data: dict[str, torch.Tensor]) -> Any:
 
     mask, one = data["mask"].long(), torch.ones(len(data["mask"]), 1, dtype=torch.long)
     kept = ["response_mask", "old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights"]
-    made = {name: tensors[name] for name in kept if name in tensors.keys()}
+    made = {name: tensors[name] for name in kept if name in tensors.keys()}  # noqa: SIM118
     made |= {"prompts": one, "responses": torch.ones_like(mask), "attention_mask": torch.cat([one, mask], 1)}
     found = TensorDict(made, batch_size=[len(mask)])
     counts = {"batch_num_tokens": int(mask.sum()), "global_batch_size": len(mask)}

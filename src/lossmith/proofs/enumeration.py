@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import ProofError
-from lossmith.losses import Batch
+from lossmith.losses import Batch, PolicyLoss
 from lossmith.proofs.random_batches import LEAVES, batch_fields
 
 __all__ = [
@@ -294,31 +294,72 @@ def group_gradients(
 
     main: only what follows the reward, the policy term where there is one (faster).
     """
-    names = batch_fields(loss)
-    columns = {name: world.field(name).detach() for name in names}
+    columns = {name: world.field(name).detach() for name in batch_fields(loss)}
     groups, weight, exact = _groups(world.probability, size, samples, seed)
-    found = [_one(loss, {k: v[rows] for k, v in columns.items()}, world, rows, main) for rows in groups]
-    nothing = torch.zeros(world.tree.size, dtype=torch.float64)
-    terms = {term for one in found for term in one}  # a term may be absent where it has nothing to say
-    stacked = {term: torch.stack([one.get(term, nothing) for one in found]) for term in sorted(terms)}
-    return GroupGradients(weight, stacked, exact)
+    terms = _at_once(loss, columns, world, groups, main) if _keeps_groups_apart(loss) else None
+    if terms is None:
+        found = [_alone(loss, columns, world, rows, main) for rows in groups]
+        nothing = torch.zeros(1, world.tree.size, dtype=torch.float64)
+        names = sorted({term for one in found for term in one})  # it may be absent where it has nothing to say
+        terms = {term: torch.cat([one.get(term, nothing) for one in found]) for term in names}
+    return GroupGradients(weight, terms, exact)
 
 
-def _one(loss: Any, fields: dict[str, Tensor], world: World, rows: Tensor, main: bool) -> dict[str, Tensor]:
-    """{term: gradient [P]} of one group: the loss's gradient at its leaves, carried on to theta by the Jacobians."""
-    leaves = {k: fields[k].clone().requires_grad_() for k in LEAVES if k in fields}
-    output = loss(Batch(**{**fields, **leaves}))
+def _keeps_groups_apart(loss: Any) -> bool:
+    """Whether it says that the rows of a group are all that their gradient depends on, but for what it divides by."""
+    return isinstance(loss, PolicyLoss) and loss.separable and loss.coupling != "batch"
+
+
+def _at_once(
+    loss: PolicyLoss, columns: dict[str, Tensor], world: World, groups: Tensor, main: bool
+) -> dict[str, Tensor] | None:
+    """{term: gradients [M, P]} of all groups as one batch, each with the counts that it has alone: ten times as fast.
+
+    None: three of them, evaluated alone, give something else.
+    """
+    batch, leaves = _batch(columns, groups)
+    credit = loss.credit(batch)
+    parts = [slice(start, start + groups.shape[1]) for start in range(0, groups.numel(), groups.shape[1])]
+    alone = [loss.as_whole(credit.rows(part), batch.rows(part)).parts for part in parts]
+    names = [name for name in alone[0] if name.endswith("weight")]
+    weights: dict[str, Any] = {name: torch.cat([part[name] for part in alone]) for name in names}
+    found = _terms(loss.objective(batch, dataclasses.replace(credit, **weights)), leaves, world, groups, main)
+    for i in (0, len(groups) // 2, len(groups) - 1):
+        for term, gradient in _alone(loss, columns, world, groups[i], main).items():
+            if not torch.allclose(found[term][i], gradient[0], rtol=1e-9, atol=1e-12):
+                return None
+    return dict(sorted(found.items()))
+
+
+def _alone(loss: Any, columns: dict[str, Tensor], world: World, rows: Tensor, main: bool) -> dict[str, Tensor]:
+    """{term: gradient [1, P]} of one group."""
+    batch, leaves = _batch(columns, rows[None])
+    return _terms(loss(batch), leaves, world, rows[None], main)
+
+
+def _batch(columns: dict[str, Tensor], groups: Tensor) -> tuple[Batch, dict[str, Tensor]]:
+    """(the completions of these groups [M, G] as a batch, its leaves)."""
+    fields = {name: column[groups.flatten()] for name, column in columns.items()}
+    if "group" in fields:
+        fields["group"] = torch.arange(len(groups)).repeat_interleave(groups.shape[1])
+    leaves = {name: fields[name].clone().requires_grad_() for name in LEAVES if name in fields}
+    return Batch(**{**fields, **leaves}), leaves
+
+
+def _terms(output: Any, leaves: dict[str, Tensor], world: World, groups: Tensor, main: bool) -> dict[str, Tensor]:
+    """{term: gradients [M, P]}: the gradient at the leaves of the loss, carried on to theta by the Jacobians."""
     wanted = {"loss": output.loss}
     if len(output.terms) > 1:
         wanted = {"policy": output.terms["policy"]} if main and "policy" in output.terms else wanted | output.terms
     found: dict[str, Tensor] = {}
     for term, value in wanted.items():
-        gradient = torch.zeros(world.tree.size, dtype=torch.float64)
+        gradient = torch.zeros(len(groups), world.tree.size, dtype=torch.float64)
         if value.requires_grad:
             slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
             for leaf, slope in zip(leaves, slopes, strict=True):
                 if slope is not None and leaf in world.jacobians:
-                    gradient = gradient + torch.einsum("gl,glp->p", slope, world.jacobians[leaf][rows])
+                    of_groups = slope.view(*groups.shape, -1)
+                    gradient = gradient + torch.einsum("mgl,mglp->mp", of_groups, world.jacobians[leaf][groups])
         found[term] = gradient
     return found | ({"policy": found["loss"]} if "policy" in output.terms and "policy" not in found else {})
 

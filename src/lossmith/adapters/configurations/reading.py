@@ -10,14 +10,16 @@ from typing import Any
 
 from lossmith.adapters.configurations.source import Computed, Source
 from lossmith.errors import LossError, nearest, quiet_traps
-from lossmith.losses import Loss, find_entry
+from lossmith.losses import Loss, find_entry, get_loss
 from lossmith.losses.catalogue.call import read_call
 from lossmith.losses.composition.foreign import FOREIGN
 from lossmith.losses.piece import is_number, shown
 
-__all__ = ["Reading", "Settings", "Trainer", "ours"]
+__all__ = ["CRITIC", "Reading", "Settings", "Trainer", "ours"]
 
 _NOTHING = ("none", "null", "~", "")
+
+CRITIC = "The critic is a model of its own with its own optimizer: its term does not weigh on the policy's."
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,14 @@ class Reading:
     @property
     def call(self) -> str:
         """The loss as `get_loss` takes it: a preset and what differs from it, "dapo@trl(beta=0.04)"."""
+        name, flat = self.loss.name, self.loss.to_dict()
         with quiet_traps():
-            preset = find_entry(self.loss.name).build().to_dict()
-        flat = self.loss.to_dict()
-        changed = {k: v for k, v in flat.items() if k != "name" and (k not in preset or preset[k] != v)}
-        return f"{self.loss.name}({', '.join(f'{k}={_literal(v)}' for k, v in changed.items())})".removesuffix("()")
+            preset = find_entry(name).build().to_dict()
+            changed = {k: v for k, v in flat.items() if k != "name" and (k not in preset or preset[k] != v)}
+            for key in [k for k, v in changed.items() if v in (False, None, [])]:  # said by the others already?
+                rest = {k: v for k, v in changed.items() if k != key}
+                changed = rest if get_loss(name, **rest).to_dict() == flat else changed
+        return f"{name}({', '.join(f'{k}={_literal(v)}' for k, v in changed.items())})".removesuffix("()")
 
     @property
     def sure(self) -> Loss:
@@ -192,8 +197,9 @@ class Settings:
         if self.source.whole:
             given = {k: v for k, v in given.items() if k not in known or v != known[k]}
         unread = {k: v for k, v in given.items() if k not in self.asked}
+        elsewhere = {k: v for k, v in unread.items() if self.trainer.elsewhere(k)}
         for name in unread:
-            if name not in known and not self.trainer.elsewhere(name):
+            if name not in known and name not in elsewhere:
                 self.refused[name] = (
                     f"{self.trainer.title} {self.trainer.version} has no such setting{_near(name, known)}"
                 )
@@ -206,8 +212,8 @@ class Settings:
             version=self.trainer.version,
             used={k: given[k] for k in self.asked if k in given and k not in self.refused},
             defaults={k: known[k] for k in self.asked if k not in given and k in known},
-            without_effect={k: v for k, v in unread.items() if k in known},
-            elsewhere={k: v for k, v in unread.items() if k not in known and k not in self.refused},
+            without_effect={k: v for k, v in unread.items() if k in known and k not in elsewhere},
+            elsewhere=elsewhere,
             not_understood=self.refused,
             notes=tuple(self.notes),
             where=self.source.where,

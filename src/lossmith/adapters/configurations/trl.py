@@ -68,16 +68,16 @@ _ELSEWHERE = """
     enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
     hub_revision load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
     restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
-    parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
-    dataloader_persistent_workers dataloader_prefetch_factor remove_unused_columns label_names
-    train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-    ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval
-    do_predict resume_from_checkpoint logging_dir local_rank model_init_kwargs trust_remote_code disable_dropout
-    cast_lm_head_to_fp32 num_generations num_generations_eval ds3_gather_for_generation shuffle_dataset
-    pad_to_multiple_of generation_batch_size steps_per_generation temperature top_p top_k min_p generation_kwargs
-    chat_template_kwargs repetition_penalty cache_implementation vllm_mode vllm_model_impl vllm_enable_sleep_mode
-    vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
-    vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size num_iterations
+    parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor remove_unused_columns label_names train_sampling_strategy length_column_name
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+    fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint logging_dir
+    local_rank model_init_kwargs trust_remote_code disable_dropout cast_lm_head_to_fp32 num_generations
+    num_generations_eval ds3_gather_for_generation shuffle_dataset pad_to_multiple_of generation_batch_size
+    steps_per_generation temperature top_p top_k min_p generation_kwargs chat_template_kwargs repetition_penalty
+    cache_implementation vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex
+    vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
+    vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size num_iterations max_completion_length
     max_tool_calling_iterations log_completions log_multimodal num_completions_to_print log_unique_prompts
     log_completions_hub_repo use_transformers_continuous_batching transformers_continuous_batching_config
     use_transformers_paged dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
@@ -91,6 +91,7 @@ ELSEWHERE = frozenset(_ELSEWHERE.split())
 # What this trainer's configuration has and others' have not; `beta` alone could be anyone's.
 OWN = (DEFAULTS.keys() - {"beta", "delta"}) | {"num_generations", "max_tool_calling_iterations", "vllm_mode"}
 
+TOKEN_MEAN = ("dapo", "bnpo", "cispo", "vespo")
 MICRO_BATCHES = (
     "{setting}: in TRL {version} this loss depends on the micro-batch size. Four updates on the same data in "
     "micro-batches of 4 and of 16 ended max|dθ| {gap} apart, where the parameters moved 0.09 to 0.13 and loss_type "
@@ -126,14 +127,17 @@ def _loss(s: Settings) -> Loss:
     changes: dict[str, Any] = {"ratio_level": start.to_dict()["ratio_level"]}
     if kind != "vespo":
         changes |= ours("importance_sampling_level", s.word("importance_sampling_level", ("token", "sequence")))
-    changes |= _bounds(s, kind) | _advantage(s) | _kl(s, kind) | _left_out(s) | _entropy(s, kind) | _mismatch(s, kind)
+    changes |= (
+        _bounds(s, kind) | _advantage(s) | _kl(s, kind) | _left_out(s, kind) | _entropy(s, kind) | _mismatch(s, kind)
+    )
     if kind == "dr_grpo":
         changes["max_length"] = s.must("max_completion_length")
     if kind == "bnpo":
         _micro_batches(s, "loss_type 'bnpo'")
     if s.number("router_aux_loss_coef"):
         s.note("router_aux_loss_coef adds the load-balancing loss of a mixture of experts, which is not shown here.")
-    _generations(s)
+    if kind in TOKEN_MEAN:
+        _generations(s)
     return s.build(start, changes)
 
 
@@ -207,10 +211,10 @@ def _kl(s: Settings, kind: str) -> dict[str, Any]:
     return {"beta": beta, "kl_estimator": "k3", "kl_place": "loss", "kl_ratio_weight": weighted}
 
 
-def _left_out(s: Settings) -> dict[str, Any]:
+def _left_out(s: Settings, kind: str) -> dict[str, Any]:
     """Completions and tokens without a policy term."""
     changes = ours("mask_truncated_completions", s.flag("mask_truncated_completions"))
-    if changes["truncated"] == "mask":
+    if changes["truncated"] == "mask" and kind in TOKEN_MEAN:
         s.note(
             "mask_truncated_completions: TRL empties the mask of a truncated completion before it counts tokens, so "
             "that a token mean divides by the tokens of the others alone; here truncated completions are counted."
@@ -244,8 +248,7 @@ def _entropy(s: Settings, kind: str) -> dict[str, Any]:
     if s.must("top_entropy_quantile") < 1:
         s.refuse("entropy_coef", "with top_entropy_quantile the bonus is of the tokens that are kept, here of all")
     _micro_batches(s, "entropy_coef")
-    tokens = kind in ("dapo", "bnpo", "cispo", "vespo")  # whose own aggregation is a token mean
-    return {"entropy_coef": coefficient, "entropy_aggregate": "same" if tokens else "token_mean"}
+    return {"entropy_coef": coefficient, "entropy_aggregate": "same" if kind in TOKEN_MEAN else "token_mean"}
 
 
 def _mismatch(s: Settings, kind: str) -> dict[str, Any]:

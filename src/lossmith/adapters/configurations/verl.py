@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lossmith.adapters.configurations.reading import Settings, Trainer, ours
+from lossmith.adapters.configurations.reading import CRITIC, Settings, Trainer, ours
 from lossmith.adapters.configurations.source import Source, from_object
 from lossmith.errors import LossError, quiet_traps
 from lossmith.losses import Loss, get_loss
@@ -144,7 +144,8 @@ def _loss(s: Settings) -> Loss:
     changes = _advantage(s, estimator) | _bounds(s, mode) | _aggregation(s, mode) | _kl(s) | bypass
     changes |= _filter(s) | {"entropy_coef": s.must(f"{ACTOR}entropy_coeff")}
     changes |= _critic(s) if estimator == "gae" else {}
-    changes |= {} if bypass else _mismatch(s)
+    changes |= {} if bypass else _mismatch(s, mode)
+    _rewards(s)
     if s.flag("distillation.enabled"):
         s.refuse("distillation.enabled", "a teacher's term is added to this loss, or takes its place")
     return s.build(start, changes)
@@ -202,12 +203,15 @@ def _threshold(s: Settings) -> tuple[float | None, float]:
     return (None, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def _mismatch(s: Settings) -> dict[str, Any]:
+def _mismatch(s: Settings, mode: str) -> dict[str, Any]:
     """The weight π_old/μ, where the old policy is not what sampled."""
     where = "algorithm.rollout_correction."
     level = s.word(f"{where}rollout_is", ("token", "sequence"), none=True)
     if level is None:
         return {"mismatch": "none"}
+    if mode == "geo_mean" and level == "token":
+        why = "geo_mean takes the geometric mean of the weights of a completion, and here each token has its own"
+        s.refuse(f"{where}rollout_is", why)
     low, high = _threshold(s)
     changes = {"mismatch": "tis" if low is None else "icepop", "mismatch_level": level}
     changes |= {"mismatch_low": 0.0 if low is None else low, "mismatch_high": high}
@@ -358,14 +362,26 @@ def _filter(s: Settings) -> dict[str, Any]:
     return {"group_filter": "zero_variance"}
 
 
+def _rewards(s: Settings) -> None:
+    """What verl takes off a reward before any of this."""
+    name = next(
+        (n for n in s.source.settings if n.endswith(("overlong_buffer_cfg.enable", "overlong_buffer.enable"))), ""
+    )
+    if name and str(s.source.settings[name]).lower() == "true":
+        table = name.removesuffix("enable")
+        length, factor = (s.source.settings.get(f"{table}{x}", "?") for x in ("len", "penalty_factor"))
+        s.note(
+            f"{table.rstrip('.')}: verl's reward function takes up to {factor} off the reward within the last {length} "
+            "tokens of the limit, before the loss sees it. In a loss here that would be shaping=['overlong']."
+        )
+
+
 def _critic(s: Settings) -> dict[str, Any]:
     actor = {f"critic.{x}": s.raw(f"{ACTOR}{x}") for x in ("loss_agg_mode", "loss_scale_factor")}
     for name, value in actor.items():
         if s.raw(name) not in (None, value):
             s.refuse(name, "the critic is aggregated in another way than the policy, and here both in one")
-    s.note(
-        "The critic is a model of its own with its own optimizer: the size of its term does not weigh on the policy."
-    )
+    s.note(CRITIC)
     return {"value_coef": 1.0, "value_clip": s.must("critic.cliprange_value")}
 
 

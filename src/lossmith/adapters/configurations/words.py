@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 from dataclasses import dataclass, field
 
@@ -13,6 +15,8 @@ _EXPANSION = re.compile(r"^(?P<name>[A-Za-z_]\w*)(?:(?P<array>\[[@*]\])|(?P<how>
 _HEREDOC = re.compile(r"<<-?\s*(?P<quote>['\"]?)(?P<mark>\w+)(?P=quote)")
 _OPENS, _CLOSES = {"if", "for", "while", "until", "case", "select"}, {"fi", "done", "esac"}
 _BETWEEN = {"then", "else", "elif", "do", "!", "export", "declare", "local", "readonly", "time", "exec"}
+
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
 class ShellError(Exception):
@@ -192,8 +196,14 @@ class _Script:
                 return [Word(written, True, line)]
             if match["how"] and match["name"] not in self.variables:
                 words = _Script(match["default"], variables=self.variables)._word()
+                if match["how"].endswith("="):  # : "${X:=default}"
+                    self._assign(match["name"], words, add=False)
                 return [Word(" ".join(w.text for w in words), any(w.computed for w in words), line)]
             return self._variable(match["name"], written, quoted and not match["array"])
+        if self.text.startswith("$((", self.at):
+            self._skip("(", ")")
+            value = self._sum(self.text[start + 3 : self.at - 2])
+            return [Word(self.text[start : self.at] if value is None else str(value), value is None, line)]
         if self.text.startswith("$(", self.at):
             self._skip("(", ")")
         elif self.text[self.at] == "`":
@@ -207,9 +217,29 @@ class _Script:
         if name not in self.variables:
             return [Word(written, True, self.line)]
         words = self.variables[name]
+        if all(w.computed for w in words) and len(words) == 1:
+            return words
         if quoted or (len(words) == 1 and len(words[0].text.split()) < 2):
             return [Word(" ".join(w.text for w in words), any(w.computed for w in words), self.line)]
         return [Word(text, w.computed, w.line) for w in words for text in w.text.split() or [""]]
+
+    def _sum(self, text: str) -> int | None:
+        """The value of `$((...))`: whole numbers and variables with + - * and brackets; None for anything else."""
+
+        def value(node: ast.expr) -> int:
+            if isinstance(node, ast.Constant) and type(node.value) is int:
+                return node.value
+            if isinstance(node, ast.Name):
+                (word,) = self.variables[node.id]
+                return int("" if word.computed else word.text)
+            if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+                return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+            raise ValueError(text)
+
+        try:
+            return value(ast.parse(re.sub(r"\$\{?(\w+)\}?", r"\1", text).strip(), mode="eval").body)
+        except (ValueError, KeyError, SyntaxError, RecursionError, MemoryError):
+            return None
 
     def _skip(self, opening: str, closing: str) -> None:
         """To behind the bracket that closes the one after `$`."""

@@ -31,7 +31,7 @@ from lossmith.rollouts import Distribution, FinishReason, LogProbs, Rollout
 from lossmith.scorers import score_rollouts
 from lossmith.training import Recipe, Run, Step, Update
 from lossmith.training.clock import Clock
-from lossmith.training.loop import record, those_scored, watch, with_advantages
+from lossmith.training.loop import look, record, those_scored, watch, with_advantages
 
 __all__ = ["check_recipe", "learn"]
 
@@ -260,7 +260,7 @@ class _Rounds(LossmithGRPOTrainer):
         )
         self.logs, self.skipped = [], 0
         record(run, step)
-        run.stopped = run.guard.reason_to_stop(step.record)
+        look(run, step)
         self.show(step)
         return not run.stopped
 

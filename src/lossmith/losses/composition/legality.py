@@ -46,8 +46,9 @@ def check_legal(loss: Composition) -> None:
         raise LossError(f"shaping must be a tuple of Shaping, not {shown(loss.shaping)}.")
     _check_choice("truncated", loss.truncated, TRUNCATED)
     for name in ("kl_aggregate", "entropy_aggregate"):
-        known = tuple(k for k in AGGREGATE if not AGGREGATE[k]().missing)  # those that need no parameter of their own
-        _check_choice(name, getattr(loss, name), ("same", *known))
+        if (chosen := getattr(loss, name)) != "same":
+            known = (k for k in AGGREGATE if not AGGREGATE[k]().missing)  # those that need no parameter of their own
+            _check_choice(name, chosen, ("same", *known))
     if not isinstance(loss.local_normalizer, bool):
         raise LossError(f"local_normalizer must be true or false, not {shown(loss.local_normalizer)}.")
     if not is_number(loss.advantage_mul) or math.isinf(loss.advantage_mul) or loss.advantage_mul == 0:
