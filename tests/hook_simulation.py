@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from batches import no_trap_warnings
 from lossmith.adapters import rows
 from lossmith.adapters.hooks import Hook
 from lossmith.losses import Batch, Normalizer
@@ -48,27 +47,22 @@ def _half(hook: Hook, loss: Loss, fields: dict, batch: Batch) -> Callable[[Batch
     if not hasattr(loss, "aggregate"):
         return lambda part, index: rows.objective(loss, part).loss
     tokens, norm = batch.tokens, Normalizer(batch.tokens, int(batch.live.sum()), 0)
-    aggregate = {"scaled": "token_sum", "tokens": "token_sum"}.get(hook.weights)
-    after = tokens if hook.weights == "tokens" else 1
+    half, after = rows.objective_half(hook, loss), tokens if hook.weights == "tokens" else 1
     if hook.credit is None and hook.makes_own_credit(loss):
-        with no_trap_warnings():
-            own = loss.replace(aggregate=aggregate) if aggregate else loss
-        return lambda part, index: rows.objective(own, part, norm).loss / after
+        return lambda part, index: rows.objective(half, part, norm).loss / after
     if hook.credit is None:  # the trainer's estimator is the loss's
-        made = loss.credit(Batch(**{k: v for k, v in fields.items() if k != "logp"}))
+        advantage, weight = rows.credit_of(loss, Batch(**{k: v for k, v in fields.items() if k != "logp"}))
     else:
-        made = rows.estimator(loss).credit(Batch(mask=batch.mask, **_given(batch, hook.credit)))
-    advantage, carried = made.advantage, hook.carries == "weights"
+        shown = Batch(mask=batch.mask, **_given(batch, hook.credit))
+        advantage, weight = rows.credit_of(loss, shown)
+        if hook.carries == "advantage":
+            advantage = rows.advantages(hook, loss, shown, 1.0 if hook.weights == "scaled" else None)
     if hook.per_completion:
         first = batch.mask.to(torch.int8).argmax(1, keepdim=True)
         advantage = advantage.gather(1, first).expand(batch.mask.shape)
-    if not carried and hook.folds(loss):
-        aggregate = "token_sum" if hook.weights == "scaled" else "token_mean"
-        advantage = rows.folded(advantage, made.weight, 1.0 if hook.weights == "scaled" else 1 / tokens)
-    half = rows.given(loss, aggregate)
 
     def objective(part: Batch, index: Tensor) -> Tensor:
         part = part.replace(advantage=advantage[index])
-        return rows.objective(half, part, norm, made.weight[index] if carried else None).loss / after
+        return rows.objective(half, part, norm, weight[index] if hook.carries == "weights" else None).loss / after
 
     return objective

@@ -23,7 +23,7 @@ from lossmith.report.run.code import show_code
 from lossmith.report.run.live import LiveView
 from lossmith.report.run.offline import show_preference_run
 from lossmith.report.run.opening import opening
-from lossmith.training import Plan, Recipe, Run, learn, open_run, plan
+from lossmith.training import Plan, Recipe, Run, Step, learn, open_run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
 from lossmith.training.offline import loop as offline
@@ -97,6 +97,10 @@ def run_recipe(
     """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with."""
     console = console or Console()
     check_recipe_order(recipe)
+    if recipe.engine == "trl":
+        from lossmith.adapters.trl import engine
+
+        engine.check_recipe(recipe)
     show_code(console, scorer=recipe.scorer, watch=recipe.watch, loss=recipe.loss)
     checked = plan(recipe, held_out_ids)
     with Stopping() as stop:
@@ -114,9 +118,18 @@ def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None
         for note in run.going_on.notes:
             console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
         view.begin()
-        for step in learn(run):
+
+        def shown(step: Step) -> None:
             view.show(step)
             stop.check()
+
+        if run.recipe.engine == "trl":
+            from lossmith.adapters.trl import engine
+
+            engine.learn(run, shown)
+        else:
+            for step in learn(run):
+                shown(step)
         view.end()
         run.finish()
     closing(run, run.summary, console)

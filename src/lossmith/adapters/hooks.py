@@ -153,8 +153,10 @@ class Hook:
     def _other_weights(self, loss: PolicyLoss) -> Iterator[str]:
         """Why the normaliser of a term that has one of its own is not right: it is made of counts."""
         for term, how in (("KL term", loss.kl_aggregate), ("entropy bonus", loss.entropy_aggregate)):
-            if how != "same" and not (loss.counted and AGGREGATE[how].coupling == "token"):
-                yield f"its {term} has a normaliser of its own (aggregate='{how}') that counts do not give"
+            counts = loss.counted and AGGREGATE[how].coupling == "token"
+            given = counts if self.weights != "tokens" else how == "token_mean"
+            if how != "same" and not given:
+                yield f"its {term} has a normaliser of its own (aggregate='{how}') that the trainer's counts do not give"
 
     def folds(self, loss: PolicyLoss) -> bool:
         """Whether 1/Z is a factor of the advantage."""
@@ -172,7 +174,7 @@ def _of_mismatch(loss: Loss) -> frozenset[str]:
 _EVERYTHING = frozenset(FIELDS) - {"logp", "mask", "advantage"}
 _SCORED = frozenset({"reward", "group"})
 _POLICIES = frozenset({"old_logp", "behavior_logp", "ref_logp"})
-_TRL = _SCORED | _POLICIES | {"reward_parts", "truncated"}
+_TRL = _SCORED | _POLICIES | {"reward_parts", "truncated", "lag"}
 
 _VERL_AT_ONCE = (
     "one data-parallel rank, use_dynamic_bsz=False and ppo_micro_batch_size_per_gpu = ppo_mini_batch_size * rollout.n"

@@ -42,11 +42,13 @@ app.command(reward)
 for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay", "chat"):
     _command(app, _name, _name)
 _command(app, "audit", "audit_")
+_command(app, "doctor", "doctor_")
 _command(app, "init", "init", "project")
 _command(app, "status", "status", "project")
 _command(losses, "list", "list_", "losses")
 _command(losses, "show", "show", "losses")
 _command(losses, "compare", "compare", "compare")
+_command(losses, "from", "from_", "configurations")
 _command(reward, "train", "train", "reward")
 
 

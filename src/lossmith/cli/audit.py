@@ -20,7 +20,7 @@ from lossmith.report.audit.page import html_page
 from lossmith.report.audit.sentences import Section, sections
 from lossmith.report.loss import weight_plot
 
-__all__ = ["audit_"]
+__all__ = ["audit_", "show_sections"]
 
 
 def audit_(
@@ -79,6 +79,11 @@ def _show(found: Audit) -> None:
     console.print(f"\nneeds {needs}; couples rows by {found.coupling}", markup=False, highlight=False)
     for note in found.notes:
         console.print(note, markup=False, highlight=False)
+    show_sections(console, found)
+
+
+def show_sections(console: Console, found: Audit) -> None:
+    """Everything that was measured, a table a subject."""
     for section in sections(found):
         console.print()
         console.print(_table(section))

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lossmith.adapters.configurations import read
+from lossmith.cli.configurations import is_configuration, show_not_understood, summary, title
 from lossmith.cli.losses import Json, example
 from lossmith.cli.streams import print_json
 from lossmith.report.loss import RATIOS, Comparison
@@ -22,17 +24,22 @@ def compare(*names: str, as_json: Json = False) -> None:
     Parameters
     ----------
     names
-        Two losses or more: grpo@trl grpo@verl "grpo(beta=0)".
+        Two losses or more: grpo@trl grpo@verl "grpo(beta=0)". A configuration file of a trainer is the loss that it
+        is: grpo.yaml run_verl.sh
     as_json
         Print JSON.
     """
-    found = side_by_side([example(name) for name in names])
+    readings = {name: read(name) for name in names if is_configuration(name)}
+    found = side_by_side([readings[name].loss if name in readings else example(name) for name in names])
     if as_json:
-        plain = asdict(found) | {"ratios": RATIOS}
+        plain = asdict(found) | {"ratios": RATIOS, "files": {name: summary(r) for name, r in readings.items()}}
         plain["advantages"] = [{"rewards": k, "advantages": v} for k, v in found.advantages.items()]
         print_json(plain, indent=2)
         return
     console = Console()
+    for name, reading in readings.items():
+        console.print(f"{name} is {reading.call}, of {title(reading)}", markup=False, highlight=False)
+        show_not_understood(console, reading)
     for a, b in found.same:
         console.print(f"[bold]{escape(a)} and {escape(b)} are the same composition.[/]")
     _differences(console, found)

@@ -1,4 +1,4 @@
-"""`lossmith losses list` and `lossmith losses show NAME`; `compare` is beside it."""
+"""`lossmith losses list` and `lossmith losses show NAME`; `compare` and `from` are beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lossmith.report.loss import RATIOS, changes_of_preset, weight_plot
 from lossmith.report.loss.catalogue_page import FAMILIES
 from lossmith.report.loss.comparison import weights
 
-__all__ = ["example", "list_", "named_loss", "show"]
+__all__ = ["example", "list_", "named_loss", "show", "show_weights"]
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
@@ -164,7 +164,7 @@ def _show(entry: Entry, loss: Loss) -> None:
     console.print("\n" + _needs(loss), highlight=False, markup=False)
     if entry.preset_of:
         _show_preset(console, entry)
-    _show_weights(console, loss)
+    show_weights(console, loss)
     if isinstance(loss, PolicyLoss):
         console.print(_parameters(loss))
 
@@ -188,7 +188,7 @@ def _show_preset(console: Console, entry: Entry) -> None:
     console.print(table)
 
 
-def _show_weights(console: Console, loss: Loss) -> None:
+def show_weights(console: Console, loss: Loss) -> None:
     missing = sorted(loss.needs - FIELDS.keys() - {"max_length"})
     if missing:
         console.print(f"\nits weight depends on {', '.join(missing)}: show it with a value", highlight=False)

@@ -273,10 +273,11 @@ class Normalizer:
     """How many things the loss of one update averages over, counted over the whole batch and all ranks.
 
     Every micro-batch and rank divides by these same numbers, so their losses and gradients add up to the whole.
+    Whole numbers, unless a trainer gives shares of them.
     """
 
-    tokens: int
-    sequences: int
+    tokens: float
+    sequences: float
     groups: int
     units: float | None = None  # pairs (or their weights), groups or rows that a completion loss averages over
 

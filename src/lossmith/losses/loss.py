@@ -44,7 +44,7 @@ class Credit:
     weight: Tensor  # [N, T], 1/Z of each token; rows that are left out have 0
     mismatch: Tensor  # [N, T], u, of the policy term only
     returns: Tensor | None  # [N, T], the critic's target
-    tokens: int  # valid tokens of the whole batch: what metrics are averaged over
+    tokens: float  # valid tokens of the whole batch: what metrics are averaged over
     compute_metrics: Metrics = no_metrics
     kl_weight: Tensor | None = None  # [N, T], where the KL term is aggregated in another way
     entropy_weight: Tensor | None = None  # [N, T], likewise
@@ -113,7 +113,7 @@ class LossOutput:
 
 
 @torch.no_grad()
-def distance_metrics(batch: Batch, tokens: int) -> dict[str, float]:
+def distance_metrics(batch: Batch, tokens: float) -> dict[str, float]:
     """How far the policy is from the old policy and the reference (k3, nats a token), and its entropy.
 
     tokens: of the whole batch, so that micro-batches add up.

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lossmith.errors import ScorerError
+from lossmith.errors import RunError, ScorerError
+from lossmith.files import at_home
 from lossmith.rollouts import Score
 
-__all__ = ["MANIFEST", "Seal", "checksums", "sha256"]
+__all__ = ["MANIFEST", "Seal", "checksums", "scale_of", "sha256"]
 
 MANIFEST = "reward_model.json"
 
@@ -74,6 +75,20 @@ def checksums(folder: Path) -> dict[str, str]:
     """sha256 of every file that decides a score, by its name."""
     kinds = {".safetensors", ".json", ".jinja", ".model", ".txt"}
     return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != MANIFEST}
+
+
+def scale_of(spec: Any) -> tuple[float, float] | None:
+    """Mean and standard deviation of what a reward model says of the texts it was trained on, in the units of its
+    scores; None where the scorer is none, or does not tell."""
+    if not isinstance(spec, str | Path) or "://" in str(spec):
+        return None
+    try:
+        manifest = json.loads((at_home(spec) / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("normalise") or manifest.get("ensemble"):  # members of an ensemble always are
+            return 0.0, 1.0
+        return float(manifest["scale"]["mean"]), float(manifest["scale"]["std"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RunError):
+        return None
 
 
 def _look(path: Path) -> tuple[int, int] | None:

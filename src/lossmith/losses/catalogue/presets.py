@@ -45,7 +45,12 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
         {**TRL, **PLAIN_DAPO},
         "loss_type 'dapo': token mean, nothing else of DAPO",
     ),
-    "bnpo@trl": ("bnpo", "grpo_trainer.py", TRL, "token mean of each micro-batch by itself"),
+    "bnpo@trl": (
+        "bnpo",
+        "grpo_trainer.py",
+        TRL,
+        "token mean of each micro-batch by itself: four updates in micro-batches of 4 or 16 end max|dθ| 6.9e-2 apart",
+    ),
     "dr_grpo@trl": ("dr_grpo", "grpo_trainer.py", TRL, "divides by the standard deviation unless told not to"),
     "grpo_classic@trl": ("grpo", "grpo_trainer.py", {**TRL, **STM}, "loss_type 'grpo'"),
     "cispo@trl": ("cispo", "grpo_config.py", {**TRL_SOFT, "clip_low": 1.0, "cap": 0.2}, "its default cap is 0.2"),
@@ -82,7 +87,12 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
         {"delta_low": 0.2, "delta_high": 0.2, "cap": 3.0, "singleton": "raw"},
         "cap 3 in force, documented as 20",
     ),
-    "gmpo@verl": ("gmpo", "core_algos.py", VERL_CLIP, "bounds 0.2 in log space"),
+    "gmpo@verl": (
+        "gmpo",
+        "core_algos.py",
+        VERL_CLIP,
+        "bounds 0.2 in log space; there, 4 micro-batches make the gradient 4.00 times as large",
+    ),
     "reinforce@verl": ("gpg", "core_algos.py", {"singleton": "raw"}, "its loss 'gpg'"),
     "dro@verl": ("dro", "core_algos.py", {"singleton": "raw"}, "its coefficient must be given"),
     "kl_cov@verl": ("kl_cov", "core_algos.py", {**VERL, "fraction": 2e-4, "coef": 0.1}, ""),
@@ -100,7 +110,7 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
         "k1 taken off the reward",
     ),
     "grpo@openrlhf": ("grpo", "experience_maker.py", {**OPENRLHF, "eps": 1e-9}, "k1 taken off the reward"),
-    "rloo@openrlhf": ("rloo_token", "experience_maker.py", {**OPENRLHF, "advantage_scale": "whiten"}, ""),
+    "rloo@openrlhf": ("rloo_token", "experience_maker.py", OPENRLHF, "not whitened"),
     "reinforce@openrlhf": ("reinforce_pp", "experience_maker.py", OPENRLHF, "REINFORCE++"),
     "reinforce_baseline@openrlhf": ("reinforce_pp_baseline", "experience_maker.py", OPENRLHF, ""),
     "dr_grpo@openrlhf": (
@@ -128,8 +138,8 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "grpo@skyrl": (
         "grpo",
         "config.py",
-        {"eps": 1e-6, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.001, **TOKEN},
-        "KL in the loss by default",
+        {"eps": 1e-6, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.001, "kl_aggregate": "seq_mean_token_mean", **TOKEN},
+        "KL in the loss by default, a mean over completions",
     ),
     "cispo@skyrl": ("cispo", "config.py", {"clip_low": 0.0, "cap": 6.0}, "raises every ratio below 1 to 1 (the wheel)"),
     "dppo@skyrl": (
@@ -150,7 +160,7 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "grpo@nemo_rl": (
         "grpo",
         "grpo_math_1B.yaml",
-        {"advantage": "nemo_loo", "advantage_scale": "none", "beta": 0.01, "kl_ratio_weight": True, **TOKEN},
+        {"advantage": "nemo_loo", "advantage_scale": "none", "beta": 0.01, "kl_straight_through": True, **TOKEN},
         "leave-one-out, and only the losers of [1, 0, 0, 0] are scaled",
     ),
     # -- slime

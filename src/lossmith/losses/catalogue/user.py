@@ -25,7 +25,7 @@ from lossmith.losses.function_loss import FunctionLoss, parameters_of, read_fiel
 from lossmith.losses.loss import Loss
 from lossmith.user_code import LoadFailure, load_object
 
-__all__ = ["entries", "from_path", "register_loss"]
+__all__ = ["entries", "from_function", "from_path", "register_loss"]
 
 GROUP = "lossmith.losses"
 _REGISTERED: dict[str, Entry] = {}
@@ -52,7 +52,7 @@ def register_loss(
         said = {"name": name or function.__name__, "needs": needs, "paper": paper, "year": year, "summary": summary}
         said["stops"] = stops_gradient
         setattr(function, _SAID, said)
-        entry = _of_function(function, f"{function.__module__}:{function.__qualname__}")
+        entry = from_function(function)
         _REGISTERED[entry.name] = entry
         return function
 
@@ -80,6 +80,11 @@ def from_path(path: str) -> Entry:
         hint = nearest(failure.name, failure.known) if failure.known else ""
         raise LossError(f"loss {path!r}: {failure}{hint}") from failure
     return _of_object(value, path, path.rpartition(":")[2])
+
+
+def from_function(function: Callable[..., Any]) -> Entry:
+    """The entry of a function itself, decorated or not. LossError: it is no loss."""
+    return _of_function(function, f"{function.__module__}:{function.__qualname__}")
 
 
 def _of_object(found: Any, where: str, name: str) -> Entry:

@@ -59,6 +59,7 @@ _SCALE: dict[Any, str] = {"group": "advantage_scale='group_std'", "batch": "adva
 _SCALE |= {"none": "advantage_scale='none'", **_STD}
 _AGGREGATE = {
     "token-mean": "aggregate='token_mean'",
+    "token-sum": "aggregate='token_sum'",
     "seq-mean-token-sum": "aggregate='seq_mean_token_sum'",
     "seq-mean-token-mean": "aggregate='seq_mean_token_mean'",
     "seq-mean-token-sum-norm": "aggregate='seq_mean_token_sum_norm'",
@@ -89,6 +90,10 @@ _ESTIMATORS = {
     "remax": "advantage='remax'",
     "reinforce": "advantage='batch_mean'",
     "reinforce_plus_plus": "advantage='return'",
+    "grpo_vectorized": "advantage='group'",
+    "rloo_vectorized": "advantage='loo'",
+    "grpo_passk": "advantage='pass_at_k'",
+    "gdpo": "advantage='gdpo'",
     "reinforce_plus_plus_baseline": "advantage='group', advantage_scale='whiten'",
     "reinforce_baseline": "advantage='group', advantage_scale='whiten'",
     "group_norm": "advantage='group', advantage_scale='group_std'",

@@ -265,6 +265,9 @@ class PolicyLoss(Composition, Loss):
             metrics["ratio"] = float((weight * at.ratio).sum())
             stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
             metrics["clip_fraction"] = float((weight * stopped).sum())
+            clipped = (self.trust.weight(at) == 0) & (self.trust.weight(at.on_policy()) != 0)
+            metrics["clipped_above"] = float((weight * (clipped & (at.ratio > 1))).sum())
+            metrics["clipped_below"] = float((weight * (clipped & (at.ratio < 1))).sum())
         return metrics | distance_metrics(batch, credit.tokens)
 
     # -- closed forms -----------------------------------------------------------------------------------------------
