@@ -26,7 +26,7 @@ from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.batch import FIELDS, Batch, Normalizer
 from lossmith.losses.piece import shown
 
-__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "distance_metrics", "reward_metrics", "together"]
+__all__ = ["Credit", "Loss", "LossOutput"]
 
 Metrics = Callable[[], dict[str, float]]
 
