@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
@@ -144,6 +143,8 @@ class _Rounds(LossmithGRPOTrainer):
     _keeps_old = True  # the sampler says no log-probabilities, and a step's file holds them
 
     def __init__(self, run: Run, show: Callable[[Step], None], scratch: str) -> None:
+        from datasets import Dataset
+
         self.lossmith_run, self.show = run, show
         recipe, optimizer = run.recipe, run.learner.optimizer
         rounds = [run.prompts.batch(i, recipe.prompts_per_step, recipe.seed) for i in run.remaining_steps()]
