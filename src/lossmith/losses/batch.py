@@ -68,7 +68,8 @@ class Batch:
 
     Where reward is missing and reward_parts is given, the reward is their sum.
 
-    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool. What stands at masked
+    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool; 1 and 0 are true and
+    false. What stands at masked
     positions never matters. A non-finite value at a valid position is a LossError that names the row and the position.
     """
 
