@@ -201,6 +201,7 @@ class Batch:
 
     def rows(self, index: Tensor | slice) -> Batch:
         """The batch with these rows only, gradients kept. They were checked when they entered."""
+        check_rows(index)
         return self._with({name: x[index] for name, x in self._present.items()})
 
     def replace(self, **changes: Any) -> Batch:
@@ -297,6 +298,13 @@ class Normalizer:
         return Normalizer(
             self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups, units
         )
+
+
+def check_rows(index: Any) -> None:
+    """LossError: a number alone, which would take the dimension of the rows away."""
+    if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+        i = int(index)
+        raise LossError(f"rows({i}) is not a choice of rows. For row {i} alone: rows(torch.tensor([{i}])).")
 
 
 def _as_tensor(name: str, given: Any) -> Tensor:

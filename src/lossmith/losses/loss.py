@@ -23,7 +23,7 @@ from torch import Tensor
 from lossmith.errors import LossError
 from lossmith.losses.axes.kl import KL, kl_estimate
 from lossmith.losses.axes.value import ValueLoss
-from lossmith.losses.batch import FIELDS, Batch, Normalizer
+from lossmith.losses.batch import FIELDS, Batch, Normalizer, check_rows
 from lossmith.losses.piece import shown
 
 __all__ = ["Credit", "Loss", "LossOutput"]
@@ -64,6 +64,7 @@ class Credit:
 
     def rows(self, index: Tensor | slice) -> Credit:
         """The credit of these rows."""
+        check_rows(index)
         parts: dict[str, Any] = {name: x[index] for name, x in self.parts.items()}
         return dataclasses.replace(self, **parts, given={name: x[index] for name, x in self.given.items()})
 
