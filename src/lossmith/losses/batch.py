@@ -212,6 +212,10 @@ class Batch:
         new._check(list(changes))
         return new
 
+    def masked(self, mask: Tensor) -> Batch:
+        """With fewer valid tokens, for what counts them: what stands at the others is left there, and nothing is checked."""
+        return self._with(self._present | {"mask": mask})
+
     def to(self, device: torch.device | str) -> Batch:
         """A copy on this device, gradients kept."""
         return self._with({name: x.to(device) for name, x in self._present.items()})

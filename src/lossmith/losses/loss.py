@@ -100,7 +100,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """loss: scalar, minimised. advantage: [N, T]. terms: its parts. metrics: they add up over micro-batches."""
+    """loss: scalar, minimized. advantage: [N, T]. terms: its parts.
+
+    metrics: of a micro-batch, its shares of the whole batch's numbers (sums over its tokens, divided by the tokens of
+    the whole), so that adding them up gives the numbers of the whole batch; a share alone is no mean.
+    """
 
     loss: Tensor
     advantage: Tensor
