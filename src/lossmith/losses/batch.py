@@ -213,7 +213,7 @@ class Batch:
         return new
 
     def masked(self, mask: Tensor) -> Batch:
-        """With fewer valid tokens, for what counts them: what stands at the others is left there, and nothing is checked."""
+        """With fewer valid tokens, for what counts them: nothing is checked, and the others keep what stands there."""
         return self._with(self._present | {"mask": mask})
 
     def to(self, device: torch.device | str) -> Batch:
