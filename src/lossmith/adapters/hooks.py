@@ -153,10 +153,12 @@ class Hook:
     def _other_weights(self, loss: PolicyLoss) -> Iterator[str]:
         """Why the normaliser of a term that has one of its own is not right: it is made of counts."""
         for term, how in (("KL term", loss.kl_aggregate), ("entropy bonus", loss.entropy_aggregate)):
+            if how == "same":
+                continue
             counts = loss.counted and AGGREGATE[how].coupling == "token"
             given = counts if self.weights != "tokens" else how == "token_mean"
-            if how != "same" and not given:
-                yield f"its {term} has a normaliser of its own (aggregate='{how}') that the trainer's counts do not give"
+            if not given:
+                yield f"its {term} has a normaliser of its own (aggregate='{how}') that the trainer's counts lack"
 
     def folds(self, loss: PolicyLoss) -> bool:
         """Whether 1/Z is a factor of the advantage."""
