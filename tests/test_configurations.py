@@ -1,6 +1,7 @@
 """Which loss a trainer's configuration is: five and more written after the libraries' public examples, and odd ones."""
 
 import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -568,6 +569,23 @@ def test_what_is_known_of_a_trainer_has_one_meaning():
         assert trainer.version and trainer.title
         for name in trainer.defaults:
             assert trainer.own(name) or "." in name or name in ("beta", "delta", "max_completion_length")
+
+
+@pytest.mark.parametrize("path", sorted(HERE.iterdir()), ids=lambda path: path.name)
+def test_a_garbled_file_is_a_reading_or_one_sentence(tmp_path, path):
+    rng, text = random.Random(0), path.read_text(encoding="utf-8")
+    for _ in range(25):
+        letters = list(text)
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(len(letters) + 1)
+            if rng.random() < 0.5:
+                letters.insert(at, rng.choice("'\"$(){}[]#\\\n &|;<>=:-,.@~`\t0Ax"))
+            else:
+                del letters[at : at + rng.randint(1, 40)]
+        try:
+            assert read(written(tmp_path, path.name, "".join(letters))).call
+        except ls.LossError as error:
+            assert path.name in str(error)
 
 
 # -- the shell ---------------------------------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ def test_compiled_layers_give_the_same_gradients():
         torch.testing.assert_close(eager, compiled, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiled_layers_with_narrowed_weights_are_as_near_as_autocast():
     model = tiny.llama()

@@ -255,3 +255,44 @@ def test_verls_ppo_loss_adds_its_kl_to_ours(verl):
         loss.backward()
         assert "actor/lossmith/ratio" in metrics
     assert float((torch.where(fields["mask"], logp.grad, 0.0) - want).abs().max()) < 1e-12
+
+
+def test_the_exported_folder_is_one_that_verl_understands(verl, tmp_path):
+    """Its configuration makes verl's own classes; verl's code loads the reward function, the data and the loss."""
+    import asyncio
+
+    from hydra import compose, initialize_config_dir
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+    from verl.utils.config import omega_conf_to_dataclass
+
+    from lossmith.adapters.verl_export import export
+    from lossmith.training import Recipe
+
+    settings = {"loss": "grpo(beta=0.02, clip_high=0.3)", "prompts_per_step": 4, "samples_per_prompt": 2, "held_out": 4}
+    scorer = tmp_path / "scorer.py"
+    scorer.write_text("def length(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
+    prompts = [f"Question {i}?" for i in range(12)]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    recipe = Recipe.make("test", prompts=str(file), scorer=f"{scorer}:length", **settings)
+    folder = export(recipe, tmp_path / "out")
+    with initialize_config_dir(str(folder), version_base=None):
+        config = compose("verl")
+    made = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert isinstance(made, verl.Actor) and made.use_kl_loss and made.kl_loss_coef == 0.02
+    made.validate(1, config.data.train_batch_size)
+    omega_conf_to_dataclass(config.algorithm)
+    omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+    function = get_custom_reward_fn(config)
+    import pyarrow.parquet
+
+    row = pyarrow.parquet.read_table(config.data.train_files).to_pylist()[0]
+    given = {"data_source": row["data_source"], "ground_truth": "", "extra_info": row["extra_info"]}
+    assert asyncio.run(asyncio.to_thread(function, solution_str="seven!!", **given)) == 7
+    code = (
+        "import verl; from verl.trainer.ppo import core_algos as c; print('lossmith/recipe' in c.POLICY_LOSS_REGISTRY)"
+    )
+    environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": "lossmith_recipe"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.stdout.splitlines()[-1] == "True", ran.stderr[-2000:]

@@ -156,9 +156,8 @@ class Hook:
             if how == "same":
                 continue
             counts = loss.counted and AGGREGATE[how].coupling == "token"
-            given = counts if self.weights != "tokens" else how == "token_mean"
-            if not given:
-                yield f"its {term} has a normaliser of its own (aggregate='{how}') that the trainer's counts lack"
+            if not (how == "token_mean" if self.weights == "tokens" else counts):
+                yield f"its {term} has a normaliser of its own (aggregate='{how}'), not given by the trainer's counts"
 
     def folds(self, loss: PolicyLoss) -> bool:
         """Whether 1/Z is a factor of the advantage."""

@@ -11,6 +11,8 @@ Every name of the catalogue is registered so. A loss with parameters is named on
 
 verl samples, scores, adds its own KL and entropy terms and steps. The loss takes the place of clip_ratio*, tau_*,
 clip_ratio_c and norm_adv_by_std_in_grpo, and of loss_agg_mode for the policy term.
+
+`loss_of(config)` is the loss that a configuration of verl trains with by itself.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.adapters.configurations.verl import loss_of
 from lossmith.adapters.hooks import HOOKS, Hook
 from lossmith.adapters.rows import advantages, credit_of, given_loss, groups, objective, objective_half, wide
 from lossmith.errors import LossError
 from lossmith.losses import CATALOGUE, Batch, Loss, Normalizer
+from lossmith.losses.batch import FIELDS
 
-__all__ = ["LossFn", "adv_est", "policy_loss", "register"]
+__all__ = ["LossFn", "adv_est", "loss_of", "policy_loss", "register", "register_loss"]
 
 NAME = "lossmith"
 _IN_CONFIG = "actor_rollout_ref.actor.policy_loss.loss"
@@ -71,7 +75,9 @@ def adv_est(
     """
     loss, _half, hook = _prepared(spec or _named(config), _length(config), which)
     mask, kind = response_mask.bool(), token_level_rewards.dtype
-    reward = token_level_rewards.sum(1).double()
+    # by token where the estimator looks at that: verl takes its KL penalty off each token's reward
+    per_token = getattr(getattr(loss, "advantage", None), "per_token", False)
+    reward = (token_level_rewards if per_token else token_level_rewards.sum(1)).double()
     batch = Batch(mask=mask, reward=reward, group=None if index is None else groups(index).to(mask.device))
     if hook.carries == "weights":
         advantage, weight = credit_of(loss, batch)
@@ -233,6 +239,17 @@ def register() -> None:
             if f"{name}{end}" not in ADV_ESTIMATOR_REGISTRY:
                 register_adv_est(f"{name}{end}")(functools.partial(adv_est, spec=spec, which=which))
         register_policy_loss(f"{NAME}{end}")(functools.partial(policy_loss, spec=spec))
+
+
+def register_loss(name: str, loss: Any) -> None:
+    """Put a loss of your own into verl's registries, as `lossmith/NAME`. LossError: its hook does not carry it."""
+    from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
+
+    made = given_loss(loss)
+    if not made.needs - FIELDS.keys():
+        HOOKS["verl"].check(made, at_once=True)
+    register_adv_est(f"{NAME}/{name}")(functools.partial(adv_est, spec=made))
+    register_policy_loss(f"{NAME}/{name}")(functools.partial(policy_loss, spec=made))
 
 
 @functools.cache

@@ -37,8 +37,10 @@ app = cyclopts.App(
 )
 losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, weights, parameters, papers.")
 reward = cyclopts.App(name="reward", help="Reward models, trained from preferences.")
+export = cyclopts.App(name="export", help="A recipe as a folder that another trainer runs.")
 app.command(losses)
 app.command(reward)
+app.command(export)
 for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay", "chat"):
     _command(app, _name, _name)
 _command(app, "audit", "audit_")
@@ -50,6 +52,7 @@ _command(losses, "show", "show", "losses")
 _command(losses, "compare", "compare", "compare")
 _command(losses, "from", "from_", "configurations")
 _command(reward, "train", "train", "reward")
+_command(export, "verl", "verl", "export")
 
 
 def _run() -> None:
