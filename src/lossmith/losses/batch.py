@@ -68,7 +68,8 @@ class Batch:
 
     Where reward is missing and reward_parts is given, the reward is their sum.
 
-    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool. What stands at masked
+    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool; 1 and 0 are true and
+    false. What stands at masked
     positions never matters. A non-finite value at a valid position is a LossError that names the row and the position.
     """
 
@@ -200,6 +201,7 @@ class Batch:
 
     def rows(self, index: Tensor | slice) -> Batch:
         """The batch with these rows only, gradients kept. They were checked when they entered."""
+        check_rows(index)
         return self._with({name: x[index] for name, x in self._present.items()})
 
     def replace(self, **changes: Any) -> Batch:
@@ -209,6 +211,10 @@ class Batch:
         new = self._with(self._present | changes)
         new._check(list(changes))
         return new
+
+    def masked(self, mask: Tensor) -> Batch:
+        """With fewer valid tokens, for what counts them: nothing is checked, and the others keep what stands there."""
+        return self._with(self._present | {"mask": mask})
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on this device, gradients kept."""
@@ -296,6 +302,13 @@ class Normalizer:
         return Normalizer(
             self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups, units
         )
+
+
+def check_rows(index: Any) -> None:
+    """LossError: a number alone, which would take the dimension of the rows away."""
+    if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+        i = int(index)
+        raise LossError(f"rows({i}) is not a choice of rows. For row {i} alone: rows(torch.tensor([{i}])).")
 
 
 def _as_tensor(name: str, given: Any) -> Tensor:

@@ -98,7 +98,7 @@ class PolicyLoss(Composition, Loss):
 
     def _counted(self, batch: Batch) -> Batch:
         taking_part = self.group_filter.keep(batch)
-        return batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
+        return batch if taking_part is None else batch.masked(batch.valid & taking_part[:, None])
 
     def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
         norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
