@@ -153,7 +153,9 @@ class Hook:
     def _other_weights(self, loss: PolicyLoss) -> Iterator[str]:
         """Why the normaliser of a term that has one of its own is not right: it is made of counts."""
         for term, how in (("KL term", loss.kl_aggregate), ("entropy bonus", loss.entropy_aggregate)):
-            if how != "same" and not (loss.counted and AGGREGATE[how].coupling == "token"):
+            if how == "same":
+                continue
+            if self.weights in ("scaled", "tokens") or not loss.counted or AGGREGATE[how].coupling != "token":
                 yield f"its {term} has a normaliser of its own (aggregate='{how}') that counts do not give"
 
     def folds(self, loss: PolicyLoss) -> bool:
