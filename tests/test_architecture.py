@@ -26,6 +26,7 @@ ORDER = [
     "proofs",
     "prompts",
     "rollouts",
+    "detectors",
     "policy",
     "scorers",
     "durable",
@@ -161,8 +162,8 @@ def test_every_command_is_a_function_of_python():
         "train": "lossmith.train", "prefer": "lossmith.prefer", "sample": "lossmith.sample_outputs",
         "bench": "lossmith.measure_recipe", "annotate": "lossmith.feedback.serve", "plot": "lossmith.plot_frontier",
         "replay": "lossmith.replay.replay", "chat": "lossmith.chat.open_sides",
-        "audit": "lossmith.audit", "init": "lossmith.Project", "status": "lossmith.Project",
-        "losses": "lossmith.compare", "reward": "lossmith.train_reward_model",
+        "audit": "lossmith.audit", "doctor": "lossmith.doctor", "init": "lossmith.Project",
+        "status": "lossmith.Project", "losses": "lossmith.compare", "reward": "lossmith.train_reward_model",
         "export": "lossmith.adapters.verl_export.export",
     }  # fmt: skip
     commands = {name for name in app if not name.startswith("-")}

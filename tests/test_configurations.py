@@ -1,6 +1,7 @@
 """Which loss a trainer's configuration is: five and more written after the libraries' public examples, and odd ones."""
 
 import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,11 @@ BY_HAND = {
         "openrlhf", "reinforce_pp_baseline",
         WHITENED | {"beta": 1e-5, "kl_estimator": "k2", "kl_place": "loss", "mismatch": "icepop",
                     "mismatch_low": 0.5, "mismatch_high": 5.0},
+    ),
+    "nemo_rl.yaml": (
+        "nemo_rl", "grpo",
+        {"advantage": "nemo_loo", "advantage_scale": "none", "beta": 0.02, "kl_straight_through": True,
+         "clip_high": 0.28, "aggregate": "token_mean", "mismatch": "icepop"},
     ),
     "prime_rl.toml": (
         "prime_rl", "dppo_square", {"delta_high": 0.3, "coef": 2e-3, "group_filter": "zero_variance"},
@@ -343,8 +349,57 @@ def test_settings_of_prime_rl_and_what_they_are_called_here(settings, changes):
 
 
 @pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({}, {"advantage": "nemo_loo", "beta": 0.01, "kl_straight_through": True, "dual_clip": None}),
+        ({"grpo__use_leave_one_out_baseline": False, "loss_fn__reference_policy_kl_penalty": 0},
+         {"advantage": "group", "advantage_scale": "group_std", "beta": 0.0}),
+        ({"grpo__adv_estimator__normalize_rewards": False}, {"advantage": "loo", "advantage_scale": "none"}),
+        ({"grpo__adv_estimator__name": "reinforce_plus_plus"}, {"advantage": "group", "advantage_scale": "whiten"}),
+        ({"loss_fn__sequence_level_importance_ratios": True, "loss_fn__token_level_loss": False},
+         {"ratio_level": "sequence", "aggregate": "seq_mean_token_mean"}),
+        ({"loss_fn__use_cispo": True, "loss_fn__ratio_clip_max": 4}, {"trust": "sg_clip", "cap": 5}),
+        ({"loss_fn__disable_ppo_ratio": True}, {"trust": "logp"}),
+        ({"loss_fn__force_on_policy_ratio": True}, {"denominator": "self", "trust": "none"}),
+        ({"loss_fn__use_importance_sampling_correction": True}, {"mismatch": "tis", "mismatch_high": float("inf")}),
+        ({"loss_fn__use_importance_sampling_correction": True,
+          "loss_fn__truncated_importance_sampling_type": "seq-mask-tis",
+          "loss_fn__truncated_importance_sampling_ratio_min": 0.999,
+          "loss_fn__truncated_importance_sampling_ratio": 1.002},
+         {"mismatch": "gate", "mismatch_level": "geometric", "mismatch_high": 1.002}),
+    ],
+)  # fmt: skip
+def test_settings_of_nemo_rl_and_what_they_are_called_here(settings, changes):
+    reading = of("nemo_rl", "", settings)
+    assert not reading.not_understood
+    assert changes.items() <= reading.sure.to_dict().items() and again(reading) == reading.loss
+
+
+def test_the_kl_term_of_nemo_rl_is_k3_times_a_ratio_of_one_with_gradient():
+    """Its term written out, off-policy too: exp(logp - sg(logp))·k3, against ours."""
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    logp, old, ref = (-torch.rand(4, 5, generator=g, dtype=torch.float64) for _ in range(3))
+    mine, theirs = logp.clone().requires_grad_(), logp.clone().requires_grad_()
+    loss = read({"grpo.normalize_rewards": True}).sure
+    batch = ls.Batch(
+        mask=torch.ones(4, 5, dtype=torch.bool), advantage=torch.zeros(4), logp=mine, old_logp=old, ref_logp=ref
+    )
+    loss(batch).loss.backward()
+    kappa = theirs - ref
+    (0.01 * ((-kappa).exp() - 1 + kappa) * (theirs - theirs.detach()).exp()).mean().backward()
+    assert torch.allclose(mine.grad, theirs.grad, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
     ("trainer", "settings", "name"),
     [
+        ("nemo_rl", {"loss_fn.use_kl_in_reward": True}, "loss_fn.use_kl_in_reward"),
+        ("nemo_rl", {"loss_fn.use_on_policy_kl_approximation": True}, "loss_fn.use_on_policy_kl_approximation"),
+        ("nemo_rl", {"defaults": "mine.yaml"}, "defaults"),
+        ("nemo_rl", {"grpo.adv_estimator.name": "gdpo"}, "grpo.adv_estimator.name"),
+        ("nemo_rl", {"loss_fn.ratio_clip_mid": 1}, "loss_fn.ratio_clip_mid"),
         ("openrlhf", {"algo.advantage.estimator": "group_norm"}, "algo.kl.use_loss"),
         ("openrlhf", {"algo.advantage.no_std_norm": True}, "algo.advantage.no_std_norm"),
         ("openrlhf", {"algo.advantage.is_correction_enable": True}, "algo.advantage.is_correction_enable"),
@@ -515,6 +570,23 @@ def test_what_is_known_of_a_trainer_has_one_meaning():
         assert trainer.version and trainer.title
         for name in trainer.defaults:
             assert trainer.own(name) or "." in name or name in ("beta", "delta", "max_completion_length")
+
+
+@pytest.mark.parametrize("path", sorted(HERE.iterdir()), ids=lambda path: path.name)
+def test_a_garbled_file_is_a_reading_or_one_sentence(tmp_path, path):
+    rng, text = random.Random(0), path.read_text(encoding="utf-8")
+    for _ in range(25):
+        letters = list(text)
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(len(letters) + 1)
+            if rng.random() < 0.5:
+                letters.insert(at, rng.choice("'\"$(){}[]#\\\n &|;<>=:-,.@~`\t0Ax"))
+            else:
+                del letters[at : at + rng.randint(1, 40)]
+        try:
+            assert read(written(tmp_path, path.name, "".join(letters))).call
+        except ls.LossError as error:
+            assert path.name in str(error)
 
 
 # -- the shell ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Fake:
 
 class FakeStep:
     def __init__(self, index, **record):
-        self.index = index
+        self.index, self.findings = index, []
         self.record = {
             "reward": 0.895, "watch": 0.512, "kl": 12.345, "sampled_entropy": 0.81, "length": 32.7, "ended": 0.8,
             "dropped": 0, "skipped_updates": 0, "advantage_abs": 0.7, "loss": 1.0,

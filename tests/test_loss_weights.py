@@ -111,7 +111,8 @@ def test_every_composition_has_its_closed_form_gradient(trust, level, share):
             continue
         check_closed_form(quiet_loss("reinforce", **settings), fields)
         legal += 1
-    assert legal >= (0 if TRUST[trust].token_only and level != "token" else len(AGGREGATE))
+    sampled = len(ESTIMATORS) - 1  # each of them, in the KL by the ratio, is legal where anything is
+    assert legal >= (0 if TRUST[trust].token_only and level != "token" else sampled)
 
 
 MISMATCHES = [
@@ -449,7 +450,8 @@ def finite_difference(loss: L.PolicyLoss, fields: dict, leaf: str, h: float = 1e
     return slopes
 
 
-@pytest.mark.parametrize("drift", DRIFTS)
+# the conformance suite (test_proofs.py) asks at both
+@pytest.mark.parametrize("drift", [DRIFTS[0], pytest.param(DRIFTS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_the_derivative_of_the_value_unless_gradients_are_stopped(name, drift):
     fields = random_fields(5, drift)

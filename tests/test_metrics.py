@@ -9,9 +9,10 @@ import torch
 import lossmith as ls
 import tiny
 from batches import evaluate, quiet_loss, random_fields
+from lossmith.detectors.signal import without_signal
 from lossmith.report.run.metrics_page import page
 from lossmith.training.guards import kl_of_completion
-from lossmith.training.metrics import METRICS, documented, in_completions, without_signal
+from lossmith.training.metrics import METRICS, documented, in_completions
 from lossmith.training.offline.loop import PreferenceRecipe, learn_preferences, open_preferences, plan_preferences
 
 GIVEN = {"ppo@rlax": "advantage", "value_clipped": "returns"}  # what a user computes for these
@@ -82,7 +83,7 @@ def test_nor_does_a_run_on_preferences(tmp_path, loss):
 def test_what_is_documented_is_what_is_written_and_no_more(tmp_path):
     """Each name of the list is measured by something: the catalogue, or one of these runs."""
     seen = set().union(*map(measured, ls.losses.CATALOGUE))
-    for record in records(train(tmp_path, "ppo(beta=0.1)", watch="length")):
+    for record in records(train(tmp_path, "ppo(beta=0.1)", watch="length", max_tokens=16)):
         seen |= record.keys()
     assert {name for name in METRICS if "*" not in name} <= seen
     assert "loss_policy" in seen and "seconds_update_backward" in seen

@@ -8,11 +8,12 @@ import pytest
 
 import lossmith as ls
 import tiny
+from lossmith.detectors.policy import fall
 from lossmith.errors import RecipeError, RunError
 from lossmith.report.run.frontier import plot_frontier
 from lossmith.rollouts import Score
 from lossmith.training.evaluate import Evaluation, preferred
-from lossmith.training.guards import Guard, kl_of_completion
+from lossmith.training.guards import kl_of_completion
 
 PROMPTS = [f"Prompt number {i}?" for i in range(40)]
 
@@ -32,6 +33,7 @@ def train(tmp_path, **changes):
         model=str(tiny.folder()), device="cpu", dtype="float32", prompts=PROMPTS, held_out=12, scorer=engagement,
         watch=helpfulness, steps=30, prompts_per_step=4, samples_per_prompt=8, max_tokens=10, learning_rate=4e-3,
         runs=str(tmp_path / "runs"), loss="rloo(beta=0)", checkpoint_every=0, quiet=True, save_rollouts=False,
+        guards={"all": "warn"},
     )  # fmt: skip
     run = ls.train(**base | changes)
     lines = (run.folder.path / "metrics.jsonl").read_text().splitlines()
@@ -89,8 +91,9 @@ def test_the_plot_of_both_scores_against_the_root_of_the_kl(tmp_path, unguarded)
 
 
 def verdicts(means, variance=0.01, window=2):
-    guard = Guard(watch_window=window)
-    return [bool(guard.reason_to_stop({"watch": m, "watch_variance": variance})) for m in means]
+    """Whether it is a fall after each step, by the rule that somebody asked for."""
+    seen = [(m, variance) for m in means]
+    return [fall(seen[: i + 1], window, 2.0, looks=False) is not None for i in range(len(seen))]
 
 
 def test_the_rule_waits_for_a_fall_beyond_noise():
@@ -98,7 +101,6 @@ def test_the_rule_waits_for_a_fall_beyond_noise():
     # windows of two: .9 against .5 is a fall of .4; its standard error is sqrt(.005 + .005) = .1
     assert verdicts([0.9, 0.9, 0.5, 0.5]) == [False, False, False, True]
     assert not any(verdicts([0.9, 0.9, 0.5, 0.5], variance=0.05))  # 2 · sqrt(.025 + .025) = .447
-    assert not any(verdicts([0.9, 0.1, 0.1, 0.1], window=0))
 
 
 def test_the_kl_of_a_completion_is_a_tokens_times_its_tokens():

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from lossmith.proofs import Audit, audit, check_loss, prove
     from lossmith.replay import read_recorded
     from lossmith.report.loss import Comparison, compare
+    from lossmith.report.run.doctor import doctor
     from lossmith.report.run.frontier import plot_frontier
     from lossmith.reward_model import train_reward_model
     from lossmith.rollouts import Distribution, LogProbs, Rollout, Score, read_rollouts
@@ -112,6 +113,7 @@ __all__ = [
     "best_of",
     "check_loss",
     "compare",
+    "doctor",
     "get_loss",
     "learn",
     "list_losses",

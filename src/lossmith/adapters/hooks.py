@@ -155,8 +155,9 @@ class Hook:
         for term, how in (("KL term", loss.kl_aggregate), ("entropy bonus", loss.entropy_aggregate)):
             if how == "same":
                 continue
-            if self.weights in ("scaled", "tokens") or not loss.counted or AGGREGATE[how].coupling != "token":
-                yield f"its {term} has a normaliser of its own (aggregate='{how}') that counts do not give"
+            counts = loss.counted and AGGREGATE[how].coupling == "token"
+            if not (how == "token_mean" if self.weights == "tokens" else counts):
+                yield f"its {term} has a normaliser of its own (aggregate='{how}'), not given by the trainer's counts"
 
     def folds(self, loss: PolicyLoss) -> bool:
         """Whether 1/Z is a factor of the advantage."""

@@ -11,6 +11,8 @@ Every name of the catalogue is registered so. A loss with parameters is named on
 
 verl samples, scores, adds its own KL and entropy terms and steps. The loss takes the place of clip_ratio*, tau_*,
 clip_ratio_c and norm_adv_by_std_in_grpo, and of loss_agg_mode for the policy term.
+
+`loss_of(config)` is the loss that a configuration of verl trains with by itself.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.adapters.configurations.verl import loss_of
 from lossmith.adapters.hooks import HOOKS, Hook
 from lossmith.adapters.rows import advantages, credit_of, given_loss, groups, objective, objective_half, wide
 from lossmith.errors import LossError
 from lossmith.losses import CATALOGUE, Batch, Loss, Normalizer
 from lossmith.losses.batch import FIELDS
 
-__all__ = ["LossFn", "adv_est", "policy_loss", "register", "register_loss"]
+__all__ = ["LossFn", "adv_est", "loss_of", "policy_loss", "register", "register_loss"]
 
 NAME = "lossmith"
 _IN_CONFIG = "actor_rollout_ref.actor.policy_loss.loss"

@@ -44,6 +44,7 @@ app.command(export)
 for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay", "chat"):
     _command(app, _name, _name)
 _command(app, "audit", "audit_")
+_command(app, "doctor", "doctor_")
 _command(app, "init", "init", "project")
 _command(app, "status", "status", "project")
 _command(losses, "list", "list_", "losses")

@@ -39,10 +39,10 @@ def from_(
     Parameters
     ----------
     file
-        A configuration of TRL or verl: YAML, JSON, TOML, the shell script that launches it, or for TRL the Python
-        script with its GRPOConfig(...). Scripts are read, never run.
+        A configuration of TRL, verl, OpenRLHF, SkyRL, prime-rl or NeMo-RL: YAML, JSON, TOML, the shell script that
+        launches it, or for TRL the Python script with its GRPOConfig(...). Scripts are read, never run.
     trainer
-        Whose configuration it is, where that is not clear from it: trl or verl.
+        Whose configuration it is, where that is not clear from it: trl, verl, openrlhf, skyrl, prime_rl or nemo_rl.
     audit
         Measure what the loss does, ten seconds; --no-audit leaves it out.
     as_json

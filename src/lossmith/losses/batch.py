@@ -69,7 +69,8 @@ class Batch:
     Where reward is missing and reward_parts is given, the reward is their sum. A completion whose tokens are all masked
     is none, and its reward is 0 here; `masked_reward` remembers what it was, for losses that count it all the same.
 
-    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool. What stands at masked
+    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool; 1 and 0 are true and
+    false. What stands at masked
     positions never matters. A non-finite value at a valid position is a LossError that names the row and the position.
     """
 
@@ -214,6 +215,7 @@ class Batch:
 
     def rows(self, index: Tensor | slice) -> Batch:
         """The batch with these rows only, gradients kept. They were checked when they entered."""
+        check_rows(index)
         new = self._with({name: x[index] for name, x in self._present.items()})
         return new._remembering(None if self.masked_reward is None else self.masked_reward[index])
 
@@ -228,6 +230,10 @@ class Batch:
         new = self._with(self._present | changes)._remembering(self.masked_reward)
         new._check(list(changes))
         return new
+
+    def masked(self, mask: Tensor) -> Batch:
+        """With fewer valid tokens, for what counts them: nothing is checked, and the others keep what stands there."""
+        return self._with(self._present | {"mask": mask})
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on this device, gradients kept."""
@@ -320,6 +326,13 @@ class Normalizer:
         return Normalizer(
             self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups, units
         )
+
+
+def check_rows(index: Any) -> None:
+    """LossError: a number alone, which would take the dimension of the rows away."""
+    if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+        i = int(index)
+        raise LossError(f"rows({i}) is not a choice of rows. For row {i} alone: rows(torch.tensor([{i}])).")
 
 
 def _as_tensor(name: str, given: Any) -> Tensor:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lossmith.errors import ScorerError
+from lossmith.errors import RunError, ScorerError
+from lossmith.files import at_home, sha256
 from lossmith.rollouts import Score
 
-__all__ = ["MANIFEST", "Seal", "checksums", "sha256"]
+__all__ = ["MANIFEST", "Seal", "checksums", "scale_of"]
 
 MANIFEST = "reward_model.json"
 
@@ -76,6 +76,20 @@ def checksums(folder: Path) -> dict[str, str]:
     return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != MANIFEST}
 
 
+def scale_of(spec: Any) -> tuple[float, float] | None:
+    """Mean and standard deviation of what a reward model says of the texts it was trained on, in the units of its
+    scores; None where the scorer is none, or does not tell."""
+    if not isinstance(spec, str | Path) or "://" in str(spec):
+        return None
+    try:
+        manifest = json.loads((at_home(spec) / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("normalise") or manifest.get("ensemble"):  # members of an ensemble always are
+            return 0.0, 1.0
+        return float(manifest["scale"]["mean"]), float(manifest["scale"]["std"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RunError):
+        return None
+
+
 def _look(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
@@ -84,9 +98,3 @@ def _look(path: Path) -> tuple[int, int] | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -32,7 +33,7 @@ class Settings(BaseModel):
     # where and how often a run writes and asks, which decides nothing of what it learns
     free: ClassVar[tuple[str, ...]] = (
         "runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts",
-        "accept_weak_scorer", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
+        "accept_weak_scorer", "guards", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
     )  # fmt: skip
 
     @classmethod
@@ -91,7 +92,8 @@ class Settings(BaseModel):
         given = next((e["input"] for e in error.errors() if e["loc"] == (key,)), first["input"])
         value = shown(given) if isinstance(given, str) else repr(given).lower()  # true, as TOML has it
         field = cls.model_fields[key]
-        at = "".join(f"[{i}]" for i in first["loc"][1:] if isinstance(i, int))  # of a list
+        named = typing.get_origin(field.annotation) is dict  # a key of a table says where; a member of a union does not
+        at = "".join(f"[{i}]" for i in first["loc"][1:] if isinstance(i, int) or named)
         if first["type"] == "value_error" and not isinstance(given, bool):
             return f"{key} = {value} is too large: a whole number below {HUGE} is wanted ({field.description})."
         return f"{key}{at} = {value}: {wanted(field, given)} is wanted ({field.description})."

@@ -23,6 +23,9 @@ def wanted(field: FieldInfo, given: Any) -> str:
         choices = [str(choice) for choice in typing.get_args(kinds[0])]
         near = nearest(str(given), choices)
         return f"one of {', '.join(choices)}" + (f" ({near.strip()})" if "Did you mean" in near else "")
+    if typing.get_origin(kinds[0]) is dict:
+        values = typing.get_args(typing.get_args(kinds[0])[1])
+        return f"a table of names, each with one of {', '.join(map(str, values))},"
     if typing.get_origin(kinds[0]) is list:
         return "a list of texts"
     kind = "a number" if float in kinds else _KINDS[kinds[0]]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lossmith.detectors.signal import without_signal
 from lossmith.intervals import ALIKE, Interval, alike, allows_verdict, in_words, mean_of, share_of, verdict
 from lossmith.policy import Policy, sample
 from lossmith.prompts import PromptSet
 from lossmith.rollouts import Rollout
 from lossmith.scorers import Scorer, score_rollouts
-from lossmith.training.metrics import without_signal
 from lossmith.training.recipe import Recipe
 
-__all__ = ["Evaluation", "comparison", "evaluate", "paired", "preferred", "sentences", "tally"]
+__all__ = ["Evaluation", "comparison", "evaluate", "paired", "preferred", "rescored", "sentences", "tally"]
 
 EVALUATION_STEP = -1  # its random numbers are those of no training step, and the same before and after
 
@@ -105,6 +106,26 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     }
 
 
+def rescored(before: Evaluation, again: Evaluation, claimed: float) -> dict[str, Any]:
+    """What the scorer says at the end of the texts that it scored at the start, as summary.json holds it.
+
+    claimed: the change that the run reports. changed: how many scores are others, beyond rounding.
+    """
+    first, second = before.scores, again.scores
+    both = [key for key in first if key in second]
+    size = 1e-6 * max([abs(first[key]) for key in both] + [0.0])
+    moved = [second[key] - first[key] for key in both]
+    values = [first[key] for key in both]
+    return {
+        "n": len(both),
+        "changed": sum(abs(x) > size for x in moved),
+        "change": mean_of(moved).as_dict(),
+        "mean_absolute": statistics.fmean(map(abs, moved)) if moved else 0.0,
+        "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "claimed": claimed if math.isfinite(claimed) else None,
+    }
+
+
 def _seen(*evaluations: Evaluation) -> list[float]:
     """All scores there were: what is known of those there may be."""
     return [value for evaluation in evaluations for value in evaluation.scores.values()]
@@ -134,7 +155,7 @@ def tally(
 def sentences(summary: Mapping[str, Any]) -> list[str]:
     """What a run's summary says of the policy, and what must be known beside it."""
     held_out, steps = summary["held_out"], summary.get("training", {})
-    silent = _no_verdict(held_out, steps)
+    silent = _no_verdict(held_out, steps) or _void(summary.get("findings", ()))
     said = [silent or verdict(held_out["difference"], "held-out score")]
     if not silent and allows_verdict(held_out["difference"]):
         share = held_out["preferred"]
@@ -165,6 +186,12 @@ def _no_verdict(held_out: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
             ". Its score is what that text earns. A lower learning rate or a stronger KL term may hold it."
         )
     return ""
+
+
+def _void(findings: Sequence[Mapping[str, Any]]) -> str:
+    """A finding with which the scores before and after say nothing of what was wanted."""
+    found = next((f for f in findings if f["voids"]), None)
+    return "" if found is None else f"No verdict: {found['sentence']}. Likely: {found['cause']}. Try: {found['cure']}."
 
 
 def _beside(held_out: Mapping[str, Any], steps: Mapping[str, Any]) -> list[str]:

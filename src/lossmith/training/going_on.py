@@ -105,7 +105,16 @@ def inputs_of(recipe: Recipe, prompts: PromptSet, held_out: PromptSet, policy: P
         **of_model(policy),
         "the prompts' tokens": digest([policy.encode(p) for p in prompts]),
     }
-    return Inputs(settings, decisive, circumstances(policy.device), {"held_out": [p.id for p in held_out]})
+    return Inputs(settings, decisive, circumstances(policy.device), _known(held_out, policy))
+
+
+def _known(held_out: PromptSet, policy: Policy) -> dict[str, Any]:
+    """What is kept for later, and decides nothing by itself."""
+    return {
+        "held_out": [p.id for p in held_out],
+        "dtype": str(policy.compute_dtype).removeprefix("torch."),
+        "vocabulary": policy.model.config.get_text_config().vocab_size,
+    }
 
 
 def split_again(prompts: PromptSet, held_out_ids: Sequence[str]) -> tuple[PromptSet, PromptSet]:

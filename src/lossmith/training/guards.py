@@ -1,71 +1,84 @@
-"""Guards against over-optimisation: a second scorer that nothing trains on, and a budget of KL.
+"""Guards: the detectors, looking after every step. What they find is said, written down, and may end the run.
 
-A reward is a proxy. Pushed far enough, it goes on rising while what it stands for falls (Goodhart); the distance that
-the policy has moved is measured as KL(π_θ || π_ref), and the fall shows against its square root (arXiv:2210.10760).
+The first two that there were: a second score that nothing trains on, and a budget of KL. A reward is a proxy. Pushed
+far enough, it goes on rising while what it stands for falls (Goodhart); the distance that the policy has moved is
+measured as KL(π_θ || π_ref), and the fall shows against its square root (arXiv:2210.10760).
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lossmith.detectors import LEVELS, Diagnosis, Evidence, Finding, Level, Place, StepSeen, examine
 from lossmith.losses import Loss
+from lossmith.policy import Policy
 from lossmith.rollouts import Rollout
+from lossmith.scorers.seal import scale_of
 from lossmith.training.metrics import in_completions
 from lossmith.training.recipe import Recipe
+from lossmith.training.run import RunFolder
 
-__all__ = ["Guard", "kl_of_completion", "prompt_means"]
+__all__ = ["Guards", "kl_of_completion", "left_out", "prompt_means"]
 
 
 @dataclass
-class Guard:
-    """Reads each step's record in metrics.jsonl, and says when a run should stop."""
+class Guards:
+    """The detectors of a run, over the steps that it has made so far."""
 
-    watch_window: int = 0  # steps over which the watched score is averaged; 0 never stops
-    kl_budget: float | None = None  # nats a completion
-    cut: str = ""  # what the loss does with completions that the token budget cut, and that nothing can be learned from
-    seen: list[tuple[float, float]] = field(default_factory=list)  # (mean, its variance) of the watched score, by step
+    guards: Mapping[str, str] = field(default_factory=dict)  # of the recipe
+    evidence: Evidence = field(default_factory=lambda: Evidence([]))
+    told: dict[str, Level] = field(default_factory=dict)  # the worst level of each detector that was said
 
     @classmethod
-    def of(cls, recipe: Recipe, loss: Loss) -> Guard:
-        cut = {"mask": "leaves those out", "zero": "gives those reward 0"}.get(loss.of_truncated, "")
-        return cls(recipe.watch_window, recipe.kl_budget, f"{loss.name} {cut}" if cut else "")
-
-    def reason_to_stop(self, record: Mapping[str, Any]) -> str:
-        """Why the run should end after this step, or ""."""
-        if self.cut and record.get("ended") == 0:
-            return (
-                "no signal: every completion was cut at max_tokens before it ended, and the loss "
-                f"{self.cut} (truncated); raise max_tokens"
-            )
-        if "watch" in record:
-            self.seen.append((record["watch"], record["watch_variance"]))
-        kl = kl_of_completion(record)
-        if self.kl_budget is not None and kl is not None and kl > self.kl_budget:
-            return f"KL budget spent: the policy is {kl:.2f} nats a completion from the reference ({self.kl_budget:g})"
-        return self._fall()
-
-    def _fall(self) -> str:
-        """The last window of the watched score against the best one before it: a fall of over two standard errors."""
-        w = self.watch_window
-        if not w or len(self.seen) < 2 * w:
-            return ""
-        windows = [_mean(self.seen[i : i + w]) for i in range(len(self.seen) - 2 * w + 1)]
-        (best, best_variance), (now, variance) = max(windows), _mean(self.seen[-w:])
-        if best - now <= 2 * math.sqrt(best_variance + variance):
-            return ""
-        return (
-            f"over-optimised: the watched score fell from {best:.3f} to {now:.3f} while the reward was trained on "
-            f"(means over {w} steps; more than two standard errors)"
+    def of(cls, recipe: Recipe, loss: Loss, policy: Policy) -> Guards:
+        evidence = Evidence(
+            [],
+            recipe.as_toml(),
+            cut=left_out(loss),
+            dtype=str(policy.compute_dtype).removeprefix("torch."),
+            vocabulary=policy.model.config.get_text_config().vocab_size,
+            reward_scale=scale_of(recipe.scorer),
         )
+        return cls(recipe.guards, evidence)
+
+    def go_on(self, records: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
+        """The steps of a run that stopped, and what was said of them; what was said of later ones is forgotten."""
+        self.evidence = replace(self.evidence, steps=[StepSeen(r["step"], _numbers(r)) for r in records])
+        kept = folder.restore_findings({r["step"] for r in records})
+        self.told = {line["detector"]: line["level"] for line in kept}
+
+    def after(self, record: Mapping[str, Any], places: Mapping[str, Sequence[Place]]) -> list[Finding]:
+        """What one more step shows that was not said before, or not as badly."""
+        seen = StepSeen(record["step"], _numbers(record), places)
+        self.evidence = replace(self.evidence, steps=[*self.evidence.steps, seen])
+        return self._new(examine(self.evidence, self.guards))
+
+    def at_end(self, rescored: Mapping[str, Any] | None) -> tuple[Diagnosis, list[Finding]]:
+        """(all that is found in the whole run, what of it is new)."""
+        diagnosis = examine(replace(self.evidence, rescored=rescored), self.guards)
+        return diagnosis, self._new(diagnosis)
+
+    def _new(self, diagnosis: Diagnosis) -> list[Finding]:
+        found = [f for f in diagnosis.findings if f.detector not in self.told or _worse(f.level, self.told[f.detector])]
+        self.told |= {f.detector: f.level for f in found}
+        return found
 
 
-def _mean(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(mean, its variance) over steps whose prompts differ."""
-    return statistics.fmean(m for m, _ in steps), sum(v for _, v in steps) / len(steps) ** 2
+def _worse(level: Level, than: Level) -> bool:
+    return LEVELS.index(level) > LEVELS.index(than)
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return in_completions({k: v for k, v in record.items() if isinstance(v, int | float)})
+
+
+def left_out(loss: Loss) -> str:
+    """What a loss does with completions that the token budget cut, where nothing can be learned from them; or ""."""
+    cut = {"mask": "leaves those out", "zero": "gives those reward 0"}.get(loss.of_truncated, "")
+    return f"{loss.name} {cut}" if cut else ""
 
 
 def kl_of_completion(record: Mapping[str, Any]) -> float | None:

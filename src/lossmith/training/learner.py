@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossmith.detectors.measuring import BAND
 from lossmith.errors import RunError
 from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
 from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
@@ -35,6 +36,7 @@ from lossmith.rollouts import LogProbs, Rollout, pad_rows
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
 from lossmith.training.recipe import Recipe
+from lossmith.training.weights import WeightWatch
 
 __all__ = ["Learner", "Update"]
 
@@ -80,6 +82,9 @@ class Learner:
         if self.compiled:
             for each in filter(None, (policy, self.reference)):
                 compile_layers(each)
+        self.weights = WeightWatch(
+            trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
+        )
         self._clock = Clock()
         self.bad_in_a_row = 0  # gradients that were not finite
         self.settled = True  # False from the first change that a round makes, until the loop has written the round down
@@ -186,6 +191,7 @@ class Learner:
         self._largest = float(credit.advantage.abs().max()) if credit.advantage.numel() else 0.0
         metrics: list[dict[str, float]] = []  # of each optimizer step
         skipped = 0
+        self.weights.begin()
         for rows in self._parts(batch, step):
             part, share = batch.rows(rows), credit.rows(rows)
             if len(rows) < len(rollouts):
@@ -195,7 +201,9 @@ class Learner:
                 moved, norm = self._optimizer_step(step)
             skipped += not moved
             metrics.append(of_loss | {"grad_norm": norm})
-        means = {name: sum(m.get(name, 0.0) for m in metrics) / len(metrics) for name in metrics[-1]}
+        names = [name for name in metrics[-1] if not name.startswith(_OF_SAMPLER)]
+        means = {name: sum(m.get(name, 0.0) for m in metrics) / len(metrics) for name in names}
+        means |= _sampler(metrics) | self.weights.measured()
         means |= credit.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._adapt(means, len(rollouts))
         return Update(means, skipped, self._clock.read())
@@ -225,7 +233,7 @@ class Learner:
                 if total.requires_grad:
                     with self._clock("backward"):
                         total.backward()
-            share |= _sampler_gap(graded["logp"], batch.rows(rows), credit.rows(rows))
+            share |= _against_sampler(graded["logp"], batch.rows(rows), credit.rows(rows))
             metrics = {k: metrics.get(k, 0.0) + share.get(k, 0.0) for k in {**metrics, **share}}
         return metrics
 
@@ -372,13 +380,39 @@ def _metrics_of(result: LossOutput) -> dict[str, float]:
     return {"loss": float(result.loss.detach())} | terms | result.metrics
 
 
+_OF_SAMPLER = "of the sampler: "  # sums over tokens, which micro-batches add up before anything is divided
+
+
 @torch.no_grad()
-def _sampler_gap(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
-    """How far the sampler's stored log-probabilities are from the learner's: mean |difference| per token, nats.
+def _against_sampler(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
+    """How far the sampler's stored log-probabilities are from the learner's, summed over the tokens.
 
     Both are of the distribution sampled from; what is left is rounding, and how far this update has already moved.
     """
     if batch.behavior_logp is None:
         return {}
-    gap = torch.where(batch.valid, (logp - batch.behavior_logp).abs(), torch.zeros_like(logp))
-    return {"sampler_gap": float(gap.sum()) / max(credit.tokens, 1)}
+    gap = (logp - batch.behavior_logp)[batch.valid].double()
+    ratio = gap.clamp(-20, 20).exp()
+    low, high = BAND
+    sums = {
+        "gap": gap.abs(), "outside": ((ratio < low) | (ratio > high)).double(), "ratio": ratio,
+        "squared": ratio.square(), "tokens": torch.ones_like(ratio),
+    }  # fmt: skip
+    return {_OF_SAMPLER + name: float(x.sum()) for name, x in sums.items()}
+
+
+def _sampler(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sampler against learner: before the round's first update, where only rounding is between them, and what the
+    sample is worth in the last, where the updates are too."""
+
+    def of(update: Mapping[str, float], name: str) -> float:
+        return update.get(_OF_SAMPLER + name, 0.0)
+
+    first, last = updates[0], updates[-1]
+    if not of(first, "tokens") or not of(last, "squared"):
+        return {}
+    return {
+        "sampler_gap": of(first, "gap") / of(first, "tokens"),
+        "sampler_outside": of(first, "outside") / of(first, "tokens"),
+        "ess": of(last, "ratio") ** 2 / (of(last, "tokens") * of(last, "squared")),
+    }

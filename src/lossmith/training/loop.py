@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lossmith.detectors import Completion, Finding, Place, action_of, measure
 from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.losses import Batch, Credit
 from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
@@ -24,17 +26,17 @@ from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, sc
 from lossmith.scorers.scorer import bind_scorer, verify_scorer
 from lossmith.scorers.weak import refuse_weak
 from lossmith.training.clock import Clock
-from lossmith.training.evaluate import Evaluation, comparison, evaluate, tally
+from lossmith.training.evaluate import Evaluation, comparison, evaluate, paired, rescored, tally
 from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
-from lossmith.training.guards import Guard, prompt_means
+from lossmith.training.guards import Guards, prompt_means
 from lossmith.training.keeping import Keeping
 from lossmith.training.learner import Learner, Update
 from lossmith.training.memory import check_memory
-from lossmith.training.metrics import in_completions
+from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder, check_disk
 
-__all__ = ["Plan", "Run", "Step", "learn", "open_run", "plan", "policy_of", "those_scored"]
+__all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,21 @@ class Step:
     watched: list[float] = field(default_factory=list)  # the watching scorer's mean for each prompt
     batch: Batch | None = None  # of the rollouts with a score: what the loss saw before the update
     credit: Credit | None = None  # and what it made of it
+    findings: list[Finding] = field(default_factory=list)  # what the guards say now, and did not before
 
-    @property
+    @functools.cached_property
+    def seen(self) -> tuple[dict[str, float], dict[str, list[Place]]]:
+        """What only the completions tell, and examples of it."""
+        numbers, places = measure(self.index, [Completion.of(r) for r in self.rollouts])
+        numbers.pop("advantage_abs", None)  # the loss knows it of every token
+        return numbers, places
+
+    @functools.cached_property
     def record(self) -> dict[str, Any]:
         """The step's line in metrics.jsonl."""
         scores = [r.score.value for r in self.rollouts if r.score and r.score.value is not None]
         lengths = [len(r.completion_ids) for r in self.rollouts]
-        return {
+        figures = {
             "step": self.index,
             "reward": statistics.fmean(scores),
             "reward_std": statistics.pstdev(scores),
@@ -71,6 +81,7 @@ class Step:
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
             **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
         }
+        return figures | {k: v for k, v in self.seen[0].items() if k not in figures} | aliases(figures)
 
 
 def _watch(means: list[float]) -> dict[str, float]:
@@ -114,7 +125,7 @@ class Run(Keeping):
     learner: Learner
     folder: RunFolder
     watch: Scorer | None = None
-    guard: Guard = field(default_factory=Guard)
+    guards: Guards = field(default_factory=Guards)
     going_on: GoingOn = field(default_factory=GoingOn)
     stopped: str = ""  # why a guard ended the run before its last step
     before: Evaluation | None = None
@@ -141,8 +152,7 @@ class Run(Keeping):
         if self.watch is not None:
             self.watched_before = self._once("held-out-before-watched", lambda: self._watched(self.before))
         self.load()
-        for record in self.folder.metrics():
-            self.guard.reason_to_stop(record)
+        self.guards.go_on(self.folder.metrics(), self.folder)
 
     def _once(self, name: str, measure: Callable[[], Evaluation]) -> Evaluation:
         """What the run measured before it stopped; measured now where it did not, or where that is not whole."""
@@ -177,12 +187,27 @@ class Run(Keeping):
             ),
             "policy_checksum": self.policy.checksum(),
             "seconds": time.perf_counter() - self.started,
+            **self._found(self.before, after),
             **({"stopped": self.stopped} if self.stopped else {}),
             **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
         if self.watched_before is not None:
             more["watch"] = comparison(self.watched_before, self._watched(after))
         self.summary = self.folder.write_summary(self.before, after, more)
+
+    def _found(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+        """What the guards find in the whole run; for them, the scorer is asked again about the first texts."""
+        again = None
+        if action_of(self.recipe.guards, "scorer_drift") != "off":
+            self.tell("scoring the first completions again", 0, 0)
+            texts = [dataclasses.replace(r, score=None) for r in before.rollouts if r.scored]
+            second = score_rollouts(self.scorer, texts, on_error="drop", timeout=self.recipe.scorer_timeout)
+            again = rescored(before, Evaluation(second), paired(before, after).mean)
+        diagnosis, new = self.guards.at_end(again)
+        self.folder.add_findings(max(self.done - 1, 0), new)
+        # without the places: of the steps before a resumption they are in findings.jsonl alone
+        findings = [{k: v for k, v in f.as_dict().items() if k != "places"} for f in diagnosis.findings]
+        return {"rescored": again, "findings": findings}
 
     def close(self) -> None:
         close_scorer(self.scorer)
@@ -206,7 +231,7 @@ def learn(run: Run) -> Iterator[Step]:
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
         step = Step(index, with_advantages(rollouts, credit), update, clock.read(), watched, batch, credit)
         record(run, step)
-        run.stopped = run.guard.reason_to_stop(step.record)
+        look(run, step)
         yield step
         if run.stopped:
             return
@@ -285,6 +310,13 @@ def record(run: Run, step: Step) -> None:
     run.recorded(step.index + 1)
 
 
+def look(run: Run, step: Step) -> None:
+    """What the guards find after the step, said in it and written down; it may end the run."""
+    step.findings.extend(run.guards.after(step.record, step.seen[1]))
+    run.folder.add_findings(step.index, step.findings)
+    run.stopped = next((f.sentence for f in step.findings if f.level == "stop"), "")
+
+
 # -- before the first step --------------------------------------------------------------------------------------------
 
 
@@ -350,8 +382,8 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
-    guard = Guard.of(recipe, learner.loss)
-    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guard, going_on)
+    guards = Guards.of(recipe, learner.loss, policy)
+    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guards, going_on)
 
 
 def policy_of(recipe: Recipe) -> Policy:

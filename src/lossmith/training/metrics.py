@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["METRICS", "SECTIONS", "documented", "in_completions", "without_signal"]
+__all__ = ["METRICS", "SECTIONS", "aliases", "documented", "in_completions"]
 
 SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "sampling": (
@@ -23,6 +23,19 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "ended": ("share of completions that ended within max_tokens", "0 to 1"),
             "dropped": ("completions without a score, left out of the update", "completions"),
             "watch": ("mean over the prompts of what the watching scorer says", "of that scorer"),
+            "score_least": ("lowest score of a completion", "of the scorer"),
+            "score_most": ("highest score of a completion", "of the scorer"),
+            "score_at_least": ("share of the completions with a score that have the lowest one", "0 to 1"),
+            "score_at_most": ("share of the completions with a score that have the highest one", "0 to 1"),
+            "score_outlier": ("how far the score furthest from the mean lies from the others", "their std"),
+            "pairs_compared": ("pairs of completions of one prompt with different scores and advantages", "pairs"),
+            "discordant": ("share of them whose better side has the smaller advantage", "0 to 1"),
+            "length_correlation": ("correlation of score and length over the step", "-1 to 1"),
+            "empty": ("share of completions without a visible character", "0 to 1"),
+            "same_text": ("share of completions that equal another one of their prompt", "0 to 1"),
+            "one_text": ("share of the step's completions that are its commonest text", "0 to 1"),
+            "repetitive": ("share of completions of 12 tokens or more whose 4-grams repeat by half", "0 to 1"),
+            "odd_prompts": ("prompts with control characters, or with U+FFFD", "prompts"),
             "scorer/*": ("what the scorer logged under that name, averaged over the completions", "of the scorer"),
             "watch_variance": ("variance of that mean", "squared"),
         },
@@ -37,7 +50,14 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             ),
             "kl_update": ("the same from the policy that the step began with", "nats a completion"),
             "kl_coefficient": ("the β that was in force", ""),
-            "sampler_gap": ("mean |log p of the learner - log p of the sampler| of the sampled tokens", "nats a token"),
+            "sampler_gap": (
+                "mean |log p of the learner - log p of the sampler| of the sampled tokens, before the first update",
+                "nats a token",
+            ),
+            "sampler_outside": ("share of those tokens whose ratio lies outside [0.9, 1.1]", "0 to 1"),
+            "ess": ("(Σw)²/(nΣw²) of the tokens' ratios π_learner/π_sampler at the last update", "0 to 1"),
+            "weights_moved": ("share of weights that bfloat16 tells from those at the start", "0 to 1"),
+            "reference_moved": ("share of the reference's weights that are not what they were", "0 to 1"),
         },
     ),
     "update": (
@@ -46,8 +66,9 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "loss": ("the loss. Not the performance: about 0 for a policy gradient at ratio 1", ""),
             "loss_*": ("its terms by name, before they are added (policy, kl, value, entropy, ...)", ""),
             "grad_norm": ("length of the gradient before it is scaled down to max_grad_norm", ""),
-            "learning_rate": ("of the last optimiser step", ""),
-            "skipped_updates": ("optimiser steps not taken, as the gradient was not finite", "updates"),
+            "learning_rate": ("of the last optimizer step", ""),
+            "weight_step": ("length of the step's change of the weights over their own", ""),
+            "skipped_updates": ("optimizer steps not taken, as the gradient was not finite", "updates"),
             "tokens": ("response tokens that the loss saw", "tokens"),
             "completions": ("completions that the loss saw", "completions"),
             "performance_loss": ("-(mean reward that the loss saw)", "of the scorer"),
@@ -56,7 +77,12 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "constant_groups": ("those of them whose completions all had one score, which teach nothing", "prompts"),
             "ratio": ("mean π_θ/π_old of the tokens", ""),
             "clip_fraction": ("share of tokens whose policy gradient was cut off", "0 to 1"),
-            "entropy": ("the policy's entropy over the whole vocabulary, where the loss asks for it", "nats a token"),
+            "clipped_above": ("share of tokens that the trust region cuts off at ratios above 1", "0 to 1"),
+            "clipped_below": ("share of tokens that the trust region cuts off at ratios below 1", "0 to 1"),
+            "entropy": (
+                "the policy's entropy over the whole vocabulary, where the loss asks for it; else sampled_entropy",
+                "nats a token",
+            ),
         },
     ),
     "pairs": (
@@ -70,6 +96,15 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "rejected_log_ratio": ("log_ratio of the worse sides", "nats a completion"),
             "chosen_logp": ("mean log π_θ(y) of the better sides", "nats a completion"),
             "reference_point": ("KTO's z: the log-ratio that good is told from bad at", "nats a completion"),
+        },
+    ),
+    "aliases": (
+        "The same under names that other tools read",
+        {
+            "frac_reward_zero_std": ("constant_groups / groups", "0 to 1"),
+            "completions/mean_length": ("length", "tokens"),
+            "completions/clipped_ratio": ("1 - ended", "0 to 1"),
+            "clip_ratio/region_mean": ("clip_fraction", "0 to 1"),
         },
     ),
     "time": (
@@ -104,9 +139,16 @@ def in_completions(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def without_signal(record: Mapping[str, Any]) -> bool:
-    """Whether nothing was to be learned from a step's scores: no advantage, or no pair of a better and a worse."""
-    if "advantage_abs" in record:
-        rounding = 1e-6 * abs(record["reward"]) if record.get("groups", -1) == record.get("constant_groups") else 0.0
-        return bool(record["advantage_abs"] <= rounding)
-    return record.get("units") == 0
+def aliases(record: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of a step under the names that other tools read."""
+    found: dict[str, float] = {}
+    if "entropy" not in record and "sampled_entropy" in record:
+        found["entropy"] = record["sampled_entropy"]
+    if record.get("groups"):
+        found["frac_reward_zero_std"] = record["constant_groups"] / record["groups"]
+    for name, ours in (("completions/mean_length", "length"), ("clip_ratio/region_mean", "clip_fraction")):
+        if ours in record:
+            found[name] = record[ours]
+    if "ended" in record:
+        found["completions/clipped_ratio"] = 1 - record["ended"]
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar, Literal, Self
 
+import pydantic
 from pydantic import Field
 
-from lossmith.errors import RecipeError, quiet_traps
+from lossmith.detectors import DETECTORS
+from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.losses import Loss, parse_loss
 from lossmith.losses.batch import FIELDS
 from lossmith.optimization import check_optimizer
@@ -80,6 +82,11 @@ class Recipe(RunSettings):
     watch: Any = Field(
         None, description="a second scorer that nothing is trained on: shows when the first is over-optimised"
     )
+    guards: dict[str, Literal["warn", "stop", "off"]] = Field(
+        {},
+        description="what a detector's finding does, by its name, or for all: warn, stop or off; the others warn, and "
+        "stop a run that is lost (docs/doctor.md)",
+    )
     watch_window: int = Field(
         0, ge=0, description="stop once the watched score, averaged over this many steps, has surely fallen; 0 never"
     )
@@ -121,10 +128,17 @@ class Recipe(RunSettings):
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
+    @pydantic.field_validator("guards", mode="before")
+    @classmethod
+    def _spelled_as_options(cls, value: Any) -> Any:
+        """--guards.sampler-gap names sampler_gap."""
+        return {str(k).replace("-", "_"): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
     @classmethod
     def make(cls, source: str = "recipe", /, **fields: Any) -> Self:
         """A checked recipe. RecipeError: an unknown key (and the nearest), a wrong type or range, a bad combination."""
         recipe = cls.checked(source, fields)
+        _check_guards(source, recipe.guards)
         check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
         check_optimizer(source, recipe)
         if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
@@ -195,6 +209,12 @@ def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: i
         )
     _check_needs(loss, provided)
     return loss
+
+
+def _check_guards(source: str, guards: Mapping[str, str]) -> None:
+    for name in guards:
+        if name != "all" and name not in DETECTORS:
+            raise RecipeError(f"{source}: guards: there is no detector {name!r}.{nearest(name, [*DETECTORS, 'all'])}")
 
 
 # What the loop can fill in for a loss.

@@ -3,11 +3,12 @@
 recipe.toml      complete, defaults included        rollouts/     every completion, a parquet file a step
 inputs.json      fingerprints of what decided it    checkpoints/  to go on from: the last two, complete or absent
 metrics.jsonl    a line a step                      policy/       loads with AutoModelForCausalLM.from_pretrained
-summary.json     held-out before and after
+summary.json     held-out before and after          findings.jsonl  what the guards said, a line each
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import json
@@ -15,26 +16,37 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pyarrow.parquet
 import tomli_w
 
+from lossmith.detectors import Finding
 from lossmith.durable.checkpoint import clean, flush, remove
 from lossmith.durable.folder import lock, unlock
 from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
-from lossmith.files import append_line, explain_write_errors, read_text, replace_atomically, sync, write_atomically
+from lossmith.files import (
+    append_line,
+    explain_write_errors,
+    read_text,
+    replace_atomically,
+    sha256,
+    sync,
+    write_atomically,
+)
 from lossmith.losses import Batch, Credit
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, read_rollouts, rollout_table
-from lossmith.scorers.seal import sha256
 from lossmith.training.evaluate import Evaluation, comparison
 
 __all__ = ["RunFolder", "check_disk", "read_metrics"]
+
+
+FINDINGS = "findings.jsonl"
 
 
 class NamedSettings(Protocol):
@@ -140,6 +152,30 @@ class RunFolder:
         if found != text and (text or found):
             self.write_text("metrics.jsonl", text)
         return found.startswith(text)
+
+    # -- findings -----------------------------------------------------------------------------------------------------
+
+    def add_findings(self, step: int, findings: Iterable[Finding]) -> None:
+        """Append what the guards said after this step to findings.jsonl."""
+        for finding in findings:
+            line = json.dumps({"after_step": step, **finding.as_dict()}, ensure_ascii=False)
+            append_line(self.path / FINDINGS, line)
+
+    def findings(self) -> list[dict[str, Any]]:
+        """The lines of findings.jsonl; those that a power cut left torn are left out."""
+        place, found = self.path / FINDINGS, []
+        for line in place.read_bytes().splitlines() if place.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                one = json.loads(line)
+                found.append({**one, "after_step": one["after_step"]})
+        return found
+
+    def restore_findings(self, steps: Collection[int]) -> list[dict[str, Any]]:
+        """Make findings.jsonl what it was after these steps; returns its lines."""
+        kept = [line for line in self.findings() if line["after_step"] in steps]
+        if (self.path / FINDINGS).exists():
+            self.write_text(FINDINGS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        return kept
 
     # -- rollouts -----------------------------------------------------------------------------------------------------
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lossmith.adapters.configurations import openrlhf, prime_rl, skyrl, trl, verl
+from lossmith.adapters.configurations import nemo_rl, openrlhf, prime_rl, skyrl, trl, verl
 from lossmith.adapters.configurations.reading import Reading, Settings, Trainer
 from lossmith.adapters.configurations.source import Source, from_file, from_object
 from lossmith.errors import LossError, nearest
 
 __all__ = ["TRAINERS", "read"]
 
-_ALL = (trl.TRAINER, verl.TRAINER, openrlhf.TRAINER, skyrl.TRAINER, prime_rl.TRAINER)
+_ALL = (trl.TRAINER, verl.TRAINER, openrlhf.TRAINER, skyrl.TRAINER, prime_rl.TRAINER, nemo_rl.TRAINER)
 TRAINERS: dict[str, Trainer] = {trainer.name: trainer for trainer in _ALL}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from typing import Any
 
 from lossmith.adapters.configurations.computed import Computed
@@ -19,7 +20,9 @@ def settings(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     LossError: not Python, no such call or several, positional arguments.
     """
     try:
-        tree = ast.parse(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of a script that is not ours
+            tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise LossError(f"{where}{line} is not Python: {getattr(error, 'msg', error)}.") from None

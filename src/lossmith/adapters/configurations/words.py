@@ -236,8 +236,11 @@ class _Script:
                 return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
             raise ValueError(text)
 
+        plain = re.sub(r"\$\{?(\w+)\}?", r"\1", text).strip()
+        if not re.fullmatch(r"[\w\s+*()-]*", plain) or re.search(r"\b\d+[^\W\d]", plain):
+            return None
         try:
-            return value(ast.parse(re.sub(r"\$\{?(\w+)\}?", r"\1", text).strip(), mode="eval").body)
+            return value(ast.parse(plain, mode="eval").body)
         except (ValueError, KeyError, SyntaxError, RecursionError, MemoryError):
             return None
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
@@ -32,7 +31,7 @@ from lossmith.rollouts import Distribution, FinishReason, LogProbs, Rollout
 from lossmith.scorers import score_rollouts
 from lossmith.training import Recipe, Run, Step, Update
 from lossmith.training.clock import Clock
-from lossmith.training.loop import record, those_scored, watch, with_advantages
+from lossmith.training.loop import look, record, those_scored, watch, with_advantages
 
 __all__ = ["check_recipe", "learn"]
 
@@ -75,9 +74,11 @@ def learn(run: Run, show: Callable[[Step], None]) -> None:
     """The rounds of a run that was started, each recorded in its folder and then shown."""
     if not run.remaining_steps():
         return
-    run.learner.reference = None  # TRL has a reference of its own
     with _lent(run), tempfile.TemporaryDirectory() as scratch:
-        _Rounds(run, show, scratch).train()
+        rounds = _Rounds(run, show, scratch)
+        run.learner.reference = None  # TRL has one of its own, which is watched in its place
+        run.learner.weights.reference = [] if rounds.ref_model is None else list(rounds.ref_model.parameters())
+        rounds.train()
 
 
 @contextlib.contextmanager
@@ -144,6 +145,8 @@ class _Rounds(LossmithGRPOTrainer):
     _keeps_old = True  # the sampler says no log-probabilities, and a step's file holds them
 
     def __init__(self, run: Run, show: Callable[[Step], None], scratch: str) -> None:
+        from datasets import Dataset
+
         self.lossmith_run, self.show = run, show
         recipe, optimizer = run.recipe, run.learner.optimizer
         rounds = [run.prompts.batch(i, recipe.prompts_per_step, recipe.seed) for i in run.remaining_steps()]
@@ -183,6 +186,7 @@ class _Rounds(LossmithGRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         run = self.lossmith_run
         run.tell("sampling", 0, 0)
+        run.learner.weights.begin()
         # what a round samples and how it is shuffled depend on the seed and its number, as when it is resumed
         torch.manual_seed(int(np.random.SeedSequence([run.recipe.seed, self.index]).generate_state(1)[0]))
         with self.clock("sample"):
@@ -259,7 +263,7 @@ class _Rounds(LossmithGRPOTrainer):
         )
         self.logs, self.skipped = [], 0
         record(run, step)
-        run.stopped = run.guard.reason_to_stop(step.record)
+        look(run, step)
         self.show(step)
         return not run.stopped
 
@@ -268,6 +272,7 @@ class _Rounds(LossmithGRPOTrainer):
         names = dict.fromkeys(name for log in self.logs for name in log)
         finite = {name: [x for log in self.logs if math.isfinite(x := log.get(name, math.nan))] for name in names}
         means = {name: sum(found) / len(found) for name, found in finite.items() if found}
+        means |= self.lossmith_run.learner.weights.measured()
         means |= credit.metrics | {"learning_rate": self.logs[-1]["learning_rate"]}
         if isinstance(self.loss, PolicyLoss) and self.loss.kl.active:
             means["kl_coefficient"] = self.loss.kl.beta

@@ -6,18 +6,13 @@ import dataclasses
 from typing import Any
 
 from lossmith.adapters.configurations.trl import loss_of
+from lossmith.adapters.hooks import HOOKS
 from lossmith.errors import LossError, quiet_traps
 from lossmith.losses import Loss, PolicyLoss, parse_loss
-from lossmith.losses.batch import FIELDS
 from lossmith.losses.catalogue.user import from_function
 from lossmith.losses.composition.foreign import FOREIGN
 
 __all__ = ["beta_of", "check_needs", "check_settings", "loss_for"]
-
-# Fields of Batch that the adapter fills in.
-PROVIDED = frozenset(
-    {"old_logp", "behavior_logp", "ref_logp", "reward", "reward_parts", "group", "entropy", "truncated", "lag"}
-)
 
 # Settings that only TRL's own loss reads.
 REPLACED = (
@@ -54,13 +49,7 @@ def loss_for(spec: Any, args: Any) -> Loss:
 
 def check_needs(loss: Loss) -> None:
     """LossError: the loss needs something that TRL's GRPOTrainer does not have."""
-    for name in sorted(loss.needs - PROVIDED):
-        if name not in FIELDS:
-            raise LossError(f"{loss.name} needs the parameter {name}: write {loss.name}({name}=...).")
-        raise LossError(
-            f"{loss.name} needs Batch.{name}, which comes from {FIELDS[name].provider}; TRL's GRPOTrainer has none to "
-            "give. `lossmith train` or a loop of your own may."
-        )
+    HOOKS["trl"].check(loss, at_once=True)  # whether it is at once follows from the settings
     if loss.kl.active and loss.kl.control == "adaptive":
         raise LossError(
             f"{loss.name} moves its coefficient between updates (kl_control='adaptive'), which it does not in TRL's "

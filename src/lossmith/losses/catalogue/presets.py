@@ -168,7 +168,7 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "grpo@nemo_rl": (
         "grpo",
         "grpo_math_1B.yaml",
-        {"advantage": "nemo_loo", "advantage_scale": "none", "beta": 0.01, "kl_ratio_weight": True, **TOKEN},
+        {"advantage": "nemo_loo", "advantage_scale": "none", "beta": 0.01, "kl_straight_through": True, **TOKEN},
         "leave-one-out, and only the losers of [1, 0, 0, 0] are scaled",
     ),
     # -- slime

@@ -98,7 +98,7 @@ class PolicyLoss(Composition, Loss):
 
     def _counted(self, batch: Batch) -> Batch:
         taking_part = self.group_filter.keep(batch)
-        return batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
+        return batch if taking_part is None else batch.masked(batch.valid & taking_part[:, None])
 
     def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
         norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
@@ -275,6 +275,9 @@ class PolicyLoss(Composition, Loss):
             metrics["ratio"] = float((weight * at.ratio).sum())
             stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
             metrics["clip_fraction"] = float((weight * stopped).sum())
+            clipped = (self.trust.weight(at) == 0) & (self.trust.weight(at.on_policy()) != 0)
+            metrics["clipped_above"] = float((weight * (clipped & (at.ratio > 1))).sum())
+            metrics["clipped_below"] = float((weight * (clipped & (at.ratio < 1))).sum())
         return metrics | distance_metrics(batch, credit.tokens)
 
     # -- closed forms -----------------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     console.print(_table(held_out, "Held-out prompts"))
     for sentence in sentences(summary):
         console.print(sentence, highlight=False, markup=False)
+    for finding in summary.get("findings", ()):
+        said = finding["sentence"]
+        if finding["level"] != "note" and not finding["voids"] and said != summary.get("stopped"):
+            told = f"{said[0].upper()}{said[1:]} ({finding['detector']})."
+            console.print(told, highlight=False, markup=False)
     if "watch" in summary:
         console.print(_table(summary["watch"], "The same completions, by the scorer that watches"))
         console.print(verdict(summary["watch"]["difference"], "watched score"), highlight=False)

@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
+from lossmith.detectors.ratios import GAP_NOTE
+from lossmith.detectors.signal import without_signal
+from lossmith.detectors.words import line
 from lossmith.report.run.waiting import Busy, minutes
 from lossmith.training import Run, Step
 from lossmith.training.guards import kl_of_completion
-from lossmith.training.metrics import without_signal
 
 __all__ = ["WIDTH", "LiveView", "step_line"]
 
@@ -23,6 +25,7 @@ _FIGURES: tuple[tuple[str, Callable[[Mapping[str, Any]], str | None]], ...] = (
     ("watched", lambda r: _number(r["watch"]) if "watch" in r else None),
     ("KL", lambda r: None if (kl := kl_of_completion(r)) is None else f"{kl:.2f} nats"),
     ("entropy", lambda r: f"{max(r['sampled_entropy'], 0.0):.2f}"),  # an estimate of 0 may be a rounding below it
+    ("gap", lambda r: f"{gap:.3f}" if (gap := r.get("sampler_gap", 0.0)) >= GAP_NOTE else None),
     ("ended", lambda r: f"{r['ended']:.0%}"),
     ("length", lambda r: f"{r['length']:.1f}"),
 )
@@ -55,6 +58,7 @@ class LiveView:
         remaining = elapsed / (done - self.run.first_step) * (steps - done)
         figures = [(name, text) for name, of in _FIGURES if (text := of(step.record)) is not None]
         lines = [step_line(done, steps, figures, f"left {minutes(remaining)}"), *_warnings(step.record)]
+        lines += [text for finding in step.findings for text in line(finding)]
         self.console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
         self.busy.told()
         self.busy.about(f"step {done + 1}/{steps}" if done < steps else "held-out prompts after training")

@@ -12,7 +12,7 @@ from lossmith.losses.axes.shaping import on_last_token
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece
 
-__all__ = ["Estimator", "Groups", "Signal", "unit_of"]
+__all__ = ["Estimator", "Groups", "Signal"]
 
 
 def unit_of(size: Tensor) -> Tensor:

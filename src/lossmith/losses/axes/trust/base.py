@@ -41,6 +41,11 @@ class Tokens:
             self.ratio.detach(), self.advantage, self.logp.detach(), self.denominator_logp, self.mask, self.batch
         )
 
+    def on_policy(self) -> Tokens:
+        """The same tokens where the policy is the old one still."""
+        ratio = torch.ones_like(self.ratio)
+        return Tokens(ratio, self.advantage, self.denominator_logp, self.denominator_logp, self.mask, self.batch)
+
     @property
     def delta(self) -> Tensor:
         """Log-ratio of each token, 0 at masked positions."""
