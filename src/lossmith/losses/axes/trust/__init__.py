@@ -8,4 +8,4 @@ from lossmith.losses.axes.trust.selective import *
 from lossmith.losses.axes.trust.soft import *
 from lossmith.losses.piece import options, pieces_in
 
-TRUST: dict[str, type[Trust]] = options(*pieces_in(Trust, *map(vars, (soft, clipped, completion, selective))))
+TRUST: dict[str, type[Trust]] = options(*pieces_in(Trust, *map(vars, (clipped, soft, completion, selective))))
