@@ -100,15 +100,16 @@ class Evidence:
     rescored: Mapping[str, Any] | None = None
 
     def has(self, *names: str) -> bool:
-        """Whether any step recorded one of these numbers."""
-        return any(name in step.numbers for step in self.steps for name in names)
+        """Whether any step recorded one of these as a finite number."""
+        return any(math.isfinite(step.numbers.get(name, math.nan)) for step in self.steps for name in names)
 
     def series(self, *names: str) -> list[tuple[int, float]]:
         """(step, the first of these that it recorded, as a finite number), of the steps that did."""
         found = []
         for step in self.steps:
-            value = next((step.numbers[name] for name in names if name in step.numbers), None)
-            if value is not None and math.isfinite(value):
+            values = (step.numbers[name] for name in names if name in step.numbers)
+            value = next(filter(math.isfinite, values), None)
+            if value is not None:
                 found.append((step.index, float(value)))
         return found
 

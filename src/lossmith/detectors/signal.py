@@ -24,13 +24,15 @@ NO_GRADIENT = 1e-12  # below it AdamW takes a gradient for 0
 def without_signal(record: Mapping[str, Any]) -> bool:
     """Whether nothing was to be learned from a step's scores: no advantage, or no pair of a better and a worse."""
     if "advantage_abs" in record:
-        rounding = 1e-6 * abs(record["reward"]) if record.get("groups", -1) == record.get("constant_groups") else 0.0
+        rounding = (
+            1e-6 * abs(record.get("reward", 0.0)) if record.get("groups", -1) == record.get("constant_groups") else 0.0
+        )
         return bool(record["advantage_abs"] <= rounding)
     return record.get("units") == 0
 
 
 def _one_score(numbers: Mapping[str, float]) -> bool:
-    return "reward_std" in numbers and numbers["reward_std"] <= ALIKE * abs(numbers["reward"])
+    return "reward_std" in numbers and numbers["reward_std"] <= ALIKE * abs(numbers.get("reward", 0.0))
 
 
 def _silent(evidence: Evidence) -> list[tuple[int, float]]:
@@ -104,7 +106,7 @@ def _one_score_only(evidence: Evidence) -> Sign | NotChecked | None:
         return None
     inside = [s.numbers for s in several if s.index in set(stretch)]
     n = int(sum(numbers.get("completions", 0) for numbers in inside))
-    scores = sorted({numbers["reward"] for numbers in inside})
+    scores = sorted({numbers.get("reward", 0.0) for numbers in inside})
     what = f"scored {scores[0]:g}" if len(scores) == 1 else "of a step had one score"
     sentence = f"no signal: {in_steps(stretch)} all {n} completions {what}; the scorer does not tell them apart"
     level: Any = "stop" if len(stretch) >= SILENT_STOP else "warn"
