@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import stat
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import RunError, ScorerError
-from lossmith.files import at_home
+from lossmith.files import at_home, sha256
 from lossmith.rollouts import Score
 
-__all__ = ["MANIFEST", "Seal", "checksums", "scale_of", "sha256"]
+__all__ = ["MANIFEST", "Seal", "checksums", "scale_of"]
 
 MANIFEST = "reward_model.json"
 
@@ -101,9 +100,3 @@ def _look(path: Path) -> tuple[int, int] | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -205,7 +205,9 @@ class Run(Keeping):
             again = rescored(before, Evaluation(second), paired(before, after).mean)
         diagnosis, new = self.guards.at_end(again)
         self.folder.add_findings(max(self.done - 1, 0), new)
-        return {"rescored": again, "findings": [f.as_dict() for f in diagnosis.findings]}
+        # without the places: of the steps before a resumption they are in findings.jsonl alone
+        findings = [{k: v for k, v in f.as_dict().items() if k != "places"} for f in diagnosis.findings]
+        return {"rescored": again, "findings": findings}
 
     def close(self) -> None:
         close_scorer(self.scorer)

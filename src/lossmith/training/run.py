@@ -28,12 +28,19 @@ from lossmith.durable.checkpoint import clean, flush, remove
 from lossmith.durable.folder import lock, unlock
 from lossmith.durable.inputs import Inputs
 from lossmith.errors import RunError
-from lossmith.files import append_line, explain_write_errors, read_text, replace_atomically, sync, write_atomically
+from lossmith.files import (
+    append_line,
+    explain_write_errors,
+    read_text,
+    replace_atomically,
+    sha256,
+    sync,
+    write_atomically,
+)
 from lossmith.losses import Batch, Credit
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, read_rollouts, rollout_table
-from lossmith.scorers.seal import sha256
 from lossmith.training.evaluate import Evaluation, comparison
 
 __all__ = ["RunFolder", "check_disk", "read_metrics"]

@@ -74,9 +74,11 @@ def learn(run: Run, show: Callable[[Step], None]) -> None:
     """The rounds of a run that was started, each recorded in its folder and then shown."""
     if not run.remaining_steps():
         return
-    run.learner.reference = None  # TRL has a reference of its own
     with _lent(run), tempfile.TemporaryDirectory() as scratch:
-        _Rounds(run, show, scratch).train()
+        rounds = _Rounds(run, show, scratch)
+        run.learner.reference = None  # TRL has one of its own, which is watched in its place
+        run.learner.weights.reference = [] if rounds.ref_model is None else list(rounds.ref_model.parameters())
+        rounds.train()
 
 
 @contextlib.contextmanager
@@ -184,6 +186,7 @@ class _Rounds(LossmithGRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         run = self.lossmith_run
         run.tell("sampling", 0, 0)
+        run.learner.weights.begin()
         # what a round samples and how it is shuffled depend on the seed and its number, as when it is resumed
         torch.manual_seed(int(np.random.SeedSequence([run.recipe.seed, self.index]).generate_state(1)[0]))
         with self.clock("sample"):
@@ -269,6 +272,7 @@ class _Rounds(LossmithGRPOTrainer):
         names = dict.fromkeys(name for log in self.logs for name in log)
         finite = {name: [x for log in self.logs if math.isfinite(x := log.get(name, math.nan))] for name in names}
         means = {name: sum(found) / len(found) for name, found in finite.items() if found}
+        means |= self.lossmith_run.learner.weights.measured()
         means |= credit.metrics | {"learning_rate": self.logs[-1]["learning_rate"]}
         if isinstance(self.loss, PolicyLoss) and self.loss.kl.active:
             means["kl_coefficient"] = self.loss.kl.beta

@@ -98,7 +98,7 @@ class PolicyLoss(Composition, Loss):
 
     def _counted(self, batch: Batch) -> Batch:
         taking_part = self.group_filter.keep(batch)
-        return batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
+        return batch if taking_part is None else batch.masked(batch.valid & taking_part[:, None])
 
     def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
         norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
@@ -130,7 +130,9 @@ class PolicyLoss(Composition, Loss):
                 )
             if batch.reward is None:
                 return None
-        reward = wide(self._reward(batch))
+        reward, counted = wide(self._reward(batch)), self._counted_rewards(batch)
+        if counted is not None and batch.masked_reward is not None:
+            reward = torch.where(counted & ~batch.live, wide(batch.masked_reward), reward)
         for shaping in self.shaping:
             reward = shaping(reward, batch)
             if reward.ndim == 2:  # a shift would put a reward on padding
@@ -141,7 +143,15 @@ class PolicyLoss(Composition, Loss):
         if self.kl.in_reward:
             reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
         _check_size(self.name, reward, batch)
-        return Signal(batch, reward)
+        # a reward by token is nowhere where no token counts
+        return Signal(batch, reward, counted if reward.ndim == 1 else None)
+
+    def _counted_rewards(self, batch: Batch) -> Tensor | None:
+        """[N] bool: completions with a valid token, and masked ones that keep their reward; None: the former alone."""
+        kept = batch.masked_reward
+        if self.masked == "leave" or kept is None or "reward_parts" in self.needs:
+            return None
+        return batch.live | torch.isfinite(kept)
 
     def _reward(self, batch: Batch) -> Tensor:
         """Batch.reward; zeros where nothing of this loss reads a reward."""

@@ -7,24 +7,24 @@ import math
 import statistics
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lossmith.detectors import Completion, Diagnosis, Evidence, StepSeen, examine, measure
 from lossmith.detectors.measuring import Numbers, Places
-from lossmith.errors import LossmithError, RunError, quiet_traps
+from lossmith.errors import RunError
 from lossmith.files import at_home, read_text
-from lossmith.losses import parse_loss
 from lossmith.replay import Recorded, read_recorded
+from lossmith.report.run.code import loss_without_code
 from lossmith.rollouts import read_rollouts
 from lossmith.scorers.seal import scale_of
 from lossmith.training.guards import left_out
 from lossmith.training.metrics import in_completions
 from lossmith.training.run import read_metrics
 
-__all__ = ["doctor", "evidence_of"]
+__all__ = ["doctor", "evidence_of", "read_json", "read_toml"]
 
 _COUNTS = {"epochs", "max_tokens", "prompts_per_step", "updates_per_step", "watch_window"}
 
@@ -60,8 +60,8 @@ def _of_run(place: Path) -> tuple[Evidence, list[str]]:
             f"{str(place)!r} holds no step that could be looked at{damaged}: neither metrics.jsonl nor rollouts/ says "
             "anything of one. Give the folder of a run that has finished a step."
         )
-    recipe = _toml(place / "recipe.toml", notes)
-    known = _json(place / "inputs.json", notes).get("known")
+    recipe = read_toml(place / "recipe.toml", notes)
+    known = read_json(place / "inputs.json", notes).get("known")
     known = known if isinstance(known, dict) else {}
     vocabulary = known.get("vocabulary")
     evidence = Evidence(
@@ -71,7 +71,7 @@ def _of_run(place: Path) -> tuple[Evidence, list[str]]:
         dtype=str(known.get("dtype", "")),
         vocabulary=vocabulary if isinstance(vocabulary, int) and vocabulary > 1 else None,
         reward_scale=scale_of(recipe.get("scorer")),
-        rescored=_rescored(_json(place / "summary.json", notes).get("rescored")),
+        rescored=_rescored(read_json(place / "summary.json", notes).get("rescored")),
     )
     return evidence, notes
 
@@ -170,7 +170,7 @@ def _no_number(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _toml(file: Path, notes: list[str]) -> dict[str, Any]:
+def read_toml(file: Path, notes: list[str]) -> dict[str, Any]:
     """A recipe as it stands, which may be of another version; {} where there is none."""
     if not file.exists():
         return {}
@@ -181,7 +181,8 @@ def _toml(file: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _json(file: Path, notes: list[str]) -> dict[str, Any]:
+def read_json(file: Path, notes: list[str]) -> dict[str, Any]:
+    """An object of a JSON file; {} where there is none, and a note where it is damaged."""
     if not file.exists():
         return {}
     try:
@@ -194,11 +195,5 @@ def _json(file: Path, notes: list[str]) -> dict[str, Any]:
 
 def _left_out(spec: Any) -> str:
     """What the loss does with truncated completions. A loss of somebody's own code is not asked: that would run it."""
-    names = [spec.get("name"), spec.get("function")] if isinstance(spec, Mapping) else [spec]
-    if any(":" in str(name).partition("(")[0] for name in names):
-        return ""
-    try:
-        with quiet_traps():
-            return left_out(parse_loss(spec)) if spec else ""
-    except (LossmithError, TypeError):
-        return ""
+    loss = loss_without_code(spec)
+    return "" if loss is None else left_out(loss)
