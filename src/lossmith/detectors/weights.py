@@ -95,9 +95,9 @@ def _too_small(evidence: Evidence) -> Sign | NotChecked | None:
 def _unmoved(evidence: Evidence) -> Sign | None:
     still = longest(
         [
-            (s.index, float(s.numbers["weight_step"] == 0))
+            (s.index, float(s.finite["weight_step"] == 0))
             for s in evidence.steps
-            if "weight_step" in s.numbers and not s.numbers.get("skipped_updates") and not without_signal(s.numbers)
+            if "weight_step" in s.finite and not s.finite.get("skipped_updates") and not without_signal(s.finite)
         ],
         bool,
     )
