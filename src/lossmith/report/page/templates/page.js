@@ -8,8 +8,10 @@
   const value = text => parseFloat(text.replace("\u2212", "-"));
 
   const control = (label, element) => {
-    const around = document.createElement("label");
-    around.append(label, element);
+    const around = document.createElement("div"), name = document.createElement("label");
+    element.id = name.htmlFor = "by-" + label.toLowerCase().replaceAll(" ", "-");
+    name.append(label);
+    around.append(name, element);
     place.append(around);
     element.addEventListener("input", show);
     return element;
