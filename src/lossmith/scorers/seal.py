@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def scale_of(spec: Any) -> tuple[float, float] | None:
         manifest = json.loads((at_home(spec) / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("normalise") or manifest.get("ensemble"):  # members of an ensemble always are
             return 0.0, 1.0
-        return float(manifest["scale"]["mean"]), float(manifest["scale"]["std"])
+        mean, std = float(manifest["scale"]["mean"]), float(manifest["scale"]["std"])
+        return (mean, std) if math.isfinite(mean) and 0 < std < math.inf else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RunError):
         return None
 
