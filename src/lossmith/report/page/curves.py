@@ -22,7 +22,7 @@ _INK, _LINE = "#010203", "#010204"  # replaced by the page's own
 
 _CURVES = (
     ("reward", "Reward", "Mean score of each step's completions, which is what the policy is trained on"),
-    ("held_out", "Held-out score", "Mean score of the held-out prompts during the run"),
+    ("held_out", "Held-out score", "Mean score of the held-out prompts before each of these steps, and at the end"),
     ("watch", "Watched score", "What the scorer says that nothing is trained on"),
     ("kl", "KL", "How far the policy is from the reference"),
     ("entropy", "Entropy", "How undecided the policy is; near 0 it always writes the same"),

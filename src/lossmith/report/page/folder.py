@@ -115,7 +115,11 @@ class RunSeen:
         """(step as people count it, value) of the steps in which it was measured."""
         other = "sampled_entropy" if key == "entropy" else key  # that of runs before there was the alias
         found = ((r["step"], number(r.get(key, r.get(other)))) for r in self.metrics)
-        return [(step + 1, value) for step, value in found if value is not None]
+        series = [(step + 1, value) for step, value in found if value is not None]
+        if key == "held_out" and series and self.changes:  # measured before a step's update: the last one is at the end
+            last = number(self.changes[0].after["mean"])
+            series += [] if last is None else [(len(self.metrics) + 1, last)]
+        return series
 
     def held_out(self, when: str) -> list[Rollout]:
         """The held-out completions "before" or "after"; none where they were not written."""
