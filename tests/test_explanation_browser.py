@@ -1,7 +1,7 @@
-"""The explanation's page in a real browser: what it says when a token is chosen, and that it asks nobody for anything.
+"""The explanation's page in a real browser: what it says when a token is chosen, and that it asks nobody anything.
 
-LOSSMITH_SCREENSHOTS=DIR saves pictures of LOSSMITH_EXPLAINED=PAGE there; LOSSMITH_AXE=axe.min.js (npm pack axe-core) has
-its accessibility checked.
+LOSSMITH_AXE=axe.min.js (npm pack axe-core) has its accessibility checked, that of LOSSMITH_EXPLAINED=PAGE if given;
+LOSSMITH_SCREENSHOTS=DIR saves pictures of that page there.
 """
 
 import os
@@ -39,7 +39,7 @@ def opened(chromium, tmp_path):  # noqa: F811
         page.goto(Path(where).as_uri())
         return page
 
-    start.explanation = found
+    start.explanation, start.file = found, file
     yield start
     for context in contexts:
         context.close()
@@ -78,7 +78,7 @@ def test_it_fits_a_phone_and_can_be_read_without_scripts(opened):
 @pytest.mark.skipif("LOSSMITH_AXE" not in os.environ, reason="LOSSMITH_AXE names no axe.min.js")
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
 def test_axe_finds_no_fault(opened, look):
-    page = opened(os.environ.get("LOSSMITH_EXPLAINED") or opened.__defaults__[0], bypass_csp=True, **LOOKS[look])
+    page = opened(os.environ.get("LOSSMITH_EXPLAINED") or opened.file, bypass_csp=True, **LOOKS[look])
     page.add_script_tag(path=os.environ["LOSSMITH_AXE"])
     found = page.evaluate("axe.run()")
     assert [v["id"] for v in found["violations"]] == [] and len(found["passes"]) > 10
