@@ -1,4 +1,4 @@
-"""A GRPO step of Lossmith beside one of TRL: same model, prompts, sizes, optimiser and scorer, step by step in turn.
+"""A GRPO step of Lossmith beside one of TRL: same model, prompts, sizes, optimizer and scorer, step by step in turn.
 
     python benchmarks/versus_trl.py --trl PYTHON [--works short long ...] [--pairs 3] [--out FILE]
 

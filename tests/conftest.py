@@ -2,7 +2,16 @@
 
 import os
 
+import pytest
 import torch
+
+from lossmith.cli import words
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_recipe_before():
+    """Commands are given in this process, and a new process knows of no recipe that another was given."""
+    words._IN_RECIPE.clear()

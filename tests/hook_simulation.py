@@ -39,10 +39,15 @@ def _given(batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
     return {name: x for name in names if (x := getattr(batch, name)) is not None}
 
 
+def _shown(fields: dict, names: frozenset[str]) -> dict[str, Tensor]:
+    """As the trainer has them: the reward of a completion that is masked too."""
+    return {name: x for name, x in fields.items() if name in names | {"mask"}}
+
+
 def _half(hook: Hook, loss: Loss, fields: dict, batch: Batch) -> Callable[[Batch, Tensor], Tensor]:
     """The objective of some rows, as far as the hook lets it know the batch."""
     if hook.carries == "credit":
-        credit = loss.credit(Batch(mask=batch.mask, **_given(batch, hook.credit)))
+        credit = loss.credit(Batch(**_shown(fields, hook.credit)))
         return lambda part, index: loss.objective(part, credit.rows(index)).loss
     if not hasattr(loss, "aggregate"):
         return lambda part, index: rows.objective(loss, part).loss
@@ -53,7 +58,7 @@ def _half(hook: Hook, loss: Loss, fields: dict, batch: Batch) -> Callable[[Batch
     if hook.credit is None:  # the trainer's estimator is the loss's
         advantage, weight = rows.credit_of(loss, Batch(**{k: v for k, v in fields.items() if k != "logp"}))
     else:
-        shown = Batch(mask=batch.mask, **_given(batch, hook.credit))
+        shown = Batch(**_shown(fields, hook.credit))
         advantage, weight = rows.credit_of(loss, shown)
         if hook.carries == "advantage":
             advantage = rows.advantages(hook, loss, shown, 1.0 if hook.weights == "scaled" else None)

@@ -164,9 +164,9 @@ def test_every_command_is_a_function_of_python():
         "bench": "lossmith.measure_recipe", "annotate": "lossmith.feedback.serve", "plot": "lossmith.plot_frontier",
         "replay": "lossmith.replay.replay", "chat": "lossmith.chat.open_sides",
         "explain": "lossmith.explain",
-        "audit": "lossmith.audit", "doctor": "lossmith.doctor", "init": "lossmith.Project",
-        "status": "lossmith.Project", "losses": "lossmith.compare", "reward": "lossmith.train_reward_model",
-        "export": "lossmith.adapters.verl_export.export",
+        "audit": "lossmith.audit", "doctor": "lossmith.doctor", "report": "lossmith.write_report",
+        "init": "lossmith.Project", "status": "lossmith.Project", "losses": "lossmith.compare",
+        "reward": "lossmith.train_reward_model", "export": "lossmith.adapters.verl_export.export",
     }  # fmt: skip
     commands = {name for name in app if not name.startswith("-")}
     assert commands == functions.keys(), "a new command: give it a function, and name it here"

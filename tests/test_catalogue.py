@@ -9,6 +9,7 @@ import torch
 import lossmith.losses as L
 from batches import double, evaluate, no_trap_warnings, normal, quiet_loss, random_fields, single_tokens
 from lossmith.losses.axes.shaping import SHAPING
+from lossmith.losses.completion.regressions import TERMS
 from lossmith.losses.composition.flat import AXES
 
 
@@ -591,7 +592,7 @@ WORDS = {"ratio_level": "ratio", "shaping": "reward", "group_filter": "filter", 
 WORDS |= {"sequence_mask": "mask", "advantage_scale": "scale"}
 
 
-@pytest.mark.parametrize("axis, known", [*AXES.items(), ("shaping", SHAPING)])
+@pytest.mark.parametrize("axis, known", [*AXES.items(), ("shaping", SHAPING), ("completion", TERMS)])
 def test_the_class_of_an_option_has_its_name(axis, known):
     """GroupStd is "group_std", TVMask is "tv_mask"; No... is "none"."""
     for option, piece in known.items():

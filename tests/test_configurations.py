@@ -42,9 +42,10 @@ def by_hand(base, **changes):
 DR_GRPO = {
     "clip_high": 0.28, "beta": 0.001, "kl_estimator": "k3", "kl_place": "loss", "kl_ratio_weight": True,
     "truncated": "mask", "mismatch": "tis", "mismatch_level": "token", "mismatch_low": 0.0, "mismatch_high": 2.0,
-    "max_length": 2048,
+    "max_length": 2048, "masked": "keep",
 }  # fmt: skip
 VERL = {"advantage": "group", "singleton": "raw", "eps": 1e-6, "aggregate": "token_mean"}
+KEPT = VERL | {"masked": "keep"}  # the reward of a completion that is masked altogether
 WHITENED = {"advantage_scale": "whiten", "clip_high": 0.3, "aggregate": "token_mean"}
 BY_HAND = {
     "openrlhf_reinforce_baseline.sh": (
@@ -66,9 +67,9 @@ BY_HAND = {
                 "mismatch_high": 2.0, "kl_aggregate": "seq_mean_token_mean"},
     ),
     "trl_grpo.yaml": ("trl", "dr_grpo", DR_GRPO),
-    "trl_gspo.py": ("trl", "gspo", {"eps": 1e-4}),  # the paper's own bounds
-    "verl_grpo.sh": ("verl", "grpo", VERL | {"beta": 0.001, "kl_estimator": "k3", "dual_clip": 3.0}),
-    "verl_dapo.sh": ("verl", "dapo", VERL | {"shaping": [], "dual_clip": 10.0}),
+    "trl_gspo.py": ("trl", "gspo", {"eps": 1e-4, "masked": "keep"}),  # the paper's own bounds
+    "verl_grpo.sh": ("verl", "grpo", KEPT | {"beta": 0.001, "kl_estimator": "k3", "dual_clip": 3.0}),
+    "verl_dapo.sh": ("verl", "dapo", KEPT | {"shaping": [], "dual_clip": 10.0}),
     "verl_ppo.yaml": (
         "verl", "ppo_dual_clip",
         {"lam": 0.95, "advantage_scale": "whiten", "beta": 0.001, "kl_estimator": "k1", "kl_place": "reward",

@@ -6,15 +6,20 @@ import shutil
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tomli_w
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import lossmith as ls
 import tiny
 from lossmith.cli import app
+from lossmith.detectors import DETECTORS
 from lossmith.errors import LossmithError, RecipeError, RunError
 from lossmith.report.run.live import LiveView
 from lossmith.training.evaluate import Evaluation, rescored, sentences
 from lossmith.training.loop import learn, open_run, plan
 
+KEYS = ("n", "changed", "mean", "ci95_low", "ci95_high", "mean_absolute", "spread", "claimed", "dtype", "vocabulary")
 PROMPTS = [f"Prompt number {i}?" for i in range(20)]
 
 
@@ -145,6 +150,32 @@ def test_no_code_of_the_run_is_executed(finished, tmp_path):
     assert not marker.exists()
 
 
+VALUES = st.one_of(
+    st.floats(), st.integers(-3, 10**400), st.none(), st.booleans(), st.text(max_size=3),
+    st.floats(-2, 2), st.integers(0, 4), st.lists(st.integers(), max_size=2),
+)  # fmt: skip
+READ = sorted({name for d in DETECTORS.values() for names in d.reads for name in names.split("|")} - {"step"})
+RECORDS = st.lists(st.dictionaries(st.sampled_from([*READ, "tokens", "completions", "kl_ref"]), VALUES), max_size=8)
+SETTINGS = ("kl_budget", "watch_window", "epochs", "updates_per_step", "max_tokens", "learning_rate", "loss", "scorer")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(RECORDS, st.dictionaries(st.sampled_from(SETTINGS), VALUES), st.dictionaries(st.sampled_from(KEYS), VALUES))
+def test_whatever_the_files_of_a_run_hold_there_is_a_result_or_a_clear_error(tmp_path, records, recipe, rescored):
+    numbered = [{**record, "step": i} for i, record in enumerate(records)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in numbered))
+    plain = {k: v for k, v in recipe.items() if v is not None and abs(v if isinstance(v, int) else 0) < 2**63}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(plain))
+    (tmp_path / "summary.json").write_text(json.dumps({"rescored": {**rescored, "change": rescored}}))
+    (tmp_path / "inputs.json").write_text(json.dumps({"known": rescored}))
+    try:
+        found = ls.doctor(tmp_path)
+    except LossmithError:
+        return
+    assert json.loads(json.dumps(found.as_dict())) and str(found)
+    assert len(found.findings) + len(found.passed) + len(found.not_checked) == len(DETECTORS)
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -241,12 +272,12 @@ def test_scores_again_are_compared_text_by_text():
 
 def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path):
     whole = train(tmp_path, name="whole", steps=6, checkpoint_every=1, guards={"all": "warn"})
-    settings = dict(
+    recipe = dict(
         model=str(tiny.folder()), device="cpu", dtype="float32", prompts=PROMPTS, held_out=12, steps=6, max_tokens=12,
         prompts_per_step=3, samples_per_prompt=4, learning_rate=1e-3, runs=str(tmp_path / "runs"), name="cut",
         loss="grpo(beta=0.02)", scorer=letters, checkpoint_every=1, guards={"all": "warn"},
     )  # fmt: skip
-    run = open_run(plan(ls.Recipe.make(**settings)))
+    run = open_run(plan(ls.Recipe.make(**recipe)))
     for step in learn(run):
         if step.index == 4:
             break

@@ -199,7 +199,11 @@ MASK = [[1, 1], [1, 0]]
     [
         ({"logp": LP}, r"mask is missing.*sampler"),
         ({"logp": LP, "mask": torch.ones(2, 2)}, r"mask must be bool.*float32.*\.bool\(\)"),
-        ({"logp": LP, "mask": torch.ones(2, 2, dtype=torch.int64)}, r"mask must be bool.*int64"),
+        (
+            {"logp": LP, "mask": torch.tensor([[1, 1], [1, -1]])},
+            r"mask must hold .* but is -1 at row 1, token 1",
+        ),
+        ({"logp": LP, "mask": MASK, "truncated": torch.tensor([0, 2])}, r"truncated must hold .* but is 2 at row 1\."),
         ({"logp": LP, "mask": [1, 1]}, r"mask must be \[N, T\].*\[2\]"),
         ({"logp": [[-1.0]], "mask": MASK}, r"logp has shape \[1, 1\].*\[2, 2\]"),
         ({"logp": LP, "mask": MASK, "old_logp": [[-1.0, -1.0, -1.0]] * 2}, r"old_logp has shape \[2, 3\]"),
@@ -249,6 +253,19 @@ MASK = [[1, 1], [1, 0]]
 def test_what_a_batch_refuses(fields, message):
     with pytest.raises(L.LossError, match=re.compile(message, re.DOTALL)):
         L.Batch(**fields)
+
+
+def test_a_number_alone_is_no_choice_of_rows():
+    batch = L.Batch(LP, MASK, reward=[1.0, 0.0])
+    credit = L.get_loss("reinforce").credit(batch)
+    for whole, index in itertools.product((batch, credit), (torch.tensor(1), 1)):
+        with pytest.raises(L.LossError, match=r"For row 1 alone: rows\(torch\.tensor\(\[1\]\)\)"):
+            whole.rows(index)
+
+
+def test_whole_numbers_0_and_1_are_a_mask():
+    for kind in (torch.int64, torch.uint8, torch.int32):
+        assert torch.equal(L.Batch(LP, torch.tensor(MASK, dtype=kind)).mask, torch.tensor(MASK).bool())
 
 
 def test_non_finite_numbers_at_masked_positions_are_no_error():

@@ -98,7 +98,7 @@ def test_a_function_is_not_given_a_part_of_its_batch_either():
 
 @pytest.mark.parametrize("term", ["kl_aggregate", "entropy_aggregate"])
 def test_rows_that_are_a_batch_of_their_own_have_every_normaliser_of_their_own(term):
-    """An optimiser step on a part of a round: each term is the mean over that part, however it is aggregated."""
+    """An optimizer step on a part of a round: each term is the mean over that part, however it is aggregated."""
     loss = quiet_loss("grpo", entropy_coef=0.1, **{term: "seq_mean_token_sum"})
     fields = random_fields(0)
     batch, rows = L.Batch(**fields), torch.tensor([0, 2, 5])  # one whole group
@@ -229,3 +229,23 @@ def test_a_gradient_that_rewards_made_infinite_is_not_blamed_on_the_learning_rat
         RunError, match=r"advantages of .*e\+\d\d, which gradients cannot carry.*advantage_scale='group_std'"
     ):
         tiny.update(made, rollouts, 2)
+
+
+def test_a_completion_masked_altogether_leaves_its_group_or_keeps_its_reward_there():
+    mask, group = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
+    mask[0] = False
+    batch = L.Batch(mask=mask, reward=torch.tensor([1.0, 0.0, 0.0, 0.0]).double(), group=group)
+    kept, left = (quiet_loss("grpo@verl", masked=word).credit(batch).advantage for word in ("keep", "leave"))
+    assert torch.equal(left, torch.zeros(4, 3, dtype=torch.float64))
+    torch.testing.assert_close(kept[1:], torch.full((3, 3), -0.25 / (0.5 + 1e-6), dtype=torch.float64))
+    assert not kept[0].any()
+    assert quiet_loss("grpo@verl").masked == quiet_loss("grpo@trl").masked == "keep"
+    assert quiet_loss("grpo").masked == "leave"
+    # it goes along with its row, and a reward that is not known is not counted
+    again = batch.rows(torch.tensor([2, 0, 1, 3])).replace(old_logp=torch.zeros(4, 3))
+    assert torch.equal(quiet_loss("grpo@verl").credit(again).advantage, kept[[2, 0, 1, 3]])
+    unknown = batch.replace(reward=torch.tensor([torch.nan, 0.0, 0.0, 1.0]).double())
+    assert torch.equal(
+        quiet_loss("grpo@verl").credit(unknown).advantage,
+        quiet_loss("grpo@verl", masked="leave").credit(unknown).advantage,
+    )

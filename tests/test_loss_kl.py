@@ -158,3 +158,8 @@ def test_adaptive_coefficient():
     assert L.adapt_coefficient(kl, 0.0, 10).beta == pytest.approx(0.1 * 0.98)
     fixed = L.KL(0.1)
     assert L.adapt_coefficient(fixed, 600.0, 10) is fixed
+
+
+def test_the_listing_of_a_straight_through_term_asks_for_nothing_that_only_its_comment_names():
+    listing = L.get_loss("grpo", kl_straight_through=True).code()
+    assert "# its value" in listing and "value" not in listing.partition("\n")[0]

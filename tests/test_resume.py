@@ -186,7 +186,7 @@ def test_the_watch_for_signals_ends_with_the_work():
 
 
 def test_a_signal_in_the_middle_of_an_update_waits_for_its_end(tmp_path, monkeypatch):
-    """Two optimiser steps a round: after the first, the weights belong to no step."""
+    """Two optimizer steps a round: after the first, the weights belong to no step."""
     monkeypatch.setattr(stopping, "GRACE", 0.01)
     changes = dict(epochs=2, checkpoint_every=0, checkpoint_minutes=9)
     straight = ls.train(**settings(tmp_path / "a", **changes), quiet=True).folder.path

@@ -289,7 +289,7 @@ def learned(folder):
 
 
 def hit(monkeypatch, at, act):
-    """`act` in the midst of the optimiser's step number `at`, of whichever member."""
+    """`act` in the midst of the optimizer's step number `at`, of whichever member."""
     true, calls = torch.optim.AdamW.step, []
 
     def step(self, *arguments, **named_ones):

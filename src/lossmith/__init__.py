@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from lossmith.proofs import Audit, audit, check_loss, prove
     from lossmith.replay import read_recorded
     from lossmith.report.loss import Comparison, compare
+    from lossmith.report.page import write_report
     from lossmith.report.run.doctor import doctor
     from lossmith.report.run.frontier import plot_frontier
     from lossmith.reward_model import train_reward_model
@@ -140,6 +141,7 @@ __all__ = [
     "token_outputs",
     "train",
     "train_reward_model",
+    "write_report",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the names above

@@ -1,7 +1,8 @@
 """Training, from Python: what `lossmith train` and `lossmith prefer` do.
 
 The other commands are functions too: `sample_outputs`, `lossmith.feedback` (annotate), `train_reward_model`, `audit`,
-`compare`, `measure_recipe` (bench), `plot_frontier` and `Project` (init, status). All of them are in `lossmith`.
+`compare`, `measure_recipe` (bench), `plot_frontier`, `doctor`, `write_report` and `Project` (init, status). All are in
+`lossmith`.
 """
 
 from __future__ import annotations

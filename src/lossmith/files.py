@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "explain_write_errors",
     "read_text",
     "replace_atomically",
+    "sha256",
     "sync",
     "text_at_home",
     "write_atomically",
@@ -51,6 +53,12 @@ def at_home(path: str | Path, error: type[LossmithError] = RunError) -> Path:
 def text_at_home(text: str, error: type[LossmithError]) -> str:
     """A text that may name a path, or something in a file (`~/a.py:function`); other texts stay as they are."""
     return str(at_home(text, error)) if text.startswith("~") else text
+
+
+def sha256(path: Path) -> str:
+    """Of the bytes of a file, in hexadecimal. OSError: it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str | Path, error: type[LossmithError], what: str) -> str:

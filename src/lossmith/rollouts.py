@@ -201,7 +201,7 @@ def read_rollouts(path: str | Path, prompts: Mapping[str, Prompt] | None = None)
         check_schema(path)
         rows = pyarrow.parquet.read_table(path).to_pylist()
         return [_rollout(row, (prompts or {}).get(row["prompt_id"]) or _prompt(row)) for row in rows]
-    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise RunError(f"{str(path)!r} cannot be read as a file of rollouts: {error}") from None
 
 

@@ -296,3 +296,19 @@ def test_the_exported_folder_is_one_that_verl_understands(verl, tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
     assert ran.stdout.splitlines()[-1] == "True", ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 0.0], [0.2, 0.9, 0.4, 0.4]])
+def test_a_completion_masked_altogether_keeps_its_reward_in_its_group(verl, rewards):
+    """verl's own estimator, and grpo@verl by itself and inside verl; row 0 has no token that counts."""
+    import numpy as np
+
+    mask = torch.ones(4, 3)
+    mask[0] = 0
+    scores = torch.tensor(rewards, dtype=torch.float64)[:, None] * torch.tensor([0.0, 0.0, 1.0])
+    uid = np.array(["a"] * 4, dtype=object)
+    theirs, _ = verl.core.compute_grpo_outcome_advantage(scores, mask.double(), uid)
+    inside, _ = verl.core.get_adv_estimator_fn("lossmith/grpo@verl")(scores, mask.double(), index=uid)
+    batch = Batch(mask=mask.bool(), reward=torch.tensor(rewards).double(), group=torch.zeros(4, dtype=torch.int64))
+    for mine in (inside, get_loss("grpo@verl").credit(batch).advantage):
+        assert float((mine - theirs).abs().max()) < 1e-6

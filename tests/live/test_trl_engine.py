@@ -57,7 +57,8 @@ def test_a_round_moves_the_policy_as_lossmiths_own_learner_does(tmp_path, loss):
 
 
 def test_the_run_folder_is_that_of_any_run(tmp_path):
-    runs = {engine: trained(tmp_path / engine, engine=engine, updates_per_step=2) for engine in ("trl", "lossmith")}
+    more = {"updates_per_step": 2, "loss": "grpo(beta=0.05)"}
+    runs = {engine: trained(tmp_path / engine, engine=engine, **more) for engine in ("trl", "lossmith")}
     files, metrics, prompts = {}, {}, {}
     for engine, run in runs.items():
         path = run.folder.path
@@ -68,7 +69,8 @@ def test_the_run_folder_is_that_of_any_run(tmp_path):
     assert files["trl"] == files["lossmith"]
     assert prompts["trl"] == prompts["lossmith"]
     missing = {k for k in metrics["lossmith"][0] if not k.startswith("seconds_update_")} - metrics["trl"][0].keys()
-    assert missing == {"sampler_gap"}  # TRL's sampler says no log-probabilities
+    assert missing == {"sampler_gap", "sampler_outside", "ess"}  # TRL's sampler says no log-probabilities
+    assert [x["reference_moved"] for x in metrics["trl"]] == [0, 0]
     assert runs["trl"].summary.keys() == runs["lossmith"].summary.keys()
     assert runs["trl"].summary["held_out"]["before"] == runs["lossmith"].summary["held_out"]["before"]
     saved = ls.load_policy(runs["trl"].folder.path / "policy", dtype="float32", device="cpu")

@@ -350,6 +350,19 @@ def test_what_cannot_be_trained_is_refused_before_the_model_is_loaded(loss, sett
         runs.trainer(loss, args=config(**settings))
 
 
+def test_the_example_of_the_page_trains(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "in-trl.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert code.count("HuggingFaceTB/SmolLM2-135M-Instruct") == 1
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", runs.folder()).replace(
+        '"out", ', '"out", use_cpu=True, '
+    )
+    monkeypatch.chdir(tmp_path)
+    ran: dict = {}
+    exec(code, ran)
+    assert ran["trainer"].state.global_step == 4
+
+
 def test_a_known_trap_is_told():
     with pytest.warns(TrapWarning, match="local normaliser"):
         runs.trainer("bnpo", args=config())

@@ -165,9 +165,8 @@ def _terms(loss: Loss) -> dict[str, str]:
     return {"loss": "; ".join(dict.fromkeys(why))} if why else {}
 
 
-def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens: int) -> dict[str, Any]:
-    """verl's configuration, over its own defaults."""
-    tokens = max(recipe.micro_batch_tokens, prompt_tokens + recipe.max_tokens)
+def _actor(recipe: Recipe, loss: Loss, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """verl's sections actor and algorithm."""
     actor: dict[str, Any] = {
         "ppo_mini_batch_size": recipe.prompts_per_step // recipe.updates_per_step,
         "ppo_epochs": recipe.epochs,
@@ -196,6 +195,13 @@ def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens
         if loss.kl.in_reward:
             control = {"type": "fixed", "kl_coef": loss.kl.beta}
             algorithm |= {"use_kl_in_reward": True, "kl_penalty": _KL[loss.kl.estimator], "kl_ctrl": control}
+    return actor, algorithm
+
+
+def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens: int) -> dict[str, Any]:
+    """verl's configuration, over its own defaults."""
+    tokens = max(recipe.micro_batch_tokens, prompt_tokens + recipe.max_tokens)
+    actor, algorithm = _actor(recipe, loss, tokens)
     rollout = {
         "name": "vllm",
         "n": recipe.samples_per_prompt,

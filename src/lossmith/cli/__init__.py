@@ -45,6 +45,7 @@ for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay"
     _command(app, _name, _name)
 _command(app, "audit", "audit_")
 _command(app, "doctor", "doctor_")
+_command(app, "report", "report")
 _command(app, "init", "init", "project")
 _command(app, "status", "status", "project")
 _command(losses, "list", "list_", "losses")

@@ -6,6 +6,7 @@ and a detector that would need it says so.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,11 @@ class StepSeen:
     numbers: Mapping[str, float]
     places: Mapping[str, Sequence[Place]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def finite(self) -> dict[str, float]:
+        """Those of its numbers that are some."""
+        return {name: value for name, value in self.numbers.items() if math.isfinite(value)}
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -100,15 +106,15 @@ class Evidence:
     rescored: Mapping[str, Any] | None = None
 
     def has(self, *names: str) -> bool:
-        """Whether any step recorded one of these numbers."""
-        return any(name in step.numbers for step in self.steps for name in names)
+        """Whether any step recorded one of these as a finite number."""
+        return any(name in step.finite for step in self.steps for name in names)
 
     def series(self, *names: str) -> list[tuple[int, float]]:
         """(step, the first of these that it recorded, as a finite number), of the steps that did."""
         found = []
         for step in self.steps:
-            value = next((step.numbers[name] for name in names if name in step.numbers), None)
-            if value is not None and math.isfinite(value):
+            value = next((step.finite[name] for name in names if name in step.finite), None)
+            if value is not None:
                 found.append((step.index, float(value)))
         return found
 

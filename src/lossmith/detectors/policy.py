@@ -76,8 +76,9 @@ def _mean(steps: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _watched(evidence: Evidence) -> Sign | None:
     asked = evidence.setting("watch_window") or 0
     window = asked or WINDOW
-    steps = [s for s in evidence.steps if {"watch", "watch_variance"} <= s.numbers.keys()]
-    seen = [(s.numbers["watch"], s.numbers["watch_variance"]) for s in steps]
+    variance = dict(evidence.series("watch_variance"))
+    known = [(step, v) for step, v in evidence.series("watch") if variance.get(step, -1.0) >= 0]
+    seen = [(v, variance[step]) for step, v in known]
     for end in range(2 * window, len(seen) + 1):
         fell = fall(seen[:end], window, ASKED if asked else UNASKED, looks=not asked)
         if fell is not None:
@@ -86,11 +87,11 @@ def _watched(evidence: Evidence) -> Sign | None:
         return None
     best, now = fell
     sentence = (
-        f"over-optimised: the watched score fell from {best:.3f} to {now:.3f} by step {steps[end - 1].index + 1} while "
+        f"over-optimised: the watched score fell from {best:.3f} to {now:.3f} by step {known[end - 1][0] + 1} while "
         f"the reward was trained on (means over {window} steps; more than {ASKED if asked else UNASKED:g} standard "
         "errors)"
     )
-    return Sign("stop" if asked else "warn", sentence, now - best, len(seen), "steps", (steps[end - 1].index,))
+    return Sign("stop" if asked else "warn", sentence, now - best, len(seen), "steps", (known[end - 1][0],))
 
 
 def _budget(evidence: Evidence) -> Sign | NotChecked | None:

@@ -23,12 +23,8 @@ EXTRAPOLATES = 2.0  # standard deviations: 98% of the texts that a reward model 
 
 
 def _odd(evidence: Evidence) -> Sign | None:
-    largest = [
-        (step, max(abs(low), abs(high)))
-        for (step, low), (_, high) in zip(
-            evidence.series("score_least", "reward"), evidence.series("score_most", "reward"), strict=True
-        )
-    ]
+    least = dict(evidence.series("score_least", "reward"))
+    largest = [(step, max(abs(least.get(step, 0.0)), abs(v))) for step, v in evidence.series("score_most", "reward")]
     steps = tuple(step for step, v in largest if v > HUGE)
     n = int(sum(v for _, v in evidence.series("completions")))
     if steps:
@@ -68,7 +64,7 @@ def _saturated(evidence: Evidence) -> Sign | None:
     tops, shares = evidence.series("score_most"), dict(evidence.series("score_at_most"))
     spread = dict(evidence.series("reward_std"))
     ceiling = max(v for _, v in tops)
-    at = [(s, shares[s] if v >= ceiling and spread.get(s, 1.0) > 0 else float(v >= ceiling)) for s, v in tops]
+    at = [(s, shares.get(s, 0.0) if v >= ceiling and spread.get(s, 1.0) > 0 else float(v >= ceiling)) for s, v in tops]
     stretch = longest(at, lambda v: v >= SATURATED)
     if len(stretch) < WINDOW or begun(at) >= SATURATED:  # from the start: the scorer is constant, or nearly
         return None
@@ -153,7 +149,7 @@ DETECTORS: Sequence[Detector] = (
         "saturated_scores",
         "nearly every completion has the highest score",
         f"{SATURATED:.0%} of a step's scores at the highest one seen, {WINDOW} steps in a row, and fewer at the start",
-        ("score_at_most",),
+        ("score_at_most", "score_most"),
         _saturated,
         "the policy does all that this scorer can see",
         "stop here, take harder prompts, or use a scorer that still tells these completions apart",

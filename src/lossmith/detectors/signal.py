@@ -24,18 +24,20 @@ NO_GRADIENT = 1e-12  # below it AdamW takes a gradient for 0
 def without_signal(record: Mapping[str, Any]) -> bool:
     """Whether nothing was to be learned from a step's scores: no advantage, or no pair of a better and a worse."""
     if "advantage_abs" in record:
-        rounding = 1e-6 * abs(record["reward"]) if record.get("groups", -1) == record.get("constant_groups") else 0.0
+        rounding = (
+            1e-6 * abs(record.get("reward", 0.0)) if record.get("groups", -1) == record.get("constant_groups") else 0.0
+        )
         return bool(record["advantage_abs"] <= rounding)
     return record.get("units") == 0
 
 
 def _one_score(numbers: Mapping[str, float]) -> bool:
-    return "reward_std" in numbers and numbers["reward_std"] <= ALIKE * abs(numbers["reward"])
+    return "reward_std" in numbers and numbers["reward_std"] <= ALIKE * abs(numbers.get("reward", 0.0))
 
 
 def _silent(evidence: Evidence) -> list[tuple[int, float]]:
     """(step, 1 where nothing was to be learned though not every completion had one score, else 0)."""
-    return [(s.index, float(without_signal(s.numbers) and not _one_score(s.numbers))) for s in evidence.steps]
+    return [(s.index, float(without_signal(s.finite) and not _one_score(s.finite))) for s in evidence.steps]
 
 
 def _no_signal(evidence: Evidence) -> Sign | None:
@@ -49,12 +51,12 @@ def _no_signal(evidence: Evidence) -> Sign | None:
         places = evidence.places("constant_groups", stretch)
         level: Any = "stop" if len(stretch) >= SILENT_STOP else "warn"
         return Sign(level, sentence, len(stretch), len(silent), "steps", stretch, places)
-    several = [s for s in evidence.steps if not _one_score(s.numbers) and not _alone(s.numbers)]
-    groups = sum(s.numbers.get("groups", 0) for s in several)
-    constant = sum(s.numbers.get("constant_groups", 0) for s in several)
+    several = [s for s in evidence.steps if not _one_score(s.finite) and not _alone(s.finite)]
+    groups = sum(s.finite.get("groups", 0) for s in several)
+    constant = sum(s.finite.get("constant_groups", 0) for s in several)
     if groups < FEWEST_GROUPS or constant < CONSTANT * groups:
         return None
-    steps = [s.index for s in several if s.numbers.get("constant_groups")]
+    steps = [s.index for s in several if s.finite.get("constant_groups")]
     sentence = (
         f"{constant / groups:.0%} of the prompts' groups had one score for all their completions: these taught nothing"
     )
@@ -86,7 +88,7 @@ def _sign(evidence: Evidence) -> Sign | None:
 
 
 def _no_gradient(evidence: Evidence) -> Sign | None:
-    signal = {s.index for s in evidence.steps if not without_signal(s.numbers) and not s.numbers.get("skipped_updates")}
+    signal = {s.index for s in evidence.steps if not without_signal(s.finite) and not s.finite.get("skipped_updates")}
     series = [(step, v) for step, v in evidence.series("grad_norm") if step in signal]
     stretch = longest(series, lambda v: v <= NO_GRADIENT)
     if len(stretch) < 2:
@@ -97,14 +99,14 @@ def _no_gradient(evidence: Evidence) -> Sign | None:
 
 
 def _one_score_only(evidence: Evidence) -> Sign | NotChecked | None:
-    several = [s for s in evidence.steps if "reward_std" in s.numbers and s.numbers.get("completions", 2) > 1]
-    series = [(s.index, float(_one_score(s.numbers))) for s in several]
+    several = [s for s in evidence.steps if "reward_std" in s.finite and s.finite.get("completions", 2) > 1]
+    series = [(s.index, float(_one_score(s.finite))) for s in several]
     stretch = longest(series, bool)
     if len(stretch) < SILENT_WARN:
         return None
-    inside = [s.numbers for s in several if s.index in set(stretch)]
+    inside = [s.finite for s in several if s.index in set(stretch)]
     n = int(sum(numbers.get("completions", 0) for numbers in inside))
-    scores = sorted({numbers["reward"] for numbers in inside})
+    scores = sorted({numbers.get("reward", 0.0) for numbers in inside})
     what = f"scored {scores[0]:g}" if len(scores) == 1 else "of a step had one score"
     sentence = f"no signal: {in_steps(stretch)} all {n} completions {what}; the scorer does not tell them apart"
     level: Any = "stop" if len(stretch) >= SILENT_STOP else "warn"

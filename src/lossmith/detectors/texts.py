@@ -24,7 +24,7 @@ ALL = 0.9  # of a step's completions, whatever their prompts
 
 def _length(evidence: Evidence) -> Sign | None:
     series = [(s, v) for s, v in evidence.series("length") if v > 0]
-    if not series:
+    if len(series) < WINDOW:
         return None
     first = begun(series)
     step, most = max(windows(series), key=lambda pair: max(pair[1] / first, first / pair[1]))

@@ -23,6 +23,7 @@ LARGE_WARN = 0.1  # of the weights' own size in one step; usual are 0.0001 to 0.
 LARGE_STOP = 1.0  # nothing of what the weights were is left
 SMALL = 1e-3  # of the weights in bfloat16: the policy computes with the others as if there had been no step
 SMALL_STEPS = 5
+WENT = 0.01  # of the weights in bfloat16: with fewer, KL may be 0 by rounding
 
 
 def _spike(evidence: Evidence) -> Sign | None:
@@ -94,9 +95,9 @@ def _too_small(evidence: Evidence) -> Sign | NotChecked | None:
 def _unmoved(evidence: Evidence) -> Sign | None:
     still = longest(
         [
-            (s.index, float(s.numbers["weight_step"] == 0))
+            (s.index, float(s.finite["weight_step"] == 0))
             for s in evidence.steps
-            if "weight_step" in s.numbers and not s.numbers.get("skipped_updates") and not without_signal(s.numbers)
+            if "weight_step" in s.finite and not s.finite.get("skipped_updates") and not without_signal(s.finite)
         ],
         bool,
     )
@@ -114,7 +115,7 @@ def _reference(evidence: Evidence) -> Sign | None:
         sentence = f"the reference moved: in step {step + 1} {share:.1%} of its weights are not what they were"
         return Sign("stop", sentence, share, len(evidence.steps), "steps", tuple(s for s, _ in moved))
     # a reference that is the policy itself moves along: KL stays 0 however far the weights go
-    went = {s.index for s in evidence.steps if s.numbers.get("weights_moved", s.numbers.get("grad_norm", 0.0)) > 0}
+    went = {s for s, v in evidence.series("weights_moved") if v >= WENT}
     later = [(s, v) for s, v in evidence.series("kl") if any(w < s for w in went)]
     along = longest(later, lambda v: v == 0.0)
     if len(along) < WINDOW:
@@ -181,8 +182,9 @@ DETECTORS: Sequence[Detector] = (
     Detector(
         "reference_moved",
         "the anchor of the KL moves",
-        f"any of its weights changed, or a KL of exactly 0 in {WINDOW} steps in a row after the policy moved (stop)",
-        ("reference_moved|kl",),
+        f"any of its weights changed, or a KL of exactly 0 in {WINDOW} steps in a row after {WENT:.0%} of the policy's "
+        "did (stop)",
+        ("reference_moved|weights_moved",),
         _reference,
         "the reference shares its weights with the policy, or was loaded again from it",
         "keep a copy of the reference of its own",

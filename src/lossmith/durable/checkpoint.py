@@ -21,8 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lossmith.errors import RunError
-from lossmith.files import explain_write_errors, sync
-from lossmith.scorers.seal import sha256
+from lossmith.files import explain_write_errors, sha256, sync
 
 __all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "optimizer_state", "remove", "restore_optimizer", "save"]
 

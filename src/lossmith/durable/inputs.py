@@ -22,10 +22,10 @@ import torch
 import transformers
 
 from lossmith import __version__
-from lossmith.files import write_atomically
+from lossmith.files import sha256, write_atomically
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
-from lossmith.scorers.seal import MANIFEST, checksums, sha256
+from lossmith.scorers.seal import MANIFEST, checksums
 
 __all__ = ["Inputs", "circumstances", "digest", "of_code", "of_model", "of_prompts"]
 

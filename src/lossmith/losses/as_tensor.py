@@ -15,14 +15,17 @@ __all__ = ["as_bool", "as_numbers", "as_whole_numbers", "wide"]
 
 
 def as_bool(name: str, given: Any) -> Tensor:
-    """A tensor of bool, or lists of true and false or 0 and 1."""
-    if isinstance(given, Tensor):
-        if _usable(name, given).dtype != torch.bool:
-            raise LossError(f"Batch.{name} must be bool, not {given.dtype}. Call .bool() on it first.")
-        return given
-    found = _read(name, given)
-    if not bool(((found == 0) | (found == 1)).all()):
-        raise LossError(f"Batch.{name} must hold true and false, or 1 and 0, not {reprlib.repr(given)}.")
+    """True and false, or 1 and 0: a tensor of bool or of whole numbers, or lists."""
+    found = _usable(name, given) if isinstance(given, Tensor) else _read(name, given)
+    if found.dtype == torch.bool:
+        return found
+    if isinstance(given, Tensor) and given.is_floating_point():
+        raise LossError(f"Batch.{name} must be bool, not {given.dtype}. Call .bool() on it first.")
+    for at in ((found != 0) & (found != 1)).nonzero().tolist():
+        where = ", ".join(f"{axis} {i}" for axis, i in zip(("row", "token"), at, strict=False))
+        raise LossError(
+            f"Batch.{name} must hold true and false, or 1 and 0, but is {float(found[tuple(at)]):g} at {where}."
+        )
     return found.bool()
 
 

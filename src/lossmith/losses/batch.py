@@ -66,9 +66,11 @@ class Batch:
     mismatched_log_ratio [N]  log π/π_ref (nats) of a completion of another prompt, for KTO's reference point
     pair_probability, pair_weight [N]  of the pairs that the row wins: how likely it is better, what they count
 
-    Where reward is missing and reward_parts is given, the reward is their sum.
+    Where reward is missing and reward_parts is given, the reward is their sum. A completion whose tokens are all masked
+    is none, and its reward is 0 here; `masked_reward` remembers what it was, for losses that count it all the same.
 
-    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool. What stands at masked
+    Nested lists are accepted and read as float64, and so are rewards of whole numbers or bool; 1 and 0 are true and
+    false. What stands at masked
     positions never matters. A non-finite value at a valid position is a LossError that names the row and the position.
     """
 
@@ -119,6 +121,7 @@ class Batch:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_masked_reward", None)
         if self.mask is None:
             raise LossError(f"Batch.mask is missing; it comes from {FIELDS['mask'].provider}.")
         self._check(FIELDS)
@@ -160,6 +163,9 @@ class Batch:
             raise LossError(
                 f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
             )
+        if name == "reward" and tensor.ndim == 1:
+            there = ~mask & torch.isfinite(tensor)
+            object.__setattr__(self, "_masked_reward", torch.where(there, tensor, torch.nan))
         clean = torch.where(mask, tensor, 0.0)
         if tensor.is_leaf and tensor.requires_grad:  # batch.logp.grad is then what the tensor that was given gets
             clean.register_hook(lambda grad: torch.where(mask, grad, 0.0))
@@ -179,6 +185,15 @@ class Batch:
                     f"Batch.{name} is {float(clean[tuple(bad[0])])} at {at}, a valid position "
                     f"({len(bad)} such values). Drop that rollout or mask it; a loss over it would be meaningless."
                 )
+
+    @property
+    def masked_reward(self) -> Tensor | None:
+        """[N], the reward of completions whose tokens are all masked, NaN elsewhere and where it was not finite.
+
+        None where rewards are of tokens, or not given.
+        """
+        found: Tensor | None = getattr(self, "_masked_reward", None)
+        return found
 
     def _check_ranges(self, names: Collection[str]) -> None:
         for name, top in (("pair_probability", 1.0), ("pair_weight", torch.inf)):
@@ -200,19 +215,34 @@ class Batch:
 
     def rows(self, index: Tensor | slice) -> Batch:
         """The batch with these rows only, gradients kept. They were checked when they entered."""
-        return self._with({name: x[index] for name, x in self._present.items()})
+        check_rows(index)
+        new = self._with({name: x[index] for name, x in self._present.items()})
+        return new._remembering(None if self.masked_reward is None else self.masked_reward[index])
 
     def replace(self, **changes: Any) -> Batch:
         """A copy with some fields changed; they are checked, and with another mask all are."""
         if "mask" in changes or changes.keys() - FIELDS.keys():
-            return Batch(**self._present | changes)
-        new = self._with(self._present | changes)
+            new = Batch(**self._present | changes)
+            before, after = self.masked_reward, new.masked_reward
+            if before is None or after is None or "reward" in changes:
+                return new
+            return new._remembering(torch.where(self.live, after, before))
+        new = self._with(self._present | changes)._remembering(self.masked_reward)
         new._check(list(changes))
         return new
 
+    def masked(self, mask: Tensor) -> Batch:
+        """With fewer valid tokens, for what counts them: nothing is checked, and the others keep what stands there."""
+        return self._with(self._present | {"mask": mask})
+
     def to(self, device: torch.device | str) -> Batch:
         """A copy on this device, gradients kept."""
-        return self._with({name: x.to(device) for name, x in self._present.items()})
+        new = self._with({name: x.to(device) for name, x in self._present.items()})
+        return new._remembering(None if self.masked_reward is None else self.masked_reward.to(device))
+
+    def _remembering(self, masked_reward: Tensor | None) -> Batch:
+        object.__setattr__(self, "_masked_reward", masked_reward)
+        return self
 
     def __len__(self) -> int:
         """N, the number of completions."""
@@ -296,6 +326,13 @@ class Normalizer:
         return Normalizer(
             self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups, units
         )
+
+
+def check_rows(index: Any) -> None:
+    """LossError: a number alone, which would take the dimension of the rows away."""
+    if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+        i = int(index)
+        raise LossError(f"rows({i}) is not a choice of rows. For row {i} alone: rows(torch.tensor([{i}])).")
 
 
 def _as_tensor(name: str, given: Any) -> Tensor:

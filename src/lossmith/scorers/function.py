@@ -62,7 +62,7 @@ class Signature(TypedDict):
 class TrainerState:
     """Where a run stands, under the names of transformers' TrainerState that mean something here."""
 
-    global_step: int = 0  # optimiser steps taken
+    global_step: int = 0  # optimizer steps taken
     max_steps: int = 0  # of the whole run; 0 where there is no run
     epoch: float = 0.0  # passes over the prompts so far
     num_train_epochs: int = 0

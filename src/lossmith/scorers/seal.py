@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import math
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lossmith.errors import RunError, ScorerError
-from lossmith.files import at_home
+from lossmith.files import at_home, sha256
 from lossmith.rollouts import Score
 
-__all__ = ["MANIFEST", "Seal", "checksums", "scale_of", "sha256"]
+__all__ = ["MANIFEST", "Seal", "checksums", "scale_of"]
 
 MANIFEST = "reward_model.json"
 
@@ -86,7 +86,8 @@ def scale_of(spec: Any) -> tuple[float, float] | None:
         manifest = json.loads((at_home(spec) / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("normalise") or manifest.get("ensemble"):  # members of an ensemble always are
             return 0.0, 1.0
-        return float(manifest["scale"]["mean"]), float(manifest["scale"]["std"])
+        mean, std = float(manifest["scale"]["mean"]), float(manifest["scale"]["std"])
+        return (mean, std) if math.isfinite(mean) and 0 < std < math.inf else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RunError):
         return None
 
@@ -99,9 +100,3 @@ def _look(path: Path) -> tuple[int, int] | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

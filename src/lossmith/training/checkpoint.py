@@ -1,4 +1,4 @@
-"""A learner's state in a checkpoint: weights, optimiser, the loss with what in it has moved.
+"""A learner's state in a checkpoint: weights, optimizer, the loss with what in it has moved.
 
 Random numbers are keyed by (seed, step, prompt, sample) and prompts by (seed, step), so neither has state to save.
 """

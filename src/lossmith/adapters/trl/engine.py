@@ -56,6 +56,8 @@ def check_recipe(recipe: Recipe) -> None:
         wrong["updates_per_step"] = f"it parts the completions of a prompt, which {loss.name} compares"
     if recipe.compile:
         wrong["compile"] = "it computes with the model as it is"
+    if recipe.evaluate_every:
+        wrong["evaluate_every"] = "between two of its steps the model is as its trainer wraps it"
     if recipe.device not in ("auto", "cpu", "cuda", "mps"):
         wrong["device"] = "it takes the first one of the machine"
     if wrong:
@@ -74,9 +76,11 @@ def learn(run: Run, show: Callable[[Step], None]) -> None:
     """The rounds of a run that was started, each recorded in its folder and then shown."""
     if not run.remaining_steps():
         return
-    run.learner.reference = None  # TRL has a reference of its own
     with _lent(run), tempfile.TemporaryDirectory() as scratch:
-        _Rounds(run, show, scratch).train()
+        rounds = _Rounds(run, show, scratch)
+        run.learner.reference = None  # TRL has one of its own, which is watched in its place
+        run.learner.weights.reference = [] if rounds.ref_model is None else list(rounds.ref_model.parameters())
+        rounds.train()
 
 
 @contextlib.contextmanager
@@ -184,6 +188,7 @@ class _Rounds(LossmithGRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         run = self.lossmith_run
         run.tell("sampling", 0, 0)
+        run.learner.weights.begin()
         # what a round samples and how it is shuffled depend on the seed and its number, as when it is resumed
         torch.manual_seed(int(np.random.SeedSequence([run.recipe.seed, self.index]).generate_state(1)[0]))
         with self.clock("sample"):
@@ -269,6 +274,7 @@ class _Rounds(LossmithGRPOTrainer):
         names = dict.fromkeys(name for log in self.logs for name in log)
         finite = {name: [x for log in self.logs if math.isfinite(x := log.get(name, math.nan))] for name in names}
         means = {name: sum(found) / len(found) for name, found in finite.items() if found}
+        means |= self.lossmith_run.learner.weights.measured()
         means |= credit.metrics | {"learning_rate": self.logs[-1]["learning_rate"]}
         if isinstance(self.loss, PolicyLoss) and self.loss.kl.active:
             means["kl_coefficient"] = self.loss.kl.beta

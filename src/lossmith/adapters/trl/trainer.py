@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from lossmith.errors import LossError
 from lossmith.losses import Batch, Credit, LossOutput, Normalizer, PolicyLoss
 
 try:
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer, __version__
+
+    if [int(x) for x in re.findall(r"\d+", __version__)[:2]] < [1, 16]:
+        raise ImportError(f"here is {__version__}")
 except ImportError as error:
     raise LossError(f"the adapter for TRL needs TRL 1.16 or newer ({error}): pip install lossmith[trl]") from None
 

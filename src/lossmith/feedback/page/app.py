@@ -33,6 +33,7 @@ from lossmith.feedback.page.session import Session, Sessions
 from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
 from lossmith.feedback.store import Store
+from lossmith.files import sha256
 from lossmith.prompts import message_text
 
 __all__ = ["DEFAULT_CRITERIA", "Page", "make_app"]
@@ -121,18 +122,18 @@ class _Watched:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._start, self._seen, self._changed = _sha256(path), _stamp(path), False
+        self._start, self._seen, self._changed = _checksum(path), _stamp(path), False
 
     def changed(self) -> bool:
         stamp = _stamp(self.path)
         if stamp != self._seen:  # read again only when its time or size moved
-            self._seen, self._changed = stamp, _sha256(self.path) != self._start
+            self._seen, self._changed = stamp, _checksum(self.path) != self._start
         return self._changed
 
 
-def _sha256(path: Path | None) -> str | None:
+def _checksum(path: Path | None) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+        return sha256(path) if path else None
     except OSError:
         return None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossmith.losses.axes.advantage import Groups
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.piece import Piece, options, param
+from lossmith.losses.piece import Piece, options, param, pieces_in
 
 __all__ = [
     "AGGREGATE",
@@ -157,6 +157,4 @@ class PromptMean(Aggregate):
         return f"(({term} * m).sum(1) / sum_g(m.sum(1) * 1.0).clamp(min=1)).sum() / group[m.any(1)].unique().numel()"
 
 
-AGGREGATE: dict[str, type[Aggregate]] = options(
-    TokenMean, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenSum, PromptMean
-)
+AGGREGATE: dict[str, type[Aggregate]] = options(*pieces_in(Aggregate, globals()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.batch import Batch
-from lossmith.losses.piece import Piece, number, options, param
+from lossmith.losses.piece import Piece, number, options, param, pieces_in
 
 __all__ = ["EXTRA", "SFT", "Extra", "NLLPositive", "NoExtra", "SquareLogRatio"]
 
@@ -111,4 +111,4 @@ class SFT(Extra):
         return [f"loss = loss - {self.coef} * logp"]
 
 
-EXTRA: dict[str, type[Extra]] = options(NoExtra, SquareLogRatio, NLLPositive, SFT)
+EXTRA: dict[str, type[Extra]] = options(*pieces_in(Extra, globals()))

@@ -18,7 +18,7 @@ from lossmith.losses.axes.ratio import LOG_RATIO_BOUND
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece, number, param
 
-__all__ = ["ESTIMATORS", "KL", "adapt_coefficient", "kl_estimate", "kl_slope"]
+__all__ = ["ESTIMATORS", "KL", "adapt_coefficient", "kl_estimate"]
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "square", "full")
 

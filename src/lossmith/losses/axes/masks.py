@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossmith.losses.axes.advantage import Signal
 from lossmith.losses.batch import Batch
-from lossmith.losses.piece import Piece, number, options, param, symbol
+from lossmith.losses.piece import Piece, number, options, param, pieces_in, symbol
 
 __all__ = [
     "GROUP_FILTER",
@@ -245,4 +245,4 @@ class Above(GroupFilter):
         return [f"keep_row = R > {self.threshold}"]
 
 
-GROUP_FILTER: dict[str, type[GroupFilter]] = options(NoFilter, ZeroVariance, Best, Above)
+GROUP_FILTER: dict[str, type[GroupFilter]] = options(*pieces_in(GroupFilter, globals()))

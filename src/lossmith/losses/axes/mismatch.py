@@ -16,7 +16,7 @@ from torch import Tensor
 from lossmith.losses.axes.kl import kl_estimate
 from lossmith.losses.axes.ratio import bounded_exp
 from lossmith.losses.batch import Batch
-from lossmith.losses.piece import Piece, in_code, number, options, param
+from lossmith.losses.piece import Piece, in_code, number, options, param, pieces_in
 
 __all__ = ["MISMATCH", "TIS", "Gate", "IcePop", "Mismatch", "NoMismatch"]
 
@@ -231,4 +231,4 @@ class Gate(Mismatch):
         ]
 
 
-MISMATCH: dict[str, type[Mismatch]] = options(NoMismatch, TIS, IcePop, Gate)
+MISMATCH: dict[str, type[Mismatch]] = options(*pieces_in(Mismatch, globals()))

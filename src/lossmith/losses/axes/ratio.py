@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.batch import Batch
-from lossmith.losses.piece import Piece, options, param
+from lossmith.losses.piece import Piece, options, param, pieces_in
 
-__all__ = ["LOG_RATIO_BOUND", "RATIO", "Ratio", "SequenceRatio", "SequenceSumRatio", "SequenceTokenRatio", "TokenRatio"]
+__all__ = ["RATIO", "Ratio", "SequenceRatio", "SequenceSumRatio", "SequenceTokenRatio", "TokenRatio"]
 
 LOG_RATIO_BOUND = 20.0
 
@@ -202,4 +202,4 @@ class SequenceSumRatio(_PerSequence):
         return ["r = torch.exp(((logp - denominator_logp) * mask).sum(1, keepdim=True)).expand(mask.shape)"]
 
 
-RATIO: dict[str, type[Ratio]] = options(TokenRatio, SequenceRatio, SequenceTokenRatio, SequenceSumRatio)
+RATIO: dict[str, type[Ratio]] = options(*pieces_in(Ratio, globals()))

@@ -12,9 +12,9 @@ from torch import Tensor
 from lossmith.errors import LossError
 from lossmith.losses.as_tensor import wide
 from lossmith.losses.batch import Batch
-from lossmith.losses.piece import Piece, in_code, number, options, param
+from lossmith.losses.piece import Piece, in_code, number, options, param, pieces_in
 
-__all__ = ["SHAPING", "ClipReward", "Overlong", "Potential", "ScaleReward", "Shaping", "WeightedSum", "part_weights"]
+__all__ = ["SHAPING", "ClipReward", "Overlong", "Potential", "ScaleReward", "Shaping", "WeightedSum"]
 
 
 class Shaping(Piece):
@@ -188,4 +188,4 @@ def part_weights(weights: tuple[float, ...], parts: Tensor) -> list[float]:
     return list(weights) or [1.0] * parts.shape[1]
 
 
-SHAPING: dict[str, type[Shaping]] = options(ClipReward, ScaleReward, Overlong, WeightedSum, Potential)
+SHAPING: dict[str, type[Shaping]] = options(*pieces_in(Shaping, globals()))

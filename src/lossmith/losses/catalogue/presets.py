@@ -28,9 +28,17 @@ OFF = {"beta": 0.0}
 PLAIN_DAPO = {"shaping": [], "group_filter": "none"}
 K1_REWARD = {"kl_estimator": "k1", "kl_place": "reward"}
 
-TRL = {**GROUPED, "eps": 1e-4, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.0, "kl_ratio_weight": True}
+TRL = {
+    **GROUPED,
+    "masked": "keep",
+    "eps": 1e-4,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "beta": 0.0,
+    "kl_ratio_weight": True,
+}
 TRL_SOFT = {k: v for k, v in TRL.items() if not k.startswith("clip")}
-VERL = {**GROUPED, "eps": 1e-6, "singleton": "raw", "beta": 0.0}
+VERL = {**GROUPED, "masked": "keep", "eps": 1e-6, "singleton": "raw", "beta": 0.0}
 VERL_CLIP = {**VERL, "clip_low": 0.2, "clip_high": 0.2}
 VERL_PPO = {"gamma": 1.0, "lam": 1.0, "advantage_scale": "whiten", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}
 OPENRLHF = {"clip_low": 0.2, "clip_high": 0.2, "beta": 0.01, **K1_REWARD, **TOKEN}

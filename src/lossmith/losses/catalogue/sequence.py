@@ -6,7 +6,7 @@ from lossmith.losses.axes.ratio import SequenceRatio, SequenceSumRatio, Sequence
 from lossmith.losses.axes.trust import Clip, Gamma, LogClip
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.losses.completion.completion_loss import CompletionLoss
-from lossmith.losses.completion.regressions import GroupClassification
+from lossmith.losses.completion.regressions import REAL
 from lossmith.losses.composition.policy_loss import PolicyLoss
 
 
@@ -65,6 +65,6 @@ ENTRIES = [
         year=2026,
         paper="arXiv:2602.05630",
         summary="Tells the good completions of a group from the bad ones by their mean log-ratio.",
-        build=lambda: CompletionLoss("real", GroupClassification()),
+        build=lambda: CompletionLoss("real", REAL()),
     ),
 ]

@@ -10,23 +10,12 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.axes.advantage import Groups
+from lossmith.losses.completion import preferences
 from lossmith.losses.completion.completion_loss import Completions, CompletionTerm
 from lossmith.losses.completion.pairs import GROUPED
-from lossmith.losses.completion.preferences import (
-    CPO,
-    KTO,
-    ORPO,
-    Hinge,
-    OnlineDPO,
-    OnlineIPO,
-    OnlineKTO,
-    RobustDPO,
-    SimPO,
-    SLiC,
-)
-from lossmith.losses.piece import number, options, param, symbol
+from lossmith.losses.piece import number, options, param, pieces_in, symbol
 
-__all__ = ["A2PO", "GVPO", "SPPO", "TERMS", "GroupClassification"]
+__all__ = ["A2PO", "GVPO", "REAL", "SPPO", "TERMS"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ class SPPO(CompletionTerm):
 
 
 @dataclass(frozen=True)
-class GroupClassification(CompletionTerm):
+class REAL(CompletionTerm):
     """Good against bad completions of a group by their mean log-ratio s = Λ/T (REAL, arXiv:2602.05630).
 
     log(1 + Σ_{A<=0} e^{s/tau}) + log(1 + Σ_{A>0} e^{-s/tau}), A = R - mean_g(R), summed over groups that hold both and
@@ -205,5 +194,4 @@ class GroupClassification(CompletionTerm):
         ]
 
 
-_PREFERENCES = (OnlineDPO, RobustDPO, OnlineIPO, Hinge, SLiC, CPO, SimPO, ORPO, KTO, OnlineKTO)
-TERMS: dict[str, type[CompletionTerm]] = options(*_PREFERENCES, A2PO, GVPO, SPPO, GroupClassification)
+TERMS: dict[str, type[CompletionTerm]] = options(*pieces_in(CompletionTerm, vars(preferences), globals()))

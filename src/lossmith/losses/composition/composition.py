@@ -34,6 +34,9 @@ class Composition:
     name: str = "custom"
     shaping: tuple[Shaping, ...] = ()
     truncated: str = "keep"  # keep | mask | zero: what becomes of completions that the token budget cut
+    masked: str = (
+        "leave"  # leave | keep: whether completions without a token that counts keep their reward in statistics
+    )
     group_filter: GroupFilter = dataclasses.field(default_factory=NoFilter)
     advantage: Estimator = dataclasses.field(default_factory=BatchMean)
     advantage_scale: Scale = dataclasses.field(default_factory=NoScale)

@@ -47,6 +47,7 @@ AXES: dict[str, Mapping[str, type[Piece]]] = {
 # choices and numbers of the composition itself, with their meaning
 PLAIN = {
     "truncated": "what becomes of completions cut by the token budget: keep, mask or zero",
+    "masked": "completions whose tokens are all masked leave the statistics, or keep their reward in them: leave, keep",
     "advantage_mul": "factor of the advantage, after its scale",
     "advantage_clip": "symmetric bound on the advantage; none if not given",
     "entropy_coef": "coefficient of the entropy bonus",

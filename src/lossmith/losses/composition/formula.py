@@ -125,6 +125,8 @@ def _rules(loss: Composition, i: int) -> list[str]:
         rules.append(
             {"mask": "truncated completions: no loss", "zero": "truncated completions: reward 0"}[loss.truncated]
         )
+    if loss.masked == "keep":
+        rules.append("completions that are masked altogether keep their reward in the statistics")
     if loss.advantage.critic and not loss.value.active:
         rules.append("V is not trained by this loss")
     if loss.local_normalizer:

@@ -45,6 +45,7 @@ def check_legal(loss: Composition) -> None:
     if not isinstance(loss.shaping, tuple) or not all(isinstance(x, Shaping) for x in loss.shaping):
         raise LossError(f"shaping must be a tuple of Shaping, not {shown(loss.shaping)}.")
     _check_choice("truncated", loss.truncated, TRUNCATED)
+    _check_choice("masked", loss.masked, ("leave", "keep"))
     for name in ("kl_aggregate", "entropy_aggregate"):
         if (chosen := getattr(loss, name)) != "same":
             known = (k for k in AGGREGATE if not AGGREGATE[k]().missing)  # those that need no parameter of their own

@@ -58,7 +58,8 @@ def listing(loss: Composition) -> str:
 
 
 def _words(lines: list[str]) -> set[str]:
-    return set(re.findall(r"\w+", "\n".join(lines)))
+    """Those of the code; a comment reads no field."""
+    return set(re.findall(r"\w+", "\n".join(line.partition("#")[0] for line in lines)))
 
 
 def _mentioned(body: list[str]) -> set[str]:

@@ -100,7 +100,7 @@ class PolicyLoss(Composition, Loss):
 
     def _counted(self, batch: Batch) -> Batch:
         taking_part = self.group_filter.keep(batch)
-        return batch if taking_part is None else batch.replace(mask=batch.valid & taking_part[:, None])
+        return batch if taking_part is None else batch.masked(batch.valid & taking_part[:, None])
 
     def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
         norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
@@ -134,11 +134,21 @@ class PolicyLoss(Composition, Loss):
                 return None
         *_, (_, _, reward) = self._shaped(batch)
         _check_size(self.name, reward, batch)
-        return Signal(batch, reward)
+        # a reward by token is nowhere where no token counts
+        return Signal(batch, reward, self._counted_rewards(batch) if reward.ndim == 1 else None)
+
+    def _counted_rewards(self, batch: Batch) -> Tensor | None:
+        """[N] bool: completions with a valid token, and masked ones that keep their reward; None: the former alone."""
+        kept = batch.masked_reward
+        if self.masked == "leave" or kept is None or "reward_parts" in self.needs:
+            return None
+        return batch.live | torch.isfinite(kept)
 
     def _shaped(self, batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
         """(name, formula, reward [N] or [N, T]): the score, and what it is after each step of shaping."""
-        reward = wide(self._reward(batch))
+        reward, counted = wide(self._reward(batch)), self._counted_rewards(batch)
+        if counted is not None and batch.masked_reward is not None:
+            reward = torch.where(counted & ~batch.live, wide(batch.masked_reward), reward)
         yield "score", "R", reward
         for shaping in self.shaping:
             reward = shaping(reward, batch)

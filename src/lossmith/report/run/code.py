@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from lossmith.errors import printable
+from lossmith.errors import LossmithError, printable, quiet_traps
+from lossmith.losses import Loss, parse_loss
 from lossmith.scorers import BUILTINS
 from lossmith.scorers.address import KEY, Address, is_address, redacted
 
-__all__ = ["code_that_runs", "show_code"]
+__all__ = ["code_that_runs", "loss_without_code", "show_code"]
 
 # "path/file.py:name" or "package.module:name", alone or inside of a loss's parameters
 _PLACE = re.compile(r"""([^\s'"(),=]+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)""")
@@ -49,6 +50,18 @@ def show_code(console: Console, **specs: Any) -> None:
     lines = code_that_runs(**specs)
     if lines:
         console.print(printable(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def loss_without_code(spec: Any) -> Loss | None:
+    """The loss of a recipe that is only looked at; None where it is none, or reading it would run somebody's code."""
+    names = [spec.get("name"), spec.get("function")] if isinstance(spec, Mapping) else [spec]
+    if not spec or any(":" in str(name).partition("(")[0] for name in names):
+        return None
+    try:
+        with quiet_traps():
+            return parse_loss(spec)
+    except (LossmithError, TypeError):
+        return None
 
 
 def _texts(spec: Any) -> Iterator[str]:

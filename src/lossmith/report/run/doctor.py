@@ -7,24 +7,26 @@ import math
 import statistics
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lossmith.detectors import Completion, Diagnosis, Evidence, StepSeen, examine, measure
 from lossmith.detectors.measuring import Numbers, Places
-from lossmith.errors import LossmithError, RunError, quiet_traps
+from lossmith.errors import RunError
 from lossmith.files import at_home, read_text
-from lossmith.losses import parse_loss
 from lossmith.replay import Recorded, read_recorded
+from lossmith.report.run.code import loss_without_code
 from lossmith.rollouts import read_rollouts
 from lossmith.scorers.seal import scale_of
 from lossmith.training.guards import left_out
 from lossmith.training.metrics import in_completions
 from lossmith.training.run import read_metrics
 
-__all__ = ["doctor", "evidence_of"]
+__all__ = ["doctor", "evidence_of", "read_json", "read_toml"]
+
+_COUNTS = {"epochs", "max_tokens", "prompts_per_step", "updates_per_step", "watch_window"}
 
 
 def doctor(path: str | Path) -> Diagnosis:
@@ -43,7 +45,7 @@ def evidence_of(path: str | Path) -> tuple[Evidence, list[str]]:
     if not place.exists():
         raise RunError(f"there is no run folder {str(path)!r}.")
     if place.is_file() and place.suffix == ".jsonl" and "metrics" in place.stem:
-        return Evidence([StepSeen(int(r["step"]), _numbers(r)) for r in read_metrics(place)]), []
+        return Evidence([StepSeen(step, numbers) for step, numbers in sorted(_written(place).items())]), []
     if place.is_file() or not any((place / name).exists() for name in ("recipe.toml", "metrics.jsonl")):
         return _of_recorded(read_recorded(place))
     return _of_run(place)
@@ -58,18 +60,41 @@ def _of_run(place: Path) -> tuple[Evidence, list[str]]:
             f"{str(place)!r} holds no step that could be looked at{damaged}: neither metrics.jsonl nor rollouts/ says "
             "anything of one. Give the folder of a run that has finished a step."
         )
-    recipe = _toml(place / "recipe.toml", notes)
-    known = _json(place / "inputs.json", notes).get("known", {})
+    recipe = read_toml(place / "recipe.toml", notes)
+    known = read_json(place / "inputs.json", notes).get("known")
+    known = known if isinstance(known, dict) else {}
+    vocabulary = known.get("vocabulary")
     evidence = Evidence(
         steps,
-        recipe,
+        {key: value for key, value in recipe.items() if _is_number(value) and (key not in _COUNTS or _is_count(value))},
         cut=_left_out(recipe.get("loss")),
-        dtype=known.get("dtype", ""),
-        vocabulary=known.get("vocabulary"),
+        dtype=str(known.get("dtype", "")),
+        vocabulary=vocabulary if isinstance(vocabulary, int) and vocabulary > 1 else None,
         reward_scale=scale_of(recipe.get("scorer")),
-        rescored=_json(place / "summary.json", notes).get("rescored"),
+        rescored=_rescored(read_json(place / "summary.json", notes).get("rescored")),
     )
     return evidence, notes
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 10**9
+
+
+def _rescored(found: Any) -> dict[str, Any] | None:
+    """What summary.json says of it, where that is whole."""
+    if not isinstance(found, dict) or not isinstance(found.get("change"), dict):
+        return None
+    change = found["change"]
+    figures = [found.get(key) for key in ("n", "changed", "mean_absolute", "spread")]
+    bounds = [change.get(key) for key in ("ci95_low", "ci95_high")]
+    optional = [found.get("claimed"), *bounds]
+    whole = all(map(_is_number, figures)) and all(x is None or _is_number(x) for x in optional)
+    whole = whole and bounds.count(None) != 1 and (_is_number(change.get("mean")) or not found["n"])
+    return found if whole else None
 
 
 def _of_recorded(recorded: Sequence[Recorded]) -> tuple[Evidence, list[str]]:
@@ -110,7 +135,7 @@ def _completions(recorded: Recorded) -> list[Completion]:
 def _steps(folder: Path, notes: list[str]) -> list[StepSeen]:
     """What metrics.jsonl and rollouts/ hold of each step."""
     written = folder / "metrics.jsonl"
-    numbers = {int(r["step"]): _numbers(r) for r in (read_metrics(written) if written.exists() else [])}
+    numbers = _written(written) if written.exists() else {}
     measured: dict[int, tuple[Numbers, Places]] = {}
     for file in sorted((folder / "rollouts").glob("step-*.parquet")):
         try:
@@ -129,12 +154,23 @@ def _measured(step: int, file: Path) -> tuple[Numbers, Places]:
     return measure(step, [Completion.of(rollout) for rollout in read_rollouts(file)])
 
 
-def _numbers(record: Mapping[str, Any]) -> Numbers:
-    kept = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return in_completions(kept)
+def _written(file: Path) -> dict[int, Numbers]:
+    """{step: its numbers} of a metrics.jsonl. RunError: a line is none of a step."""
+    found: dict[int, Numbers] = {}
+    for number, record in enumerate(read_metrics(file), 1):
+        step = record["step"]
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise RunError(f"{file}:{number}: the step is {step!r}, and a whole number is wanted.")
+        found[step] = in_completions({k: float(v) for k, v in record.items() if _is_number(v) or _no_number(v)})
+    return found
 
 
-def _toml(file: Path, notes: list[str]) -> dict[str, Any]:
+def _no_number(value: Any) -> bool:
+    """NaN or infinity, which a detector looks for."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def read_toml(file: Path, notes: list[str]) -> dict[str, Any]:
     """A recipe as it stands, which may be of another version; {} where there is none."""
     if not file.exists():
         return {}
@@ -145,7 +181,8 @@ def _toml(file: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _json(file: Path, notes: list[str]) -> dict[str, Any]:
+def read_json(file: Path, notes: list[str]) -> dict[str, Any]:
+    """An object of a JSON file; {} where there is none, and a note where it is damaged."""
     if not file.exists():
         return {}
     try:
@@ -158,11 +195,5 @@ def _json(file: Path, notes: list[str]) -> dict[str, Any]:
 
 def _left_out(spec: Any) -> str:
     """What the loss does with truncated completions. A loss of somebody's own code is not asked: that would run it."""
-    names = [spec.get("name"), spec.get("function")] if isinstance(spec, Mapping) else [spec]
-    if any(":" in str(name).partition("(")[0] for name in names):
-        return ""
-    try:
-        with quiet_traps():
-            return left_out(parse_loss(spec)) if spec else ""
-    except (LossmithError, TypeError):
-        return ""
+    loss = loss_without_code(spec)
+    return "" if loss is None else left_out(loss)

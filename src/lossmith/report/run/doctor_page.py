@@ -97,7 +97,7 @@ def _rates(
         f"Made-up runs (`src/lossmith/detectors/faults.py`). Each detector is given its fault in {len(SEEDS)} seeds, "
         f"and must find it; and healthy runs, in which it must be silent: {healthy_runs}. A note is no false alarm; it "
         "says what is so. This page is written by `python -m lossmith.report.run.doctor_page`, and a test holds it to "
-        "what the detectors do.",
+        "what the detectors do. [doctor-runs.md](doctor-runs.md) has real runs, of a tiny model.",
         "",
         f"| detector | fault found | {' | '.join(f'false warnings, {what}' for what in alarms)} | notes there |",
         f"|---|---|{'---|' * len(alarms)}---|",

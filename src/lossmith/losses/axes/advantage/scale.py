@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.axes.advantage.signal import Signal, unit_of
-from lossmith.losses.piece import Piece, number, options, param
+from lossmith.losses.piece import Piece, number, options, param, pieces_in
 
 __all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LOOStd", "NoScale", "Scale", "Whiten"]
 
@@ -217,4 +217,4 @@ class Whiten(Scale):
         ]
 
 
-SCALE: dict[str, type[Scale]] = options(NoScale, GroupStd, GroupStdBiased, BatchStd, LOOStd, Whiten)
+SCALE: dict[str, type[Scale]] = options(*pieces_in(Scale, globals()))

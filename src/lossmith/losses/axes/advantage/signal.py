@@ -12,7 +12,7 @@ from lossmith.losses.axes.shaping import on_last_token
 from lossmith.losses.batch import Batch
 from lossmith.losses.piece import Piece
 
-__all__ = ["Estimator", "Groups", "Signal", "unit_of"]
+__all__ = ["Estimator", "Groups", "Signal"]
 
 
 def unit_of(size: Tensor) -> Tensor:
@@ -106,6 +106,7 @@ class Signal:
 
     batch: Batch
     reward: Tensor  # [N] or [N, T]
+    counted: Tensor | None = None  # [N] bool, completions in the statistics; those with a valid token if not given
 
     @property
     def per_token(self) -> Tensor:
@@ -119,7 +120,7 @@ class Signal:
 
     @property
     def live(self) -> Tensor:
-        return self.batch.live
+        return self.batch.live if self.counted is None else self.counted
 
     def groups(self, owner: str) -> Groups:
         return Groups.of(self.per_sequence, self.batch.require("group", owner), self.live)

@@ -13,7 +13,7 @@ from lossmith.losses.axes.ratio import bounded_exp
 from lossmith.losses.axes.trust.base import Tokens, Trust
 from lossmith.losses.piece import number, param, symbol
 
-__all__ = ["BalancedClip", "BookClip", "Clip", "DynamicClip", "Influence", "Preserve", "stopped"]
+__all__ = ["BalancedClip", "BookClip", "Clip", "DynamicClip", "Influence", "Preserve"]
 
 Bound = Tensor | float
 
