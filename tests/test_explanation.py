@@ -184,7 +184,7 @@ def test_a_group_of_equal_scores_says_that_nothing_can_be_told_apart(tmp_path):
 
 def test_a_scale_is_named_with_its_number(tmp_path):
     assert said(tmp_path, 0.4, 0.8, loss="grpo(beta=0)").sentence.endswith(
-        "; divided by the standard deviation of its group's scores (0.283), an advantage of −0.707."
+        "mean of 0.6: an advantage of −0.707, once divided by the standard deviation of its group's scores (0.283)."
     )
 
 

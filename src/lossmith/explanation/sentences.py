@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lossmith.explanation.parts import Member, Number, Term
 
-__all__ = ["completion_sentence", "short", "token_sentence"]
+__all__ = ["completion_sentence", "direction", "short", "token_sentence"]
 
 UNKNOWN = "which way it was pushed depends on what the file does not hold"
 _BY_THE_MASKS = {
@@ -30,6 +30,7 @@ def _signed(x: float) -> str:
 
 
 def direction(pull: float) -> str:
+    """In words."""
     return "pushed up" if pull > 0 else "pushed down" if pull < 0 else "not pushed"
 
 
@@ -85,7 +86,7 @@ def _scaled(of: dict[str, Number], advantage: float) -> str:
     divisor = of.get("divisor")
     if divisor is None or divisor.value is None or advantage == 0:
         return ""
-    return f"; divided by {divisor.words} ({short(divisor.value)}), an advantage of {_signed(advantage)}"
+    return f": an advantage of {_signed(advantage)}, once divided by {divisor.words} ({short(divisor.value)})"
 
 
 def _shaped(numbers: Sequence[Number]) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -87,8 +89,8 @@ def _group(found: Explanation, width: int) -> Table:
         beginning = " ".join(printable(m.completion).split())
         shown = Text(beginning if len(beginning) <= room else beginning[: room - 1] + "…")
         table.add_row(
-            f"{'▸ ' if m.this else ''}{m.sample}", number(m.score), number(m.advantage), str(m.length), number(m.pull),
-            shown, style="bold" if m.this else None,
+            f"{'▸ ' if m.this else ''}{m.sample}", number(m.score), number(m.advantage, True), str(m.length),
+            number(m.pull, True), shown, style="bold" if m.this else None,
         )  # fmt: skip
     return table
 
@@ -105,14 +107,19 @@ def _chain(token: Token) -> Table:
     ):
         _rows(table, title, numbers)
     for term in token.terms:
-        _rows(table, f"the {term.name} term, {how(term)}", term.factors)
+        _rows(table, f"the {term.name} term, {how(term)}", multiplied(term))
         if term.shared:
             table.add_row("  Σ over its completion", number(term.sum), "of these products")
-            table.add_row("  share", number(term.share), "that each of its tokens gets")
-        table.add_row("  = its pull", number(term.pull), "", style="bold")
-    table.add_row("pull −dL/dlogp", number(token.pull), "the terms added up", style="bold", end_section=True)
+            table.add_row("  × share", number(term.share), "that each of its tokens gets")
+        table.add_row("  = its pull", number(term.pull, True), "", style="bold")
+    table.add_row("pull −dL/dlogp", number(token.pull, True), "the terms added up", style="bold", end_section=True)
     _rows(table, "beside it", token.beside)
     return table
+
+
+def multiplied(term: Term) -> tuple[Number, ...]:
+    """The factors, with a sign between them."""
+    return tuple(replace(n, name=f"× {n.name}" if i else n.name) for i, n in enumerate(term.factors))
 
 
 def how(term: Term) -> str:
@@ -132,6 +139,8 @@ def _table(title: str) -> Table:
     return Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
-def number(x: float | None) -> str:
-    """Six digits, to be multiplied again; a dash for what is not known."""
-    return "–" if x is None else f"{x:+.6g}" if x else "0"
+def number(x: float | None, signed: bool = False) -> str:
+    """Six digits, to be multiplied again, with a real minus sign; a dash for what is not known."""
+    if x is None:
+        return "–"
+    return f"{x:{'+' if signed and x else ''}.6g}".replace("-", "−")
