@@ -1,5 +1,6 @@
 """The page about a run in a real browser: it asks for nothing, complains of nothing, and its table can be filtered."""
 
+import re
 import shutil
 
 import pytest
@@ -61,10 +62,14 @@ def test_the_table_is_filtered_and_sorted(opened):
     assert rows.count() == 54
     page.get_by_label("Run", exact=True).select_option("other")
     page.get_by_label("Step", exact=True).select_option("2")
-    assert visible.count() == 9 and page.get_by_role("status").inner_text() == "9 of 54 shown"
+    assert visible.count() == 9 and page.locator("#controls [role=status]").inner_text() == "9 of 54 shown"
     page.get_by_role("button", name="score").click()
     scores = [float(x) for x in visible.locator("td:nth-child(6)").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
+    visible.first.get_by_role("button").click()
+    assert re.fullmatch(
+        r"lossmith explain \S+/other --step 1 --prompt \S+ --sample \d", page.locator("#how").inner_text()
+    )
     page.get_by_label("Score at least").fill(str(scores[0]))
     assert visible.count() == scores.count(scores[0])
     page.get_by_label("Text in prompt or completion").fill("no such text")

@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import shlex
 import shutil
 import tomllib
 
@@ -195,6 +196,20 @@ def test_the_most_pushed_are_those_with_the_largest_sum_of_credit(run):
     assert found.best[0].score == max(x.score for x in found.table)
     assert found.worst[0].score == min(x.score for x in found.table)
     assert found.total == len(found.table) == 27
+
+
+def test_the_command_beside_a_completion_explains_that_one(run):
+    (seen,) = read_runs([run])
+    one = shown(seen).pushed[0]
+    told = json.loads(shell.lossmith(*shlex.split(one.command)[1:], "--json").stdout)
+    assert one.text in _texts(told)
+
+
+def _texts(found):
+    """Every text in what JSON held."""
+    if isinstance(found, dict | list):
+        return [x for part in (found.values() if isinstance(found, dict) else found) for x in _texts(part)]
+    return [found]
 
 
 def test_a_long_run_shows_whole_steps_from_its_first_to_its_last(run):

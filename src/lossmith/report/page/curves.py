@@ -155,8 +155,8 @@ def _draw(key: str, draw: Callable[[Any], None], x: str, y: str) -> str:
     }
     lines: dict[Any, Any] = {"axes.edgecolor": _LINE, "xtick.color": _INK, "ytick.color": _INK, "grid.color": _LINE}
     with matplotlib.rc_context(words | lines):
-        figure = Figure(figsize=(4.4, 2.7), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(4.4, 2.7))
+        axes = figure.add_axes((0.19, 0.18, 0.78, 0.73))  # a layout that measures its labels takes twice as long
         draw(axes)
         axes.set(xlabel=x, ylabel=y)
         axes.spines[["top", "right"]].set_visible(False)

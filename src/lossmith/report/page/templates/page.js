@@ -63,5 +63,13 @@
       body.append(...order.map(([, row]) => row));
     });
   });
+  const how = document.getElementById("how");
+  for (const row of rows) {
+    const place = row.cells[names.indexOf("no.")], button = document.createElement("button");
+    Object.assign(button, { type: "button", title: "the command that explains this completion" });
+    button.append(...place.childNodes);
+    place.append(button);
+    button.addEventListener("click", () => { how.textContent = row.dataset.how; });
+  }
   show();
 })();
