@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         StageError,
         TrapWarning,
     )
+    from lossmith.explanation import explain
     from lossmith.losses import (
         GAE,
         KL,
@@ -115,6 +116,7 @@ __all__ = [
     "check_loss",
     "compare",
     "doctor",
+    "explain",
     "get_loss",
     "learn",
     "list_losses",

@@ -217,8 +217,8 @@ WHOLE = [
     (
         "sequence_mask_ignored",
         "composition/policy_loss.py",
-        "for mask in (self.token_mask, self.sequence_mask):",
-        "for mask in (self.token_mask,):",
+        'for name, mask in (("token mask", self.token_mask), ("sequence mask", self.sequence_mask)):',
+        'for name, mask in (("token mask", self.token_mask),):',
         "both masks multiply the policy term",
     ),
     (

@@ -24,7 +24,7 @@ from lossmith.replay.model import under_model
 from lossmith.report.replay import plot_replay, replay_to_dict
 from lossmith.training.recipe import Recipe
 
-__all__ = ["replay"]
+__all__ = ["mapping_of", "replay"]
 
 USUAL = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "pass_at_k", "dpo")
 
@@ -67,7 +67,7 @@ def replay(
     """
     if output is not None:
         output = check_writable(output)
-    record = _step(read_recorded(path, _mapping(map)), step)
+    record = _step(read_recorded(path, mapping_of(map)), step)
     with quiet_traps(), Console(stderr=True).status("replaying"):
         losses = _losses(path, record, loss)
         found = through(record, losses)
@@ -85,7 +85,8 @@ def replay(
         Console().print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _mapping(text: str) -> dict[str, str] | None:
+def mapping_of(text: str) -> dict[str, str] | None:
+    """--map as {field: column}; None where it is empty."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if any(not theirs for _, _, theirs in pairs):
         raise RunError(f"--map {text}: write field=column, and a comma between them.")

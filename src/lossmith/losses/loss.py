@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError
+from lossmith.losses.anatomy import Anatomy, measured
 from lossmith.losses.axes.kl import KL, kl_estimate
 from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.batch import FIELDS, Batch, Normalizer, check_rows
@@ -266,6 +267,12 @@ class Loss(ABC):
     def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
         """dL/dlogp [N, T] by formulas, not by autograd."""
         raise NotImplementedError(f"{self.name} states no closed form of its gradient.")
+
+    def anatomy(self, batch: Batch) -> Anatomy:
+        """The numbers that multiply and add up to each token's -dL/dlogp; measured where a loss has no formulas."""
+        logp = batch.require("logp", self.name).detach().clone().requires_grad_()
+        with torch.enable_grad():
+            return Anatomy((), (), measured(self(batch.replace(logp=logp)).terms, logp, batch.valid))
 
     # -- representations --------------------------------------------------------------------------------------------
 

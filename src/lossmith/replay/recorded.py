@@ -32,6 +32,7 @@ class Row:
     by_row: dict[str, Any] = field(default_factory=dict)  # fields of Batch, one value; reward_parts: a list
     advantage: float | list[float] | None = None  # as its trainer computed it
     sampling: tuple[float, float, int] = (1.0, 1.0, 0)  # temperature, top_p, top_k
+    sample: int | None = None  # which of its group, where that is recorded
 
 
 @dataclass(frozen=True)

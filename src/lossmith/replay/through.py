@@ -6,7 +6,6 @@ never guessed: a number that depends on it is None, and says why.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.errors import LossError, RunError
+from lossmith.errors import LossError, RunError, quiet_traps
 from lossmith.losses import Batch, Loss, PolicyLoss
 from lossmith.replay.recorded import Recorded
 
-__all__ = ["Replay", "Replayed", "cosines", "replay"]
+__all__ = ["FILLS", "Prepared", "Replay", "Replayed", "batch_of", "cosines", "prepare", "replay"]
 
 _STANDS_IN = {"logp", "old_logp", "behavior_logp"}  # each stands in for the others: at the start of an update
 FILLS = (-1.0, -2.5)  # nats, two stand-ins for log-probabilities that are not recorded: what differs depends on them
@@ -84,36 +83,54 @@ def replay(record: Recorded, losses: Sequence[Loss]) -> Replay:
     return Replay(record, tuple(_through(record, loss) for loss in losses), _sample_size(record.fields))
 
 
-def _through(record: Recorded, loss: Loss) -> Replayed:
-    name, notes = loss.name, []
-    if (
-        isinstance(loss, PolicyLoss)
-        and loss.kl.in_loss
-        and not loss.needs & {"ref_logp", "full_kl"} <= set(record.fields)
-    ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loss = loss.replace(beta=0.0)
-        notes.append("without its KL term: the reference's log-probabilities are not recorded")
-    lacking = sorted(loss.needs - set(record.fields) - _STANDS_IN)
+@dataclass(frozen=True)
+class Prepared:
+    """A loss as far as a record lets it be evaluated."""
+
+    loss: Loss
+    given: bool = False  # on the recorded advantages
+    notes: tuple[str, ...] = ()
+    refused: str = ""  # why it cannot be evaluated at all
+
+
+def prepare(record: Recorded, loss: Loss) -> Prepared:
+    """The loss without the terms that read what the record does not hold, as long as they are beside the policy's."""
+    notes = []
+    known = set(record.fields) | _STANDS_IN | ({"value"} if "old_value" in record.fields else set())
+    if isinstance(loss, PolicyLoss):
+        with quiet_traps():
+            if loss.kl.in_loss and not loss.needs & {"ref_logp", "full_kl"} <= known:
+                loss = loss.replace(beta=0.0)
+                notes.append("without its KL term: the reference's log-probabilities are not recorded")
+            if loss.entropy_coef and "entropy" not in known and "entropy" not in loss.replace(entropy_coef=0.0).needs:
+                loss = loss.replace(entropy_coef=0.0)
+                notes.append("without its entropy term: entropies are not recorded; it does not act through log p")
+    lacking = sorted(loss.needs - known)
     given = "reward" in lacking and record.advantage is not None
     if given:  # the estimator is passed by, with what it reads
-        lacking = sorted(_needs_of_objective(loss) - set(record.fields) - _STANDS_IN - {"advantage"})
+        lacking = sorted(_needs_of_objective(loss) - known - {"advantage"})
         notes.append("on the recorded advantages: rewards are not recorded")
-    if lacking:
-        return Replayed(name, loss, f"it reads {', '.join(lacking)}, which the file does not hold", tuple(notes))
+    refused = f"it reads {', '.join(lacking)}, which the file does not hold" if lacking else ""
+    return Prepared(loss, given, tuple(notes), refused)
+
+
+def _through(record: Recorded, loss: Loss) -> Replayed:
+    name, ready = loss.name, prepare(record, loss)
+    loss, notes = ready.loss, ready.notes
+    if ready.refused:
+        return Replayed(name, loss, ready.refused, notes)
     seen: list[tuple[Any, Tensor]] = []
     for fill in FILLS:
         try:
-            seen.append(_evaluate(record, loss, fill, given))
+            seen.append(_evaluate(record, loss, fill, ready.given))
         except LossError as error:
-            return Replayed(name, loss, str(error), tuple(notes))
+            return Replayed(name, loss, str(error), notes)
     (out, pull), (other, other_pull) = seen
     value = float(out.loss.detach())
     gives = isinstance(loss, PolicyLoss) and loss.advantage.acts
     gap = float((out.advantage - record.advantage).abs().max()) if gives and record.advantage is not None else None
     return Replayed(
-        name, loss, "", tuple(notes),
+        name, loss, "", notes,
         value=value if value == float(other.loss.detach()) else None,
         advantage=out.advantage,
         advantage_gap=gap,
@@ -126,18 +143,30 @@ def _needs_of_objective(loss: Loss) -> frozenset[str]:
     return loss.replace(advantage="given", advantage_scale="none").needs if isinstance(loss, PolicyLoss) else loss.needs
 
 
-def _evaluate(record: Recorded, loss: Loss, fill: float, given: bool) -> tuple[Any, Tensor]:
-    """(output, pull) at the policy that the update began with, or the nearest that is recorded."""
+def batch_of(record: Recorded, fill: float, given: bool = False) -> tuple[Batch, Tensor]:
+    """(batch, its logp [N, T], a leaf): at the policy that the update began with, or the nearest that is recorded.
+
+    fill: what stands for log-probabilities where none are recorded. given: on the recorded advantages.
+    """
     fields = dict(record.fields)
     base = fields.get("old_logp", fields.get("behavior_logp"))
-    logp = (
-        torch.full(fields["mask"].shape, fill, dtype=torch.float64) if base is None else base.clone()
-    ).requires_grad_()
+    if base is None:  # different at every token, so that no mean or difference hides that they are made up
+        count = torch.arange(fields["mask"].numel(), dtype=torch.float64)
+        base = (fill * (1.5 + torch.sin(fill * count))).view(fields["mask"].shape)
+    logp = base.clone().requires_grad_()
     for name in ("old_logp", "behavior_logp"):
         fields.setdefault(name, logp.detach())
     if given and record.advantage is not None:
         fields["advantage"] = record.advantage
-    out = loss(Batch(**(fields | {"logp": logp})))
+    if "old_value" in fields:
+        fields.setdefault("value", fields["old_value"])
+    return Batch(**(fields | {"logp": logp})), logp
+
+
+def _evaluate(record: Recorded, loss: Loss, fill: float, given: bool) -> tuple[Any, Tensor]:
+    """(output, pull)."""
+    batch, logp = batch_of(record, fill, given)
+    out = loss(batch)
     grad = torch.autograd.grad(out.loss, logp, allow_unused=True)[0] if out.loss.requires_grad else None
     return out, torch.zeros_like(logp) if grad is None else -grad
 

@@ -16,7 +16,17 @@ from lossmith.rollouts import Rollout
 from lossmith.scorers import Scorer, score_rollouts
 from lossmith.training.recipe import Recipe
 
-__all__ = ["Evaluation", "comparison", "evaluate", "paired", "preferred", "rescored", "sentences", "tally"]
+__all__ = [
+    "Evaluation",
+    "comparison",
+    "during",
+    "evaluate",
+    "paired",
+    "preferred",
+    "rescored",
+    "sentences",
+    "tally",
+]
 
 EVALUATION_STEP = -1  # its random numbers are those of no training step, and the same before and after
 
@@ -31,6 +41,12 @@ class Evaluation:
     def scores(self) -> dict[str, float]:
         """{prompt id: score}; prompts whose completion has no score are left out."""
         return {r.prompt.id: float(r.score.value) for r in self.rollouts if r.score and r.score.value is not None}
+
+    @property
+    def mean(self) -> float:
+        """The mean score; NaN where no completion has one."""
+        scores = self.scores
+        return statistics.fmean(scores.values()) if scores else math.nan
 
     @property
     def mean_length(self) -> float:
@@ -106,6 +122,19 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     }
 
 
+def during(before: Evaluation, now: Evaluation) -> dict[str, float]:
+    """What a step's line says of the held-out prompts, before the step's update; an interval where there is one."""
+    change = paired(before, now)
+    figures = {
+        "held_out": now.mean,
+        "held_out_n": change.n,
+        "held_out_change": change.mean,
+        "held_out_change_low": change.low,
+        "held_out_change_high": change.high,
+    }
+    return {name: x for name, x in figures.items() if math.isfinite(x)}
+
+
 def rescored(before: Evaluation, again: Evaluation, claimed: float) -> dict[str, Any]:
     """What the scorer says at the end of the texts that it scored at the start, as summary.json holds it.
 
@@ -163,7 +192,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
             f"Preferred to the untrained policy on {share['mean']:.0%} of the {share['n']} prompts "
             f"({in_words(share)}; ties count half)."
         )
-    return said + _beside(held_out, steps)
+    return said + _beside(held_out, steps) + _best(summary)
 
 
 def _no_verdict(held_out: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
@@ -192,6 +221,17 @@ def _void(findings: Sequence[Mapping[str, Any]]) -> str:
     """A finding with which the scores before and after say nothing of what was wanted."""
     found = next((f for f in findings if f["voids"]), None)
     return "" if found is None else f"No verdict: {found['sentence']}. Likely: {found['cause']}. Try: {found['cure']}."
+
+
+def _best(summary: Mapping[str, Any]) -> list[str]:
+    best = summary.get("best")
+    if best is None:
+        return []
+    return [
+        f"The policy after {best['after_steps']} step{'s' * (best['after_steps'] != 1)} is kept in policy-best/: its "
+        f"held-out score, {best['mean']:.3f} (n = {best['n']}), was the best of {best['of']} looks. Chosen for that "
+        "score, it is likely to do worse on other prompts."
+    ]
 
 
 def _beside(held_out: Mapping[str, Any], steps: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, sc
 from lossmith.scorers.scorer import bind_scorer, verify_scorer
 from lossmith.scorers.weak import refuse_weak
 from lossmith.training.clock import Clock
-from lossmith.training.evaluate import Evaluation, comparison, evaluate, paired, rescored, tally
+from lossmith.training.evaluate import Evaluation, comparison, during, evaluate, paired, rescored, tally
 from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
 from lossmith.training.guards import Guards, prompt_means
 from lossmith.training.keeping import Keeping
@@ -34,7 +34,7 @@ from lossmith.training.learner import Learner, Update
 from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
-from lossmith.training.run import RunFolder, check_disk
+from lossmith.training.run import BEST, RunFolder, check_disk
 
 __all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored"]
 
@@ -51,6 +51,7 @@ class Step:
     batch: Batch | None = None  # of the rollouts with a score: what the loss saw before the update
     credit: Credit | None = None  # and what it made of it
     findings: list[Finding] = field(default_factory=list)  # what the guards say now, and did not before
+    held_out: dict[str, float] = field(default_factory=dict)  # the held-out prompts before the update, if looked at
 
     @functools.cached_property
     def seen(self) -> tuple[dict[str, float], dict[str, list[Place]]]:
@@ -77,6 +78,7 @@ class Step:
             **in_completions(self.update.metrics),
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
             **_watch(self.watched),
+            **self.held_out,
             **_logged(self.rollouts),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
             **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
@@ -152,6 +154,7 @@ class Run(Keeping):
         if self.watch is not None:
             self.watched_before = self._once("held-out-before-watched", lambda: self._watched(self.before))
         self.load()
+        self.folder.best(until=self.first_step)
         self.guards.go_on(self.folder.metrics(), self.folder)
 
     def _once(self, name: str, measure: Callable[[], Evaluation]) -> Evaluation:
@@ -168,6 +171,30 @@ class Run(Keeping):
         assert evaluation is not None
         return Evaluation(score_watch(self, evaluation.rollouts))
 
+    def look_at_held_out(self, clock: Clock) -> dict[str, float]:
+        """Between two steps, where it is time: the held-out prompts, and the policy kept if it is the best so far."""
+        every = self.recipe.evaluate_every
+        if not every or self.done % every:
+            return {}
+        assert self.before is not None
+        if not self.done:
+            return during(self.before, self.before)
+        with clock("evaluate"):
+            now = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
+            self._keep_if_best(now)
+        return during(self.before, now)
+
+    def _keep_if_best(self, now: Evaluation) -> None:
+        best = self.folder.best()
+        if not self.recipe.keep_best or not math.isfinite(now.mean) or (best is not None and now.mean <= best["mean"]):
+            return
+        self.saving = True
+        try:
+            told = {"after_steps": self.done, "mean": now.mean, "n": len(now.scores)}
+            self.folder.save_policy(self.policy, BEST, told)
+        finally:
+            self.saving = False
+
     def remaining_steps(self) -> range:
         return range(self.first_step, self.recipe.steps)
 
@@ -178,6 +205,7 @@ class Run(Keeping):
         self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
         verify_scorer(self.scorer)
         self.folder.add_rollouts("held-out-after", after.rollouts)
+        self._keep_if_best(after)
         self.folder.save_policy(self.policy)
         more = {
             "steps": self.recipe.steps,
@@ -188,12 +216,19 @@ class Run(Keeping):
             "policy_checksum": self.policy.checksum(),
             "seconds": time.perf_counter() - self.started,
             **self._found(self.before, after),
+            **self._best(),
             **({"stopped": self.stopped} if self.stopped else {}),
             **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
         if self.watched_before is not None:
             more["watch"] = comparison(self.watched_before, self._watched(after))
         self.summary = self.folder.write_summary(self.before, after, more)
+
+    def _best(self) -> dict[str, Any]:
+        """The policy that is kept beside the last one, and how many it is the best of."""
+        best = self.folder.best() if self.recipe.keep_best else None
+        looks = sum("held_out" in r and r["step"] > 0 for r in self.folder.metrics()) + 1
+        return {} if best is None else {"best": {**best, "of": looks}}
 
     def _found(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """What the guards find in the whole run; for them, the scorer is asked again about the first texts."""
@@ -220,6 +255,7 @@ def learn(run: Run) -> Iterator[Step]:
     run.start()
     recipe, learner, clock = run.recipe, run.learner, Clock()
     for index in run.remaining_steps():
+        held_out = run.look_at_held_out(clock)
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         watched = watch(run, rollouts, clock)
@@ -229,7 +265,8 @@ def learn(run: Run) -> Iterator[Step]:
             batch = learner.make_batch(scored)  # log pi_old and log pi_ref, where the loss asks for them
             credit = learner.credit(batch)  # A of every token, and what its weight is divided by
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
-        step = Step(index, with_advantages(rollouts, credit), update, clock.read(), watched, batch, credit)
+        credited = with_advantages(rollouts, credit)
+        step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out)
         record(run, step)
         look(run, step)
         yield step
@@ -417,4 +454,5 @@ def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None)
     weights = sum(p.numel() * 4 for p in policy.model.parameters())
     there = 0 if folder is None else sum(1 for _ in (folder.path / "checkpoints").glob("step-*"))
     checkpoints = max(3 - there, 1) * 3 * weights if recipe.checkpoint_every or recipe.checkpoint_minutes else 0
-    return weights + checkpoints + 50_000_000
+    policies = 3 if recipe.keep_best else 1  # the last, the best, and the next best beside it
+    return policies * weights + checkpoints + 50_000_000

@@ -23,6 +23,11 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "ended": ("share of completions that ended within max_tokens", "0 to 1"),
             "dropped": ("completions without a score, left out of the update", "completions"),
             "watch": ("mean over the prompts of what the watching scorer says", "of that scorer"),
+            "held_out": ("mean score of the held-out prompts before the step's update", "of the scorer"),
+            "held_out_n": ("held-out prompts with a score both then and before training", "prompts"),
+            "held_out_change": ("mean of their paired differences to before training", "of the scorer"),
+            "held_out_change_low": ("lower end of its 95% interval", "of the scorer"),
+            "held_out_change_high": ("upper end of it", "of the scorer"),
             "score_least": ("lowest score of a completion", "of the scorer"),
             "score_most": ("highest score of a completion", "of the scorer"),
             "score_at_least": ("share of the completions with a score that have the lowest one", "0 to 1"),
@@ -111,7 +116,7 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
         "Time",
         {
             "tokens_per_second": ("response tokens over the whole step's seconds", "1/s"),
-            "seconds_*": ("by part of the step: sample, score, watch, update", "s"),
+            "seconds_*": ("by part of the step: evaluate, sample, score, watch, update", "s"),
             "seconds_update_*": (
                 "by part of the update: log_probs (old and reference), credit, forward, loss, backward, optimizer",
                 "s",

@@ -57,6 +57,13 @@ class Recipe(RunSettings):
     pass_columns: list[str] = Field([], description="target-like columns (answer, label, ...) to pass on to the scorer")
     held_out: int | float = Field(48, gt=0, description="prompts kept for the before/after comparison: number or share")
 
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between looks at the held-out prompts during the run; 0: only before and after"
+    )
+    keep_best: bool = Field(
+        False, description="keep the policy with the best held-out score of those looks too, in policy-best/"
+    )
+
     scorer: Any = Field(
         "helpfulness",
         description="built-in name, file.py:function, module:function, http(s) address, reward-model folder, or a "
@@ -150,6 +157,11 @@ class Recipe(RunSettings):
             raise RecipeError(f"{source}: warmup_steps = {recipe.warmup_steps} exceeds steps = {recipe.steps}.")
         if recipe.watch_window and recipe.watch is None:
             raise RecipeError(f"{source}: watch_window = {recipe.watch_window} has nothing to average: give watch too.")
+        if recipe.keep_best and not recipe.evaluate_every:
+            raise RecipeError(
+                f"{source}: keep_best = true has one policy to choose from: say how often the held-out prompts are "
+                "looked at, with evaluate_every."
+            )
         if recipe.updates_per_step > recipe.prompts_per_step:
             raise RecipeError(
                 f"{source}: updates_per_step = {recipe.updates_per_step} exceeds prompts_per_step = "

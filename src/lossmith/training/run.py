@@ -3,6 +3,7 @@
 recipe.toml      complete, defaults included        rollouts/     every completion, a parquet file a step
 inputs.json      fingerprints of what decided it    checkpoints/  to go on from: the last two, complete or absent
 metrics.jsonl    a line a step                      policy/       loads with AutoModelForCausalLM.from_pretrained
+policy-best/     the one with the best held-out score, where the recipe wishes: keep_best
 summary.json     held-out before and after          findings.jsonl  what the guards said, a line each
 """
 
@@ -16,7 +17,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -47,6 +48,7 @@ __all__ = ["RunFolder", "check_disk", "read_metrics"]
 
 
 FINDINGS = "findings.jsonl"
+BEST, KEPT = "policy-best", "kept.json"  # a policy, and in its folder why it is kept
 
 
 class NamedSettings(Protocol):
@@ -209,14 +211,16 @@ class RunFolder:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def save_policy(self, policy: Policy) -> None:
-        """policy/, written whole: the one before it, if there is one, stays until then."""
-        target = self.path / "policy"
-        partial = self.path / "policy.partial"
+    def save_policy(self, policy: Policy, name: str = "policy", told: Mapping[str, Any] | None = None) -> None:
+        """policy/, written whole: the one before it, if there is one, stays until then. told: why it is kept."""
+        target = self.path / name
+        partial = self.path / f"{name}.partial"
         remove(partial)
         try:
             with explain_write_errors(target):
                 policy.save(partial)
+                if told is not None:
+                    (partial / KEPT).write_text(json.dumps(told) + "\n")
                 flush(partial)
                 remove(target)
                 os.rename(partial, target)
@@ -224,6 +228,23 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def best(self, until: int | None = None) -> dict[str, Any] | None:
+        """What is known of policy-best/; None where there is none.
+
+        until: the steps of the run that are gone on with. A policy of later ones goes, for these are redone.
+        """
+        place = self.path / BEST
+        try:
+            kept = json.loads((place / KEPT).read_bytes())
+            whole = isinstance(kept["mean"], int | float) and isinstance(kept["after_steps"], int)
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole and (until is None or kept["after_steps"] <= until):
+            return dict(kept)
+        if until is not None:
+            remove(place)
+        return None
 
     def write_summary(self, before: Evaluation, after: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
         """summary.json: held-out performance before and after, the paired difference, and what else is known."""

@@ -56,6 +56,8 @@ def check_recipe(recipe: Recipe) -> None:
         wrong["updates_per_step"] = f"it parts the completions of a prompt, which {loss.name} compares"
     if recipe.compile:
         wrong["compile"] = "it computes with the model as it is"
+    if recipe.evaluate_every:
+        wrong["evaluate_every"] = "between two of its steps the model is as its trainer wraps it"
     if recipe.device not in ("auto", "cpu", "cuda", "mps"):
         wrong["device"] = "it takes the first one of the machine"
     if wrong:

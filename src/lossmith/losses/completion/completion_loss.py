@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError
+from lossmith.losses.anatomy import Anatomy, Link, Pull
 from lossmith.losses.as_tensor import wide
 from lossmith.losses.axes.advantage import Groups, Signal
 from lossmith.losses.batch import Batch, Normalizer
@@ -166,6 +167,19 @@ class CompletionLoss(Loss):
         at = self.completions(batch)
         slope = torch.where(at.live, self.term.slope(at, self.term.units(at)), torch.zeros_like(at.log_ratio))
         return torch.where(batch.valid, slope[:, None], torch.zeros((), dtype=slope.dtype))
+
+    @torch.no_grad()
+    def anatomy(self, batch: Batch) -> Anatomy:
+        at = self.completions(batch)
+
+        def link(name: str, x: Tensor, words: str) -> Link:
+            return Link(name, torch.where(batch.valid, x[:, None], 0.0), words)
+
+        slope = -self.closed_form_gradient(batch)
+        log_ratio = link("log-ratio", at.log_ratio, f"Λ = Σ_t log π_θ(y_t){_ANCHORS[self.term.anchor][0]}")
+        factors = (Link("slope", slope, f"−dL/dΛ, L = {self.term.formula()[0]}"),)
+        pull = Pull(self.term.option, factors, batch.valid)
+        return Anatomy((link("score", at.reward, "R"),), (log_ratio,), (pull,))
 
     @torch.no_grad()
     def _metrics(self, at: Completions) -> dict[str, float]:

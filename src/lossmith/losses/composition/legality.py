@@ -47,7 +47,8 @@ def check_legal(loss: Composition) -> None:
     _check_choice("truncated", loss.truncated, TRUNCATED)
     _check_choice("masked", loss.masked, ("leave", "keep"))
     for name in ("kl_aggregate", "entropy_aggregate"):
-        if (chosen := getattr(loss, name)) != "same":
+        chosen = getattr(loss, name)
+        if not isinstance(chosen, str) or chosen != "same":  # an array is compared element by element
             known = (k for k in AGGREGATE if not AGGREGATE[k]().missing)  # those that need no parameter of their own
             _check_choice(name, chosen, ("same", *known))
     if not isinstance(loss.local_normalizer, bool):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError, TrapWarning
+from lossmith.losses.anatomy import Anatomy, Link, Pull
 from lossmith.losses.as_tensor import wide
 from lossmith.losses.axes.advantage import Signal
 from lossmith.losses.axes.aggregate import AGGREGATE, Aggregate
@@ -130,21 +132,10 @@ class PolicyLoss(Composition, Loss):
                 )
             if batch.reward is None:
                 return None
-        reward, counted = wide(self._reward(batch)), self._counted_rewards(batch)
-        if counted is not None and batch.masked_reward is not None:
-            reward = torch.where(counted & ~batch.live, wide(batch.masked_reward), reward)
-        for shaping in self.shaping:
-            reward = shaping(reward, batch)
-            if reward.ndim == 2:  # a shift would put a reward on padding
-                reward = _valid(reward, batch)
-        if self.truncated == "zero":
-            cut = batch.require("truncated", "truncated='zero'")
-            reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
-        if self.kl.in_reward:
-            reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
+        *_, (_, _, reward) = self._shaped(batch)
         _check_size(self.name, reward, batch)
         # a reward by token is nowhere where no token counts
-        return Signal(batch, reward, counted if reward.ndim == 1 else None)
+        return Signal(batch, reward, self._counted_rewards(batch) if reward.ndim == 1 else None)
 
     def _counted_rewards(self, batch: Batch) -> Tensor | None:
         """[N] bool: completions with a valid token, and masked ones that keep their reward; None: the former alone."""
@@ -152,6 +143,25 @@ class PolicyLoss(Composition, Loss):
         if self.masked == "leave" or kept is None or "reward_parts" in self.needs:
             return None
         return batch.live | torch.isfinite(kept)
+
+    def _shaped(self, batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, formula, reward [N] or [N, T]): the score, and what it is after each step of shaping."""
+        reward, counted = wide(self._reward(batch)), self._counted_rewards(batch)
+        if counted is not None and batch.masked_reward is not None:
+            reward = torch.where(counted & ~batch.live, wide(batch.masked_reward), reward)
+        yield "score", "R", reward
+        for shaping in self.shaping:
+            reward = shaping(reward, batch)
+            if reward.ndim == 2:  # a shift would put a reward on padding
+                reward = _valid(reward, batch)
+            yield f"after shaping: {shaping.option}", shaping.formula()[0], reward
+        if self.truncated == "zero":
+            cut = batch.require("truncated", "truncated='zero'")
+            reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
+            yield "after truncation", "0 where the token budget cut it", reward
+        if self.kl.in_reward:
+            reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
+            yield "after the KL penalty", f"Σ_t (r_t − {self.kl.formula()[0]})", reward
 
     def _reward(self, batch: Batch) -> Tensor:
         """Batch.reward; zeros where nothing of this loss reads a reward."""
@@ -260,11 +270,16 @@ class PolicyLoss(Composition, Loss):
     def _factor(self, batch: Batch, credit: Credit) -> Tensor:
         """What the policy term of each token is multiplied with: mismatch weight and masks, [N, T] without gradient."""
         factor = credit.mismatch
-        for mask in (self.token_mask, self.sequence_mask):
+        for _, keep, _ in self._kept(batch, credit):
+            factor = factor * keep
+        return factor
+
+    def _kept(self, batch: Batch, credit: Credit) -> Iterator[tuple[str, Tensor, str]]:
+        """(name, bool [N, T], formula) of each mask that may leave something out."""
+        for name, mask in (("token mask", self.token_mask), ("sequence mask", self.sequence_mask)):
             keep = mask.keep(batch, credit.advantage)
             if keep is not None:
-                factor = factor * keep
-        return factor
+                yield name, keep, (mask.formula() or ("", ""))[0]
 
     @torch.no_grad()
     def _metrics(self, batch: Batch, credit: Credit, at: Tokens | None) -> dict[str, float]:
@@ -299,24 +314,107 @@ class PolicyLoss(Composition, Loss):
             raise NotImplementedError("kl_estimator='full' does not act through the sampled token's logp.")
         credit = credit or self.credit(batch)
         credit.check(self, batch)
-        at = self._tokens(batch, credit)
         gradient = torch.zeros_like(credit.weight)
+        for pull in self._pulls(batch, credit):
+            gradient = gradient - pull.value
+        return gradient
+
+    def _pulls(self, batch: Batch, credit: Credit) -> Iterator[Pull]:
+        """The terms of -dL/dlogp, by the formulas of the pieces."""
+        at = self._tokens(batch, credit)
         if at is None:
-            return gradient
-        factor = self._factor(batch, credit)
+            return
+        weight = ("weight", credit.weight, f"1/Z: {self.aggregate.formula()[0]}")
+        factor = [*self._kept(batch, credit)]
+        if self.mismatch.acts:
+            factor = [("mismatch", credit.mismatch, f"u = {self.mismatch.formula()[0]}"), *factor]
+        by_ratio = self.ratio_level.chain(torch.ones_like(credit.weight), batch) if self.needs_ratio else None
         if self.advantage.acts:
-            slope = self.trust.spread(_valid(credit.weight * factor * self.trust.slope(at), batch), at)
-            gradient = self.ratio_level.chain(slope, batch) if self.trust.through == "ratio" else slope
-        if self.kl.in_loss:
-            weight = credit.weight if credit.kl_weight is None else credit.kl_weight
-            weight = self.kl.beta * (weight * factor if self.kl.masked else weight)
-            by_logp, by_ratio = self.kl.slopes(batch, at.ratio)
-            gradient = gradient + weight * by_logp
-            if by_ratio is not None:
-                gradient = gradient + self.ratio_level.chain(_valid(weight * by_ratio, batch), batch)
+            passed = self.trust.spread(_valid(torch.ones_like(credit.weight), batch), at)
+            if self.trust.through == "ratio":
+                assert by_ratio is not None
+                passed = self.ratio_level.chain(passed, batch)
+            shared = self.trust.spreads or (self.trust.through == "ratio" and self.ratio_level.per_sequence)
+            yield self._pull("policy", [*self.trust.factors(at), *factor, weight], batch, passed, shared)
+        if self.kl.in_loss and self.kl.estimator != "full":  # that does not act through logp
+            beta = ("coefficient", torch.full_like(credit.weight, -self.kl.beta), "−β")
+            if credit.kl_weight is not None:
+                weight = ("weight", credit.kl_weight, f"1/Z: {AGGREGATE[self.kl_aggregate]().formula()[0]}")
+            by_logp, by_log_ratio = self.kl.slopes(batch, at.ratio)
+            rest = [*(factor if self.kl.masked else []), weight]
+            slope = ("slope", by_logp, f"of {self.kl.formula()[0]}, without β, along log π_θ(y_t)")
+            yield self._pull("kl", [beta, slope, *rest], batch)
+            if by_log_ratio is not None:
+                slope = ("slope", by_log_ratio, "of the same, through the ratio r that weights it")
+                yield self._pull("kl", [beta, slope, *rest], batch, by_ratio, self.ratio_level.per_sequence)
         if self.extra.acts:
-            gradient = gradient + credit.weight * self.extra.slope(batch, credit.advantage)
-        return _valid(gradient, batch)
+            slope = ("slope", -self.extra.slope(batch, credit.advantage), f"of {(self.extra.formula() or ('',))[0]}")
+            yield self._pull(self.extra.option, [slope, ("weight", credit.weight, weight[2])], batch)
+
+    def _pull(
+        self,
+        name: str,
+        factors: list[tuple[str, Tensor, str]],
+        batch: Batch,
+        passed: Tensor | None = None,
+        shared: bool = False,
+    ) -> Pull:
+        """passed [N, T]: what reaches each token of slopes of 1 at all tokens; 1 where it is None."""
+        links = [Link(what, _valid(x.expand_as(batch.valid), batch), words) for what, x, words in factors]
+        if passed is None:
+            return Pull(name, tuple(links), batch.valid)
+        if shared:  # all tokens of a completion add up, and each gets an equal part, or none
+            return Pull(name, tuple(links), batch.valid, passed / batch.lengths.clamp(min=1)[:, None])
+        if not bool((passed == 1)[batch.valid].all()):
+            links.append(Link("within reach", _valid(passed, batch), "0 where the ratio's own clamp (±20 nats) holds"))
+        return Pull(name, tuple(links), batch.valid)
+
+    @torch.no_grad()
+    def anatomy(self, batch: Batch) -> Anatomy:
+        credit = self.credit(batch)
+        at = self._tokens(batch, credit)
+        moved = tuple(self._moved(batch, at)) if at is not None and self.needs_ratio else ()
+        return Anatomy(tuple(self._to_advantage(batch, credit)), moved, tuple(self._pulls(batch, credit)))
+
+    def _to_advantage(self, batch: Batch, credit: Credit) -> Iterator[Link]:
+        """From the score to the advantage: A = clip((R' - baseline - shift)/divisor · factor)."""
+
+        def link(name: str, x: Tensor | float, words: str) -> Link:
+            x = torch.as_tensor(x, dtype=credit.advantage.dtype, device=batch.valid.device)
+            return Link(name, _valid((x[:, None] if x.ndim == 1 else x).expand(batch.valid.shape), batch), words)
+
+        signal = self._signal(batch)
+        if signal is not None:
+            for name, words, reward in self._shaped(batch):
+                yield link(name, Signal(batch, reward).per_sequence, words)
+        if batch.advantage is None and signal is not None and self.advantage.acts:
+            baseline, raw = self.advantage.baseline(signal), self.advantage(signal)
+            if baseline is not None:
+                yield link("baseline", baseline, self.advantage.compared_to)
+            yield link("before scaling", raw, self.advantage.formula()[0])
+            if self.advantage_scale.acts:
+                shift, divisor = self.advantage_scale.parts(raw, signal)
+                if bool(shift.any()):
+                    yield link("shift", shift, f"taken off: {self.advantage_scale.shifted_by}")
+                yield link("divisor", divisor, self.advantage_scale.divided_by)
+            if self.advantage_mul != 1:
+                yield link("factor", self.advantage_mul, "advantage_mul")
+            if self.advantage_clip is not None:
+                yield link("bound", self.advantage_clip, "largest |A|: advantage_clip")
+        if self.advantage.acts:
+            yield link("advantage", credit.advantage, "A" if batch.advantage is None else "A, as given")
+
+    def _moved(self, batch: Batch, at: Tokens) -> Iterator[Link]:
+        yield Link("ratio", at.ratio.expand_as(batch.valid), f"r = {self.ratio_level.formula()[0]}")
+        if not self.trust.uses_ratio:
+            return
+        bounds = self.trust.bounds(at)
+        if bounds is not None:
+            for name, bound in zip(("lower bound", "upper bound"), bounds, strict=True):
+                x = torch.as_tensor(bound, dtype=at.ratio.dtype, device=batch.valid.device)
+                yield Link(name, x.expand(batch.valid.shape), "of the ratio")
+        cut = (self.trust.weight(at) == 0) & (self.trust.weight(at.on_policy()) != 0)
+        yield Link("cut off", cut.expand_as(batch.valid).to(at.ratio.dtype), self.trust.formula()[0])
 
     # -- representations --------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ def _row(row: dict[str, Any], step: int) -> Row:
         row["tokens"], advantage=row.get("credit.advantage") or row["advantage"],
     )  # fmt: skip
     made.sampling = (row["temperature"], row["top_p"], row["top_k"])
+    made.sample = row["sample"]
     made.by_token["behavior_logp"] = row["behavior_logp"]
     made.by_row |= {"reward": row["score"], "truncated": row["truncated"]}
     for column, value in row.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ OUTSTANDING = 3  # best, worst and most pushed completions of a run
 
 @dataclass(frozen=True)
 class Shown:
-    """A completion. step: as people count it. push: share of what its step's advantages push, 0 to 1."""
+    """A completion. step: as people count it. command: what explains it. push: share of its step's push, 0 to 1."""
 
     run: str
     step: int
     prompt: str
+    command: str
     sample: int
     text: str
     score: float | None
@@ -113,16 +115,20 @@ def _count(file: Path) -> int:
 def _of_step(run: RunSeen, step: int, file: Path) -> list[Shown]:
     rollouts = run.read(file)
     pushes = _pushes(file) if rollouts else []
-    return [_shown(run.name, step + 1, r, push) for r, push in zip(rollouts, pushes, strict=True)]
+    about = f"lossmith explain {shlex.quote(str(run.path))} --step {step}"
+    return [
+        _shown(run.name, step + 1, r, push, f"{about} --prompt {shlex.quote(r.prompt.id)} --sample {r.sample}")
+        for r, push in zip(rollouts, pushes, strict=True)
+    ]
 
 
-def _shown(run: str, step: int, r: Rollout, push: float | None = None) -> Shown:
+def _shown(run: str, step: int, r: Rollout, push: float | None = None, command: str = "") -> Shown:
     value = None if r.score is None else r.score.value
     error = "" if r.score is None else r.score.error or ("abstained" if r.score.abstained else "")
-    text = r.completion
     return Shown(
-        run, step, r.prompt.text, r.sample, text, value, error, r.advantage, push, len(r.completion_ids), r.truncated
-    )
+        run, step, r.prompt.text, command, r.sample, r.completion, value, error, r.advantage, push,
+        len(r.completion_ids), r.truncated,
+    )  # fmt: skip
 
 
 def _pushes(file: Path) -> list[float | None]:

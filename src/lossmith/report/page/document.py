@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -104,7 +103,7 @@ def _told(run: RunSeen) -> dict[str, Any]:
 def _facts(run: RunSeen) -> list[tuple[str, str]]:
     """What was trained with what: name and value."""
     recipe, summary = run.recipe, run.summary
-    said = [("state", run.state), ("folder", os.path.abspath(run.path))]
+    said = [("state", run.state), ("folder", str(run.path))]
     said += [
         (key, short(recipe[key]))
         for key in ("model", "scorer", "watch", "preferences", "prompts", "loss")

@@ -14,6 +14,7 @@ from typing import Any
 from lossmith.detectors import LEVELS, Finding
 from lossmith.errors import RunError
 from lossmith.files import at_home, read_text
+from lossmith.intervals import verdict
 from lossmith.losses import Loss
 from lossmith.report.run.code import loss_without_code
 from lossmith.report.run.doctor import doctor, read_json, read_toml
@@ -71,7 +72,11 @@ class RunSeen:
         of = f" of {self.steps_wanted}" if self.steps_wanted and self.steps_wanted != done else ""
         if self.finished:
             stopped = self.summary.get("stopped")
-            return f"stopped early after {done}{of} steps: {stopped}" if stopped else f"finished, {done} steps"
+            return (
+                f"stopped early after {done}{of} steps: {stopped}"
+                if stopped
+                else f"finished, {done} step{'s' * (done != 1)}"
+            )
         written = self.path / "metrics.jsonl"
         when = f"; last written {_time(written)}" if written.exists() else ""
         return f"not finished: {done}{of} steps are recorded (it stopped, or is still under way{when})"
@@ -93,7 +98,10 @@ class RunSeen:
         """The sentences that the run itself ended with."""
         if not self.summary:
             return []
-        return preference_verdict(self.summary) if self.prefers else sentences(self.summary)
+        if self.prefers:
+            return preference_verdict(self.summary)
+        watched = [verdict(c.difference, c.what) for c in self.changes[1:]]
+        return sentences(self.summary) + watched
 
     @cached_property
     def loss(self) -> Loss | None:
@@ -105,8 +113,13 @@ class RunSeen:
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step as people count it, value) of the steps in which it was measured."""
-        found = ((r["step"], number(r.get(key))) for r in self.metrics)
-        return [(step + 1, value) for step, value in found if value is not None]
+        other = "sampled_entropy" if key == "entropy" else key  # that of runs before there was the alias
+        found = ((r["step"], number(r.get(key, r.get(other)))) for r in self.metrics)
+        series = [(step + 1, value) for step, value in found if value is not None]
+        if key == "held_out" and series and self.changes:  # measured before a step's update: the last one is at the end
+            last = number(self.changes[0].after["mean"])
+            series += [] if last is None else [(len(self.metrics) + 1, last)]
+        return series
 
     def held_out(self, when: str) -> list[Rollout]:
         """The held-out completions "before" or "after"; none where they were not written."""

@@ -17,15 +17,15 @@ def mathml(loss: Loss) -> list[str]:
 
     latex = loss.formula("latex")
     body = latex.removeprefix("\\begin{aligned}\n").removesuffix("\n\\end{aligned}").removeprefix("& ")
-    made = [convert(_known(line), display="block") for line in body.split(" \\\\\n& ")]
+    made = [convert(_known(line), display="block").replace("\\_", "_") for line in body.split(" \\\\\n& ")]
     return made if all(map(_is_mathml, made)) else []
 
 
 def _known(latex: str) -> str:
-    """Without what a browser needs no telling: style, and the sizes of brackets."""
+    """In the commands that the converter knows; a browser needs no telling of style, and of the sizes of brackets."""
     for told in (r"\textstyle", r"\displaystyle", r"\bigl", r"\bigr", r"\Bigl", r"\Bigr", r"\big", r"\Big"):
         latex = latex.replace(told, "")
-    return latex
+    return latex.replace(r"\arg", r"\operatorname{arg}")
 
 
 def _is_mathml(text: str) -> bool:

@@ -51,8 +51,9 @@ def about_run(run: RunSeen) -> list[str]:
         told += _under_way(run)
     elif run.summary.get("stopped"):
         told.append(f"It {run.state}.")
+    told += run.verdicts[:1]
     told += [_change(change) for change in run.changes]
-    told += run.verdicts
+    told += run.verdicts[1:]
     told += _distance(run)
     told.append(_findings(run))
     return told
@@ -118,11 +119,11 @@ def _findings(run: RunSeen) -> str:
         return "No step is recorded, so nothing could be checked."
     count = Counter(f["level"] for f in run.findings)
     if not run.findings:
-        return f"The detectors found nothing in {len(run.metrics)} steps."
+        return f"The detectors found nothing in {len(run.metrics)} step{'s' * (len(run.metrics) != 1)}."
     names = {"stop": "grave", "warn": "warning", "note": "note"}
     said = [f"{n} {names[level]}{'s' * (n > 1 and level != 'stop')}" for level in names if (n := count[level])]
-    worst = run.findings[0]
-    return f"The detectors found {_list(said)}; first of them: {worst['sentence']}."
+    first = "; first of them" if len(run.findings) > 1 else ""
+    return f"The detectors found {_list(said)}{first}: {run.findings[0]['sentence']}."
 
 
 def _list(words: Sequence[str]) -> str:

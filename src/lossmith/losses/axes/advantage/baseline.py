@@ -54,6 +54,7 @@ class BatchMean(Estimator):
     """A = R - mean over the batch (the constant baseline b of the book's eq. 4.25; Williams 1992)."""
 
     option: ClassVar[str] = "batch_mean"
+    compared_to: ClassVar[str] = "the mean of the update"
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
     coupling: ClassVar[str] = "batch"
     compares: ClassVar[str] = "batch"
@@ -131,6 +132,7 @@ class Group(_Centred):
     """A = R - mean of the prompt's group (arXiv:2402.03300, 2503.20783)."""
 
     option: ClassVar[str] = "group"
+    compared_to: ClassVar[str] = "its group's mean"
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         return groups.reward - groups.mean
@@ -147,6 +149,7 @@ class LOO(_OverGroup):
     """A_i = R_i - mean of the group's other rewards = G/(G-1) (R_i - mean) (RLOO, arXiv:2402.14740, eq. 8)."""
 
     option: ClassVar[str] = "loo"
+    compared_to: ClassVar[str] = "the mean of the others of its group"
     shift_invariant: ClassVar[bool] = True
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
@@ -220,6 +223,7 @@ class Baseline(Estimator):
     """A = R - b with b given for each completion: the mean reward of its role so far (RAE, arXiv:2506.24119), say."""
 
     option: ClassVar[str] = "baseline"
+    compared_to: ClassVar[str] = "the given baseline"
     homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "baseline"})
 
@@ -263,6 +267,7 @@ class OPO(_Centred):
     """A = R - Σ_g T_j R_j / Σ_g T_j, the group's mean weighted by length (OPO, arXiv:2505.23585)."""
 
     option: ClassVar[str] = "opo"
+    compared_to: ClassVar[str] = "its group's mean, weighted by length,"
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         lengths = signal.batch.lengths.to(groups.reward.dtype)

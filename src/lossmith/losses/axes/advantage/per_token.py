@@ -152,6 +152,7 @@ class ReMax(Estimator):
     """A_t = Σ_{k>=t} r_k - R(greedy completion of the same prompt) (ReMax, arXiv:2310.10505)."""
 
     option: ClassVar[str] = "remax"
+    compared_to: ClassVar[str] = "the score of the greedy completion"
     homogeneous: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "reward_greedy"})
     per_token: ClassVar[bool] = True
@@ -159,6 +160,9 @@ class ReMax(Estimator):
     def __call__(self, signal: Signal) -> Tensor:
         greedy = signal.batch.require("reward_greedy", "advantage='remax'")
         return discounted(signal.per_token, signal.batch.valid, 1.0) - greedy[:, None]
+
+    def baseline(self, signal: Signal) -> Tensor:
+        return signal.batch.require("reward_greedy", "advantage='remax'")
 
     def formula(self) -> tuple[str, str]:
         return "Σ_{k≥t} r_k − R(greedy)", r"\sum_{k\ge t} r_k - R(\hat y)"

@@ -17,12 +17,21 @@ __all__ = ["SCALE", "BatchStd", "GroupStd", "GroupStdBiased", "LOOStd", "NoScale
 class Scale(Piece):
     """What advantages [N, T] are divided by."""
 
+    divided_by: ClassVar[str] = "what scales it"  # in words
+    shifted_by: ClassVar[str] = ""
     per_token: ClassVar[bool] = False  # may divide advantages that differ between the tokens of a completion
     shift_invariant: ClassVar[bool] = True  # R + c within each group leaves the divisor as it is
     scale_invariant: ClassVar[bool] = True  # c·R with c > 0 multiplies the divisor by c (but for eps)
 
     def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
         raise NotImplementedError
+
+    def parts(self, advantage: Tensor, signal: Signal) -> tuple[Tensor, Tensor]:
+        """(shift, divisor), to be broadcast to [N, T]: what it gives is (A - shift)/divisor."""
+        scaled = self(advantage, signal)
+        seen = scaled != 0
+        divisor = torch.where(seen, advantage / torch.where(seen, scaled, 1.0), torch.ones_like(scaled))
+        return torch.zeros_like(scaled), divisor
 
     def formula(self, text: str, latex: str) -> tuple[str, str]:
         """Wrap the estimator's (text, LaTeX)."""
@@ -79,7 +88,10 @@ class _Std(Scale):
         raise NotImplementedError
 
     def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
-        return advantage / (self.std(signal) + self.eps)[:, None]
+        return advantage / self.parts(advantage, signal)[1]
+
+    def parts(self, advantage: Tensor, signal: Signal) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(advantage), (self.std(signal) + self.eps)[:, None]
 
     def formula(self, text: str, latex: str) -> tuple[str, str]:
         e = number(self.eps)
@@ -98,6 +110,7 @@ class GroupStd(_Std):
     """Divided by the group's unbiased standard deviation (ddof 1) plus eps. A group of one is left as it is."""
 
     option: ClassVar[str] = "group_std"
+    divided_by: ClassVar[str] = "the standard deviation of its group's scores"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     symbol: ClassVar[tuple[str, str]] = ("std_g(R)", r"\sigma_g")
@@ -116,6 +129,7 @@ class GroupStdBiased(_Std):
     """Divided by the group's biased standard deviation (ddof 0) plus eps."""
 
     option: ClassVar[str] = "group_std_biased"
+    divided_by: ClassVar[str] = "the standard deviation of its group's scores"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     symbol: ClassVar[tuple[str, str]] = ("std0_g(R)", r"\sigma^{0}_g")
@@ -134,6 +148,7 @@ class BatchStd(_Std):
     """Divided by the unbiased standard deviation of R over the batch plus eps (Lite-PPO, arXiv:2508.08221)."""
 
     option: ClassVar[str] = "batch_std"
+    divided_by: ClassVar[str] = "the standard deviation of the update's scores"
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
     coupling: ClassVar[str] = "batch"
     shift_invariant: ClassVar[bool] = False  # prompts may be shifted apart
@@ -152,6 +167,7 @@ class LOOStd(_Std):
     """Divided by the unbiased standard deviation of the group's other rewards plus eps; a zero one leaves A."""
 
     option: ClassVar[str] = "loo_std"
+    divided_by: ClassVar[str] = "the standard deviation of the others' scores"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     symbol: ClassVar[tuple[str, str]] = ("std_{j≠i}(R_j)", r"\sigma_{g\setminus i}")
@@ -170,20 +186,26 @@ class Whiten(Scale):
     """(A - mean) / sqrt(var + 1e-8) over all valid tokens, unbiased; fewer than two of them, or equal ones, give 0."""
 
     option: ClassVar[str] = "whiten"
+    divided_by: ClassVar[str] = "the standard deviation of all tokens' advantages"
+    shifted_by: ClassVar[str] = "the mean advantage of all tokens"
     per_token: ClassVar[bool] = True
     coupling: ClassVar[str] = "batch"
 
     def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
+        shift, divisor = self.parts(advantage, signal)
+        return (advantage - shift) / divisor
+
+    def parts(self, advantage: Tensor, signal: Signal) -> tuple[Tensor, Tensor]:
         mask = signal.batch.valid
         valid, count = advantage[mask], mask.sum()
         if count < 2 or valid.max() == valid.min():
-            return torch.zeros_like(advantage)
+            return advantage, torch.ones_like(advantage)
         kept = torch.where(mask, advantage, torch.zeros_like(advantage))
         mean = kept.sum() / count
         centred = torch.where(mask, advantage - mean, torch.zeros_like(advantage))
         unit = unit_of(centred.abs().max())
         centred = centred / unit
-        return centred * torch.rsqrt((centred**2).sum() / (count - 1) + 1e-8 / unit**2)
+        return mean, unit * ((centred**2).sum() / (count - 1) + 1e-8 / unit**2).sqrt()
 
     def formula(self, text: str, latex: str) -> tuple[str, str]:
         return f"whiten_tokens({text})", rf"\operatorname{{whiten}}\left({latex}\right)"

@@ -142,6 +142,7 @@ class Estimator(Piece):
     scalable: ClassVar[bool] = True  # a scale may divide it
     critic: ClassVar[bool] = False  # reads values V_t, and says by `target` what they are trained towards
     coupling: ClassVar[str] = "sequence"
+    compared_to: ClassVar[str] = ""  # in words, the b of A = R - b, where it has that form
     compares: ClassVar[str] = ""  # with what a reward is compared, and is 0 without: "group", "batch", or "" (nothing)
     shift_invariant: ClassVar[bool] = False  # promises: R + c within each group changes nothing
     scale_invariant: ClassVar[bool] = False  # promises: c·R with c > 0 changes nothing (but for eps)
@@ -154,6 +155,10 @@ class Estimator(Piece):
     def sequence(self, signal: Signal) -> Tensor:
         """[N], for estimators that give one number to a completion."""
         raise NotImplementedError
+
+    def baseline(self, signal: Signal) -> Tensor | None:
+        """b [N], where A = R - b; None: A has another form."""
+        return signal.per_sequence - self.sequence(signal) if self.compared_to else None
 
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
         """What the critic is trained towards, [N, T], from the advantage before scaling; asked of a `critic` only."""

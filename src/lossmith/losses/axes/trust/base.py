@@ -74,6 +74,7 @@ class Trust(Piece):
     uses_ratio: ClassVar[bool] = True  # whether the denominator of the ratio changes anything
     token_only: ClassVar[bool] = False  # defined for ratios of single tokens
     acts_alone: ClassVar[bool] = False  # ℓ holds a part that acts where A is 0
+    spreads: ClassVar[bool] = False  # `spread` adds up a completion's slopes and hands each token a part
     homogeneous: ClassVar[bool] = True  # ℓ(cA) = c·ℓ(A) for c > 0, so that a factor may be in A before or come after
 
     def value(self, at: Tokens) -> Tensor:
@@ -87,6 +88,17 @@ class Trust(Piece):
     def slope(self, at: Tokens) -> Tensor:
         """dℓ/d log r, or dℓ/d logp, [N, T] in closed form: -w·A where ℓ is proportional to A."""
         return -self.weight(at) * at.advantage
+
+    def factors(self, at: Tokens) -> list[tuple[str, Tensor, str]]:
+        """(name, number, formula) of what -slope is the product of: A and w, as a rule."""
+        weight, slope = self.weight(at), self.slope(at)
+        if torch.equal(-weight * at.advantage, slope):
+            return [("advantage", at.advantage, "A"), ("trust weight", weight, "w = −(dℓ/dlogp)/A")]
+        return [("slope", -slope, f"of {self.formula()[0]}")]
+
+    def bounds(self, at: Tokens) -> tuple[Tensor | float, Tensor | float] | None:
+        """The smallest and the largest ratio that count in full for one sign of A at least; None: it has none."""
+        return None
 
     def spread(self, slope: Tensor, at: Tokens) -> Tensor:
         """Weighted slopes of ℓ [N, T] -> gradient for each token [N, T], where a token's ℓ depends on other tokens."""

@@ -69,6 +69,9 @@ class Clip(Trust):
     def value(self, at: Tokens) -> Tensor:
         return printed(at, 1 - self.low, 1 + self.high, self.dual)
 
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 1 - self.low, 1 + self.high
+
     def weight(self, at: Tokens) -> Tensor:
         return _unless(stopped(at, 1 - self.low, 1 + self.high, self.dual), at)
 
@@ -99,6 +102,9 @@ class BookClip(Trust):
 
     def value(self, at: Tokens) -> Tensor:
         return -at.advantage * at.ratio.clamp(max=1 + self.high)
+
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 0.0, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
         return _unless(at.ratio > 1 + self.high, at)
@@ -151,6 +157,9 @@ class Preserve(Trust):
         ratio = torch.where(outside, kept * (at.ratio / at.ratio.detach()), at.ratio)
         return -at.advantage * torch.where(self._far(at), torch.full_like(ratio, self.dual or 0.0), ratio)
 
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 1 - self.low, 1 + self.high
+
     def weight(self, at: Tokens) -> Tensor:
         outside, kept = self._kept(at)
         return torch.where(self._far(at), torch.zeros_like(kept), torch.where(outside, kept, at.ratio))
@@ -198,6 +207,9 @@ class DynamicClip(Trust):
 
     def value(self, at: Tokens) -> Tensor:
         return printed(at, *self._range(at), self.dual)
+
+    def bounds(self, at: Tokens) -> tuple[Bound, Bound]:
+        return self._range(at)
 
     def weight(self, at: Tokens) -> Tensor:
         return _unless(stopped(at, *self._range(at), self.dual), at)
@@ -258,6 +270,9 @@ class BalancedClip(Trust):
 
     def value(self, at: Tokens) -> Tensor:
         return printed(at, *self._range(at.detach()))
+
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return self._range(at.detach())
 
     def weight(self, at: Tokens) -> Tensor:
         return _unless(stopped(at, *self._range(at.detach())), at)
@@ -334,6 +349,9 @@ class Influence(Trust):
 
     def value(self, at: Tokens) -> Tensor:
         return self._influence(at) * Clip(self.low, self.high).value(at)
+
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
         return self._influence(at) * Clip(self.low, self.high).weight(at)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lossmith.losses.axes.ratio import bounded_exp
+from lossmith.losses.axes.ratio import LOG_RATIO_BOUND, bounded_exp
 from lossmith.losses.axes.trust.base import Tokens, Trust
 from lossmith.losses.piece import number, param
 
@@ -24,6 +25,7 @@ class LogClip(Trust):
 
     option: ClassVar[str] = "log_clip"
     through: ClassVar[str] = "logp"
+    spreads: ClassVar[bool] = True
     token_only: ClassVar[bool] = True
     low: float = param("clip_low", 0.4, "smallest log-ratio that counts is -clip_low, for A < 0", low=0, bound=True)
     high: float = param("clip_high", 0.4, "largest log-ratio that counts, for A > 0", low=0, bound=True)
@@ -42,6 +44,13 @@ class LogClip(Trust):
 
     def weight(self, at: Tokens) -> Tensor:
         return bounded_exp(self._log_mean(at, at.delta)) / at.lengths * self._free(at)
+
+    def factors(self, at: Tokens) -> list[tuple[str, Tensor, str]]:
+        mean = bounded_exp(self._log_mean(at, at.delta)).expand_as(at.mask)
+        return [("advantage", at.advantage, "A"), ("trust weight", mean, "exp(mean_t c_t)")]
+
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return math.exp(-self.low), math.exp(min(self.high, LOG_RATIO_BOUND))
 
     def _free(self, at: Tokens) -> Tensor:
         free = torch.where(at.advantage >= 0, at.delta <= self.high, at.delta >= -self.low)

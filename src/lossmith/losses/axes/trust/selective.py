@@ -205,6 +205,9 @@ class M2Mask(Trust):
         clipped = Clip(self.low, self.high).value(at)
         return torch.where(self._keep(at), clipped, torch.zeros_like(clipped))
 
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 1 - self.low, 1 + self.high
+
     def weight(self, at: Tokens) -> Tensor:
         weight = Clip(self.low, self.high).weight(at)
         return torch.where(self._keep(at), weight, torch.zeros_like(weight))
@@ -275,6 +278,9 @@ class CovDrop(Trust):
     def value(self, at: Tokens) -> Tensor:
         clipped = Clip(self.low, self.high).value(at)
         return torch.where(self._drop(at), torch.zeros_like(clipped), clipped)
+
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
         weight = Clip(self.low, self.high).weight(at)

@@ -119,6 +119,9 @@ class SgClip(_Weighted):
         if self.cap < 1 - self.low:
             raise LossError(f"sg_clip: cap={self.cap} lies below the lower bound 1 - clip_low = {1 - self.low}.")
 
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return max(1 - self.low, 0.0), self.cap
+
     def weight(self, at: Tokens) -> Tensor:
         return at.ratio.clamp(max(1 - self.low, 0.0), self.cap)
 
@@ -146,6 +149,9 @@ class Truncate(_Weighted):
 
     option: ClassVar[str] = "truncate"
     cap: float = param("cap", 1.0, "the largest weight", above=0, bound=True)
+
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 0.0, self.cap
 
     def weight(self, at: Tokens) -> Tensor:
         return at.ratio.clamp(max=self.cap)
@@ -200,6 +206,9 @@ class Band(_Weighted):
     option: ClassVar[str] = "band"
     low: float = param("clip_low", 0.2, "1 - clip_low is the lower end of the band", low=0, bound=True)
     high: float = param("clip_high", 0.2, "1 + clip_high is the upper end of the band", low=0, bound=True)
+
+    def bounds(self, at: Tokens) -> tuple[float, float]:
+        return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
         inside = (at.ratio > 1 - self.low) & (at.ratio < 1 + self.high)

@@ -8,8 +8,10 @@
   const value = text => parseFloat(text.replace("\u2212", "-"));
 
   const control = (label, element) => {
-    const around = document.createElement("label");
-    around.append(label, element);
+    const around = document.createElement("div"), name = document.createElement("label");
+    element.id = name.htmlFor = "by-" + label.toLowerCase().replaceAll(" ", "-");
+    name.append(label);
+    around.append(name, element);
     place.append(around);
     element.addEventListener("input", show);
     return element;
@@ -61,5 +63,13 @@
       body.append(...order.map(([, row]) => row));
     });
   });
+  const how = document.getElementById("how");
+  for (const row of rows) {
+    const place = row.cells[names.indexOf("no.")], button = document.createElement("button");
+    Object.assign(button, { type: "button", title: "the command that explains this completion" });
+    button.append(...place.childNodes);
+    place.append(button);
+    button.addEventListener("click", () => { how.textContent = row.dataset.how; });
+  }
   show();
 })();

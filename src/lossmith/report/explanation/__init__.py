@@ -1,0 +1,1 @@
+"""An explanation to look at: in the terminal, and as a page."""
