@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lossmith.losses import CATALOGUE, Batch, example_loss
 from lossmith.losses.catalogue.user import from_function
 from lossmith.proofs.random_batches import evaluate, random_fields
 from lossmith.replay import replay
+from lossmith.report.explanation.page import explanation_page
 from test_replay import jsonl, low_bytes, settings, trl_file
 
 DRIFTS = (0.3, 1.5, 0.001)  # within and outside usual bounds, and around those of a few ten-thousandths
@@ -152,6 +154,22 @@ def test_tokens_have_their_texts_and_the_group_its_scores(tmp_path):
         assert numbers(one.tokens[0])["baseline"] == pytest.approx(mean)
 
 
+def test_an_adaptive_kl_coefficient_is_that_of_the_step(tmp_path):
+    loss = "grpo(beta=0.05, kl_control='adaptive', kl_control_target=1e-6, kl_horizon=20)"
+    run = ls.train(**settings(tmp_path, loss=loss, steps=3, learning_rate=1e-2))
+    used = [line["kl_coefficient"] for line in run.folder.metrics()]
+    assert len(set(used)) > 1
+    for step, beta in enumerate(used):
+        kl = next(t for t in explain(run.folder.path, step=step).tokens[0].terms if t.name == "kl")
+        assert kl.factors[0].value == pytest.approx(-beta)
+
+
+def test_several_updates_of_a_step_are_said(tmp_path):
+    run = ls.train(**settings(tmp_path, loss="grpo", steps=1, updates_per_step=2))
+    assert "the run made 2 updates of this step" in explain(run.folder.path).notes[-1]
+    assert explain(run.folder.path, loss="grpo").notes == ()
+
+
 # -- what it says -----------------------------------------------------------------------------------------------------
 
 
@@ -257,12 +275,28 @@ def test_what_cannot_be_explained_is_said(tmp_path, asked, words):
     assert words in str(error.value)
 
 
+def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
+    hostile = "</script><script>alert(1)</script><img src=//e.x/>"
+    lines = [{"text": hostile, "points": 1, "q": hostile}, {"text": "b", "points": 0, "q": hostile}]
+    mapping = {"completion": "text", "reward": "points", "group": "q", "prompt": "q"}
+    one = explain(jsonl(tmp_path / "r.jsonl", *lines), loss="grpo(beta=0)", sample=0, mapping=mapping)
+    page = explanation_page(one)
+    assert page.count("<script") == page.count("</script>") == 2 and "<img" not in page
+    assert not re.search(r"(src|href)=.?(https?:|//)|url\(|@import", page.replace("src=//e.x/", ""))
+    data = json.loads(re.search(r'id="numbers">(.*?)</script>', page, re.S)[1])
+    titles = [section["title"] for section in data["sections"]]
+    for token, shown in zip(one.tokens, data["tokens"], strict=True):
+        assert shown["values"][titles.index("Together")] == [token.pull] and shown["sentence"] == token.sentence
+
+
 def test_the_command_shows_completion_group_and_chain(tmp_path):
     run = ls.train(**settings(tmp_path, loss="grpo", steps=1, scorer=low_bytes))
     shown = shell.lossmith("explain", run.folder.path, "--prompt", 0, "--sample", 2, "--token", 1).stdout
     assert "step 0, prompt 0 of 2, sample 2, through grpo" in shown
     assert "▸ 2" in shown and "its group's mean" in shown and "pull −dL/dlogp" in shown and "[" in shown
     found = json.loads(shell.lossmith("explain", run.folder.path, "--json").stdout)
+    page = tmp_path / "why.html"
+    assert f"wrote {page}" in shell.lossmith("explain", run.folder.path, "--html", page).stdout and page.is_file()
     assert len(found["tokens"]) and found["tokens"][0]["terms"][0]["name"] == "policy"
     refused = shell.lossmith("explain", run.folder.path, "--token", 99, code=2).stderr
     assert "--token 99: the completion has the tokens 0 to" in refused

@@ -54,7 +54,7 @@ def explain(
     ready = prepare(record, chosen)
     numbers = numbers_of(record, ready)
     row, keys = _choose(record, numbers, prompt, sample)
-    tokenizer = tokenizer or find_tokenizer(place, recipe.get("model"))
+    tokenizer = tokenizer or find_tokenizer(place, str(recipe.get("model", "")))
     notes = [*record.notes, *ready.notes, *_cautions(recipe, loss is None)]
     reads = chosen.needs | ({"old_logp"} if chosen.uses_old and record.source != "Lossmith" else set())
     unknown = tuple(sorted((reads | {"reward", "group"}) & FIELDS.keys() - record.fields.keys()))
@@ -97,7 +97,8 @@ def _own_loss(place: Path, recipe: Mapping[str, Any], record: Recorded) -> Loss:
 
 
 def _cautions(recipe: Mapping[str, Any], own: bool) -> list[str]:
-    updates = recipe.get("updates_per_step", 1) * recipe.get("epochs", 1)
+    counts = [recipe.get("updates_per_step", 1), recipe.get("epochs", 1)]
+    updates = math.prod(n for n in counts if isinstance(n, int))
     if not own or updates == 1:
         return []
     return [
@@ -114,17 +115,17 @@ def _keys(record: Recorded) -> list[Any]:
 
 def _choose(record: Recorded, numbers: Numbers, prompt: int | str | None, sample: int | None) -> tuple[int, list[Any]]:
     """(row, the prompt's key of every row)."""
-    keys = _keys(record)
-    rows = [i for i in range(len(keys)) if prompt is None or keys[i] == _key(record, keys, prompt)]
-    samples = _samples(keys, record)
+    keys, rows = _keys(record), list(range(len(record)))
+    if prompt is not None:
+        key = _key(record, keys, prompt)
+        rows = [i for i in rows if keys[i] == key]
     if sample is not None:
-        rows = [i for i in rows if samples[i] == sample] if prompt is not None or len(set(keys)) == 1 else []
-        if not rows and prompt is None:
-            raise RunError(
-                f"sample {sample} of which prompt? Name it: prompt=0, or --prompt 0 (or a part of its text)."
-            )
+        if prompt is None and any(key != keys[0] for key in keys):
+            raise RunError(f"sample {sample} of which prompt? Name it: prompt=0, or --prompt 0 (or part of its text).")
+        samples = _samples(keys, record)
+        known = [samples[i] for i in rows]
+        rows = [i for i in rows if samples[i] == sample]
         if not rows:
-            known = [samples[i] for i in range(len(keys)) if keys[i] == _key(record, keys, prompt)]
             raise RunError(f"the prompt has no sample {sample}: recorded are {', '.join(map(str, known))}.")
     total = numbers.pull.nan_to_num().abs().sum(1)
     return max(rows, key=lambda i: float(total[i])), keys
@@ -142,13 +143,13 @@ def _samples(keys: Sequence[Any], record: Recorded) -> list[int]:
 
 def _key(record: Recorded, keys: Sequence[Any], asked: int | str | None) -> Any:
     distinct = list({repr(k): k for k in keys}.values())
-    if isinstance(asked, int) or str(asked).isdecimal():
+    exact = [k for k in distinct if isinstance(k, str) and k == asked]
+    if not exact and (isinstance(asked, int) or str(asked).isdecimal()):
         number = int(asked or 0)
-        if number >= len(distinct):
+        if not 0 <= number < len(distinct):
             raise RunError(f"there is no prompt {number}: step {record.step} has {len(distinct)}, counted from 0.")
         return distinct[number]
     text = str(asked)
-    exact = [k for k in distinct if str(k) == text]
     found = exact or list(
         {
             repr(k): k
