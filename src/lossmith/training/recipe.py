@@ -39,6 +39,9 @@ class RunSettings(TrainerSettings):
     runs: str = Field("runs", description="folder in which the run gets a folder of its own")
     name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
+    track: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None = Field(
+        None, description="a tracker that is told every step's figures too, through its own client (pip install it)"
+    )
 
 
 class Recipe(RunSettings):
