@@ -29,6 +29,7 @@ ORDER = [
     "detectors",
     "policy",
     "scorers",
+    "samplers",
     "durable",
     "settings",
     "optimization",

@@ -10,9 +10,9 @@ from typing import Any
 
 from lossmith.detectors.signal import without_signal
 from lossmith.intervals import ALIKE, Interval, alike, allows_verdict, in_words, mean_of, share_of, verdict
-from lossmith.policy import Policy, sample
 from lossmith.prompts import PromptSet
 from lossmith.rollouts import Rollout
+from lossmith.samplers import Sampler
 from lossmith.scorers import Scorer, score_rollouts
 from lossmith.training.recipe import Recipe
 
@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy,
+    sampler: Sampler,
     prompts: PromptSet,
     scorer: Scorer,
     recipe: Recipe,
@@ -74,8 +74,8 @@ def evaluate(
 
     tell: told what is being done, and how much of it is done.
     """
-    rollouts = sample(
-        policy, list(prompts), 1, recipe.sampling, seed=recipe.seed, step=EVALUATION_STEP,
+    rollouts = sampler.sample(
+        list(prompts), 1, seed=recipe.seed, step=EVALUATION_STEP,
         on_progress=lambda done, total: tell("sampling", done, total),
     )  # fmt: skip
     tell("scoring", 0, len(rollouts))

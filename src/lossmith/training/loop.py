@@ -19,9 +19,10 @@ from typing import Any
 from lossmith.detectors import Completion, Finding, Place, action_of, measure
 from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.losses import Batch, Credit
-from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
+from lossmith.policy import Policy, check_compiler, check_model, load_policy
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.rollouts import Rollout
+from lossmith.samplers import Sampler, TorchSampler, open_vllm
 from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.scorers.scorer import bind_scorer, verify_scorer
 from lossmith.scorers.weak import refuse_weak
@@ -52,6 +53,7 @@ class Step:
     credit: Credit | None = None  # and what it made of it
     findings: list[Finding] = field(default_factory=list)  # what the guards say now, and did not before
     held_out: dict[str, float] = field(default_factory=dict)  # the held-out prompts before the update, if looked at
+    pushed: dict[str, float] = field(default_factory=dict)  # how surely the sampler has the policy's weights
 
     @functools.cached_property
     def seen(self) -> tuple[dict[str, float], dict[str, list[Place]]]:
@@ -79,6 +81,7 @@ class Step:
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
             **_watch(self.watched),
             **self.held_out,
+            **self.pushed,
             **_logged(self.rollouts),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
             **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
@@ -126,6 +129,7 @@ class Run(Keeping):
     policy: Policy
     learner: Learner
     folder: RunFolder
+    sampler: Sampler
     watch: Scorer | None = None
     guards: Guards = field(default_factory=Guards)
     going_on: GoingOn = field(default_factory=GoingOn)
@@ -149,7 +153,7 @@ class Run(Keeping):
         if checkpoint is not None and not self.going_on.changed:
             self.folder.digests = checkpoint.state()["rollouts"]
         self.before = self._once(
-            "held-out-before", lambda: evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
+            "held-out-before", lambda: evaluate(self.sampler, self.held_out, self.scorer, self.recipe, self.tell)
         )
         if self.watch is not None:
             self.watched_before = self._once("held-out-before-watched", lambda: self._watched(self.before))
@@ -180,7 +184,7 @@ class Run(Keeping):
         if not self.done:
             return during(self.before, self.before)
         with clock("evaluate"):
-            now = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
+            now = evaluate(self.sampler, self.held_out, self.scorer, self.recipe, self.tell)
             self._keep_if_best(now)
         return during(self.before, now)
 
@@ -202,7 +206,7 @@ class Run(Keeping):
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
         self.save()  # what more steps would go on from
-        self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
+        self.after = after = evaluate(self.sampler, self.held_out, self.scorer, self.recipe, self.tell)
         verify_scorer(self.scorer)
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self._keep_if_best(after)
@@ -247,6 +251,7 @@ class Run(Keeping):
     def close(self) -> None:
         close_scorer(self.scorer)
         close_scorer(self.watch)
+        self.sampler.close()
         super().close()
 
 
@@ -257,6 +262,8 @@ def learn(run: Run) -> Iterator[Step]:
     for index in run.remaining_steps():
         held_out = run.look_at_held_out(clock)
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
+        with clock("push"):
+            pushed = run.sampler.push()  # the weights, to where the completions are written
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         watched = watch(run, rollouts, clock)
         with clock("update"):
@@ -266,7 +273,7 @@ def learn(run: Run) -> Iterator[Step]:
             credit = learner.credit(batch)  # A of every token, and what its weight is divided by
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
         credited = with_advantages(rollouts, credit)
-        step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out)
+        step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out, pushed=pushed)
         record(run, step)
         look(run, step)
         yield step
@@ -286,8 +293,8 @@ def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clo
         asked: dict[str, Future[list[Rollout]]] = {}
         ahead = getattr(run.scorer, "waits", False)
         with clock("sample"):
-            rollouts = sample(
-                run.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=index,
+            rollouts = run.sampler.sample(
+                prompts, recipe.samples_per_prompt, seed=recipe.seed, step=index,
                 on_group=lambda group: asked.update({group[0].prompt.id: pool.submit(score, group)}) if ahead else None,
                 on_progress=lambda done, total: run.tell("sampling", done, total),
             )  # fmt: skip
@@ -420,7 +427,23 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
     guards = Guards.of(recipe, learner.loss, policy)
-    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guards, going_on)
+    sampler = _sampler(policy, recipe, folder, min(plan.train, key=lambda p: len(policy.encode(p))), longest)
+    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, sampler, watch, guards, going_on)
+
+
+def _sampler(policy: Policy, recipe: Recipe, folder: RunFolder, probe: Prompt, longest: Prompt) -> Sampler:
+    """The recipe's. RunError: its server does not answer or is of another model; the folder is there to be resumed."""
+    if recipe.sampler == "torch":
+        return TorchSampler(policy, recipe.sampling)
+    context = len(policy.encode(longest)) + recipe.max_tokens
+    try:
+        return open_vllm(
+            policy, recipe.sampling, url=recipe.sampler_url, timeout=recipe.sampler_timeout,
+            folder=folder.path / "sampler", probe=probe, context=context,
+        )  # fmt: skip
+    except BaseException:
+        folder.close()
+        raise
 
 
 def policy_of(recipe: Recipe) -> Policy:
