@@ -94,7 +94,7 @@ class Trust(Piece):
         weight, slope = self.weight(at), self.slope(at)
         if torch.equal(-weight * at.advantage, slope):
             return [("advantage", at.advantage, "A"), ("trust weight", weight, "w = −(dℓ/dlogp)/A")]
-        return [("slope", -slope, f"of {self.formula()[0]}")]
+        return [("slope", -slope, f"of {self.formula()}")]
 
     def bounds(self, at: Tokens) -> tuple[Tensor | float, Tensor | float] | None:
         """The smallest and the largest ratio that count in full for one sign of A at least; None: it has none."""
@@ -108,8 +108,8 @@ class Trust(Piece):
         """Why this setting misleads, if it does."""
         return None
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of -ℓ, the utility of a token."""
+    def formula(self) -> str:
+        """-ℓ, the utility of a token."""
         raise NotImplementedError
 
     def code(self) -> list[str]:

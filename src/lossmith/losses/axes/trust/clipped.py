@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,13 +40,9 @@ def _unless(stopped: Tensor, at: Tokens) -> Tensor:
     return torch.where(stopped, torch.zeros_like(at.ratio), at.ratio)
 
 
-def _dual(text: tuple[str, str], dual: float | None) -> tuple[str, str]:
-    """A formula for both signs of A, and what a dual clip makes of it."""
-    if dual is None:
-        return text
-    d = number(dual)
-    tex = rf"\begin{{cases}}\max({text[1]}, {d}A) & A<0\\ {text[1]} & A\ge 0\end{{cases}}"
-    return f"[A<0: max({text[0]}, {d}·A); else {text[0]}]", tex
+def _dual(text: str, dual: float | None) -> str:
+    """The clipped product, and what a dual clip makes of it."""
+    return text if dual is None else f"max(x, {number(dual)}·A) if A < 0 else x where x = {text}"
 
 
 def _dual_code(dual: float | None) -> list[str]:
@@ -75,10 +72,8 @@ class Clip(Trust):
     def weight(self, at: Tokens) -> Tensor:
         return _unless(stopped(at, 1 - self.low, 1 + self.high, self.dual), at)
 
-    def formula(self) -> tuple[str, str]:
-        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
-        plain = f"min(r·A, clip(r, {lo}, {hi})·A)", rf"\min(rA, \operatorname{{clip}}(r, {lo}, {hi})A)"
-        return _dual(plain, self.dual)
+    def formula(self) -> str:
+        return _dual(f"min(r·A, clip(r, {number(max(1 - self.low, 0))}, {number(1 + self.high)})·A)", self.dual)
 
     def code(self) -> list[str]:
         return [
@@ -115,8 +110,8 @@ class BookClip(Trust):
             f"{number(1 + self.high)}) and never binds below; it is a demonstration, use trust='clip' (PPO) to train"
         )
 
-    def formula(self) -> tuple[str, str]:
-        return f"min(r, {number(1 + self.high)})·A", rf"\min(r, {number(1 + self.high)})A"
+    def formula(self) -> str:
+        return f"min(r, {number(1 + self.high)})·A"
 
     def code(self) -> list[str]:
         return [f"loss = -A * r.clamp(max=1 + {self.high})"]
@@ -164,18 +159,12 @@ class Preserve(Trust):
         outside, kept = self._kept(at)
         return torch.where(self._far(at), torch.zeros_like(kept), torch.where(outside, kept, at.ratio))
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
-        bl, bh = number(self.beta_low), number(self.beta_high)
-        text = f"c·A,  c = {bh}·{hi}·r/sg(r) if A≥0 and r>{hi}; {bl}·{lo}·r/sg(r) if A<0 and r<{lo}; else r"
-        tex = (
-            rf"cA,\ c=\begin{{cases}}{bh}\cdot {hi}\,\frac{{r}}{{\operatorname{{sg}}(r)}} & A\ge 0, r>{hi}\\"
-            rf" {bl}\cdot {lo}\,\frac{{r}}{{\operatorname{{sg}}(r)}} & A<0, r<{lo}\\ r & \text{{else}}\end{{cases}}"
-        )
-        if self.dual is not None:
-            text += f"; {number(self.dual)} if A<0 and r>{number(self.dual)}"
-            tex = tex.replace(r"\\ r &", rf"\\ {number(self.dual)} & A<0, r>{number(self.dual)}\\ r &")
-        return text, tex
+        up = f"{number(self.beta_high)}·{hi}·r/sg(r) if A ≥ 0 and r > {hi}"
+        down = f"{number(self.beta_low)}·{lo}·r/sg(r) if A < 0 and r < {lo}"
+        far = "" if self.dual is None else f"{number(self.dual)} if A < 0 and r > {number(self.dual)} else "
+        return f"c·A where c = {far}{up} else {down} else r"
 
     def code(self) -> list[str]:
         lines = [
@@ -220,14 +209,11 @@ class DynamicClip(Trust):
         high = (0.5 * (1 + (1 + 4 * self.high * inverse).sqrt())).clamp(max=self.hi_max)
         return low, high
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         a, b, c = number(4 * self.low), number(4 * self.high), number(self.hi_max)
-        bounds = f"½(1+√max(1−{a}/π_old, 0)), min(½(1+√(1+{b}/π_old)), {c})"
-        tex = (
-            rf"\tfrac12\bigl(1+\sqrt{{\max(1-{a}/\pi_{{\mathrm{{old}}}},0)}}\bigr),"
-            rf" \min\bigl(\tfrac12(1+\sqrt{{1+{b}/\pi_{{\mathrm{{old}}}}}}),{c}\bigr)"
-        )
-        return _dual((f"min(r·A, clip(r, {bounds})·A)", rf"\min(rA, \operatorname{{clip}}(r, {tex})A)"), self.dual)
+        clipped = _dual("min(r·A, clip(r, a, b)·A)", self.dual)
+        lo, hi = f"½(1 + √max(1 − {a}/π_old(y_t), 0))", f"min(½(1 + √(1 + {b}/π_old(y_t))), {c})"
+        return f"{clipped}{'; ' if ' where ' in clipped else ' where '}a = {lo}; b = {hi}"
 
     def code(self) -> list[str]:
         return [
@@ -298,14 +284,10 @@ class BalancedClip(Trust):
             high = min(self.high_start + i * self.given("high_step"), self.high_max)
         return low, high
 
-    def formula(self) -> tuple[str, str]:
-        low, high = symbol(self.low_step, "δ", r"\delta"), symbol(self.high_step, "δ'", r"\delta'")
-        lo = [f"{number(self.low_start)}, +{step}, …, {number(self.low_max)}" for step in low]
-        hi = [f"{number(self.high_start)}, +{step}, …, {number(self.high_max)}" for step in high]
-        share = number(self.target)
-        text = f"min(r·A, clip(r, a, b)·A), a = {lo[0]}, then b = {hi[0]}, until A>0 carries {share}"
-        tex = rf"\min(rA, \operatorname{{clip}}(r, a, b)A),\ a={lo[1]},\ b={hi[1]}"
-        return text, tex.replace("…", r"\dots") + rf"\ (\text{{until }} A>0 \text{{ carries }} {share})"
+    def formula(self) -> str:
+        lo = f"{number(self.low_start)}…{number(self.low_max)} by {symbol(self.low_step, 'δ')}"
+        hi = f"{number(self.high_start)}…{number(self.high_max)} by {symbol(self.high_step, 'η')}"
+        return f"min(r·A, clip(r, a, b)·A) where (a, b) = balance(r, A, {lo}, {hi}, {number(self.target)})"
 
     def code(self) -> list[str]:
         return [
@@ -356,13 +338,13 @@ class Influence(Trust):
     def weight(self, at: Tokens) -> Tensor:
         return self._influence(at) * Clip(self.low, self.high).weight(at)
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = Clip(self.low, self.high).formula()
-        g, lo, hi = number(self.gamma), number(self.floor), number(1 + self.ceiling)
-        f = f"sg(clip(exp(Σ_{{k≥t}} {g}^(k−t)·log r_k), {lo}, {hi}))"
-        future = rf"e^{{\sum_{{k\ge t}} {g}^{{k-t}} \log r_k}}"
-        f_tex = rf"\operatorname{{sg}}\bigl(\operatorname{{clip}}({future}, {lo}, {hi})\bigr)"
-        return f"{f}·{text}", f_tex + tex
+    def formula(self) -> str:
+        half_life = -1 / math.log2(self.gamma) if 0 < self.gamma < 1 else 0.5
+        whole = abs(half_life - round(half_life)) < 1e-9
+        discount = f"2^(−(k − t)/{round(half_life)})" if whole else f"{number(self.gamma)}^(k − t)"
+        future = f"Σ_{{k≥t}} {discount}·log(π_θ(y_k)/π_old(y_k))"
+        influence = f"f = sg(clip(exp({future}), {number(self.floor)}, {number(1 + self.ceiling)}))"
+        return f"f·{Clip(self.low, self.high).formula()} where {influence}"
 
     def code(self) -> list[str]:
         return [

@@ -60,12 +60,9 @@ class LogClip(Trust):
         total = torch.where(at.mask, slope, torch.zeros_like(slope)).sum(1, keepdim=True)
         return total / at.lengths * self._free(at)
 
-    def formula(self) -> tuple[str, str]:
-        lo, hi = number(self.low), number(self.high)
+    def formula(self) -> str:
         return (
-            f"A·exp(mean_t c_t), c = min(log r, {hi}) if A≥0 else max(log r, −{lo})",
-            rf"A\exp\bigl(\tfrac1T\textstyle\sum_t c_t\bigr),\ "
-            rf"c=\min(\log r,{hi})_{{A\ge0}},\,\max(\log r,-{lo})_{{A<0}}",
+            f"A·exp(mean_t(c)) where c = min(log r, {number(self.high)}) if A ≥ 0 else max(log r, −{number(self.low)})"
         )
 
     def code(self) -> list[str]:

@@ -33,9 +33,8 @@ class TVMaskSymmetric(Trust):
     def weight(self, at: Tokens) -> Tensor:
         return torch.where(self._keep(at), at.ratio, torch.zeros_like(at.ratio))
 
-    def formula(self) -> tuple[str, str]:
-        d = number(self.delta)
-        return f"r·A·[|π_θ − π_old| ≤ {d}]", rf"rA\,\mathbb 1[|\pi_\theta-\pi_{{\mathrm{{old}}}}|\le {d}]"
+    def formula(self) -> str:
+        return f"r·A·[|π_θ(y_t) − π_old(y_t)| ≤ {number(self.delta)}]"
 
     def code(self) -> list[str]:
         keep = f"keep = (logp.detach().exp() - denominator_logp.exp()).abs() <= {self.delta}"
@@ -73,19 +72,15 @@ class _Divergence(Trust):
         ratio = at.ratio if self.surrogate == "ratio" or self.cap is None else at.ratio.clamp(max=self.cap)
         return torch.where(self.keep(at.detach()), ratio, torch.zeros_like(ratio))
 
-    def dropped_formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of what a dropped token looks like."""
+    def dropped_formula(self) -> str:
+        """The condition under which a token is dropped."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = self.dropped_formula()
+    def formula(self) -> str:
+        keep = f"[not ({self.dropped_formula()})]"
         if self.surrogate == "ratio":
-            return f"r·A·[not: {text}]", rf"rA\,\mathbb 1[\neg({tex})]"
-        r = ("r", "r") if self.cap is None else (f"min(r, {number(self.cap)})", rf"\min(r, {number(self.cap)})")
-        return (
-            f"sg({r[0]})·A·log π_θ(y_t)·[not: {text}]",
-            rf"\operatorname{{sg}}({r[1]})A\log\pi_\theta(y_t)\,\mathbb 1[\neg({tex})]",
-        )
+            return f"r·A·{keep}"
+        return f"sg({'r' if self.cap is None else f'min(r, {number(self.cap)})'})·A·log π_θ(y_t)·{keep}"
 
     def keep_code(self) -> list[str]:
         """Lines that compute keep [N, T] from p and q."""
@@ -115,11 +110,9 @@ class TVMask(_Divergence):
         move = at.logp.exp() - at.denominator_logp.exp()
         return torch.where(at.advantage >= 0, move <= self.delta_high, -move <= self.delta_low)
 
-    def dropped_formula(self) -> tuple[str, str]:
-        lo, hi = number(self.delta_low), number(self.delta_high)
-        text = f"A≥0 and π_θ−π_old>{hi}, or A<0 and π_old−π_θ>{lo}"
-        old = r"\pi_{\mathrm{old}}"
-        return text, rf"A\ge0,\ \pi_\theta-{old}>{hi} \ \text{{or}}\ A<0,\ {old}-\pi_\theta>{lo}"
+    def dropped_formula(self) -> str:
+        rising = f"A ≥ 0 and π_θ(y_t) − π_old(y_t) > {number(self.delta_high)}"
+        return f"{rising} or A < 0 and π_old(y_t) − π_θ(y_t) > {number(self.delta_low)}"
 
     def keep_code(self) -> list[str]:
         return [f"keep = torch.where(A >= 0, p - q <= {self.delta_high}, q - p <= {self.delta_low})"]
@@ -152,11 +145,9 @@ class KLMask(_Divergence):
         falling = (at.advantage < 0) & (p < q) & (divergence > self.delta_low)
         return ~(rising | falling)
 
-    def dropped_formula(self) -> tuple[str, str]:
-        lo, hi = number(self.delta_low), number(self.delta_high)
-        text = f"KL₂(π_old‖π_θ)>{hi} rising with A≥0, or >{lo} falling with A<0"
-        kl = r"\mathrm{KL}_2(\pi_{\mathrm{old}}\|\pi_\theta)"
-        return text, rf"{kl}>{hi},\ \pi_\theta \text{{ rising}}, A\ge0 \ \text{{or}}\ {kl}>{lo},\ \text{{falling}}, A<0"
+    def dropped_formula(self) -> str:
+        divergence, lo, hi = "KL₂(π_old(y_t)‖π_θ(y_t))", number(self.delta_low), number(self.delta_high)
+        return f"A ≥ 0 and r > 1 and {divergence} > {hi} or A < 0 and r < 1 and {divergence} > {lo}"
 
     def keep_code(self) -> list[str]:
         return [
@@ -212,13 +203,9 @@ class M2Mask(Trust):
         weight = Clip(self.low, self.high).weight(at)
         return torch.where(self._keep(at), weight, torch.zeros_like(weight))
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = Clip(self.low, self.high).formula()
-        bound, bound_tex = symbol(self.threshold, "M", "M")
-        return (
-            f"{text}·[kept: mean (log μ − log π_old)² < {bound}]",
-            rf"{tex}\,\mathbb 1[\text{{kept: }} \overline{{(\log\mu-\log\pi_{{\mathrm{{old}}}})^2}}<{bound_tex}]",
-        )
+    def formula(self) -> str:
+        kept = f"lowest((log μ(y_t) − log π_old(y_t))², {symbol(self.threshold, 'M')})"
+        return f"{Clip(self.low, self.high).formula()}·{kept}"
 
     def code(self) -> list[str]:
         return [
@@ -286,14 +273,12 @@ class CovDrop(Trust):
         weight = Clip(self.low, self.high).weight(at)
         return torch.where(self._drop(at), torch.zeros_like(weight), weight)
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = Clip(self.low, self.high).formula()
-        share, lo, hi = number(self.fraction), number(self.cov_low), number(self.cov_high)
-        return (
-            f"{text}·[not dropped: {share} of all, from {lo} < cov(A, log π_θ) < {hi}, seed {self.seed}]",
-            rf"{tex}\,\mathbb 1[\text{{not among }} {share} \text{{ drawn from }} {lo}<\mathrm{{cov}}<{hi},"
-            rf"\ \text{{seed }} {self.seed}]",
-        )
+    def formula(self) -> str:
+        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
+        free = f"not (A ≥ 0 and r > {hi} or A < 0 and r < {lo})"
+        some = f"{number(self.cov_low)} < cov(A, log π_θ(y_t)) < {number(self.cov_high)} and {free}"
+        drawn = f"drawn({number(self.fraction)}, {some}, {self.seed}, A, log π_old(y_t))"
+        return f"{Clip(self.low, self.high).formula()}·(1 − {drawn})"
 
     def code(self) -> list[str]:
         return [
@@ -359,12 +344,8 @@ class CovKL(Trust):
     def weight(self, at: Tokens) -> Tensor:
         return torch.where(at.advantage == 0, at.ratio, -self.slope(at) / at.advantage)
 
-    def formula(self) -> tuple[str, str]:
-        share, c = number(self.fraction), number(self.coef)
-        return (
-            f"[r·A − {c}·|log r| on the {share} with the highest cov(A, log π_θ)]",
-            rf"\left[rA - {c}|\log r|\,\mathbb 1[\text{{top }} {share} \text{{ by }} \mathrm{{cov}}(A,\log\pi)]\right]",
-        )
+    def formula(self) -> str:
+        return f"r·A − {number(self.coef)}·|log r|·top({number(self.fraction)}, cov(A, log π_θ(y_t)))"
 
     def code(self) -> list[str]:
         return [
@@ -404,13 +385,8 @@ class Luffy(Trust):
         inside = (at.delta.abs() <= LOG_RATIO_BOUND).to(p.dtype)
         return torch.where(self._foreign(at), p * self.shape / (p + self.shape) ** 2, at.ratio * inside)
 
-    def formula(self) -> tuple[str, str]:
-        s = number(self.shape)
-        text = f"A·(r; π_θ/(π_θ + {s}) for completions of the other policy)"
-        return (
-            text,
-            rf"A\cdot\begin{{cases}} r\\ \frac{{\pi_\theta}}{{\pi_\theta+{s}}} & \text{{other policy}}\end{{cases}}",
-        )
+    def formula(self) -> str:
+        return f"A·p where p = π_θ(y_t)/(π_θ(y_t) + {number(self.shape)}) if off_policy else r"
 
     def code(self) -> list[str]:
         return [
