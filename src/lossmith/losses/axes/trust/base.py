@@ -61,11 +61,9 @@ class Trust(Piece):
     """ℓ [N, T] from ratio, advantage and log-probability. Finite where r = 1, A = 0 and logp = 0, as masked tokens are.
 
     `value` is written as the paper prints it; `weight` is derived by hand: w = -(dℓ/d log r)/A where the gradient runs
-    through the ratio, -(dℓ/d logp)/A where it runs through the log-probability. Proofs hold one against autograd of the
-    other. What both take from one place is not checked by that, but by `code` (written apart, run against both), the
-    table of weights in the tests, and other libraries' numbers: the weight itself where the paper prints sg(w)·A·logp
-    (SgClip, Truncate, Taper, Band, Gamma, and TVMask, KLMask); which tokens are kept (TVMaskSymmetric, M2Mask, CovDrop,
-    CovKL, Luffy); a factor or a range that is computed first (Influence, Preserve, DynamicClip, BalancedClip).
+    through the ratio, -(dℓ/d logp)/A where it runs through the log-probability. Neither calls the other, and they share
+    nothing that decides a sign, a side or which tokens are kept: proofs hold one against autograd of the other, and a
+    mistake in either alone shows there.
 
     At A = 0 the weight is its limit from above (A -> 0+); at a bound it is that of the unclipped branch.
     """

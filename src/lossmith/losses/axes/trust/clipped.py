@@ -35,7 +35,7 @@ def stopped(at: Tokens, low: Bound, high: Bound, dual: float | None = None) -> T
     return beyond if dual is None else beyond | (~good & (ratio > dual))
 
 
-def _unless(stopped: Tensor, at: Tokens) -> Tensor:
+def unless(stopped: Tensor, at: Tokens) -> Tensor:
     """w = r, or 0 where a bound holds."""
     return torch.where(stopped, torch.zeros_like(at.ratio), at.ratio)
 
@@ -70,7 +70,7 @@ class Clip(Trust):
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(stopped(at, 1 - self.low, 1 + self.high, self.dual), at)
+        return unless(stopped(at, 1 - self.low, 1 + self.high, self.dual), at)
 
     def formula(self) -> str:
         return _dual(f"min(r·A, clip(r, {number(max(1 - self.low, 0))}, {number(1 + self.high)})·A)", self.dual)
@@ -102,7 +102,7 @@ class BookClip(Trust):
         return 0.0, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(at.ratio > 1 + self.high, at)
+        return unless(at.ratio > 1 + self.high, at)
 
     def trap(self) -> str | None:
         return (
@@ -134,30 +134,28 @@ class Preserve(Trust):
         "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
     )
 
-    def _kept(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        """(where a bound holds, its weight β·bound)."""
-        up, down = self.beta_high * (1 + self.high), self.beta_low * (1 - self.low)
-        outside = stopped(at, 1 - self.low, 1 + self.high)
-        kept = torch.where(at.advantage >= 0, torch.full_like(at.ratio.detach(), up), down)
-        return outside, torch.where(outside, kept, 0.0)  # a bound of infinity is nowhere multiplied
-
-    def _far(self, at: Tokens) -> Tensor:
-        if self.dual is None:
-            return torch.zeros_like(at.mask)
-        return (at.advantage < 0) & (at.ratio.detach() > self.dual)
-
     def value(self, at: Tokens) -> Tensor:
-        outside, kept = self._kept(at)
+        ratio, good = at.ratio.detach(), at.advantage >= 0
+        up, down = good & (ratio > 1 + self.high), ~good & (ratio < 1 - self.low)
+        above, below = self.beta_high * (1 + self.high), self.beta_low * (1 - self.low)
+        bound = torch.where(up, torch.full_like(ratio, above), below)
+        kept = torch.where(up | down, bound, torch.zeros_like(ratio))  # a bound of infinity is nowhere multiplied
         # r/sg(r) has the value 1 and the gradient of log r
-        ratio = torch.where(outside, kept * (at.ratio / at.ratio.detach()), at.ratio)
-        return -at.advantage * torch.where(self._far(at), torch.full_like(ratio, self.dual or 0.0), ratio)
+        c = torch.where(up | down, kept * (at.ratio / at.ratio.detach()), at.ratio)
+        if self.dual is not None:
+            c = torch.where(~good & (ratio > self.dual), self.dual, c)
+        return -at.advantage * c
 
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        outside, kept = self._kept(at)
-        return torch.where(self._far(at), torch.zeros_like(kept), torch.where(outside, kept, at.ratio))
+        ratio, low, high = at.ratio, 1 - self.low, 1 + self.high
+        rewarded = torch.where(ratio <= high, ratio, torch.full_like(ratio, self.beta_high * high))
+        punished = torch.where(ratio >= low, ratio, torch.full_like(ratio, self.beta_low * low))
+        if self.dual is not None:
+            punished = torch.where(ratio <= self.dual, punished, torch.zeros_like(ratio))
+        return torch.where(at.advantage < 0, punished, rewarded)
 
     def formula(self) -> str:
         lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
@@ -201,7 +199,14 @@ class DynamicClip(Trust):
         return self._range(at)
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(stopped(at, *self._range(at), self.dual), at)
+        # r lies beyond a bound where |r² - r|·q, of which the bounds are the roots, is above its ε
+        ratio, bad = at.ratio, at.advantage < 0
+        excess = ratio * (ratio - 1) * bounded_exp(at.denominator_logp)
+        above = ((excess > self.high) & (ratio > 1)) | (ratio > self.hi_max)
+        below = (-excess > self.low) | (ratio < 0.5)
+        if self.dual is not None:
+            below = below | (ratio > self.dual)
+        return unless(torch.where(bad, below, above), at)
 
     def _range(self, at: Tokens) -> tuple[Tensor, Tensor]:
         inverse = bounded_exp(-at.denominator_logp)
@@ -261,7 +266,23 @@ class BalancedClip(Trust):
         return self._range(at.detach())
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(stopped(at, *self._range(at.detach())), at)
+        return unless(stopped(at, *self._reached(at.detach())), at)
+
+    def _reached(self, at: Tokens) -> tuple[float, float]:
+        """The first bounds, of all in their order, under which P·(1 - target) >= Q·target."""
+        lows = _ladder(self.low_start, self.low_max, self.given("low_step"))
+        highs = _ladder(self.high_start, self.high_max, self.given("high_step"))
+        bounds = [*((low, highs[0]) for low in lows), *((lows[-1], high) for high in highs[1:])]
+        gain, harm = (
+            torch.where(at.mask, x, torch.zeros_like(x)) for x in (at.advantage.relu(), (-at.advantage).relu())
+        )
+        for low, high in bounds[:-1]:
+            ratio = at.ratio
+            positive = (gain * torch.where(ratio > high, torch.full_like(ratio, high), ratio)).sum()
+            negative = (harm * torch.where(ratio < low, torch.full_like(ratio, low), ratio)).sum()
+            if bool(positive * (1 - self.target) >= negative * self.target):
+                return low, high
+        return bounds[-1]
 
     def _range(self, at: Tokens) -> tuple[float, float]:
         good, bad = at.mask & (at.advantage > 0), at.mask & (at.advantage < 0)
@@ -307,6 +328,12 @@ def _steps(start: float, end: float, step: float) -> int:
     return max(0, -int(-(end - start) / step // 1))
 
 
+def _ladder(start: float, end: float, step: float) -> list[float]:
+    """start, start + step, ..., end."""
+    inner = range(math.ceil((end - start) / step))
+    return [start + i * step for i in inner if start + i * step < end] + [end]
+
+
 @dataclass(frozen=True)
 class Influence(Trust):
     """ℓ = f·ℓ_clip, with f_t = sg(clip(exp(Σ_{k>=t} gamma^(k-t) Δ_k), low, 1 + fipo_clip)) (FIPO, arXiv:2603.19835).
@@ -323,20 +350,26 @@ class Influence(Trust):
     floor: float = param("fipo_low", 1.0, "smallest influence", low=0)
     ceiling: float = param("fipo_clip", 0.2, "1 + fipo_clip is the largest influence", low=0)
 
-    def _influence(self, at: Tokens) -> Tensor:
+    def value(self, at: Tokens) -> Tensor:
         step = torch.arange(at.mask.shape[1], device=at.mask.device, dtype=at.ratio.dtype)
         gap = step[:, None] - step[None]  # from token t (column) to token k (row)
         discount = torch.where(gap >= 0, self.gamma ** gap.clamp(min=0), torch.zeros_like(gap))
-        return bounded_exp(at.delta.detach() @ discount).clamp(self.floor, 1 + self.ceiling)
-
-    def value(self, at: Tokens) -> Tensor:
-        return self._influence(at) * Clip(self.low, self.high).value(at)
+        influence = bounded_exp(at.delta.detach() @ discount).clamp(self.floor, 1 + self.ceiling)
+        return influence * printed(at, 1 - self.low, 1 + self.high)
 
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        return self._influence(at) * Clip(self.low, self.high).weight(at)
+        future, found = torch.zeros_like(at.delta[:, :1]), list[Tensor]()
+        for delta in reversed(at.delta.split(1, dim=1)):  # Δ_t and what follows it, discounted once more
+            future = delta + self.gamma * future
+            found.append(future)
+        influence = bounded_exp(torch.cat([*reversed(found)], 1) if found else at.delta)
+        least, most = torch.full_like(influence, self.floor), torch.full_like(influence, 1 + self.ceiling)
+        return torch.minimum(torch.maximum(influence, least), most) * unless(
+            stopped(at, 1 - self.low, 1 + self.high), at
+        )
 
     def formula(self) -> str:
         half_life = -1 / math.log2(self.gamma) if 0 < self.gamma < 1 else 0.5

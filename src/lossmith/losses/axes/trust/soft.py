@@ -85,7 +85,11 @@ class _Weighted(Trust):
     stops_gradient: ClassVar[bool] = True
 
     def value(self, at: Tokens) -> Tensor:
-        return -self.weight(at.detach()) * at.advantage * at.logp
+        return -self.printed(at.detach()) * at.advantage * at.logp
+
+    def printed(self, at: Tokens) -> Tensor:
+        """The w of -sg(w)·A·logp as the paper prints it, [N, T]; `weight` is the same by hand."""
+        raise NotImplementedError
 
     def weight_formula(self) -> str:
         """w, and what it is made of."""
@@ -121,8 +125,13 @@ class SgClip(_Weighted):
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return max(1 - self.low, 0.0), self.cap
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         return at.ratio.clamp(max(1 - self.low, 0.0), self.cap)
+
+    def weight(self, at: Tokens) -> Tensor:
+        ratio, low = at.ratio, 1 - self.low
+        raised = torch.where(ratio < low, torch.full_like(ratio, low), ratio)
+        return torch.where(ratio > self.cap, torch.full_like(ratio, self.cap), raised)
 
     def trap(self) -> str | None:
         if self.cap < 1:
@@ -151,8 +160,11 @@ class Truncate(_Weighted):
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 0.0, self.cap
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         return at.ratio.clamp(max=self.cap)
+
+    def weight(self, at: Tokens) -> Tensor:
+        return torch.where(at.ratio > self.cap, torch.full_like(at.ratio, self.cap), at.ratio)
 
     def trap(self) -> str | None:
         return SgClip(1.0, self.cap).trap()
@@ -179,12 +191,19 @@ class Taper(_Weighted):
     def looks_at(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"reward"} if self.split == "reward" else ())
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         good = at.advantage >= 0
         if self.split == "reward" and at.batch is not None and at.batch.reward is not None:
             reward = at.batch.reward
             good = (reward if reward.ndim == 1 else reward.sum(1))[:, None] > 0
         return torch.where(good, torch.ones_like(at.ratio), at.ratio.clamp(max=self.cap))
+
+    def weight(self, at: Tokens) -> Tensor:
+        bad = at.advantage < 0
+        if self.split == "reward" and at.batch is not None and at.batch.reward is not None:
+            bad = at.batch.reward.reshape(len(at.mask), -1).sum(1, keepdim=True) <= 0
+        capped = torch.where(at.ratio > self.cap, torch.full_like(at.ratio, self.cap), at.ratio)
+        return torch.where(bad, capped, torch.ones_like(at.ratio))
 
     def weight_formula(self) -> str:
         good = "R > 0" if self.split == "reward" else "A ≥ 0"
@@ -208,9 +227,13 @@ class Band(_Weighted):
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         inside = (at.ratio > 1 - self.low) & (at.ratio < 1 + self.high)
         return torch.where(inside, at.ratio, torch.zeros_like(at.ratio))
+
+    def weight(self, at: Tokens) -> Tensor:
+        outside = (at.ratio <= 1 - self.low) | (at.ratio >= 1 + self.high)
+        return torch.where(outside, torch.zeros_like(at.ratio), at.ratio)
 
     def weight_formula(self) -> str:
         return f"r·[{number(max(1 - self.low, 0))} < r < {number(1 + self.high)}]"
@@ -232,13 +255,19 @@ class Gamma(_Weighted):
     k_neg: float = param("k_neg", 3.0, "shape k for A < 0", low=0)
     lam_neg: float = param("lam_neg", 2.0, "rate λ for A < 0", low=0)
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         w = at.ratio.clamp(min=1e-8)
         up, down = (
             torch.exp(lam + k * w.log() - lam * w)
             for k, lam in ((self.k_pos, self.lam_pos), (self.k_neg, self.lam_neg))
         )
         return torch.where(at.advantage >= 0, up, down)
+
+    def weight(self, at: Tokens) -> Tensor:
+        ratio = at.ratio.clamp(min=1e-8)
+        power = torch.where(at.advantage < 0, ratio**self.k_neg, ratio**self.k_pos)
+        rate = torch.where(at.advantage < 0, torch.full_like(ratio, self.lam_neg), self.lam_pos)
+        return power * torch.exp(rate * (1 - ratio))
 
     def weight_formula(self) -> str:
         k = f"k = {number(self.k_pos)} if A ≥ 0 else {number(self.k_neg)}"
@@ -300,7 +329,7 @@ class Quadratic(Trust):
         return -at.advantage * at.logp + 0.5 * self.tau * at.delta**2
 
     def slope(self, at: Tokens) -> Tensor:
-        return -at.advantage + self.tau * at.delta
+        return torch.where(at.advantage == 0, self.tau * at.delta, -self.weight(at) * at.advantage)
 
     def weight(self, at: Tokens) -> Tensor:
         pull = self.tau * at.delta
