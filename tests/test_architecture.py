@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "files",
     "intervals",
+    "ranks",
     "losses",
     "proofs",
     "prompts",
