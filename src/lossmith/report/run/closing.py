@@ -13,6 +13,7 @@ from rich.text import Text
 from lossmith.errors import printable
 from lossmith.intervals import in_words, verdict
 from lossmith.rollouts import Rollout
+from lossmith.terminal import put_table
 from lossmith.training import Run
 from lossmith.training.evaluate import sentences
 
@@ -24,7 +25,7 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     held_out = summary["held_out"]
     if "stopped" in summary:
         console.print(f"Stopped early: {summary['stopped']}.", highlight=False, soft_wrap=True)
-    console.print(_table(held_out, "Held-out prompts"))
+    put_table(console, _table(held_out, "Held-out prompts"))
     for sentence in sentences(summary):
         console.print(sentence, highlight=False, markup=False)
     for finding in summary.get("findings", ()):
@@ -33,7 +34,7 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
             told = f"{said[0].upper()}{said[1:]} ({finding['detector']})."
             console.print(told, highlight=False, markup=False)
     if "watch" in summary:
-        console.print(_table(summary["watch"], "The same completions, by the scorer that watches"))
+        put_table(console, _table(summary["watch"], "The same completions, by the scorer that watches"))
         console.print(verdict(summary["watch"]["difference"], "watched score"), highlight=False)
     assert run.before is not None and run.after is not None
     pairs = list(zip(run.before.rollouts, run.after.rollouts, strict=True))
