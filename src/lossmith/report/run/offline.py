@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lossmith.durable.stopping import Stopping
 from lossmith.intervals import in_words
+from lossmith.report.run.closing import what_next
 from lossmith.report.run.live import step_line
 from lossmith.report.run.prompts import who_reads
 from lossmith.report.run.tracking import Tracking
@@ -49,7 +50,7 @@ def show_preference_run(run: PreferenceRun, console: Console, stop: Stopping) ->
     put_table(console, _table(run.summary["held_out"]))
     for sentence in verdict(run.summary):
         console.print(sentence, highlight=False, soft_wrap=True)
-    console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
+    console.print(what_next(run.folder.path), highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(step: PreferenceStep, run: PreferenceRun, console: Console, busy: Busy) -> None:
