@@ -21,6 +21,7 @@ ORDER = [
     "user_code",
     "errors",
     "files",
+    "terminal",
     "intervals",
     "ranks",
     "losses",

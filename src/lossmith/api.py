@@ -28,6 +28,7 @@ from lossmith.report.run.live import LiveView
 from lossmith.report.run.offline import show_preference_run
 from lossmith.report.run.opening import opening
 from lossmith.report.run.tracking import Tracking, check_tracker
+from lossmith.terminal import Terminal
 from lossmith.training import Plan, Recipe, Run, Step, learn, open_run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
@@ -48,7 +49,7 @@ def train(*, quiet: bool = False, **settings: Any) -> Run:
     Whatever ends it early, Ctrl-C and SIGTERM included, the run is saved first: a note of the exception says how to
     go on.
     """
-    return run_recipe(Recipe.make("train()", **settings), console=Console(quiet=quiet))
+    return run_recipe(Recipe.make("train()", **settings), console=Terminal(quiet=quiet))
 
 
 def resume(
@@ -122,7 +123,7 @@ def run_recipe(
                 more_steps=more_steps, ranks=those,
             )  # fmt: skip
     ranks = ranks or of_environment()
-    console = console or Console()
+    console = console or Terminal()
     check_recipe_order(recipe)
     check_tracker(recipe.track)
     if recipe.engine == "trl":
@@ -195,7 +196,7 @@ def prefer(preferences: Any = None, *, quiet: bool = False, **settings: Any) -> 
     """
     if preferences is not None:
         settings["preferences"] = preferences
-    return run_preferences(PreferenceRecipe.make("prefer()", **settings), Console(quiet=quiet))
+    return run_preferences(PreferenceRecipe.make("prefer()", **settings), Terminal(quiet=quiet))
 
 
 def resume_preferences(
@@ -208,7 +209,7 @@ def resume_preferences(
     with Stopping() as stop:
         run = offline.resume_preferences(folder, accept_changes=accept_changes, **objects)
         with kept(run, stop):
-            show_preference_run(run, console or Console(), stop)
+            show_preference_run(run, console or Terminal(), stop)
     return run
 
 

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from lossmith.api import resume as resume_run
 from lossmith.api import run_recipe
+from lossmith.cli.completion import A_LOSS
 from lossmith.cli.streams import RunConsole, print_json
 from lossmith.cli.words import settings_of
 from lossmith.errors import FinishedError, RecipeError
@@ -21,7 +22,7 @@ def train(
     recipe: Path | None = None,
     /,
     *,
-    settings: Annotated[Recipe | None, Parameter(name="*")] = None,
+    settings: Annotated[Recipe | None, Parameter(name="*", completer=A_LOSS.completer)] = None,
     resume: Path | None = None,
     accept_changes: Annotated[bool, Parameter(negative="")] = False,
     ranks: int = 1,

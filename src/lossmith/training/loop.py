@@ -27,6 +27,7 @@ from lossmith.rollouts import Rollout
 from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.scorers.scorer import bind_scorer, verify_scorer
 from lossmith.scorers.weak import refuse_weak
+from lossmith.training.card import of_rollouts, write_card
 from lossmith.training.clock import Clock
 from lossmith.training.evaluate import EVALUATION_STEP, Evaluation, comparison, during, paired, rescored, tally
 from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
@@ -230,6 +231,8 @@ class Run(Keeping):
         if self.watched_before is not None:
             more["watch"] = comparison(self.watched_before, self._watched(after))
         self.summary = self.folder.write_summary(self.before, after, more)
+        facts = of_rollouts(self.recipe, self.summary, len(self.prompts), self.folder.metrics())
+        write_card(self.folder, self.recipe, self.learner.loss, facts)
 
     def _best(self) -> dict[str, Any]:
         """The policy that is kept beside the last one, and how many it is the best of."""
