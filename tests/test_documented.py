@@ -92,15 +92,12 @@ def test_every_command_of_the_documentation_is_one(given):
         pytest.fail(f"lossmith {shlex.join(words)}: {error}")
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        c
-        for c in commands()
-        if tuple(c[1][:2]) in CHEAP and not {"NAME", "my.py:mine"} & {*c[1]} and "my_losses" not in " ".join(c[1])
-    ],
-    ids=named,
-)
+def cheap():
+    made_up = {"NAME", "my.py:mine", "my_losses.py:lipo", "my_losses.py:careful_grpo"}
+    return [(page, words) for page, words in commands() if tuple(words[:2]) in CHEAP and not made_up & {*words}]
+
+
+@pytest.mark.parametrize("given", cheap(), ids=named)
 def test_cheap_commands_of_the_documentation_run(given, tmp_path):
     for name, file in (("train_gspo.py", "trl_gspo.py"), ("run_dapo.sh", "verl_dapo.sh")):
         shutil.copy(Path(__file__).parent / "configurations" / file, tmp_path / name)
@@ -108,4 +105,4 @@ def test_cheap_commands_of_the_documentation_run(given, tmp_path):
 
 
 def test_the_documentation_is_read_at_all():
-    assert len(commands()) > 100 and len(snippets()) > 10
+    assert len(commands()) > 90 and len(snippets()) > 10
