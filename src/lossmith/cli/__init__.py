@@ -78,7 +78,6 @@ def _app() -> cyclopts.App:
         suppress_keyboard_interrupt=False,  # main says that it stopped
         default_parameter=cyclopts.Parameter(negative_iterable=()),
         help_formatter=PlainHelp(),
-        console=Terminal(),
     )
     more = cyclopts.Group("More", sort_key=len(_WORK))
     made["--help"].group = made["--version"].group = more
@@ -110,6 +109,7 @@ def _run() -> None:
     check_names()
     if sys.argv[1:2] == ["__complete"]:  # cyclopts' answer, without importing the command that is being typed
         return answer(app, sys.argv[2:])
+    app.console = Terminal()  # made now: it takes COLUMNS as it is when it is made
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except SystemExit as left:
