@@ -55,9 +55,14 @@ def opened(chromium, link):  # noqa: F811
 
 def settled(page):
     """Nothing is being asked, and all steps are there."""
-    page.wait_for_function(
-        "document.body.dataset.ready && !asking && !waiting && (!view.view || view.view.done !== false)"
+    quiet = (
+        "document.body.dataset.state === 'settled' && !asking && !waiting && (!view.view || view.view.done !== false)"
     )
+    for _ in range(1200):  # its policy lets no string become code, which wait_for_function needs
+        if page.evaluate(quiet):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("the page is still asking after a minute")
 
 
 def calls(page):
@@ -85,21 +90,16 @@ def test_every_slider_and_field_of_a_loss_does_what_it_says(opened):
     moved = 0
     for control in controls:
         name = control["name"]
-        input = page.locator(f"#l0-{name}")
-        assert input.count() == 1, name
+        assert page.locator(f"#l0-{name}").count() == 1, name
         if control["kind"] == "number":
-            before = input.input_value()
-            page.locator(f"#l0-{name}-slider").focus()
-            page.keyboard.press("ArrowRight")
-            settled(page)
-            said = page.locator("#refusal").is_visible()
-            assert said or calls(page)[0] != "grpo" or input.input_value() == before, name
-            moved += not said
-            page.goto(page.url.partition("?")[0] + "?loss=grpo&screen=weight")
-            settled(page)
-            for details in page.locator("#chosen summary").all():
-                details.click()
-    assert moved >= 8 and page.wrong == []
+            before = calls(page)[0]
+            slider = page.locator(f"#l0-{name}-slider")
+            at_the_end = slider.input_value() == slider.get_attribute("max")
+            slider.press("ArrowLeft" if at_the_end else "ArrowRight")
+            changed = calls(page)[0] != before
+            assert changed or page.locator("#refusal").is_visible(), name
+            moved += changed
+    assert moved >= 8 and [text for text in page.wrong if "422" not in text] == []
 
 
 def test_a_slider_moves_the_curve_and_the_address(opened):
@@ -158,11 +158,11 @@ def test_by_keyboard_alone_a_loss_is_found_added_and_seen(opened):
     assert "4 losses" in page.locator("#refusal").inner_text()
     page.locator("nav a[data-screen=truth]").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('h1').textContent === 'The truth'")
+    page.get_by_role("heading", name="The truth", level=1).wait_for()
     settled(page)
     assert page.locator("polyline").count() >= 16
     page.go_back()
-    page.wait_for_function("document.querySelector('h1').textContent === 'The loss'")
+    page.get_by_role("heading", name="The loss", level=1).wait_for()
     assert page.wrong == []
 
 
@@ -175,7 +175,7 @@ def test_a_group_is_typed(opened):
     assert page.locator("#view tbody tr").count() >= 3 and page.locator("#n-lengths").input_value() == "4, 2, 6"
     page.locator("#n-rewards").fill("1")
     page.keyboard.press("Enter")
-    page.get_by_text("A group of one").wait_for()
+    page.locator(".notice", has_text="A group of one").wait_for()
     assert page.wrong == []
 
 
