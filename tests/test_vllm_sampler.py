@@ -146,6 +146,7 @@ def test_the_handed_over_folder_is_the_model(tmp_path):
     write_weights(policy, tmp_path / "w")
     again = ls.load_policy(tmp_path / "w", dtype="float32", device="cpu")
     assert again.checksum() == policy.checksum() and [p.name for p in tmp_path.iterdir()] == ["w"]
+    assert again.model.lm_head.weight is not again.model.get_input_embeddings().weight  # a tied head would go stale
 
 
 def test_log_probabilities_of_something_else_are_caught(tmp_path):

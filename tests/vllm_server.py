@@ -92,7 +92,7 @@ class FakeVllm:
         if self.fault == "drops" or (self.fault == "drops later" and self.pushes > 2):
             return {"results": [None]}
         state = load_file(body["kwargs"]["weights_path"] + "/model.safetensors")
-        own = dict(self.policy.model.named_parameters())
+        own = dict(self.policy.model.named_parameters(remove_duplicate=False))
         if self.fault == "partial":
             state = {k: v for k, v in state.items() if ".1." not in k}
         with torch.no_grad():

@@ -46,6 +46,7 @@ def move(policy):
 def test_after_every_push_the_servers_numbers_are_the_learners(sampler):
     for _ in range(3):
         measured = sampler.push()
+        print(sampler.policy.version, measured)
         assert measured["push_gap"] < 1e-4 and measured["push_tensors"] > 0
         rollouts = sampler.sample(tiny.prompts(), 8, seed=0, step=0)
         ours = token_outputs(sampler.policy, rollouts, SAMPLING)

@@ -8,6 +8,7 @@ learner's. Without them a server that lost a push goes on answering from old wei
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -33,23 +34,40 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 def write_weights(policy: Policy, folder: Path) -> None:
-    """A model's folder in the type that is computed in; whole or not at all. RunError: it cannot be written."""
+    """A model's folder in the type that is computed in, whole or not at all. RunError: it cannot be written.
+
+    On a CPU its head is a tensor of its own, even where the model ties it to the embeddings: vLLM packs a tied head
+    once, and reloads the embeddings without it.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    state = {
-        name: tensor.detach().to("cpu", policy.compute_dtype) for name, tensor in policy.model.state_dict().items()
-    }
+    state = {name: x.detach().to("cpu", policy.compute_dtype) for name, x in policy.model.state_dict().items()}
+    head = _head_name(policy) if policy.device.type == "cpu" else None
+    if head is not None:
+        state[head] = state[head].clone()
     with explain_write_errors(folder):
         partial.mkdir(parents=True)
         policy.model.save_pretrained(partial, state_dict=state)
         policy.tokenizer.save_pretrained(partial)
+        if head is not None:
+            path = partial / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+            path.write_text(json.dumps(config, indent=2), encoding="utf-8")
         os.replace(partial, folder)
+
+
+def _head_name(policy: Policy) -> str | None:
+    """Of the head's tensor, where it is the embeddings' too."""
+    head = policy.model.get_output_embeddings()
+    if head.weight is not policy.model.get_input_embeddings().weight:
+        return None
+    return next(name + ".weight" for name, module in policy.model.named_modules() if module is head)
 
 
 def digests(policy: Policy) -> dict[str, str]:
     """{name: sha256} of the tensors as the server should hold them, under the model's names and the fused ones."""
-    tensors = {name: p.detach() for name, p in policy.model.named_parameters()}
+    tensors = {name: p.detach() for name, p in policy.model.named_parameters(remove_duplicate=False)}
     found = {name: _sha256([tensor], policy.compute_dtype) for name, tensor in tensors.items()}
     for fused, (first, *others) in _FUSED.items():
         for name in tensors:
@@ -72,9 +90,9 @@ def _sha256(parts: list[Tensor], dtype: torch.dtype) -> str:
 class Checksums:
     """The server's tensors, held against ours after every push.
 
-    A tensor that the server keeps in another form than ours (cut over several devices, say) cannot be computed here: of
-    it, all that is known is that it must change whenever the model has. Of one that it has packed away nothing is known,
-    and the log-probabilities alone speak for it.
+    A tensor that the server keeps in another form than ours (cut over several devices, say) cannot be computed here:
+    of it, all that is known is that it must change whenever the model has. Of one that it has packed away nothing is
+    known, and the log-probabilities alone speak for it.
     """
 
     def __init__(self) -> None:
