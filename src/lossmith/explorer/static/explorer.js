@@ -19,6 +19,7 @@ function refuse(text) {
 function ask(want) {
   if (still) return;
   waiting = want;
+  document.body.dataset.state = "asking";
   if (!asking) next();
 }
 
@@ -49,6 +50,7 @@ async function next() {
     }
   }
   asking = false;
+  document.body.dataset.state = "settled";
 }
 
 let marked = null;
@@ -90,7 +92,6 @@ function show(got) {
   at("view").replaceChildren(...drawn[got.screen](got, got.view).filter(Boolean));
   [...at("view").querySelectorAll("details")].forEach((d, i) => { d.open = Boolean(opened[i]); });
   [...at("view").querySelectorAll(".scroll")].forEach((d, i) => { d.scrollLeft = scrolled[i] || 0; });
-  document.body.dataset.ready = String(Number(document.body.dataset.ready || 0) + 1);
 }
 
 // Built anew when a loss or its choices change; else the values are set, so that a slider is not taken from the hand.
@@ -194,7 +195,8 @@ function set(id, c) {
   const slider = at(`${id}-slider`);
   if (!slider) return;
   if (document.activeElement !== slider) { slider.min = c.low; slider.max = c.high; slider.step = c.step; }
-  if (c.value !== null && document.activeElement !== slider) slider.value = c.value;
+  if (c.value === null) slider.value = c.low;
+  else if (document.activeElement !== slider) slider.value = c.value;
 }
 
 // -- the search
