@@ -2,7 +2,7 @@
 
 from lossmith.explorer.export import export_view
 from lossmith.explorer.server import serve
+from lossmith.explorer.shown import view
 from lossmith.explorer.state import State, read_state
-from lossmith.explorer.view import view
 
 __all__ = ["State", "export_view", "read_state", "serve", "view"]

@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from lossmith.errors import AddressError
 from lossmith.explorer.server import static, template
+from lossmith.explorer.shown import view
 from lossmith.explorer.state import MOST_LOSSES, SCREENS, read_state
 from lossmith.explorer.truth import truth
-from lossmith.explorer.view import view
 from lossmith.files import check_writable, write_atomically
 
 __all__ = ["export_view"]

@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 
 from lossmith.errors import AddressError, LossmithError
 from lossmith.explorer.formulas import catalogue
+from lossmith.explorer.shown import after_change, view
 from lossmith.explorer.state import MOST_LOSSES, SCREENS, read_state
-from lossmith.explorer.view import after_change, view
 from lossmith.feedback.page.guard import LoginGuard, host_names
 
 __all__ = ["make_app", "serve", "static", "template"]
