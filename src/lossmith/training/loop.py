@@ -402,8 +402,11 @@ def open_run(
     """
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
+    scorer = scorer_of(plan, recipe.scorer)
+    watch = None if recipe.watch is None else scorer_of(plan, recipe.watch)
     policy = policy_of(recipe, ranks)
-    scorer, watch = scorers_of(plan, policy)
+    for one in (scorer, watch):
+        bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
     longest = _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
@@ -424,8 +427,9 @@ def open_run(
 def work_for(plan: Plan, ranks: Ranks) -> None:
     """What another rank than the first does in a run: its share, until rank 0 has no more."""
     recipe = plan.recipe
+    scorer = scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
-    scorer, watch = scorers_of(plan, policy)
+    bind_scorer(scorer, policy)
     with quiet_traps():
         Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
     ranks.tasks["sample"] = Sampling(recipe, policy, scorer, ranks)
@@ -434,18 +438,11 @@ def work_for(plan: Plan, ranks: Ranks) -> None:
         ranks.serve()
     finally:
         close_scorer(scorer)
-        close_scorer(watch)
 
 
-def scorers_of(plan: Plan, policy: Policy) -> tuple[Scorer, Scorer | None]:
-    """The scorer of a recipe, and the one that watches."""
-    recipe, columns = plan.recipe, plan.train.columns
-    settings = recipe.scorer_settings(len(plan.train))
-    scorer = load_scorer(recipe.scorer, columns=columns, settings=settings)
-    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns, settings=settings)
-    for one in (scorer, watch):
-        bind_scorer(one, policy)
-    return scorer, watch
+def scorer_of(plan: Plan, spec: Any) -> Scorer:
+    """A scorer that a recipe names, as the run's prompts and settings have it."""
+    return load_scorer(spec, columns=plan.train.columns, settings=plan.recipe.scorer_settings(len(plan.train)))
 
 
 def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
