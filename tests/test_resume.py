@@ -167,6 +167,20 @@ def test_a_step_that_does_not_end_in_seconds_is_dropped(tmp_path, unbroken, monk
     assert result(tmp_path / "run") == result(unbroken)
 
 
+def test_a_signal_that_comes_just_before_the_main_thread_waits_is_sent_again(tmp_path, monkeypatch):
+    """It is then heard by nobody: the first to wake the main thread, and the first after the grace, are lost here."""
+    monkeypatch.setattr(stopping, "GRACE", 0.2)
+    sent = []
+    send = signal.pthread_kill
+    monkeypatch.setattr(
+        stopping.signal, "pthread_kill", lambda *to: sent.append(to) or (send(*to) if len(sent) > 2 else None)
+    )
+    start = time.monotonic()
+    with pytest.raises(SystemExit):
+        ls.train(**settings(tmp_path, scorer=Signalling(3, signal.SIGTERM, seconds=60)), quiet=True)
+    assert len(sent) > 2 and time.monotonic() - start < 30
+
+
 def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path, unbroken):
     scorer = Signalling(4, signal.SIGINT, signal.SIGINT, seconds=60)
     with pytest.raises(KeyboardInterrupt):
