@@ -23,6 +23,7 @@ import tiny
 from lossmith.durable import checkpoint as checkpoints
 from lossmith.durable import stopping
 from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError, ScorerError
+from lossmith.training.run import RunFolder
 
 PROMPTS = [f"Prompt number {i}?" for i in range(8)]
 QUIET = Console(quiet=True)
@@ -106,6 +107,24 @@ def test_a_run_hit_at_a_system_call_ends_equal_to_the_run_that_nothing_hit():
 @pytest.mark.slow
 def test_a_run_hit_at_many_system_calls_of_each_kind_ends_equal():
     print(kill_points("--count", "25"))  # python tests/kill_points.py does 200 of each kind
+
+
+@pytest.mark.parametrize("name", ["policy/README.md", "summary.json"])
+def test_a_run_stopped_before_its_last_file_is_gone_on_with(stopped, monkeypatch, name):
+    """summary.json says that a run is over, so nothing may come after it: not the model card either."""
+    write = RunFolder.write_text
+
+    def killed(folder, written, text):
+        if written == name:
+            raise KeyboardInterrupt
+        write(folder, written, text)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunFolder, "write_text", killed)
+        ls.resume(stopped, console=QUIET)
+    ls.resume(stopped, console=QUIET)
+    assert (stopped / "policy/README.md").exists()
+    assert (stopped / "summary.json").exists()
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

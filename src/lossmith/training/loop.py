@@ -215,7 +215,8 @@ class Run(Keeping):
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self._keep_if_best(after)
         self.folder.save_policy(self.policy)
-        more = {
+        summary = {
+            "held_out": comparison(self.before, after),
             "steps": self.recipe.steps,
             "loss": str(self.learner.loss),
             "training": tally(
@@ -229,10 +230,11 @@ class Run(Keeping):
             **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
         if self.watched_before is not None:
-            more["watch"] = comparison(self.watched_before, self._watched(after))
-        self.summary = self.folder.write_summary(self.before, after, more)
-        facts = of_rollouts(self.recipe, self.summary, len(self.prompts), self.folder.metrics())
+            summary["watch"] = comparison(self.watched_before, self._watched(after))
+        facts = of_rollouts(self.recipe, summary, len(self.prompts), self.folder.metrics())
         write_card(self.folder, self.recipe, self.learner.loss, facts)
+        self.folder.write_summary(summary)
+        self.summary = summary
 
     def _best(self) -> dict[str, Any]:
         """The policy that is kept beside the last one, and how many it is the best of."""
