@@ -4,7 +4,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -221,6 +225,39 @@ def test_a_server_that_ends_while_it_starts_shows_its_last_words(tmp_path, monke
         open_vllm(
             tiny.loaded(), SAMPLING, url=None, timeout=20, folder=tmp_path / "s", probe=tiny.prompts()[0], context=64
         )
+
+
+def test_the_server_ends_with_its_owner_however_that_ends(tmp_path):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    program.chmod(0o755)
+    code = (
+        "import pathlib, time; from lossmith.samplers.server import VllmServer; here = pathlib.Path.cwd();"
+        "kept = VllmServer(str(here / 'python'), here, 'float32', 8, here / 'log', []); print('up', flush=True);"
+        "time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
+    with owner:
+        assert owner.stdout.readline() == b"up\n"
+        within(20, lambda: (tmp_path / "log").read_text().strip())
+        server = int((tmp_path / "log").read_text())
+        owner.kill()
+    within(20, lambda: not alive(server))
+
+
+def within(seconds, true):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # -- kept-token sets --------------------------------------------------------------------------------------------------
