@@ -8,7 +8,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +22,12 @@ from lossmith.errors import RecipeError, RunError
 from lossmith.losses import parse_loss
 from lossmith.policy import SamplingSettings, token_outputs
 from lossmith.policy.distribution import log_softmax_under
+from lossmith.ranks import Ranks
 from lossmith.samplers import VllmSampler, open_vllm
 from lossmith.samplers.push import Checksums, digests, write_weights
 from lossmith.training import Recipe
 from lossmith.training.recipe import corrected
+from lossmith.training.sharing import check_sampler
 from test_training import even_bytes, metrics, settings
 from vllm_server import FakeVllm
 
@@ -191,16 +196,42 @@ def test_a_server_of_another_model_refuses_the_weights_and_the_run_says_so(tmp_p
         ("stale", r"sampled from the weights \['old'\]"),
         ("dies", "cannot be reached"),
         ("hangs", "no answer within 1 s"),
+        ("drips", "no answer within 1 s"),
     ],
 )
 def test_an_answer_that_is_none_stops_the_run_in_one_sentence(tmp_path, fault, said):
     with FakeVllm() as server:
         sampler = opened(server, tmp_path, timeout=20.0)
         sampler.push()
-        server.fault, sampler.routes.timeout = fault, 1.0 if fault == "hangs" else 20.0
+        server.fault, sampler.routes.timeout = fault, 1.0 if "no answer" in said else 20.0
         with pytest.raises(RunError, match=f"{said}.*") as caught:
             sampler.sample(tiny.prompts(), 1, seed=0, step=0)
         assert "resume" in str(caught.value)
+
+
+def test_a_slow_server_is_waited_for_and_writes_the_same(tmp_path):
+    with FakeVllm() as server:
+        sampler = opened(server, tmp_path)
+        fast = sampler.sample(tiny.prompts(), 2, seed=0, step=0)
+        server.fault = "slow"
+        slow = sampler.sample(tiny.prompts(), 2, seed=0, step=0)
+    assert [r.completion_ids for r in slow] == [r.completion_ids for r in fast]
+
+
+def test_a_port_that_another_program_has(tmp_path):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_address[1]}"
+        with pytest.raises(RunError, match=r"does not say what it runs.*VLLM_SERVER_DEV_MODE=1"):
+            opened(SimpleNamespace(url=url), tmp_path)
+        other.shutdown()
 
 
 def test_no_server_at_all(tmp_path, monkeypatch):
@@ -227,13 +258,14 @@ def test_a_server_that_ends_while_it_starts_shows_its_last_words(tmp_path, monke
         )
 
 
-def test_the_server_ends_with_its_owner_however_that_ends(tmp_path):
+@pytest.mark.parametrize("trap", ["", "trap '' TERM"], ids=["willing", "deaf"])
+def test_the_server_ends_with_its_owner_however_that_ends(tmp_path, trap):
     program = tmp_path / "python"
-    program.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    program.write_text(f"#!/bin/sh\n{trap}\necho $$\nexec sleep 60\n")
     program.chmod(0o755)
     code = (
-        "import pathlib, time; from lossmith.samplers.server import VllmServer; here = pathlib.Path.cwd();"
-        "kept = VllmServer(str(here / 'python'), here, 'float32', 8, here / 'log', []); print('up', flush=True);"
+        "import pathlib, time; from lossmith.samplers import server; here = pathlib.Path.cwd(); server.END_WITHIN = 1;"
+        "kept = server.VllmServer(str(here / 'python'), here, 'float32', 8, here / 'log', []); print('up', flush=True);"
         "time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
@@ -241,8 +273,11 @@ def test_the_server_ends_with_its_owner_however_that_ends(tmp_path):
         assert owner.stdout.readline() == b"up\n"
         within(20, lambda: (tmp_path / "log").read_text().strip())
         server = int((tmp_path / "log").read_text())
+        group = os.getpgid(server)
+        time.sleep(0.3)
+        assert alive(server)
         owner.kill()
-    within(20, lambda: not alive(server))
+    within(20, lambda: not (alive(server) or alive(-group)))
 
 
 def within(seconds, true):
@@ -253,8 +288,9 @@ def within(seconds, true):
 
 
 def alive(process):
+    """A process, or, below 0, any of a group."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0) if process > 0 else os.killpg(-process, 0)
     except ProcessLookupError:
         return False
     return True
@@ -314,6 +350,13 @@ def test_a_correction_is_on_unless_the_loss_has_one_or_is_told_otherwise():
     assert of("grpo(mismatch='icepop')").mismatch.option == "icepop"
     assert of("m2po").mismatch.option == "none"  # holds its ratio to the sampler itself
     assert Recipe.make(loss="grpo").policy_loss().mismatch.option == "none"
+
+
+def test_several_ranks_are_refused_before_the_model_is_loaded(tmp_path):
+    recipe = Recipe.make(sampler="vllm", model=str(tmp_path / "none"))
+    check_sampler(recipe, Ranks())
+    with pytest.raises(RecipeError, match=r"2 ranks: train with one, or with sampler = 'torch'"):
+        check_sampler(recipe, Ranks(rank=0, size=2))
 
 
 @pytest.mark.parametrize(

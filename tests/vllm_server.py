@@ -1,5 +1,6 @@
 """A server that speaks the routes of vLLM that Lossmith asks, over a tiny model, with faults to be planted."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 import tiny
 from lossmith.policy import SamplingSettings, sample
 from lossmith.prompts import load_prompts
+
+SLOW = {"hangs": 1.5, "slow": 0.3}  # seconds before an answer
 
 
 class FakeVllm:
@@ -51,8 +54,8 @@ class FakeVllm:
                 if fake.fault == "dies" and path.endswith("generate"):
                     self.close_connection = True
                     return None
-                if fake.fault == "hangs" and path.endswith("generate"):
-                    time.sleep(1.5)
+                if fake.fault in SLOW and path.endswith("generate"):
+                    time.sleep(SLOW[fake.fault])
                 route = getattr(fake, path.strip("/").replace("/", "_"), None)
                 if route is None or (path == "/weight_checker" and not fake.checker):
                     return self.send_error(404)
@@ -65,7 +68,16 @@ class FakeVllm:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
+                if fake.fault == "drips" and path.endswith("generate"):
+                    return self.drip(data)
                 self.wfile.write(data)
+
+            def drip(self, data):
+                """Byte by byte: no read of it ever waits for long."""
+                with contextlib.suppress(OSError):
+                    for k in range(len(data)):
+                        self.wfile.write(data[k : k + 1])
+                        time.sleep(0.05)
 
         return Handler
 

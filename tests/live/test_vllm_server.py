@@ -4,7 +4,10 @@ LOSSMITH_VLLM=/opt/vllm/bin/python python -m pytest -m parity tests/live/test_vl
 """
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,42 @@ def test_a_push_that_is_lost_on_the_way_is_caught(sampler, monkeypatch):
         sampler.push()
     monkeypatch.undo()
     assert sampler.push()["push_gap"] < 1e-4
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_leaves_no_server_behind_however_it_ends(tmp_path, end):
+    policy = tiny.policy(tiny.llama(**SHAPE))
+    policy.model.save_pretrained(tmp_path / "model")
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "scorer.py").write_text("def score(completions):\n    return [float(len(c)) for c in completions]\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Prompt {i}?"}}\n' for i in range(12)))
+    options = {
+        "prompts": "prompts.jsonl", "scorer": "scorer.py:score", "model": "model", "steps": "1000", "held-out": "4",
+        "prompts-per-step": "2", "samples-per-prompt": "4", "max-tokens": "8", "runs": "runs", "name": "r",
+        "sampler": "vllm", "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    words = [word for key, value in options.items() for word in ("--" + key, value)]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lossmith", "train", *words], cwd=tmp_path, env=os.environ | {"PWD": str(tmp_path)}
+    )
+    within(600, lambda: (tmp_path / "runs/r/metrics.jsonl").exists() or run.poll() is not None)
+    servers = [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in environment(p)]
+    assert len(servers) > 3  # the run, the shell, the server and what it started
+    run.send_signal(end)
+    run.wait(60)
+    within(30, lambda: not any(p.exists() for p in servers))
+
+
+def environment(process):
+    """What a process was told, the run's working folder for one."""
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def within(seconds, true):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)

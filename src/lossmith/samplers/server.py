@@ -21,8 +21,12 @@ __all__ = ["PYTHON", "VllmServer", "check_vllm"]
 
 PYTHON = "LOSSMITH_VLLM"
 POLL = 0.5  # seconds between two looks at a server that starts
-# The server ends with us however we end: its shell reads a pipe that only we hold open.
-_GUARDED = 'exec 3<&0; "$@" & child=$!; (cat <&3 >/dev/null; kill -TERM $child 2>/dev/null) & wait $child'
+END_WITHIN = 10  # seconds that a server has to end by itself, before it and all that it started are killed
+# The server ends with us however we end: a shell beside it reads a pipe that only we hold open.
+_GUARDED = """exec 3<&0
+"$@" 3<&- & child=$!
+(cat <&3 >/dev/null; kill -TERM $child; sleep END_WITHIN; kill -s KILL -- -$$) 2>/dev/null &
+wait $child"""
 
 
 def check_vllm() -> str:
@@ -57,10 +61,11 @@ class VllmServer:
         environment = {k: v for k, v in os.environ.items() if k not in hidden}
         environment |= {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; a GPU does not read it
+        guarded = _GUARDED.replace("END_WITHIN", str(END_WITHIN))
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
-                    ["sh", "-c", _GUARDED, "sh", *command], stdin=subprocess.PIPE, stdout=output, stderr=output,
+                    ["sh", "-c", guarded, "sh", *command], stdin=subprocess.PIPE, stdout=output, stderr=output,
                     env=environment, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
@@ -99,7 +104,7 @@ class VllmServer:
             self._process.stdin.close()
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=10)
+                self._process.wait(timeout=END_WITHIN)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
         self._process.wait()

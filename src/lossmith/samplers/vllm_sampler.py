@@ -70,7 +70,8 @@ def open_vllm(
     server = VllmServer(python, folder / "start", kind, context, folder / "server.log", options)
     try:
         server.wait(timeout)
-        return VllmSampler(policy, settings, Routes(server.url, timeout, _RESUME), folder, probe, server)
+        routes = Routes(server.url, timeout, f"What it said is in {server.log}. {_RESUME}")
+        return VllmSampler(policy, settings, routes, folder, probe, server)
     except BaseException:
         server.close()
         raise
