@@ -187,6 +187,13 @@ def test_a_server_of_another_model_refuses_the_weights_and_the_run_says_so(tmp_p
         opened(server, tmp_path).push()
 
 
+def test_a_server_that_is_gone_when_weights_are_sent_is_said_to_be_gone(tmp_path):
+    with FakeVllm() as server:
+        sampler = opened(server, tmp_path)
+    with pytest.raises(RunError, match=r"^http://\S+ cannot be reached \(.*refused\)\. The run is saved[^.]*\.$"):
+        sampler.push()
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

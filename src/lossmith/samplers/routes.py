@@ -15,11 +15,15 @@ from typing import Any
 from lossmith.errors import RunError, printable
 from lossmith.scorers.deadline import DeadlinePassed, DeadlineThread
 
-__all__ = ["Routes"]
+__all__ = ["Refused", "Routes"]
 
 MAX_REPLY_BYTES = 256 * 2**20
 TRIES = 3  # of a connection that was refused or broken: a server that is busy may drop one
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is for the web, not for our server
+
+
+class Refused(RunError):
+    """The server answered, and will not do it."""
 
 
 class Routes:
@@ -34,7 +38,7 @@ class Routes:
     def ask(self, path: str, body: Any = None, *, optional: bool = False) -> Any:
         """The JSON of the answer: to a POST of `body`, or to a GET where there is none.
 
-        optional: None where the server has no such route. RunError: no answer, too late, a refusal, or no JSON.
+        optional: None where the server has no such route. Refused: it says no. RunError: no answer in time, or no JSON.
         """
         reply = self._reply(path, body, optional)
         if not reply:
@@ -60,7 +64,7 @@ class Routes:
                 if optional and error.code in (404, 405):
                     error.close()
                     return b""
-                raise RunError(f"{self.url}{path} answered {_status(error)}. {self.hint}") from None
+                raise Refused(f"{self.url}{path} answered {_status(error)}. {self.hint}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if tries == TRIES or time.monotonic() + 1 > end:
                     reason = getattr(error, "reason", None) or error

@@ -27,7 +27,7 @@ from lossmith.policy.writing import OpenCompletion
 from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason, Rollout
 from lossmith.samplers.push import BOUNDS, Checksums, digests, write_weights
-from lossmith.samplers.routes import Routes
+from lossmith.samplers.routes import Refused, Routes
 from lossmith.samplers.server import VllmServer, check_vllm
 
 __all__ = ["VllmSampler", "open_vllm"]
@@ -157,7 +157,7 @@ class VllmSampler:
             try:
                 self.routes.ask("/collective_rpc", order)
                 self.routes.ask("/update_weight_version", {"new_version": self._tag}, optional=True)
-            except RunError as error:
+            except Refused as error:
                 raise RunError(
                     f"the weights of version {version} were not taken: {error} It must be a server of this very model, "
                     f"and see the folder {str(self.folder)!r}; its log says more."
