@@ -161,7 +161,7 @@ def test_at_another_model_the_ratio_is_its_own_and_the_trust_region_acts(tmp_pat
             of = {n.name: n.value for n in (*token.ratio, *token.credit)}
             assert of["ratio"] == pytest.approx(math.exp(logp - old), rel=1e-4)
             out = of["ratio"] > 1.02 if of["advantage"] > 0 else of["ratio"] < 0.98
-            pull = next(term.value for term in token.terms if term.name == "policy")
+            pull = next(term.pull for term in token.terms if term.name == "policy")
             assert (pull == 0) == out or of["advantage"] == 0
             cut += out
     assert cut > 0
