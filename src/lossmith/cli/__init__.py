@@ -46,6 +46,8 @@ for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay"
 _command(app, "audit", "audit_")
 _command(app, "doctor", "doctor_")
 _command(app, "report", "report")
+_command(app, "explore", "explore")
+_command(app, "tour", "tour", "explore")
 _command(app, "init", "init", "project")
 _command(app, "status", "status", "project")
 _command(losses, "list", "list_", "losses")
