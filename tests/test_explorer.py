@@ -132,24 +132,19 @@ def test_the_closed_form_of_the_best_policy_is_where_the_true_gradient_ends():
 
 
 def test_the_proxy_rises_while_gold_falls_and_a_kl_term_saves_it():
-    free = truth.view(
-        State((("part", "proxy"), ("steps", "60"))), chosen_losses(State((("loss", "rloo(beta=0)"),)), {})
-    )
-    held = truth.view(
-        State((("part", "proxy"), ("steps", "60"), ("beta", "0.4"))),
-        chosen_losses(State((("loss", "rloo(beta=0)"),)), {}),
-    )
+    losses = chosen_losses(State((("loss", "rloo(beta=0)"),)), {})
+    free = truth.view(State((("part", "proxy"), ("steps", "60"))), losses)
+    held = truth.view(State((("part", "proxy"), ("steps", "60"), ("beta", "0.4"))), losses)
     (a,), (b,) = free["rows"], held["rows"]
     assert a["reward"] > b["reward"] > free["start"]["reward"] and a["gold"] < free["start"]["gold"] < b["gold"]
 
 
 def test_a_step_moves_the_recorded_probabilities_by_the_gradient():
     """Of a plain policy gradient on a table: logits move by rate·A/Z·(1 − p) where the token was sampled."""
-    loss, of = ls.get_loss("reinforce", advantage="given") if False else ls.get_loss("rloo", beta=0.0), step.table()
-    recorded = [[t["top"] for t in one["tokens"]] for one in step.outputs()["outputs"]]
-    assert float(of.log_probs(of.logits)[0, 5]) == pytest.approx(
-        dict((i, x) for i, _, x in recorded[0][5])[step.outputs()["outputs"][0]["tokens"][5]["id"]], abs=1e-5
-    )
+    loss, of = ls.get_loss("rloo", beta=0.0), step.table()
+    token = step.outputs()["outputs"][0]["tokens"][5]
+    recorded = next(x for i, _, x in token["top"] if i == token["id"])
+    assert float(of.log_probs(of.logits)[0, 5]) == pytest.approx(recorded, abs=1e-5)
     batch = step.batch_at(loss, of.logits, [1.0, 0.0, 0.0, 0.0])
     pull = -loss.closed_form_gradient(batch)
     before, after = step.taken(loss, [1.0, 0.0, 0.0, 0.0], 1, 2.0)
@@ -168,7 +163,8 @@ def test_a_loss_is_written_as_it_is_read(name):
     (again,) = chosen_losses(State((("loss", one.spec),)), {})
     assert one.error == "" and again.spec == one.spec and again.loss.to_dict() == one.loss.to_dict()
     with quiet_traps():
-        assert ls.get_loss(one.spec).to_dict() == one.loss.to_dict()  # the line to paste
+        pasted = ls.get_loss(one.spec)
+        assert pasted.to_dict() | {"max_length": 8} == one.loss.to_dict() | {"max_length": 8}  # training fills it in
 
 
 def test_a_parameter_is_changed_and_the_address_stays_short(page):
@@ -225,16 +221,39 @@ def test_special_groups_are_explained(page):
 # -- hostile addresses ------------------------------------------------------------------------------------------------
 
 HOSTILE = [
-    "?loss=%3Cscript%3Ealert(1)%3C/script%3E", "?loss=grpo(beta=__import__('os'))", "?loss=os:system", "?loss=/etc/passwd:x",
-    "?loss=grpo(beta=1e999)", "?loss=grpo(beta=" + "9" * 400 + ")", "?loss=" + "(" * 1500, "?loss=%00%ff", "?loss=",
-    "?loss=grpo&0.clip_low=nan", "?loss=grpo&0.beta=%3Cimg%3E", "?loss=grpo&9.beta=1", "?loss=grpo&0.name=x",
-    "?screen=..%2F..", "?screen=weight&ratio=inf&loss=grpo", "?screen=weight&ratio=-1&advantage=nan&old_prob=2&loss=grpo",
-    "?screen=group&rewards=1e308 -1e308&loss=grpo", "?screen=group&rewards=" + "1 " * 140, "?screen=group&lengths=-3&loss=grpo",
-    "?screen=step&token=a.b&updates=99&size=0&loss=grpo", "?screen=step&which=4&loss=grpo", "?screen=truth&part=x&loss=grpo",
-    "?screen=truth&proxy=1 2 3&loss=grpo", "?screen=truth&group=1e9&steps=-1&rate=nan&loss=grpo", "?tour=11", "?tour=-1&loss=nope",
-    "?loss=grpo&loss=grpo&loss=grpo&loss=grpo&loss=grpo", "?loss=grpo&0.shaping=zz,1", "?loss=grpo&0.advantage=given&screen=group",
-    "?loss=grpo&0.trust=%27%22", "?q=" + "a" * 301, "?screen=step&loss=grpo(trust='m2')",
-]  # fmt: skip
+    "?loss=%3Cscript%3Ealert(1)%3C/script%3E",
+    "?loss=grpo(beta=__import__('os'))",
+    "?loss=os:system",
+    "?loss=/etc/passwd:x",
+    "?loss=grpo(beta=1e999)",
+    "?loss=grpo(beta=" + "9" * 400 + ")",
+    "?loss=" + "(" * 1500,
+    "?loss=%00%ff",
+    "?loss=",
+    "?loss=grpo&0.clip_low=nan",
+    "?loss=grpo&0.beta=%3Cimg%3E",
+    "?loss=grpo&9.beta=1",
+    "?loss=grpo&0.name=x",
+    "?screen=..%2F..",
+    "?screen=weight&ratio=inf&loss=grpo",
+    "?screen=weight&ratio=-1&advantage=nan&old_prob=2&loss=grpo",
+    "?screen=group&rewards=1e308 -1e308&loss=grpo",
+    "?screen=group&rewards=" + "1 " * 140,
+    "?screen=group&lengths=-3&loss=grpo",
+    "?screen=step&token=a.b&updates=99&size=0&loss=grpo",
+    "?screen=step&which=4&loss=grpo",
+    "?screen=truth&part=x&loss=grpo",
+    "?screen=truth&proxy=1 2 3&loss=grpo",
+    "?screen=truth&group=1e9&steps=-1&rate=nan&loss=grpo",
+    "?tour=11",
+    "?tour=-1&loss=nope",
+    "?loss=grpo&loss=grpo&loss=grpo&loss=grpo&loss=grpo",
+    "?loss=grpo&0.shaping=zz,1",
+    "?loss=grpo&0.advantage=given&screen=group",
+    "?loss=grpo&0.trust=%27%22",
+    "?q=" + "a" * 301,
+    "?screen=step&loss=grpo(trust='m2')",
+]
 
 
 @pytest.mark.parametrize("address", HOSTILE)
@@ -250,9 +269,8 @@ def test_a_hostile_address_gets_a_page_that_says_what_is_wrong(app, address):
 
 def test_an_address_never_loads_code(app, tmp_path):
     own = tmp_path / "own.py"
-    own.write_text(
-        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef f(batch): return batch.logp.sum()\n"
-    )
+    touch = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    own.write_text(touch + "def f(batch): return batch.logp.sum()\n")
     html = TestClient(app, base_url=HOST).get("/", params={"loss": f"{own}:f"}).text
     assert "somebody's own code" in notices(html)[0] and not (tmp_path / "ran").exists()
 

@@ -4,6 +4,7 @@ LOSSMITH_AXE=axe.min.js (npm pack axe-core) has its accessibility checked; LOSSM
 """
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -21,6 +22,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 VIEWS = [f"?screen={s}&loss=grpo&loss=rloo" for s in SCREENS]
 VIEWS += [f"?screen=truth&part={p}&loss=grpo&loss=cispo" for p in PARTS if p != "steps"]
 VIEWS += [f"?tour={n}&loss=grpo" for n in range(1, 11)]
+QUICK = [f"?screen={s}&loss=grpo" for s in ("loss", "weight", "group", "step")] + ["?tour=7&loss=grpo"]
+MOVED = [*QUICK, *(pytest.param(view, marks=pytest.mark.slow) for view in VIEWS)]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def well(page, address):
     return True
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", MOVED)
 def test_every_slider_and_field_is_moved(opened, address, view):
     """Each control of a screen in turn: the page stays whole, the address says what was changed."""
     page = opened(view)
@@ -99,13 +102,13 @@ def test_the_address_is_the_state_and_back_goes_back(opened, address):
     page = opened("?screen=weight&loss=grpo")
     page.locator("#f-ratio").fill("2")
     page.keyboard.press("Enter")
-    page.wait_for_function("location.search.includes('ratio=2')")
+    page.wait_for_function("() => location.search.includes('ratio=2')")
     settled(page)
     assert page.locator("#readings tbody td").first.inner_text() == "0"  # clipped: r = 2 is beyond 1.2
     page.get_by_role("link", name="A group").click()
-    page.wait_for_function("location.search.includes('screen=group')")
+    page.wait_for_function("() => location.search.includes('screen=group')")
     page.go_back()
-    page.wait_for_function("location.search.includes('screen=weight') && document.title.startsWith('The weight')")
+    page.wait_for_function("() => location.search.includes('screen=weight') && document.title.startsWith('The weight')")
     assert well(page, address)
 
 
@@ -122,21 +125,21 @@ def test_keyboard_alone_finds_a_loss_changes_it_and_takes_it_away(opened, addres
     page = opened("?loss=grpo")
     page.locator("#f-q").focus()
     page.keyboard.type("rloo")
-    page.wait_for_function("document.querySelector('#found a')")
+    page.wait_for_function("() => document.querySelector('#found a')")
     settled(page)
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.chosen').length === 2")
+    page.wait_for_function("() => document.querySelectorAll('.chosen').length === 2")
     settled(page)
     page.locator('[id="f-1.beta"]').focus()
     page.keyboard.press("Control+a")
     page.keyboard.type("0.3")
     page.keyboard.press("Enter")
-    page.wait_for_function("location.search.includes('0.3')")
+    page.wait_for_function("() => location.search.includes('0.3')")
     settled(page)
     page.locator(".chosen .drop").nth(0).focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.chosen').length === 1")
+    page.wait_for_function("() => document.querySelectorAll('.chosen').length === 1")
     assert well(page, address) and "rloo" in page.locator(".chosen").inner_text()
 
 
@@ -145,9 +148,7 @@ def test_the_tour_is_walked_with_the_enter_key(opened, address):
     for n in range(2, 11):
         page.locator(".turn a.primary").focus()
         page.keyboard.press("Enter")
-        page.wait_for_function(
-            f"document.querySelector('.count') && document.querySelector('.count').innerText.startsWith('{n} of')"
-        )
+        page.get_by_text(f"{n} of 10", exact=True).wait_for()
         settled(page)
     assert "lossmith train --loss grpo" in page.locator("main").inner_text() and well(page, address)
 
@@ -197,9 +198,6 @@ def test_axe_finds_no_fault(opened, look, view):
 @pytest.mark.parametrize("view", VIEWS)
 def test_pictures(opened, look, view):
     page = opened(view, **LOOKS[look])
-    name = view.replace("?", "").replace("&loss=grpo", "").replace("&loss=rloo", "").replace("&loss=cispo", "")
-    page.screenshot(
-        path=Path(os.environ["LOSSMITH_SCREENSHOTS"])
-        / f"explorer-{name.replace('&', '-').replace('=', '-')}-{look}.png",
-        full_page=True,
-    )
+    name = re.sub(r"\W?(loss=\w+|screen=|part=)", "", view).strip("?&").replace("&", "-").replace("=", "-")
+    place = Path(os.environ["LOSSMITH_SCREENSHOTS"])
+    page.screenshot(path=place / f"explorer-{name}-{look}.png", full_page=True)
