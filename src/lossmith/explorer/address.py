@@ -104,10 +104,11 @@ _ALL = (
     Field("budget", "whole", 16, "Token budget", 1, 40, 1, hint="what reaches it is cut off: truncated"),
     Field("moved", "real", 1.0, "Ratio π_θ/π_old of every token", 0.1, 10, log=True),
     Field("away", "real", 0.0, "log π_θ − log π_ref of every token", -3, 3),
+    Field("kappa", "real", 0.5, "κ of one token", -3, 3),
     # a step
     *(Field(f"score{i}", "real", x, f"Score of output {i}", -2, 2) for i, x in enumerate((0.59, 0.68, 0.65, 0.36), 1)),
     Field("updates", "whole", 0, "Updates taken", 0, 12, 1),
-    Field("size", "real", 100.0, "Learning rate", 1, 2000, log=True, hint="the logits move by this times the gradient"),
+    Field("size", "real", 100.0, "Learning rate", 1, 2000, log=True, hint="the logits, which probabilities are made of, move by this times the gradient"),
     Field("which", "whole", 1, "Loss", 1, 4, 1),
     Field("token", "text", "", "Token", hint="output.token"),
     # the truth

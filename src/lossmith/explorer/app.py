@@ -161,7 +161,12 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"n": figure, "s": signed, "visible": visible}
-    environment.globals |= {"zip": zip, "log10": lambda x: round(math.log10(x), 4), "times": math.exp}
+    environment.globals |= {
+        "zip": zip,
+        "log10": lambda x: round(math.log10(x), 4),
+        "times": math.exp,
+        "tens": lambda x: round(-x / math.log(10)),
+    }
     environment.globals["screens"] = SCREENS
     return environment
 

@@ -37,7 +37,7 @@ _SHOWN = {
     4: _SCORES,
     5: (*_SCORES,),
     6: ("ratio",),
-    7: ("away",),
+    7: ("kappa",),
     8: ("updates", "size", *_SCORES),
     9: ("beta", "steps"),
 }
@@ -125,7 +125,7 @@ def _penalty(state: State) -> list[dict[str, Any]]:
 
     rows = []
     for name in ("k1", "k2", "k3"):
-        kappa = torch.tensor(state["away"], dtype=torch.float64, requires_grad=True)
+        kappa = torch.tensor(state["kappa"], dtype=torch.float64, requires_grad=True)
         value = kl_estimate(kappa, name)
         rows.append(
             {"name": name, "value": float(value.detach()), "slope": float(torch.autograd.grad(value, kappa)[0])}

@@ -37,7 +37,7 @@ def view(state: State, losses: list[Chosen]) -> dict[str, Any]:
             continue
         rows.append({"one": one, "above": row[0], "below": row[1], "push": (row[0] * size, -row[1] * size)})
     for a, lines in drawn.items() if rows else ():
-        sign, what = ("A > 0", "a good action") if a > 0 else ("A < 0", "a bad action")
+        sign, what = ("A > 0", "a good token") if a > 0 else ("A < 0", "a bad token")
         top = max(1.0, *(min(b, 3.0) for line in lines for _, b in line.points)) * 1.08
         said = f"weight over the ratio for {sign}: " + "; ".join(_said(line) for line in lines)
         drawing = chart(
