@@ -131,11 +131,16 @@ def test_the_closed_form_of_the_best_policy_is_where_the_true_gradient_ends():
     assert value - 1e-3 < climbed <= value + 1e-12
 
 
+def walked(losses, **fields):
+    """The view of the truth once its walk has come to the end, as the page asks for it."""
+    found = truth.view(State(tuple(fields.items())), losses)
+    return walked(losses, **fields) if found["more"] else found
+
+
 def test_the_proxy_rises_while_gold_falls_and_a_kl_term_saves_it():
     losses = chosen_losses(State((("loss", "rloo(beta=0)"),)), {})
-    free = truth.view(State((("part", "proxy"), ("steps", "60"))), losses)
-    held = truth.view(State((("part", "proxy"), ("steps", "60"), ("beta", "0.4"))), losses)
-    (a,), (b,) = free["rows"], held["rows"]
+    a, b = (walked(losses, part="proxy", steps="60", beta=beta)["rows"][0] for beta in ("0", "0.4"))
+    free = walked(losses, part="proxy", steps="60")
     assert a["reward"] > b["reward"] > free["start"]["reward"] and a["gold"] < free["start"]["gold"] < b["gold"]
 
 
