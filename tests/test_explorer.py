@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 import lossmith as ls
 import tiny
-from lossmith.errors import LossError, RunError, quiet_traps
+from lossmith.errors import AddressError, LossError, RunError, quiet_traps
 from lossmith.explorer import export_view, make_app
 from lossmith.explorer.address import FIELDS, SCREENS, State
 from lossmith.explorer.chosen import chosen_losses
@@ -308,7 +308,7 @@ def test_other_hosts_and_methods_and_files_are_refused(app):
 def test_a_loss_that_there_is_not_stops_the_command(tmp_path):
     with pytest.raises(LossError, match="There is no loss 'grp'"):
         make_app(["grp"])
-    with pytest.raises(LossError, match="ratio is 'x', which is not a number"):
+    with pytest.raises(AddressError, match="ratio is 'x', which is not a number"):
         export_view(tmp_path / "v.html", ["grpo"], "screen=weight&ratio=x")
     with pytest.raises(LossError, match=r"written to an \.html file"):
         export_view(tmp_path / "v.txt", ["grpo"])

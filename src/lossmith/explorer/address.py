@@ -108,7 +108,7 @@ _ALL = (
     # a step
     *(Field(f"score{i}", "real", x, f"Score of output {i}", -2, 2) for i, x in enumerate((0.59, 0.68, 0.65, 0.36), 1)),
     Field("updates", "whole", 0, "Updates taken", 0, 12, 1),
-    Field("size", "real", 100.0, "Learning rate", 1, 2000, log=True, hint="of the logits, which probabilities are made of"),
+    Field("size", "real", 100.0, "Learning rate", 1, 2000, log=True, hint="of the logits, not of a network"),
     Field("which", "whole", 1, "Loss", 1, 4, 1),
     Field("token", "text", "", "Token", hint="output.token"),
     # the truth

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from starlette.exceptions import HTTPException
 
 from lossmith import __version__
-from lossmith.errors import LossError
+from lossmith.errors import AddressError, LossError
 from lossmith.explorer.address import FIELDS, PARTS, SCREENS, State
 from lossmith.explorer.chosen import Own, chosen_losses, load_own
 from lossmith.explorer.controls import controls
@@ -89,7 +89,8 @@ def make_app(losses: Sequence[str] = ()) -> FastAPI:
 def export_view(output: str | Path, losses: Sequence[str] = (), view: str = "") -> Path:
     """Write a view as one HTML file that asks for nothing; returns its place.
 
-    view: an address of the page, or what stands after its question mark. LossError: it cannot be shown as it says.
+    view: an address of the page, or what stands after its question mark. AddressError, LossError: it cannot be shown
+    as it says.
     RunError: the file cannot be written.
     """
     if Path(output).suffix.lower() not in (".html", ".htm"):
@@ -107,10 +108,12 @@ def export_view(output: str | Path, losses: Sequence[str] = (), view: str = "") 
 
 
 def _refuse(state: State, losses: list[Any]) -> None:
-    """LossError: what a page would say beside the view."""
-    said = [*state.problems, *(one.error for one in losses if one.error)]
-    if said:
-        raise LossError(said[0])
+    """AddressError, LossError: what a page would say beside the view."""
+    for problem in state.problems:
+        raise AddressError(problem)
+    for one in losses:
+        if one.error:
+            raise LossError(one.error)
 
 
 # -- a view -----------------------------------------------------------------------------------------------------------
