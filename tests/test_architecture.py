@@ -23,6 +23,7 @@ ORDER = [
     "files",
     "serving",
     "terminal",
+    "templates",
     "intervals",
     "ranks",
     "losses",

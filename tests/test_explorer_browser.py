@@ -14,7 +14,7 @@ import uvicorn
 from lossmith.errors import LossError
 from lossmith.explorer import export_view, make_app
 from lossmith.explorer.address import PARTS, SCREENS
-from lossmith.serving.server import listen
+from lossmith.serving.listening import listen
 from test_annotation_browser import CHROMIUM, LOOKS, chromium  # noqa: F401
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-import jinja2
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
+from jinja2 import Environment
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
 
@@ -29,9 +29,11 @@ from lossmith.explorer.screens import group, loss, step, truth, weight
 from lossmith.explorer.tour import PAGES, START, tour_view
 from lossmith.files import check_writable, write_atomically
 from lossmith.serving.guard import Guard, host_names
-from lossmith.serving.server import listen, run, spelled
+from lossmith.serving.listening import listen
+from lossmith.serving.server import run, spelled
 from lossmith.serving.style import HOUSE_STYLE
 from lossmith.serving.text import visible
+from lossmith.templates import templates_of
 
 __all__ = ["export_view", "make_app", "serve"]
 
@@ -155,14 +157,8 @@ def _values(state: State, own: Own) -> dict[str, Any]:
 
 
 @cache
-def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lossmith.explorer"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def _templates() -> Environment:
+    environment = templates_of("lossmith.explorer")
     environment.filters |= {"n": figure, "s": signed, "visible": visible}
     environment.globals |= {
         "zip": zip,

@@ -15,12 +15,11 @@ from typing import Any
 
 import uvicorn
 
-from lossmith.errors import LossmithError
 from lossmith.serving.connections import BACKLOG, Connection, Crowd, most_connections
+from lossmith.serving.listening import QUEUE
 
-__all__ = ["listen", "run", "spelled"]
+__all__ = ["run", "spelled"]
 
-_QUEUE = 1024  # connections that the system holds until they are accepted
 _LOG = logging.getLogger(__name__)
 
 
@@ -54,7 +53,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(_QUEUE)  # BACKLOG is how many are taken out of it at once
+            listener.listen(QUEUE)  # BACKLOG is how many are taken out of it at once
         self._said = -math.inf
         asyncio.get_running_loop().set_exception_handler(self._say)
 
@@ -77,23 +76,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def listen(host: str, port: int, error: type[LossmithError]) -> socket.socket:
-    """A socket that is open for connections; port 0: a free one. `error`: the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once, without waiting 40 ms for more, only where the protocol is named
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(_QUEUE)  # so that the link can be opened from now on
-    except (OSError, OverflowError) as problem:
-        listener.close()
-        raise error(
-            f"the page cannot be served on {host}, port {port}: {problem}. Choose another port, or 0 for a free one."
-        ) from None
-    return listener
 
 
 def spelled(host: str) -> str:

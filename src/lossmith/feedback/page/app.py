@@ -16,7 +16,6 @@ from statistics import median
 from typing import Annotated, Any, get_args
 from urllib.parse import parse_qs
 
-import jinja2
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
@@ -36,6 +35,7 @@ from lossmith.prompts import message_text
 from lossmith.serving.guard import Guard, host_names
 from lossmith.serving.style import HOUSE_STYLE
 from lossmith.serving.text import visible
+from lossmith.templates import templates_of
 
 __all__ = ["DEFAULT_CRITERIA", "Page", "make_app"]
 
@@ -80,13 +80,7 @@ class Page:
         self.cookie = "lossmith_" + hashlib.blake2b(str(store.path.resolve()).encode(), digest_size=4).hexdigest()
         files = {name: _HERE / "static" / name for name in _STATIC} | {"house.css": HOUSE_STYLE}
         self.static = {name: file.read_bytes() for name, file in files.items()}
-        self.templates = jinja2.Environment(
-            loader=jinja2.PackageLoader("lossmith.feedback.page"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        self.templates = templates_of("lossmith.feedback.page")
         self.templates.filters["visible"] = visible
         self._desks: dict[str, Desk] = {}
         self._lock = threading.Lock()  # the store's one connection, and the desks

@@ -11,7 +11,8 @@ from lossmith.feedback.output_set import OutputSet
 from lossmith.feedback.page.app import DEFAULT_CRITERIA, make_app
 from lossmith.feedback.store import Store
 from lossmith.serving.guard import is_loopback
-from lossmith.serving.server import listen, run, spelled
+from lossmith.serving.listening import listen
+from lossmith.serving.server import run, spelled
 
 __all__ = ["serve"]
 
