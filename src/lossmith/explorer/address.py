@@ -116,6 +116,8 @@ _ALL = (
     Field("group", "whole", 3, "Completions in a group, G", 2, 5, 1),
     Field("steps", "whole", 20, "Steps", 0, 120, 1),
     Field("rate", "real", 3.0, "Learning rate", 0.05, 50, log=True),
+    Field("reuse", "whole", 1, "Steps on the same completions", 1, 20, 1, hint="1: on-policy"),
+    Field("seed", "whole", 0, "Policy at the start", 0, 999, 1, hint="0: it likes rain; others are drawn"),
     Field("gap", "real", 0.0, "How far the reference is", 0, 2, hint="0: it is the policy at the start"),
     Field("drift", "real", 0.0, "How far the sampler is", 0, 2, hint="0: on-policy"),
     Field("beta", "real", 0.0, "β of every loss that has one", 0, 1, 0.005, hint="0: as each loss says"),

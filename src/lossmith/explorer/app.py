@@ -103,7 +103,7 @@ def export_view(output: str | Path, losses: Sequence[str] = (), view: str = "") 
     pairs = [*pairs, *(("loss", spec) for spec in losses)] or [("loss", spec) for spec in DEFAULT]
     own = load_own(list(losses))
     state = State(tuple(pairs))
-    values = _values(state, own)
+    values = _whole(state, own)
     _refuse(state, values["losses"])
     write_atomically(target, _static_page(values))
     return target
@@ -156,6 +156,13 @@ def _values(state: State, own: Own) -> dict[str, Any]:
     }
 
 
+def _whole(state: State, own: Own) -> dict[str, Any]:
+    """The values of a view that goes no further: a page asks again for what there was no time for, a file cannot."""
+    while (values := _values(state, own))["view"].get("more"):
+        pass
+    return values
+
+
 @cache
 def _templates() -> Environment:
     environment = templates_of("lossmith.explorer")
@@ -196,8 +203,11 @@ def view(request: Request) -> Response:
     save = any(name == "save" for name, _ in pairs)
     pairs = _with_added([pair for pair in pairs if pair[0] != "save"] or [("loss", spec) for spec in DEFAULT])
     with request.app.state.lock:  # one at a time: warnings are quieted for a whole process
-        values = _values(State(tuple(pairs)), request.app.state.own)
-        html = _static_page(values) if save else _templates().get_template("page.html").render(**values)
+        state, own = State(tuple(pairs)), request.app.state.own
+        if save:
+            html = _static_page(_whole(state, own))
+        else:
+            html = _templates().get_template("page.html").render(**_values(state, own))
     headers = {"content-disposition": 'attachment; filename="view.html"'} if save else {}
     return HTMLResponse(html, headers=headers)
 

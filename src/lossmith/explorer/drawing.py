@@ -70,7 +70,7 @@ def chart(
     def py(b: float) -> float:
         return base - (base - TOP) * (b - y_low) / (y_high - y_low)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" class="chart" role="img" aria-label="{escape(said)}">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" class="chart" role="img" tabindex="0" aria-label="{escape(said)}">']
     for a in ticks or _ticks(x_low, x_high):
         if x_low <= a <= x_high:
             parts.append(f'<line class="grid" x1="{px(a):.1f}" x2="{px(a):.1f}" y1="{TOP}" y2="{base}"/>')
@@ -99,7 +99,7 @@ def chart(
         f'<div class="drawing" data-chart="{escape(key)}" data-left="{LEFT / WIDTH}" '
         f'data-right="{1 - RIGHT / WIDTH}" data-log="{int(log)}">{drawing}'
         f'<script type="application/json">{_readings(lines, px)}</script>'
-        '<p class="reading" hidden></p></div>'
+        '<p class="reading" aria-live="polite" hidden></p></div>'
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lossmith.errors import LossmithError, quiet_traps
 from lossmith.explorer.address import State
 from lossmith.explorer.chosen import Chosen
+from lossmith.explorer.drawing import figure
 from lossmith.losses import Batch, Loss, PolicyLoss
 from lossmith.losses.anatomy import Anatomy
 
@@ -124,6 +125,18 @@ def _block(one: Chosen, state: State, rewards: list[list[float]], lengths: list[
         "one": one,
         "heads": [(link.name, link.words) for link in links],
         "rows": rows,
+        "differs": any(min(row["tokens"]) != max(row["tokens"]) for row in rows),
+        "pulls": [
+            {
+                "name": part.name,
+                "heads": [(link.name, link.words) for link in part.factors],
+                "rows": [
+                    [_numbers(x, i, row["length"]) for x in (*(link.value for link in part.factors), part.value)]
+                    for i, row in enumerate(rows)
+                ],
+            }
+            for part in found.pulls
+        ],
         "loss": float(out.loss.detach()),
         "size": float(pull.norm()),
         "notes": _notes(loss, found, rows, state),
@@ -136,6 +149,12 @@ def number_of(x: Tensor, i: int, n: int) -> float | None:
     """A completion's number, or the first of its tokens'; None where they differ."""
     row = x.expand(x.shape[0], -1)[i, :n] if x.ndim == 2 else x[i : i + 1]
     return float(row[0]) if len(row) and bool((row == row[0]).all()) else None
+
+
+def _numbers(x: Tensor, i: int, n: int) -> str:
+    """A completion's number as text; where its tokens differ, each of them."""
+    one = number_of(x.detach(), i, n)
+    return figure(one) if one is not None else ", ".join(map(figure, x.expand(x.shape[0], -1)[i, :n].tolist()))
 
 
 def _notes(loss: Loss, found: Anatomy, rows: list[dict[str, Any]], state: State) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lossmith.explorer.address import State
-from lossmith.explorer.chosen import MOST, ByParameters, Chosen
+from lossmith.explorer.chosen import MOST, ByParameters, Chosen, chosen_losses
 from lossmith.losses import Loss, list_losses
 from lossmith.losses.batch import FIELDS as BATCH_FIELDS
 from lossmith.losses.catalogue.entry import Entry
@@ -29,11 +29,16 @@ def view(state: State, losses: list[Chosen]) -> dict[str, Any]:
     known = [one for one in losses if one.loss is not None]
     cards = [_card(one) for one in known]
     _mark(cards)
-    differences = []
+    differences: list[Any] = []
+    same: list[str] = []
     if len(known) > 1:
         found = compare([one.loss for one in known if one.loss is not None])
-        differences = [(d.name, d.meaning, d.values) for d in found.differences]
-    return {"cards": cards, "differences": differences, "heads": [one.letter for one in known]}
+        same = [f"{a} and {b} are the same composition" for a, b in found.same]
+        blank = ("",) * len(known)
+        differences = [
+            (d.name, d.meaning, list(zip(d.values, d.words or blank, strict=True))) for d in found.differences
+        ]
+    return {"cards": cards, "differences": differences, "same": same}
 
 
 def _card(one: Chosen) -> dict[str, Any]:
@@ -96,6 +101,8 @@ def found_in_catalogue(state: State, losses: list[Chosen]) -> list[dict[str, Any
     words = state["q"].casefold().split()
     if not words:
         return []
+    if re.search(r"[(:]", state["q"]):
+        return [_as_typed(state, losses)]
     hits = [entry for entry in list_losses() if all(word in _about(entry) for word in words)]
     hits.sort(key=lambda e: (not e.name.startswith(words[0]), words[0] not in e.name, bool(e.preset_of)))
     specs = [one.spec for one in losses]
@@ -110,6 +117,16 @@ def found_in_catalogue(state: State, losses: list[Chosen]) -> list[dict[str, Any
         }
         for entry in hits[:_FEW]
     ] + ([{"more": len(hits) - _FEW}] if len(hits) > _FEW else [])
+
+
+def _as_typed(state: State, losses: list[Chosen]) -> dict[str, Any]:
+    """A call such as grpo(beta=0.1): the loss itself, or why it is none."""
+    (one,) = chosen_losses(State((("loss", state["q"].strip()),)), {})
+    if one.loss is None or one.entry is None:
+        return {"error": one.error}
+    specs = [known.spec for known in losses]
+    link = state.query([*specs, one.spec], q="") if len(specs) < MOST else ""
+    return {"name": one.spec, "summary": one.entry.summary, "there": one.spec in specs, "link": link}
 
 
 def _about(entry: Entry) -> str:

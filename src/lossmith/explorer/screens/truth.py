@@ -6,9 +6,11 @@ is a finite sum (`lossmith.proofs.enumeration`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,45 +34,54 @@ DRIFTS, SIZES = (0.0, 0.25, 0.5, 1.0, 1.5), (2, 3, 4, 5)
 _PATHS: OrderedDict[Any, list[Tensor]] = OrderedDict()  # thetas of walks; the least recent go first
 _KEPT = 64
 _OF = {
-    "steps": ("group", "steps", "rate", "gap", "proxy"),
-    "gradient": ("group", "gap", "drift", "proxy"),
-    "noise": ("gap", "drift", "proxy"),
-    "drift": ("group", "gap", "proxy"),
-    "proxy": ("beta", "steps", "rate", "group", "proxy", "gold"),
+    "steps": ("group", "steps", "rate", "reuse", "gap", "seed", "proxy"),
+    "gradient": ("group", "gap", "drift", "seed", "proxy"),
+    "noise": ("gap", "drift", "seed", "proxy"),
+    "drift": ("group", "gap", "seed", "proxy"),
+    "proxy": ("beta", "steps", "rate", "group", "seed", "proxy", "gold"),
 }
 SHOWN = tuple(dict.fromkeys(name for names in _OF.values() for name in names))
 
 
 @cache
-def _directions() -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(TREE.size, generator=draw, dtype=torch.float64) for _ in range(2))  # type: ignore
+def _drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(the policy at the start, the way to the reference, the way to the sampler), [P] each."""
+    draw = torch.Generator().manual_seed(seed)
+    to_ref, to_sampler, theta = (torch.randn(TREE.size, generator=draw, dtype=torch.float64) for _ in range(3))
+    return theta if seed else torch.tensor(START, dtype=torch.float64), to_ref, to_sampler
 
 
-def small_world(reward: tuple[float, ...], gap: float = 0.0, drift: float = 0.0) -> World:
+def small_world(reward: tuple[float, ...], gap: float = 0.0, drift: float = 0.0, seed: int = 0) -> World:
     """The policy at the start; a reference `gap` away from it, and a sampler `drift` away, in fixed directions."""
-    theta = torch.tensor(START, dtype=torch.float64)
-    to_ref, to_sampler = _directions()
+    theta, to_ref, to_sampler = _drawn(seed)
     return World(
         TREE, theta, theta + drift * to_sampler, theta + gap * to_ref, torch.tensor(reward, dtype=torch.float64)
     )
 
 
-def walk(loss: Loss, reward: tuple[float, ...], gap: float, size: int, rate: float, steps: int) -> list[Tensor]:
-    """The parameters at the start and after each step along the expected gradient, on-policy, exactly.
+def walk(
+    loss: Loss, reward: tuple[float, ...], gap: float, size: int, rate: float, steps: int,
+    reuse: int = 1, seed: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """The parameters at the start and after each step along the expected gradient, exactly.
 
-    Fewer steps than asked for where the time is up: the next call goes on.
+    reuse: steps before there are new completions. Fewer steps than asked for where the time is up: the next call goes
+    on. LossError: the gradient is not finite.
     """
-    key = (ByParameters.of(loss), reward, gap, size, rate)
-    path = _PATHS.setdefault(key, [small_world(reward, gap).theta])
+    key = (ByParameters.of(loss), reward, gap, size, rate, reuse, seed)
+    world = small_world(reward, gap, 0.0, seed)
+    path = _PATHS.setdefault(key, [world.theta])
     _PATHS.move_to_end(key)
     while len(_PATHS) > _KEPT:
         _PATHS.popitem(last=False)
     until, expected = time.monotonic() + SECONDS, Expectation(loss, size)
-    world = small_world(reward, gap)
     while len(path) <= steps and time.monotonic() < until:
-        here = World(TREE, path[-1], path[-1], world.ref, world.reward)
-        path.append(path[-1] - rate * expected.gradient(here))
+        done = len(path) - 1
+        here = World(TREE, path[-1], path[done - done % reuse], world.ref, world.reward)
+        gradient = expected.gradient(here)
+        if not bool(torch.isfinite(gradient).all()):
+            raise LossError(f"step {len(path)}: the expected gradient is not finite; take a smaller learning rate.")
+        path.append(path[-1] - rate * gradient)
     return path[: steps + 1]
 
 
@@ -124,25 +135,42 @@ def measured(theta: Tensor, world: World, gold: Tensor | None = None) -> dict[st
 
 
 def _steps(state: State, losses: list[Chosen]) -> dict[str, Any]:
-    reward, gap = state["proxy"], state["gap"]
-    world = small_world(reward, gap)
+    reward, gap, seed = state["proxy"], state["gap"], state["seed"]
+    world = small_world(reward, gap, 0.0, seed)
     rows, more = [], False
-    curves: dict[str, list[Line]] = {"reward": [], "kl": [], "entropy": []}
+    curves: dict[str, list[Line]] = {"reward": [], "kl": [], "entropy": [], "cosine": []}
+    settings = (reward, gap, state["group"], state["rate"], state["steps"], state["reuse"], seed)
     for one in losses:
-        path = _try(one, lambda one=one: walk(one.loss, reward, gap, state["group"], state["rate"], state["steps"]))
+        path = _try(one, lambda one=one: walk(one.loss, *settings))
         more |= len(path) <= state["steps"]
         told = [measured(theta, world) for theta in path]
         for key, lines in curves.items():
-            lines.append(Line(one.place, one.letter, [(float(i), m[key]) for i, m in enumerate(told)], dots=True))
+            points = _cosines(path, world, _beta(one.loss)) if key == "cosine" else [m[key] for m in told]  # type: ignore[arg-type]
+            lines.append(Line(one.place, one.letter, [(float(i), y) for i, y in enumerate(points)], dots=True))
         rows.append({"one": one, "steps": len(path) - 1, **told[-1], "p": TREE.logp(path[-1]).exp().tolist()})
-    titles = {"reward": "E[r], the expected reward", "kl": "KL to the reference, nats", "entropy": "Entropy, nats"}
+    titles = {"reward": "E[r], the expected reward", "kl": "KL to the reference, nats", "entropy": "Entropy, nats",
+              "cosine": "Cosine of each step and the true gradient"}  # fmt: skip
     charts = [
-        {"title": titles[key], "svg": chart(key, lines, "step", "", said=f"{titles[key]} by step")}
+        {
+            "title": titles[key],
+            "svg": chart(key, lines, "step", "", top=1.05 if key == "cosine" else None, said=f"{titles[key]} by step"),
+        }
         for key, lines in curves.items()
-        if lines
+        if any(line.points for line in lines)
     ]
     start = measured(world.theta, world) | {"p": TREE.logp(world.theta).exp().tolist()}
-    return {"rows": rows, "charts": charts, "start": start, "rewards": reward, "best": max(reward), "more": more}
+    ref = TREE.logp(world.ref).exp().tolist() if gap else None
+    return {"rows": rows, "charts": charts, "start": start, "rewards": reward, "ref": ref, "more": more}
+
+
+def _cosines(path: list[Tensor], world: World, beta: float) -> list[float]:
+    """Of every step that was taken with ∇(E[r] - β·KL) where it was taken; NaN where either is 0."""
+    found = []
+    for theta, after in pairwise(path):
+        true, step = World(TREE, theta, theta, world.ref, world.reward).true_gradient(beta), after - theta
+        lengths = float(true.norm() * step.norm())
+        found.append(float(true @ step) / lengths if lengths > 1e-15 else math.nan)
+    return found
 
 
 # -- the expected gradient --------------------------------------------------------------------------------------------
@@ -154,10 +182,10 @@ def _beta(loss: Loss) -> float:
 
 @lru_cache(maxsize=400)
 def _bias(
-    of: ByParameters, reward: tuple[float, ...], gap: float, drift: float, size: int
+    of: ByParameters, reward: tuple[float, ...], gap: float, drift: float, size: int, seed: int
 ) -> tuple[Any, Tensor, Tensor]:
     """(bias, expected step, true gradient) of a loss; of what it says to maximize, its KL term included."""
-    world = small_world(reward, gap, drift)
+    world = small_world(reward, gap, drift, seed)
     true = world.true_gradient(_beta(of.loss))
     found = group_gradients(of.loss, world, size)
     return bias(found, true), -found.mean(), true
@@ -173,11 +201,11 @@ def _moves(step: Tensor, world: World) -> list[float]:
 
 
 def _gradient(state: State, losses: list[Chosen]) -> dict[str, Any]:
-    reward, gap, drift, size = state["proxy"], state["gap"], state["drift"], state["group"]
-    world = small_world(reward, gap, drift)
+    reward, gap, drift, size, seed = (state[name] for name in ("proxy", "gap", "drift", "group", "seed"))
+    world = small_world(reward, gap, drift, seed)
     rows = []
     for one in losses:
-        told, step, true = _try(one, lambda one=one: _bias(ByParameters.of(one.loss), reward, gap, drift, size))
+        told, step, true = _try(one, lambda one=one: _bias(ByParameters.of(one.loss), reward, gap, drift, size, seed))
         rows.append(
             {"one": one, "bias": told, "beta": _beta(one.loss), "moves": _moves(step, world),  # type: ignore[arg-type]
              "true": _moves(true, world)}
@@ -187,11 +215,12 @@ def _gradient(state: State, losses: list[Chosen]) -> dict[str, Any]:
 
 
 def _noise(state: State, losses: list[Chosen]) -> dict[str, Any]:
-    reward, gap, drift = state["proxy"], state["gap"], state["drift"]
+    reward, gap, drift, seed = (state[name] for name in ("proxy", "gap", "drift", "seed"))
     rows, lines = [], []
     for one in losses:
         told = [
-            _try(one, lambda one=one, n=n: _bias(ByParameters.of(one.loss), reward, gap, drift, n))[0] for n in SIZES
+            _try(one, lambda one=one, n=n: _bias(ByParameters.of(one.loss), reward, gap, drift, n, seed))[0]
+            for n in SIZES
         ]
         rows.append({"one": one, "values": [(b.signal_to_noise, b.cosine) for b in told]})
         lines.append(
@@ -206,15 +235,16 @@ def _noise(state: State, losses: list[Chosen]) -> dict[str, Any]:
 
 
 def _drift(state: State, losses: list[Chosen]) -> dict[str, Any]:
-    reward, gap, size = state["proxy"], state["gap"], state["group"]
+    reward, gap, size, seed = (state[name] for name in ("proxy", "gap", "group", "seed"))
     rows, lines = [], []
     for one in losses:
         told = [
-            _try(one, lambda one=one, d=d: _bias(ByParameters.of(one.loss), reward, gap, d, size))[0] for d in DRIFTS
+            _try(one, lambda one=one, d=d: _bias(ByParameters.of(one.loss), reward, gap, d, size, seed))[0]
+            for d in DRIFTS
         ]
         rows.append({"one": one, "values": [(b.cosine, b.scale) for b in told]})
         lines.append(Line(one.place, one.letter, [(d, b.cosine) for d, b in zip(DRIFTS, told, strict=True)]))
-    worlds = [small_world(reward, gap, d) for d in DRIFTS]
+    worlds = [small_world(reward, gap, d, seed) for d in DRIFTS]
     kls = [float(TREE.sequence_kl(w.behavior, w.theta)) for w in worlds]
     svg = chart(
         "drift", lines, "how far the sampler is from the policy", "cosine", ticks=DRIFTS, said="cosine by drift"
@@ -228,9 +258,11 @@ def _drift(state: State, losses: list[Chosen]) -> dict[str, Any]:
 # -- over-optimization ------------------------------------------------------------------------------------------------
 
 
-def best_possible(proxy: tuple[float, ...], gold: tuple[float, ...], beta: float) -> tuple[float, float, float]:
+def best_possible(
+    proxy: tuple[float, ...], gold: tuple[float, ...], beta: float, seed: int = 0
+) -> tuple[float, float, float]:
     """(√KL, E[proxy], E[gold]) of the policy that maximizes E[proxy] − β·KL, in closed form."""
-    world = small_world(proxy)
+    world = small_world(proxy, seed=seed)
     p = world.optimum(beta)
     kl = float((p * (p.log() - TREE.logp(world.ref))).nan_to_num().sum())
     wanted = torch.tensor(gold, dtype=torch.float64)
@@ -238,18 +270,19 @@ def best_possible(proxy: tuple[float, ...], gold: tuple[float, ...], beta: float
 
 
 def _proxy(state: State, losses: list[Chosen]) -> dict[str, Any]:
-    proxy, gold, beta = state["proxy"], state["gold"], state["beta"]
-    wanted, world = torch.tensor(gold, dtype=torch.float64), small_world(proxy)
+    proxy, gold, beta, seed = (state[name] for name in ("proxy", "gold", "beta", "seed"))
+    wanted, world = torch.tensor(gold, dtype=torch.float64), small_world(proxy, seed=seed)
+    settings = (proxy, 0.0, state["group"], state["rate"], state["steps"], 1, seed)
     rows, more = [], False
     betas = [10.0 ** (1 - 3 * i / 40) for i in range(41)]
-    ideal = sorted(best_possible(proxy, gold, b) for b in betas)
+    ideal = sorted(best_possible(proxy, gold, b, seed) for b in betas)
     curves = {
         "proxy": [Line(8, "best", [(d, r) for d, r, _ in ideal])],
         "gold": [Line(8, "best", [(d, g) for d, _, g in ideal])],
     }
     for one in losses:
         loss = _try(one, lambda one=one: _with_beta(one.loss, beta))
-        path = _try(one, lambda loss=loss: walk(loss, proxy, 0.0, state["group"], state["rate"], state["steps"]))
+        path = _try(one, lambda loss=loss: walk(loss, *settings))
         more |= len(path) <= state["steps"]
         told = [measured(theta, world, wanted) for theta in path]
         for key, of in (("proxy", "reward"), ("gold", "gold")):
@@ -269,7 +302,7 @@ def _proxy(state: State, losses: list[Chosen]) -> dict[str, Any]:
         for key, lines in curves.items()
     ]
     start = measured(world.theta, world, wanted) | {"p": TREE.logp(world.theta).exp().tolist()}
-    return {"rows": rows, "charts": charts, "start": start, "rewards": proxy, "golds": gold, "more": more}
+    return {"rows": rows, "charts": charts, "start": start, "rewards": proxy, "golds": gold, "ref": None, "more": more}
 
 
 def _with_beta(loss: Loss, beta: float) -> Loss:

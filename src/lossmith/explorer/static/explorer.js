@@ -4,6 +4,7 @@
 
 let busy = false;
 let waiting = null; // the newest address that was asked for meanwhile
+let follow = false; // whether the first loss that the search finds is wanted
 
 const form = document.getElementById("view");
 const live = form && !("static" in form.dataset);
@@ -25,6 +26,7 @@ async function turnTo(address, push) {
     const next = found.getElementById("view");
     if (!next) throw new Error(answer.statusText);
     morph(form, next);
+    readAgain();
     document.title = found.title;
     const clean = form.dataset.address || "/";
     if (push) history.pushState(null, "", clean); else history.replaceState(null, "", clean);
@@ -40,8 +42,17 @@ async function turnTo(address, push) {
     busy = false;
     form.removeAttribute("aria-busy");
   }
-  if (waiting) { const [to, how] = waiting; waiting = null; turnTo(to, how); }
-  else if ("more" in form.dataset) turnTo(form.dataset.address, false);
+  if (waiting) { const [to, how] = waiting; waiting = null; return turnTo(to, how); }
+  if (follow) return takeFirst();
+  if ("more" in form.dataset) return turnTo(form.dataset.address, false);
+}
+
+function takeFirst() {
+  const first = document.querySelector("#found a");
+  follow = false;
+  if (!first) return;
+  document.getElementById("f-q").value = "";
+  return turnTo(first.getAttribute("href"), true);
 }
 
 // Makes one tree like another, and leaves alone what is being typed into, unfolded, or focused.
@@ -96,7 +107,9 @@ if (live) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const at = document.activeElement;
-    if (at && at.name) turnTo(changed(at.name, at.value), false);
+    if (!at || !at.name) return;
+    follow = at.name === "q";
+    turnTo(changed(at.name, at.value), false);
   });
   form.addEventListener("click", (event) => {
     const link = event.target.closest("a[href]");
@@ -104,8 +117,11 @@ if (live) {
     const to = link.getAttribute("href");
     if (!to.startsWith("?")) return;
     event.preventDefault();
-    const turned = link.closest("nav, .turn");
-    turnTo(to, true).then(() => { if (turned) window.scrollTo(0, 0); });
+    const turned = link.closest("nav, .turn"), gone = link.closest("#found, .chosen");
+    turnTo(to, true).then(() => {
+      if (turned) window.scrollTo(0, 0);
+      if (gone) document.getElementById("f-q").focus();
+    });
   });
   window.addEventListener("popstate", () => turnTo(location.search || "?", false));
   if ("more" in form.dataset) turnTo(form.dataset.address, false);
@@ -127,27 +143,25 @@ document.addEventListener("click", async (event) => {
 
 // -- reading a drawing ---------------------------------------------------------------------------------------------
 
-function reading(drawing, clientX) {
-  const svg = drawing.querySelector("svg");
-  const box = svg.getBoundingClientRect();
+const rowsOf = (drawing) => JSON.parse(drawing.querySelector("script").textContent);
+
+function nearest(drawing, clientX) {
+  const box = drawing.querySelector("svg").getBoundingClientRect();
   const share = (clientX - box.left) / box.width;
-  const rows = JSON.parse(drawing.querySelector("script").textContent);
-  if (!rows.length) return null;
-  let best = rows[0];
-  for (const row of rows) if (Math.abs(row[0] - share) < Math.abs(best[0] - share)) best = row;
-  return best;
+  const rows = rowsOf(drawing);
+  return rows.reduce((best, row, i) => (Math.abs(row[0] - share) < Math.abs(rows[best][0] - share) ? i : best), 0);
 }
 
-document.addEventListener("pointermove", (event) => {
-  const drawing = event.target.closest && event.target.closest(".drawing");
-  for (const other of document.querySelectorAll(".drawing")) {
-    if (other === drawing) continue;
-    other.querySelector(".reading").hidden = true;
-    other.querySelector(".hover").setAttribute("x1", -9);
-    other.querySelector(".hover").setAttribute("x2", -9);
-  }
-  const row = drawing && reading(drawing, event.clientX);
-  if (!row) return;
+function hide(drawing) {
+  drawing.querySelector(".reading").hidden = true;
+  for (const end of ["x1", "x2"]) drawing.querySelector(".hover").setAttribute(end, -9);
+}
+
+function read(drawing, index) {
+  const rows = rowsOf(drawing);
+  if (!rows.length) return;
+  const at = Math.min(Math.max(index, 0), rows.length - 1), row = rows[at];
+  drawing.dataset.at = at;
   const x = row[0] * drawing.querySelector("svg").viewBox.baseVal.width;
   for (const end of ["x1", "x2"]) drawing.querySelector(".hover").setAttribute(end, x);
   const said = drawing.querySelector(".reading");
@@ -159,12 +173,47 @@ document.addEventListener("pointermove", (event) => {
     said.append("  ", b, " ", value);
   }
   said.hidden = false;
+}
+
+function keep(drawing) {
+  const row = rowsOf(drawing)[drawing.dataset.at];
+  if (live && row && drawing.dataset.chart.startsWith("weight") && document.getElementById("f-ratio")) {
+    turnTo(changed("ratio", row[1]), false);
+  }
+}
+
+const focused = () => document.activeElement && document.activeElement.closest(".drawing");
+
+function readAgain() {
+  const drawing = focused();
+  if (drawing) read(drawing, Number(drawing.dataset.at || 0));
+}
+
+document.addEventListener("pointermove", (event) => {
+  const drawing = event.target.closest && event.target.closest(".drawing");
+  for (const other of document.querySelectorAll(".drawing")) if (other !== drawing && other !== focused()) hide(other);
+  if (drawing) read(drawing, nearest(drawing, event.clientX));
 });
 
 document.addEventListener("click", (event) => {
-  const drawing = event.target.closest(".drawing[data-chart^=weight]");
-  const field = document.getElementById("f-ratio");
-  if (!live || !drawing || !field) return;
-  const row = reading(drawing, event.clientX);
-  if (row) turnTo(changed("ratio", row[1]), false);
+  const drawing = event.target.closest(".drawing");
+  if (!drawing) return;
+  read(drawing, nearest(drawing, event.clientX));
+  keep(drawing);
+});
+
+document.addEventListener("keydown", (event) => {
+  const drawing = focused();
+  if (!drawing) return;
+  const by = { ArrowLeft: -1, ArrowRight: 1, PageDown: -20, PageUp: 20, Home: -1e6, End: 1e6 }[event.key];
+  if (by !== undefined) read(drawing, Number(drawing.dataset.at || 0) + by);
+  else if (event.key === "Enter") keep(drawing);
+  else return;
+  event.preventDefault();
+});
+
+document.addEventListener("focusin", readAgain);
+document.addEventListener("focusout", (event) => {
+  const drawing = event.target.closest(".drawing");
+  if (drawing) hide(drawing);
 });
