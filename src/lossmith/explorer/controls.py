@@ -23,6 +23,7 @@ _CHOICES = {
     "entropy_aggregate": ("same", *AGGREGATE),
     "local_normalizer": ("false", "true"),
 }
+_SELDOM = ("singleton", "eps", "denominator")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def controls(of: Chosen) -> list[tuple[str, list[Control]]]:
 def _of_composition(of: Chosen, loss: PolicyLoss) -> tuple[list[Control], list[Control]]:
     first, rest = [], []
     axes: dict[str, Piece] = {axis: getattr(loss, axis) for axis in AXES}
+    for _, piece in sorted(axes.items(), key=lambda x: x[0] != "trust"):  # what most people come to move
+        for one in _of_piece(of, piece):
+            (rest if one.label in _SELDOM else first).append(one)
     for axis, piece in axes.items():
-        first += _of_piece(of, piece)
         rest.append(_choice(of, axis, f"{axis.replace('_', ' ')}: {_first_sentence(piece)}", piece.option, AXES[axis]))
     for piece in loss.shaping:
         first += _of_piece(of, piece)

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 __all__ = ["Line", "chart", "figure", "signed"]
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 520, 300, 52, 14, 14, 44
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 480, 290, 52, 18, 14, 46
 STRIP = 11  # height of a bar below the axis
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
 
@@ -92,7 +92,7 @@ def chart(
         parts.append(f'<line class="at" x1="{px(at):.1f}" x2="{px(at):.1f}" y1="{TOP}" y2="{base}"/>')
     parts.append(f'<line class="hover" x1="-9" x2="-9" y1="{TOP}" y2="{base}"/>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}" text-anchor="middle">{escape(x)}</text>')
-    parts.append(f'<text x="4" y="{TOP - 3}">{escape(y)}</text>')
+    parts.append(f'<text x="4" y="{TOP - 5}">{escape(y)}</text>')
     parts.append("</svg>")
     drawing = "".join(parts)
     return Markup(
@@ -108,7 +108,7 @@ def _curve(line: Line, px, py, top: float) -> list[str]:  # type: ignore[no-unty
     pieces: list[list[tuple[float, float]]] = [[]]
     before = None
     for a, b in line.points:
-        jump = before is not None and (b == 0) != (before == 0) and abs(b - before) > 0.02 * top
+        jump = line.bars and before is not None and (b == 0) != (before == 0) and abs(b - before) > 0.02 * top
         if jump or not math.isfinite(b) or b > top:
             pieces.append([])
         if math.isfinite(b) and b <= top:
