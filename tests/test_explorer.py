@@ -2,6 +2,8 @@
 
 import random
 import re
+import statistics
+import time
 import warnings
 from html import unescape
 
@@ -109,6 +111,57 @@ def test_the_expected_gradient_is_the_enumerations_to_the_printed_digit(page, se
         assert row[2] == figure(float(climbs @ true / climbs.norm() / true.norm()))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_step_of_the_truth_is_the_enumerations_to_the_printed_digit(page, seed):
+    draw, name, loss = drawn(seed)
+    gap, rate, policy = (
+        round(draw.uniform(0, 1), 2),
+        round(draw.uniform(0.5, 4), 2),
+        draw.choice((0, draw.randint(1, 99))),
+    )
+    html = page(screen="truth", loss=name, gap=gap, rate=rate, seed=policy, group=2, steps=1).text
+    world = truth.small_world(FIELDS["proxy"].default, gap, 0.0, policy)
+    try:
+        with quiet_traps():
+            theta = world.theta - rate * group_gradients(loss, world, 2).mean()
+    except (LossError, ls.ProofError) as error:
+        assert text(str(error)) in text(html)
+        return
+    p = world.tree.logp(theta).exp()
+    row = next(r for r in cells(html) if len(r) == 5 and r[0].startswith("A "))
+    kl, entropy = world.tree.sequence_kl(theta, world.ref), -(p * p.log()).sum()
+    assert row[1:] == ["1", *(figure(float(x)) for x in (p @ world.reward, kl, entropy))]
+    shown = [r for r in cells(html) if r and r[0] in truth.NAMES]
+    assert [r[-2] for r in shown] == [figure(float(x), 3) for x in p]
+
+
+def test_steps_on_the_same_completions_are_taken_off_policy():
+    loss, world = ls.get_loss("grpo"), truth.small_world(FIELDS["proxy"].default, 0.5)
+    path = truth.walk(loss, FIELDS["proxy"].default, 0.5, 2, 4.0, 3, reuse=2)
+    for i, sampler in ((1, 0), (2, 2)):
+        here = truth.World(truth.TREE, path[i], path[sampler], world.ref, world.reward)
+        assert torch.allclose(path[i] - 4.0 * group_gradients(loss, here, 2).mean(), path[i + 1], rtol=1e-9)
+
+
+def test_a_walk_is_the_same_however_often_it_was_interrupted(page, tmp_path, monkeypatch):
+    asked = (ls.get_loss("rloo"), FIELDS["proxy"].default, 0.0, 2, 1.37, 4)
+    monkeypatch.setattr(truth, "SECONDS", 0.0)
+    parts = [len(truth.walk(*asked, seconds=0.0)) for _ in range(4)]
+    interrupted = truth.walk(*asked)
+    truth._PATHS.clear()
+    assert parts == [2, 3, 4, 5] and all(map(torch.equal, interrupted, truth.walk(*asked)))
+    view = "screen=truth&steps=3&group=2&rate=1.41&loss=rloo"
+    assert "data-more" in page(screen="truth", steps=3, group=2, rate=1.41, loss="rloo").text
+    assert "Still walking" not in export_view(tmp_path / "v.html", view=view).read_text()
+    assert "Still walking" not in page(screen="truth", steps=3, group=2, rate=1.43, loss="rloo", save="").text
+
+
+def test_a_gradient_that_is_not_finite_is_said(page, monkeypatch):
+    monkeypatch.setattr(truth.Expectation, "gradient", lambda self, world: world.theta * float("nan"))
+    html = page(screen="truth", steps=1, group=2, rate=1.61, loss="grpo").text
+    assert "step 1: the expected gradient is not finite; take a smaller learning rate." in text(html)
+
+
 @pytest.mark.parametrize("name", ["rloo", "grpo", "gspo", "dapo", "ppo", "reinforce", "dpo"])
 def test_one_backward_pass_gives_the_mean_of_all_groups(name):
     loss, expected = example_loss(name), Expectation(example_loss(name), 2)
@@ -202,6 +255,10 @@ def test_the_search_finds_by_name_paper_and_words(page):
 
     assert found("dr_grpo")[0] == "dr_grpo" and "rloo" in found("leave one out") + found("rloo")
     assert found("zzzz") == []
+    html = page(q="rloo(beta=0.1)", loss="grpo").text
+    assert 'href="?loss=grpo&amp;loss=rloo%28beta%3D0.1%29"' in html
+    assert "must be at least 0" in notices(page(q="grpo(clip_low=-1)").text)[0]
+    assert "somebody's own code" in page(q="os:system").text
     html = page(("q", "rloo"), *(("loss", n) for n in ("grpo", "ppo", "dapo", "gspo"))).text
     assert "take one away first" in html
 
@@ -214,6 +271,31 @@ def test_every_page_of_the_tour_is_there_and_leads_to_the_next(page, n):
         assert f'href="?tour={n + 1}&amp;score1=1&amp;loss=grpo%28beta%3D0.1%29"' in answer.text
     else:
         assert "lossmith train --loss 'grpo(beta=0.1)'" in unescape(answer.text)
+
+
+def test_a_push_is_shown_token_by_token_and_as_the_product_that_it_is(page):
+    html = page(screen="group", loss="ppo", rewards="1 0", lengths="3 2").text
+    batch = group.batch_of(example_loss("ppo"), [[1.0, 0.0]], [[3, 2]], 16)
+    logp = batch.logp.clone().requires_grad_()
+    push = -torch.autograd.grad(example_loss("ppo")(batch.replace(logp=logp)).loss, logp)[0]
+    tokens = [r[1:] for r in cells(html) if r and r[0] in ("reward 1", "reward 0")]
+    assert tokens == [[signed(float(x)) for x in push[0, :3]], [signed(float(x)) for x in push[1, :2]]]
+    assert [figure(float(x)) for x in push[0, :3]] == next(r for r in cells(html) if r[0] == "1" and ", " in r[-1])[
+        -1
+    ].split(", ")
+
+
+def test_answers_come_while_a_slider_moves(page):
+    """Targets are 150 ms and a second on two idle cores (docs/explore.md); here with room for a busy machine."""
+    times = []
+    for i in range(9):
+        start = time.perf_counter()
+        page(("screen", "weight"), ("loss", "grpo"), ("loss", "dapo"), ("0.clip_high", f"0.3{i}"))
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 1
+    start = time.perf_counter()
+    page(("screen", "truth"), ("loss", "grpo"), ("loss", "rloo"), ("0.beta", "0.0123"))
+    assert time.perf_counter() - start < 5
 
 
 def test_special_groups_are_explained(page):

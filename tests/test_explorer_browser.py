@@ -19,11 +19,16 @@ from test_annotation_browser import CHROMIUM, LOOKS, chromium  # noqa: F401
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
 
-VIEWS = [f"?screen={s}&loss=grpo&loss=rloo" for s in SCREENS]
-VIEWS += [f"?screen=truth&part={p}&loss=grpo&loss=cispo" for p in PARTS if p != "steps"]
-VIEWS += [f"?tour={n}&loss=grpo" for n in range(1, 11)]
-QUICK = [f"?screen={s}&loss=grpo" for s in ("loss", "weight", "group", "step")] + ["?tour=7&loss=grpo"]
+VIEWS = [f"?screen={s}&loss=grpo&loss=rloo&steps=3&group=2" for s in SCREENS]
+VIEWS += [f"?screen=truth&part={p}&loss=grpo&loss=cispo&steps=3&group=2" for p in PARTS if p != "steps"]
+VIEWS += [f"?tour={n}&loss=grpo&steps=3" for n in range(1, 11)]
+QUICK = [f"?screen={s}&loss=grpo&steps=1&group=2" for s in SCREENS] + ["?tour=6&loss=grpo", "?tour=7&loss=grpo"]
+QUICK += [f"?screen=truth&part={p}&loss=rloo&steps=1&group=2" for p in ("gradient", "proxy")]
 MOVED = [*QUICK, *(pytest.param(view, marks=pytest.mark.slow) for view in VIEWS)]
+TYPED = {  # into fields without a slider
+    "rewards": "1 0.5 0 | 0.2 0.1", "lengths": "3 2 5 4 4", "proxy": "1 0 0 0 0 0 0", "gold": "0 1 0 0 0 0 0",
+    "eps": "0.001", "shaping": "clip", "q": "rloo",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +50,7 @@ def opened(chromium, address):  # noqa: F811
     def start(view="", where=None, **looks):
         contexts.append(chromium.new_context(**looks))
         page = contexts[-1].new_page()
-        page.set_default_timeout(30_000)
-        page.wrong, page.asked = [], []
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        page.on("console", lambda message: page.wrong.append(message.text))
-        page.on("request", lambda request: page.asked.append(request.url))
+        watched(page)
         page.goto(where or address + view)
         settled(page)
         return page
@@ -57,6 +58,15 @@ def opened(chromium, address):  # noqa: F811
     yield start
     for context in contexts:
         context.close()
+
+
+def watched(page):
+    page.set_default_timeout(30_000)
+    page.wrong, page.asked = [], []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("console", lambda message: page.wrong.append(message.text))
+    page.on("dialog", lambda dialog: (page.wrong.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: page.asked.append(request.url))
 
 
 def settled(page):
@@ -73,6 +83,8 @@ def well(page, address):
 def test_every_slider_and_field_is_moved(opened, address, view):
     """Each control of a screen in turn: the page stays whole, the address says what was changed."""
     page = opened(view)
+    if view == QUICK[0]:
+        page.locator(".choices summary").click()  # a loss's controls are the same beside every screen
     names = page.locator("#view [data-for]").evaluate_all("all => all.map(e => e.dataset.for)")
     assert names or "loss=" in view
     for name in names:
@@ -88,6 +100,15 @@ def test_every_slider_and_field_is_moved(opened, address, view):
             settled(page)
         assert page.locator(f'[id="f-{name}"]').input_value() != before, name
         assert page.evaluate("document.activeElement.dataset.for") == name  # the focus is where it was
+    for name in page.locator("#view input[name]:visible").evaluate_all("all => all.map(e => e.name)"):
+        field = page.locator(f'[id="f-{name}"]')
+        if not field.count() or page.locator(f'[data-for="{name}"]').count():
+            continue
+        before = page.url
+        field.fill(TYPED.get(name.split(".")[-1], "0.5"))
+        page.keyboard.press("Enter")
+        settled(page)
+        assert page.url != before or page.get_by_role("alert").count() == 1, name
     for select in page.locator("#view select:visible").all():
         other = select.evaluate("e => [...e.options].map(o => o.value).find(v => v !== e.value)")
         if other is not None:
@@ -118,7 +139,25 @@ def test_the_mouse_reads_numbers_off_a_drawing(opened, address):
     page.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + box["height"] / 2)
     reading = page.locator(".reading").first
     assert reading.is_visible() and "A" in reading.inner_text() and "B" in reading.inner_text()
+    page.mouse.click(box["x"] + box["width"] * 0.55, box["y"] + box["height"] / 2)
+    page.wait_for_function("() => location.search.includes('ratio=')")
+    settled(page)
     assert well(page, address)
+
+
+def test_the_keyboard_reads_a_drawing_too(opened, address):
+    page = opened("?screen=weight&loss=grpo")
+    page.locator(".drawing svg").first.focus()
+    page.keyboard.press("End")
+    reading = page.locator(".reading").first
+    assert reading.inner_text().split() == ["10", "A", "0"]  # clipped
+    page.keyboard.press("Home")
+    assert reading.inner_text().split() == ["0.1", "A", "0.1"]
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => location.search.includes('ratio=0.1013')")
+    settled(page)
+    assert reading.is_visible() and page.locator("#f-ratio").input_value() == "0.1013" and well(page, address)
 
 
 def test_keyboard_alone_finds_a_loss_changes_it_and_takes_it_away(opened, address):
@@ -128,6 +167,16 @@ def test_keyboard_alone_finds_a_loss_changes_it_and_takes_it_away(opened, addres
     page.wait_for_function("() => document.querySelector('#found a')")
     settled(page)
     page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.chosen').length === 2")
+    settled(page)
+    assert page.evaluate("document.activeElement.id") == "f-q" and page.locator("#f-q").input_value() == ""
+    page.keyboard.type("gspo(beta=0.1)")  # a whole call: Enter takes it
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.chosen').length === 3")
+    settled(page)
+    assert "gspo(beta=0.1)" in page.locator(".chosen").last.inner_text()
+    page.locator(".chosen .drop").last.focus()
     page.keyboard.press("Enter")
     page.wait_for_function("() => document.querySelectorAll('.chosen').length === 2")
     settled(page)
@@ -161,10 +210,47 @@ def test_a_refused_value_stays_in_its_field_beside_the_reason(opened, address):
     assert "must be at least 0" in page.get_by_role("alert").inner_text() and well(page, address)
 
 
+@pytest.fixture(scope="module")
+def looked_at(chromium, address):  # noqa: F811
+    """{look: one page that is taken from view to view}, as large screens, phones and dark ones have it."""
+    phone = {"viewport": {"width": 360, "height": 640}, "is_mobile": True, "has_touch": True}
+    pages = {}
+    for look, about in (("phone", phone), ("dark", {"color_scheme": "dark"})):
+        page = pages[look] = chromium.new_context(**about).new_page()
+        watched(page)
+    yield pages
+    for page in pages.values():
+        page.context.close()
+
+
 @pytest.mark.parametrize("view", VIEWS)
-def test_it_fits_a_phone(opened, address, view):
-    page = opened(view, viewport={"width": 360, "height": 640}, is_mobile=True, has_touch=True)
+def test_it_fits_a_phone(looked_at, address, view):
+    page = looked_at["phone"]
+    page.goto(address + view)
+    settled(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360 and well(page, address)
+
+
+@pytest.mark.parametrize("view", VIEWS[:5] + VIEWS[-3:-2])
+def test_in_the_dark_it_is_dark(looked_at, address, view):
+    page = looked_at["dark"]
+    page.goto(address + view)
+    settled(page)
+    papers = page.evaluate(
+        "() => ['body', '.card, .chosen'].map(s => getComputedStyle(document.querySelector(s)).backgroundColor)"
+    )
+    assert all(max(map(int, re.findall(r"\d+", paper)[:3])) < 64 for paper in papers) and well(page, address)
+
+
+@pytest.mark.parametrize(
+    "view", ["?loss=<img src=x onerror=alert(1)>", "?screen=nowhere", "?loss=os:system", "?steps=no&screen=truth"]
+)
+def test_a_hostile_address_gives_words_on_the_page(looked_at, address, view):
+    page = looked_at["phone"]
+    page.goto(address + view)
+    settled(page)
+    said = page.locator(".notice:visible").first.inner_text()
+    assert "Traceback" not in said and len(said) > 20 and page.locator("img").count() == 0 and well(page, address)
 
 
 def test_a_view_as_a_file_opens_without_the_server(opened, tmp_path):

@@ -54,7 +54,8 @@ def controls(of: Chosen) -> list[tuple[str, list[Control]]]:
 
 
 def _of_composition(of: Chosen, loss: PolicyLoss) -> tuple[list[Control], list[Control]]:
-    first, rest = [], []
+    first: list[Control] = []
+    rest: list[Control] = []
     axes: dict[str, Piece] = {axis: getattr(loss, axis) for axis in AXES}
     for _, piece in sorted(axes.items(), key=lambda x: x[0] != "trust"):  # what most people come to move
         for one in _of_piece(of, piece):

@@ -61,12 +61,12 @@ def small_world(reward: tuple[float, ...], gap: float = 0.0, drift: float = 0.0,
 
 def walk(
     loss: Loss, reward: tuple[float, ...], gap: float, size: int, rate: float, steps: int,
-    reuse: int = 1, seed: int = 0,
+    reuse: int = 1, seed: int = 0, seconds: float = SECONDS,
 ) -> list[Tensor]:  # fmt: skip
     """The parameters at the start and after each step along the expected gradient, exactly.
 
-    reuse: steps before there are new completions. Fewer steps than asked for where the time is up: the next call goes
-    on. LossError: the gradient is not finite.
+    reuse: steps before there are new completions. Fewer steps than asked for once the seconds are over: the next call
+    goes on. LossError: the gradient is not finite.
     """
     key = (ByParameters.of(loss), reward, gap, size, rate, reuse, seed)
     world = small_world(reward, gap, 0.0, seed)
@@ -74,14 +74,16 @@ def walk(
     _PATHS.move_to_end(key)
     while len(_PATHS) > _KEPT:
         _PATHS.popitem(last=False)
-    until, expected = time.monotonic() + SECONDS, Expectation(loss, size)
-    while len(path) <= steps and time.monotonic() < until:
+    until, expected = time.monotonic() + seconds, Expectation(loss, size)
+    while len(path) <= steps:
         done = len(path) - 1
         here = World(TREE, path[-1], path[done - done % reuse], world.ref, world.reward)
         gradient = expected.gradient(here)
         if not bool(torch.isfinite(gradient).all()):
             raise LossError(f"step {len(path)}: the expected gradient is not finite; take a smaller learning rate.")
         path.append(path[-1] - rate * gradient)
+        if time.monotonic() > until:
+            break
     return path[: steps + 1]
 
 
@@ -139,7 +141,16 @@ def _steps(state: State, losses: list[Chosen]) -> dict[str, Any]:
     world = small_world(reward, gap, 0.0, seed)
     rows, more = [], False
     curves: dict[str, list[Line]] = {"reward": [], "kl": [], "entropy": [], "cosine": []}
-    settings = (reward, gap, state["group"], state["rate"], state["steps"], state["reuse"], seed)
+    settings = (
+        reward,
+        gap,
+        state["group"],
+        state["rate"],
+        state["steps"],
+        state["reuse"],
+        seed,
+        SECONDS / max(len(losses), 1),
+    )
     for one in losses:
         path = _try(one, lambda one=one: walk(one.loss, *settings))
         more |= len(path) <= state["steps"]
@@ -272,7 +283,7 @@ def best_possible(
 def _proxy(state: State, losses: list[Chosen]) -> dict[str, Any]:
     proxy, gold, beta, seed = (state[name] for name in ("proxy", "gold", "beta", "seed"))
     wanted, world = torch.tensor(gold, dtype=torch.float64), small_world(proxy, seed=seed)
-    settings = (proxy, 0.0, state["group"], state["rate"], state["steps"], 1, seed)
+    settings = (proxy, 0.0, state["group"], state["rate"], state["steps"], 1, seed, SECONDS / max(len(losses), 1))
     rows, more = [], False
     betas = [10.0 ** (1 - 3 * i / 40) for i in range(41)]
     ideal = sorted(best_possible(proxy, gold, b, seed) for b in betas)
