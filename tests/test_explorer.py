@@ -114,11 +114,8 @@ def test_the_expected_gradient_is_the_enumerations_to_the_printed_digit(page, se
 @pytest.mark.parametrize("seed", range(20))
 def test_a_step_of_the_truth_is_the_enumerations_to_the_printed_digit(page, seed):
     draw, name, loss = drawn(seed)
-    gap, rate, policy = (
-        round(draw.uniform(0, 1), 2),
-        round(draw.uniform(0.5, 4), 2),
-        draw.choice((0, draw.randint(1, 99))),
-    )
+    gap, rate = round(draw.uniform(0, 1), 2), round(draw.uniform(0.5, 4), 2)
+    policy = draw.choice((0, draw.randint(1, 99)))
     html = page(screen="truth", loss=name, gap=gap, rate=rate, seed=policy, group=2, steps=1).text
     world = truth.small_world(FIELDS["proxy"].default, gap, 0.0, policy)
     try:
@@ -257,8 +254,8 @@ def test_the_search_finds_by_name_paper_and_words(page):
     assert found("zzzz") == []
     html = page(q="rloo(beta=0.1)", loss="grpo").text
     assert 'href="?loss=grpo&amp;loss=rloo%28beta%3D0.1%29"' in html
-    assert "must be at least 0" in notices(page(q="grpo(clip_low=-1)").text)[0]
-    assert "somebody's own code" in page(q="os:system").text
+    assert "must be at least 0" in text(page(q="grpo(clip_low=-1)").text)
+    assert "somebody's own code" in text(page(q="os:system").text)
     html = page(("q", "rloo"), *(("loss", n) for n in ("grpo", "ppo", "dapo", "gspo"))).text
     assert "take one away first" in html
 
@@ -280,9 +277,8 @@ def test_a_push_is_shown_token_by_token_and_as_the_product_that_it_is(page):
     push = -torch.autograd.grad(example_loss("ppo")(batch.replace(logp=logp)).loss, logp)[0]
     tokens = [r[1:] for r in cells(html) if r and r[0] in ("reward 1", "reward 0")]
     assert tokens == [[signed(float(x)) for x in push[0, :3]], [signed(float(x)) for x in push[1, :2]]]
-    assert [figure(float(x)) for x in push[0, :3]] == next(r for r in cells(html) if r[0] == "1" and ", " in r[-1])[
-        -1
-    ].split(", ")
+    product = next(r[-1] for r in cells(html) if r[0] == "1" and ", " in r[-1])
+    assert product.split(", ") == [figure(float(x)) for x in push[0, :3]]
 
 
 def test_answers_come_while_a_slider_moves(page):

@@ -141,18 +141,10 @@ def _steps(state: State, losses: list[Chosen]) -> dict[str, Any]:
     world = small_world(reward, gap, 0.0, seed)
     rows, more = [], False
     curves: dict[str, list[Line]] = {"reward": [], "kl": [], "entropy": [], "cosine": []}
-    settings = (
-        reward,
-        gap,
-        state["group"],
-        state["rate"],
-        state["steps"],
-        state["reuse"],
-        seed,
-        SECONDS / max(len(losses), 1),
-    )
+    settings = (reward, gap, state["group"], state["rate"], state["steps"], state["reuse"], seed)
+    seconds = SECONDS / max(len(losses), 1)
     for one in losses:
-        path = _try(one, lambda one=one: walk(one.loss, *settings))
+        path = _try(one, lambda one=one: walk(one.loss, *settings, seconds=seconds))
         more |= len(path) <= state["steps"]
         told = [measured(theta, world) for theta in path]
         for key, lines in curves.items():
@@ -283,7 +275,8 @@ def best_possible(
 def _proxy(state: State, losses: list[Chosen]) -> dict[str, Any]:
     proxy, gold, beta, seed = (state[name] for name in ("proxy", "gold", "beta", "seed"))
     wanted, world = torch.tensor(gold, dtype=torch.float64), small_world(proxy, seed=seed)
-    settings = (proxy, 0.0, state["group"], state["rate"], state["steps"], 1, seed, SECONDS / max(len(losses), 1))
+    settings = (proxy, 0.0, state["group"], state["rate"], state["steps"], 1, seed)
+    seconds = SECONDS / max(len(losses), 1)
     rows, more = [], False
     betas = [10.0 ** (1 - 3 * i / 40) for i in range(41)]
     ideal = sorted(best_possible(proxy, gold, b, seed) for b in betas)
@@ -293,7 +286,7 @@ def _proxy(state: State, losses: list[Chosen]) -> dict[str, Any]:
     }
     for one in losses:
         loss = _try(one, lambda one=one: _with_beta(one.loss, beta))
-        path = _try(one, lambda loss=loss: walk(loss, *settings))
+        path = _try(one, lambda loss=loss: walk(loss, *settings, seconds=seconds))
         more |= len(path) <= state["steps"]
         told = [measured(theta, world, wanted) for theta in path]
         for key, of in (("proxy", "reward"), ("gold", "gold")):

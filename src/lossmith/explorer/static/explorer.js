@@ -25,7 +25,9 @@ async function turnTo(address, push) {
     const found = new DOMParser().parseFromString(await answer.text(), "text/html");
     const next = found.getElementById("view");
     if (!next) throw new Error(answer.statusText);
+    const held = handle(document.activeElement);
     morph(form, next);
+    if (held && document.activeElement === document.body) takeUp(held);
     readAgain();
     document.title = found.title;
     const clean = form.dataset.address || "/";
@@ -45,6 +47,20 @@ async function turnTo(address, push) {
   if (waiting) { const [to, how] = waiting; waiting = null; return turnTo(to, how); }
   if (follow) return takeFirst();
   if ("more" in form.dataset) return turnTo(form.dataset.address, false);
+}
+
+// How to find a control again that went to another place of the page with what was changed.
+function handle(control) {
+  if (!control || !form.contains(control)) return "";
+  return control.dataset.for ? `[data-for="${control.dataset.for}"]` : control.id ? `[id="${control.id}"]` : "";
+}
+
+function takeUp(held) {
+  const control = form.querySelector(held);
+  if (!control) return;
+  const folded = control.closest("details");
+  if (folded) folded.open = true;
+  control.focus();
 }
 
 function takeFirst() {
@@ -77,11 +93,13 @@ function morph(old, next) {
 function children(old, next) {
   const wanted = [...next.childNodes];
   for (let i = 0; i < wanted.length; i++) {
-    const here = old.childNodes[i];
     const there = wanted[i];
+    const known = there.id && [...old.children].find((e) => e.id === there.id && e.nodeName === there.nodeName);
+    if (known && known !== old.childNodes[i]) old.insertBefore(known, old.childNodes[i]);
+    const here = old.childNodes[i];
     if (!here) old.append(document.importNode(there, true));
     else if (here.nodeType !== there.nodeType || here.nodeName !== there.nodeName ||
-        (here.id || "") !== (there.id || "")) here.replaceWith(document.importNode(there, true));
+        (here.id || "") !== (there.id || "")) old.insertBefore(document.importNode(there, true), here);
     else if (here.nodeType === 1) morph(here, there);
     else if (here.data !== there.data) here.data = there.data;
   }
