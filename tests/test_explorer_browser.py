@@ -284,8 +284,7 @@ def examined(request, chromium):  # noqa: F811
 def test_axe_finds_no_fault(examined, address, view):
     examined.goto(address + view)
     settled(examined)
-    for folded in examined.locator("details:not([open]) > summary").all():
-        folded.click()
+    examined.evaluate("() => document.querySelectorAll('details').forEach(folded => { folded.open = true; })")
     examined.add_script_tag(path=os.environ["LOSSMITH_AXE"])
     found = examined.evaluate("axe.run()")
     assert [(v["id"], v["nodes"][0]["html"][:120]) for v in found["violations"]] == [] and len(found["passes"]) > 10

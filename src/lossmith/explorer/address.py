@@ -137,7 +137,7 @@ class State:
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        known = [*FIELDS, "loss", "add"]
+        known = [*FIELDS, "loss"]
         for name, _ in self.pairs:
             if name not in known and not re.fullmatch(r"[0-3]\.\w{1,40}", name):
                 self.problems.append(f"there is no {_short(name)} in an address.{nearest(name, known)}")

@@ -201,7 +201,7 @@ def view(request: Request) -> Response:
     except ValueError:
         return _message(HTTPStatus.BAD_REQUEST, "Too many fields", "No view of this page has that many.")
     save = any(name == "save" for name, _ in pairs)
-    pairs = _with_added([pair for pair in pairs if pair[0] != "save"] or [("loss", spec) for spec in DEFAULT])
+    pairs = [pair for pair in pairs if pair[0] != "save"] or [("loss", spec) for spec in DEFAULT]
     with request.app.state.lock:  # one at a time: warnings are quieted for a whole process
         state, own = State(tuple(pairs)), request.app.state.own
         if save:
@@ -210,11 +210,6 @@ def view(request: Request) -> Response:
             html = _templates().get_template("page.html").render(**_values(state, own))
     headers = {"content-disposition": 'attachment; filename="view.html"'} if save else {}
     return HTMLResponse(html, headers=headers)
-
-
-def _with_added(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """`add` is what the search field without scripts sends: a name."""
-    return [("loss" if name == "add" else name, value) for name, value in pairs if name != "add" or value.strip()]
 
 
 @_routes.get("/static/{file}")

@@ -43,7 +43,7 @@ def view(state: State, losses: list[Chosen]) -> dict[str, Any]:
     for block in blocks:
         for row in block.get("rows", []):
             row["levels"] = [level(x, largest) for x in row["tokens"]]
-    return {"blocks": blocks, "examples": examples, "count": sum(map(len, rewards))}
+    return {"blocks": blocks, "examples": examples}
 
 
 def read_groups(state: State) -> tuple[list[list[float]], list[list[int]]]:

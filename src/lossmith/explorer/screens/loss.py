@@ -60,7 +60,6 @@ def _card(one: Chosen) -> dict[str, Any]:
         "recipe": f"loss = {json.dumps(one.spec, ensure_ascii=False)}",
         "command": f"lossmith train --loss {shlex.quote(one.spec)}",
         "python": f"loss = ls.get_loss({one.spec!r})",
-        "changed": one.spec != entry.name,
     }
 
 
@@ -111,7 +110,6 @@ def found_in_catalogue(state: State, losses: list[Chosen]) -> list[dict[str, Any
         {
             "name": entry.name,
             "summary": entry.summary,
-            "year": entry.year,
             "there": entry.name in specs,
             "link": state.query([*specs, entry.name], q="") if room else "",
         }
