@@ -2,6 +2,7 @@
 
 import random
 import re
+import socket
 import statistics
 import time
 import warnings
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 
 import lossmith as ls
 import tiny
+from lossmith.cli import app as command
 from lossmith.errors import AddressError, LossError, RunError, quiet_traps
 from lossmith.explorer import export_view, make_app
 from lossmith.explorer.address import FIELDS, SCREENS, State
@@ -392,6 +394,27 @@ def test_a_loss_that_there_is_not_stops_the_command(tmp_path):
         export_view(tmp_path / "v.txt", ["grpo"])
     with pytest.raises(RunError):
         export_view("/proc/none/v.html", ["grpo"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["explore", "grp0", "--no-browser"], "Did you mean 'grpo'"),
+        (["tour", "grp0", "--no-browser"], "Did you mean 'grpo'"),
+        (["explore", "grpo", "--view", "screen=weight"], "no file is given"),
+        (["explore", "grpo", "--no-browser", "--port", "TAKEN"], "Choose another port, or 0 for a free one"),
+    ],
+)
+def test_the_commands_refuse_before_there_is_a_page(words, said):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LossError, match=said):
+        port = str(taken.getsockname()[1])
+        command([port if word == "TAKEN" else word for word in words], result_action="return_value")
+
+
+def test_the_command_writes_the_view_that_it_is_given(tmp_path, capsys):
+    file = tmp_path / "tour.html"
+    command(["explore", "rloo", "--export", str(file), "--view", "tour=6&ratio=2"], result_action="return_value")
+    assert f"wrote {file}" in capsys.readouterr().out and "At r = 2 a good token" in text(file.read_text())
 
 
 @pytest.mark.parametrize("screen", SCREENS)
