@@ -265,7 +265,9 @@ def test_a_server_that_ends_while_it_starts_shows_its_last_words(tmp_path, monke
         )
 
 
-@pytest.mark.parametrize("trap", ["", "trap '' TERM"], ids=["willing", "deaf"])
+@pytest.mark.parametrize(
+    "trap", [pytest.param("", marks=pytest.mark.slow, id="willing"), pytest.param("trap '' TERM", id="deaf")]
+)
 def test_the_server_ends_with_its_owner_however_that_ends(tmp_path, trap):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{trap}\necho $$\nexec sleep 60\n")
