@@ -15,8 +15,12 @@ from lossmith.losses.axes.advantage.baseline import *
 from lossmith.losses.axes.advantage.per_token import *
 from lossmith.losses.axes.advantage.scale import *
 from lossmith.losses.axes.advantage.signal import *
+from lossmith.losses.axes.advantage.teacher import *
 from lossmith.losses.axes.aggregate import *
-from lossmith.losses.axes.extra import *
+from lossmith.losses.axes.extra.base import *
+from lossmith.losses.axes.extra.divergence import *
+from lossmith.losses.axes.extra.teacher import *
+from lossmith.losses.axes.extra.terms import *
 from lossmith.losses.axes.kl import *
 from lossmith.losses.axes.masks import *
 from lossmith.losses.axes.mismatch import *

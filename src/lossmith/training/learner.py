@@ -24,6 +24,7 @@ from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import (
     Layout,
     Policy,
+    Teacher,
     TokenOutputs,
     bfloat16_weights,
     can_checkpoint_activations,
@@ -33,6 +34,7 @@ from lossmith.policy import (
     token_outputs,
 )
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
 from lossmith.training.recipe import Recipe
@@ -55,13 +57,19 @@ class Update:
 class Learner:
     """Holds the optimizer, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
-    def __init__(self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0) -> None:
-        """longest: tokens of the longest prompt there will be, for the estimate of memory."""
+    def __init__(
+        self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0, teacher: Teacher | None = None
+    ) -> None:
+        """longest: tokens of the longest prompt there will be, for the estimate of memory. teacher: of a loss that
+        learns from one.
+        """
         if loss.value.active and policy.value_head is None:
             policy.add_value_head()
         if "value" in loss.needs and not loss.value.active:
             raise RunError(f"{loss.name} reads a critic that nothing trains: give it value_coef > 0, for example 0.5.")
-        self.policy, self.loss, self.recipe = policy, loss, recipe
+        if loss.needs & TAUGHT and teacher is None:
+            raise RunError(f"{loss.name} learns from a teacher: give the learner one.")
+        self.policy, self.loss, self.recipe, self.teacher = policy, loss, recipe, teacher
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
         self.reference = policy.frozen() if needed else None
         trained = [(policy.parameters(), recipe.learning_rate)]
@@ -71,7 +79,8 @@ class Learner:
             raise RunError("the policy has no trainable parameter.")
         self.optimizer = make_optimizer(trained, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        self.memory = estimate_memory(policy, recipe, self.reference is not None, longest)
+        frozen = [self.reference, teacher.policy if teacher is not None and teacher.policy is not policy else None]
+        self.memory = estimate_memory(policy, recipe, [p for p in frozen if p is not None], longest)
         self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
         self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
@@ -80,7 +89,7 @@ class Learner:
                 "layers are run again in the backward pass" if self.recompute else "the model's layers are not known",
             )
         if self.compiled:
-            for each in filter(None, (policy, self.reference)):
+            for each in filter(None, (policy, *frozen)):
                 compile_layers(each)
         self.weights = WeightWatch(
             trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
@@ -102,14 +111,18 @@ class Learner:
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
-        in_reward = loss.kl.in_reward
-        if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp", "old_logp"}:
+        at_once = "old_logp" in loss.credit_reads  # the credit half has no forward pass of its own
+        if (several and loss.uses_old) or at_once or loss.needs & {"value", "behavior_logp", "old_logp"}:
             now = self.outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
                 fields["old_value"] = fields["value"] = now.value
         if self.reference is not None and ("ref_logp" in loss.needs or recipe.tracks_kl):
             fields["ref_logp"] = self.outputs(self.reference, rollouts, frozenset()).logp
+        if "teacher_logp" in loss.needs:
+            assert self.teacher is not None
+            taught = self.teacher.sees(rollouts)
+            fields["teacher_logp"] = self.outputs(self.teacher.policy, taught, frozenset()).logp
         if "mismatched_log_ratio" in loss.needs:
             fields["mismatched_log_ratio"] = self._mismatched(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
@@ -240,6 +253,7 @@ class Learner:
     def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
         """The outputs that the loss needs from a forward pass, padded to the batch's width."""
         want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
+        want |= {"divergence"} if self.loss.divergence is not None else set()
         out = token_outputs(
             self.policy,
             rollouts,
@@ -247,6 +261,8 @@ class Learner:
             layout=self.layout,
             want=want,
             reference=self.reference if "full_kl" in want else None,
+            teacher=self.teacher,
+            divergence=self.loss.divergence,
             activation_checkpointing=self.recompute,
         )
         width = batch.valid.shape[1]

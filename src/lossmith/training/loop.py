@@ -35,6 +35,7 @@ from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import BEST, RunFolder, check_disk
+from lossmith.training.teaching import check_told, shown_to_teacher, teacher_of
 
 __all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored"]
 
@@ -370,7 +371,7 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
     )
     prompts = load_prompts(
         source,
-        pass_columns=recipe.pass_columns,
+        pass_columns=[*recipe.pass_columns, *shown_to_teacher(recipe)],
         column=recipe.prompt_column,
         split=recipe.prompt_split,
         limit=recipe.prompt_limit,
@@ -392,6 +393,8 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
             if not recipe.accept_weak_scorer:
                 refuse_weak(scorer)
     check_model(recipe.model)
+    if recipe.teacher is not None:
+        check_told(recipe, prompts)
     return Plan(recipe, prompts, train, held_out, prompts.summary())
 
 
@@ -410,9 +413,10 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
     for one in (scorer, watch):
         bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
+    teacher = teacher_of(recipe, policy, plan.train)
     longest = _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
-        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)))
+        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), teacher)
     check_memory(learner.memory, learner.recompute, recipe, longest.source)
     now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
     if folder is None:

@@ -9,7 +9,6 @@ from lossmith.losses.axes.advantage import (
     Group,
     MaxRL,
     Raw,
-    ReferenceGap,
     ReMax,
     Return,
     Whiten,
@@ -147,13 +146,5 @@ ENTRIES = [
         paper="book, utility U = r",
         summary="Log-probability times the bare reward, no baseline.",
         build=lambda: PolicyLoss(advantage=Raw(), trust=LogP(), aggregate=SeqMeanTokenSum()),
-    ),
-    Entry(
-        name="opd",
-        year=2025,
-        paper="on-policy distillation; losses of this kind in PRIME-RL and Tinker",
-        summary="Distils the reference: its log-probability minus the policy's as advantage of each token.",
-        build=lambda: PolicyLoss(advantage=ReferenceGap(), trust=NoTrust(), aggregate=TokenMean()),
-        aliases=("on_policy_distillation", "reverse_kl_distillation"),
     ),
 ]

@@ -2,7 +2,7 @@
 
 from lossmith.losses.axes.advantage import Group, GroupStd
 from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
-from lossmith.losses.axes.extra import SquareLogRatio
+from lossmith.losses.axes.extra.terms import SquareLogRatio
 from lossmith.losses.axes.ratio import TokenRatio
 from lossmith.losses.axes.trust import (
     Band,

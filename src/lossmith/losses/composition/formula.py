@@ -79,6 +79,8 @@ def _where(loss: Composition, i: int) -> list[str]:
         lines.append(reward)
     if loss.kl.active and loss.kl.estimator != "full":
         lines.append(_kappa(loss, i))
+    symbols = loss.extra.where()
+    lines += [] if symbols is None else [symbols[i]]
     if loss.value.active:
         lines.append("G = " + loss.advantage.target_formula()[i])
     if loss.mismatch.acts:
