@@ -38,6 +38,7 @@ from lossmith.losses.catalogue import CATALOGUE, get_loss
 from lossmith.losses.catalogue.parse import *
 from lossmith.losses.catalogue.user import register_loss as register_loss
 from lossmith.losses.completion.completion_loss import *
+from lossmith.losses.completion.kin import *
 from lossmith.losses.completion.preferences import *
 from lossmith.losses.completion.regressions import *
 from lossmith.losses.composition.flat import all_parameters as all_parameters

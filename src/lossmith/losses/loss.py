@@ -279,9 +279,9 @@ class Loss(ABC):
         """dL/dlogp [N, T] by formulas, not by autograd."""
         raise NotImplementedError(f"{self.name} states no closed form of its gradient.")
 
-    def closed_form_gradients(self, batch: Batch, credit: Credit | None = None) -> dict[str, Tensor]:
-        """{field: dL/dfield} of each field of Batch that the loss has a formula of the gradient for."""
-        return {"logp": self.closed_form_gradient(batch, credit)}
+    def closed_form_beside(self, batch: Batch, credit: Credit | None = None) -> dict[str, Tensor]:
+        """{field: dL/dfield} by formulas, of fields of Batch beside logp that the loss states one for."""
+        return {}
 
     def anatomy(self, batch: Batch) -> Anatomy:
         """The numbers that multiply and add up to each token's -dL/dlogp; measured where a loss has no formulas."""

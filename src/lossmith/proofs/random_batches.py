@@ -68,8 +68,8 @@ class Draw:
         return order < torch.tensor(LENGTHS)[:, None]
 
     def distribution(self, name: str) -> Tensor:
-        """Log-probabilities over a vocabulary."""
-        return self.normal(name, self.n, WIDTH, VOCABULARY).log_softmax(-1)
+        """Log-probabilities of the first tokens of a vocabulary: with a rest, where a loss asks for it."""
+        return self.normal(name, self.n, WIDTH, VOCABULARY + 2).log_softmax(-1)[..., :VOCABULARY]
 
     def near(self, name: str) -> Tensor:
         return (self.logp + self.drift * self.normal(name, self.n, WIDTH)).clamp(max=-1e-3)

@@ -69,7 +69,9 @@ def _closed_gap(loss: Any, fields: Fields) -> float:
     if not hasattr(loss, "closed_form_gradient"):
         raise NotImplementedError
     batch, found = Batch(**fields), evaluate(loss, fields).gradients
-    closed = getattr(loss, "closed_form_gradients", lambda b: {"logp": loss.closed_form_gradient(b)})(batch)
+    closed = {"logp": loss.closed_form_gradient(batch)}
+    if hasattr(loss, "closed_form_beside"):
+        closed |= loss.closed_form_beside(batch)
     return max((gap(found[name], slope) for name, slope in closed.items()), key=_nan_first)
 
 

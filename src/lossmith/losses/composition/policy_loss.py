@@ -325,12 +325,11 @@ class PolicyLoss(Composition, Loss):
         return gradient
 
     @torch.no_grad()
-    def closed_form_gradients(self, batch: Batch, credit: Credit | None = None) -> dict[str, Tensor]:
+    def closed_form_beside(self, batch: Batch, credit: Credit | None = None) -> dict[str, Tensor]:
+        if not self.extra.acts or self.extra.through != "vocab_logp":
+            return {}
         credit = credit or self.credit(batch)
-        found = super().closed_form_gradients(batch, credit)
-        if self.extra.acts and self.extra.through == "vocab_logp":
-            found["vocab_logp"] = credit.weight[..., None] * self.extra.vocabulary_slope(batch)
-        return found
+        return {"vocab_logp": credit.weight[..., None] * self.extra.vocabulary_slope(batch)}
 
     def _pulls(self, batch: Batch, credit: Credit) -> Iterator[Pull]:
         """The terms of -dL/dlogp, by the formulas of the pieces."""

@@ -87,10 +87,10 @@ class EarlyTeacherGap(_Teacher):
         return (1 + self.early * (1 - before / size.sum(1, keepdim=True).clamp(min=self.eps))) * gap
 
     def formula(self) -> tuple[str, str]:
-        g = number(self.early)
+        g, e = number(self.early), number(self.eps)
         return (
-            f"(1 + {g}·(1 − Σ_{{k<t}} |a_k| / Σ_k |a_k|))·a_t,  a_t = {_GAP[0]}",
-            rf"\Bigl(1+{g}\Bigl(1-\tfrac{{\sum_{{k<t}}|a_k|}}{{\sum_k|a_k|}}\Bigr)\Bigr)a_t,\ a_t={_GAP[1]}",
+            f"(1 + {g}·(1 − Σ_{{k<t}} |a_k| / max(Σ_k |a_k|, {e})))·a_t,  a_t = {_GAP[0]}",
+            rf"\Bigl(1+{g}\Bigl(1-\tfrac{{\sum_{{k<t}}|a_k|}}{{\max(\sum_k|a_k|,{e})}}\Bigr)\Bigr)a_t,\ a_t={_GAP[1]}",
         )
 
     def code(self) -> list[str]:

@@ -57,6 +57,14 @@ class Divergence(Extra):
     support: str
     tail: bool
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.top_k and (self.support != "policy" or not self.tail):
+            raise LossError(
+                "distil_support and distil_tail say which are the likeliest tokens and what becomes of the others: "
+                "give distil_top_k, how many these are."
+            )
+
     # -- what a divergence says ------------------------------------------------------------------------------------
 
     def between(self, q: Tensor, p: Tensor) -> Tensor:
@@ -231,16 +239,16 @@ class JSD(Divergence):
 
     option: ClassVar[str] = "jsd"
     coef: float = _coef()
-    beta: float = param("jsd_beta", 0.5, "share of the teacher in the mixture, above 0 and below 1", above=0)
+    beta: float = param("jsd_beta", 0.5, "share of the teacher in the mixture, above 0 and below 1", above=0, high=1)
     top_k: int = _top_k()
     support: str = _support()
     tail: bool = _tail()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta >= 1:
+        if self.beta == 1:
             raise LossError(
-                f"JSD.beta (flat name jsd_beta) is {self.beta:g}, but must be below 1. What libraries write as beta = "
+                "JSD.beta (flat name jsd_beta) is 1, but must be below 1. What libraries write as beta = "
                 "1 is the reverse KL: extra='reverse_kl' (and beta = 0 extra='forward_kl')."
             )
 
@@ -271,7 +279,7 @@ class SkewKL(Divergence):
 
     option: ClassVar[str] = "skew_kl"
     coef: float = _coef()
-    skew: float = param("skew", 0.1, "share that is mixed in, above 0 and below 1", above=0)
+    skew: float = param("skew", 0.1, "share that is mixed in, above 0 and below 1", above=0, high=1)
     top_k: int = _top_k()
     support: str = _support()
     tail: bool = _tail()
@@ -305,7 +313,7 @@ class SkewReverseKL(Divergence):
 
     option: ClassVar[str] = "skew_reverse_kl"
     coef: float = _coef()
-    skew: float = param("skew", 0.1, "share that is mixed in, above 0 and below 1", above=0)
+    skew: float = param("skew", 0.1, "share that is mixed in, above 0 and below 1", above=0, high=1)
     top_k: int = _top_k()
     support: str = _support()
     tail: bool = _tail()
@@ -334,5 +342,5 @@ class SkewReverseKL(Divergence):
 
 
 def _below_one(skew: float) -> None:
-    if skew >= 1:
-        raise LossError(f"skew is {skew:g}, but must be below 1: with 1 both sides are the same distribution.")
+    if skew == 1:
+        raise LossError("skew is 1, but must be below 1: with 1 both sides are the same distribution.")
