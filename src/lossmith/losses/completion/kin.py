@@ -41,8 +41,8 @@ class _Sides(Paired):
         """(∂f/∂w, ∂f/∂l)."""
         raise NotImplementedError
 
-    def sides_text(self, w: str, l: str) -> tuple[str, str]:  # noqa: E741
-        """f of these two, as (text, LaTeX)."""
+    def sides_text(self, w: str, l: str) -> str:  # noqa: E741
+        """f of these two."""
         raise NotImplementedError
 
     def sides_code(self) -> str:
@@ -72,12 +72,9 @@ class _Sides(Paired):
         zero = torch.zeros_like(at.log_ratio)
         return zero.index_add(0, winners, dw).index_add(0, losers, dl) / (units or 1)
 
-    def _terms(self, i: int, winner: str, loser: str) -> str:
-        straight, flipped = (self.sides_text(*sides)[i] for sides in ((winner, loser), (loser, winner)))
-        if self._certain():
-            return straight
-        dot, rest = ("·", "(1 − p)") if i == 0 else (r"\,", "(1-p)")
-        return f"p{dot}[{straight}] + {rest}{dot}[{flipped}]"
+    def _each_text(self) -> str:
+        straight, flipped = self.sides_text("Λ_w", "Λ_l"), self.sides_text("Λ_l", "Λ_w")
+        return straight if self._certain() else f"q·({straight}) + (1 − q)·({flipped})"
 
     def _mean_code(self) -> list[str]:
         lines = ["x, y = Lam[w], Lam[l]"]
@@ -106,9 +103,9 @@ class APOZero(_Sides):
     def of_sides_slopes(self, w: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         return -self.beta * _sigma_slope(self.beta * w), self.beta * _sigma_slope(self.beta * l)
 
-    def sides_text(self, w: str, l: str) -> tuple[str, str]:  # noqa: E741
+    def sides_text(self, w: str, l: str) -> str:  # noqa: E741
         b = number(self.beta)
-        return f"1 − σ({b}·{w}) + σ({b}·{l})", rf"1-\sigma({b}\,{w})+\sigma({b}\,{l})"
+        return f"1 − σ({b}·{w}) + σ({b}·{l})"
 
     def sides_code(self) -> str:
         return f"1 - torch.sigmoid({self.beta} * x) + torch.sigmoid({self.beta} * y)"
@@ -130,9 +127,9 @@ class APODown(_Sides):
         apart = self.beta * _sigma_slope(self.beta * (w - l))
         return self.beta * _sigma_slope(self.beta * w) - apart, apart
 
-    def sides_text(self, w: str, l: str) -> tuple[str, str]:  # noqa: E741
+    def sides_text(self, w: str, l: str) -> str:  # noqa: E741
         b = number(self.beta)
-        return f"σ({b}·{w}) + 1 − σ({b}·({w} − {l}))", rf"\sigma({b}\,{w})+1-\sigma({b}({w}-{l}))"
+        return f"σ({b}·{w}) + 1 − σ({b}·({w} − {l}))"
 
     def sides_code(self) -> str:
         return f"torch.sigmoid({self.beta} * x) + 1 - torch.sigmoid({self.beta} * (x - y))"
@@ -155,12 +152,9 @@ class NCA(_Sides):
         up, down = self.beta * w, self.beta * l
         return self.beta * (0.5 * torch.sigmoid(up) - torch.sigmoid(-up)), 0.5 * self.beta * torch.sigmoid(down)
 
-    def sides_text(self, w: str, l: str) -> tuple[str, str]:  # noqa: E741
+    def sides_text(self, w: str, l: str) -> str:  # noqa: E741
         b = number(self.beta)
-        return (
-            f"−ln σ({b}·{w}) − 0.5·ln σ(−{b}·{w}) − 0.5·ln σ(−{b}·{l})",
-            rf"-\ln\sigma({b}\,{w})-0.5\ln\sigma(-{b}\,{w})-0.5\ln\sigma(-{b}\,{l})",
-        )
+        return f"−ln σ({b}·{w}) − 0.5·ln σ(−{b}·{w}) − 0.5·ln σ(−{b}·{l})"
 
     def sides_code(self) -> str:
         ls, b = "torch.nn.functional.logsigmoid", self.beta
@@ -182,9 +176,9 @@ class BCOPair(_Sides):
     def of_sides_slopes(self, w: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         return -self.beta * torch.sigmoid(-self.beta * w), self.beta * torch.sigmoid(self.beta * l)
 
-    def sides_text(self, w: str, l: str) -> tuple[str, str]:  # noqa: E741
+    def sides_text(self, w: str, l: str) -> str:  # noqa: E741
         b = number(self.beta)
-        return f"−ln σ({b}·{w}) − ln σ(−{b}·{l})", rf"-\ln\sigma({b}\,{w})-\ln\sigma(-{b}\,{l})"
+        return f"−ln σ({b}·{w}) − ln σ(−{b}·{l})"
 
     def sides_code(self) -> str:
         ls, b = "torch.nn.functional.logsigmoid", self.beta
@@ -206,9 +200,9 @@ class SPPOHard(_Sides):
     def of_sides_slopes(self, w: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         return 2 * (w - 0.5 / self.beta), 2 * (l + 0.5 / self.beta)
 
-    def sides_text(self, w: str, l: str) -> tuple[str, str]:  # noqa: E741
+    def sides_text(self, w: str, l: str) -> str:  # noqa: E741
         t = number(0.5 / self.beta)
-        return f"({w} − {t})² + ({l} + {t})²", rf"({w}-{t})^2+({l}+{t})^2"
+        return f"({w} − {t})² + ({l} + {t})²"
 
     def sides_code(self) -> str:
         return f"(x - 0.5 / {self.beta}) ** 2 + (y + 0.5 / {self.beta}) ** 2"
@@ -235,14 +229,10 @@ class EXO(Paired):
         x = self.beta * margin
         return self.beta * _sigma_slope(x) * (x + math.log(self.wrong) - math.log1p(-self.wrong))
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
+    def margin_text(self, margin: str) -> str:
         b, e, keep = number(self.beta), number(self.wrong), number(1 - self.wrong)
-        up, down = f"σ({b}·({text}))", f"σ(−{b}·({text}))"
-        tex_up, tex_down = rf"\sigma({b}({latex}))", rf"\sigma(-{b}({latex}))"
-        return (
-            f"{up}·(ln {up} − ln {keep}) + {down}·(ln {down} − ln {e})",
-            rf"{tex_up}(\ln {tex_up}-\ln {keep})+{tex_down}(\ln {tex_down}-\ln {e})",
-        )
+        up, down = f"σ({b}·({margin}))", f"σ(−{b}·({margin}))"
+        return f"{up}·(ln {up} − ln {keep}) + {down}·(ln {down} − ln {e})"
 
     def margin_code(self) -> str:
         b, ls = self.beta, "torch.nn.functional.logsigmoid"
@@ -258,7 +248,7 @@ class _Ordered(Paired):
     coupling: ClassVar[str] = "batch"
     labels: ClassVar[str] = "reward"  # type: ignore[misc]
     beta: float
-    sorted_text: ClassVar[tuple[str, str]]
+    sides_text: ClassVar[tuple[str, str]]  # a and b of a pair
 
     def sides(self, at: Completions, winners: Tensor, losers: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of each pair."""
@@ -276,9 +266,9 @@ class _Ordered(Paired):
         zero = torch.zeros_like(a)
         return zero.index_copy(0, first, slope), zero.index_copy(0, second, -slope)
 
-    def _terms(self, i: int, winner: str, loser: str) -> str:
-        b = number(self.beta)
-        return (f"−ln σ({b}·{self.sorted_text[0]})", rf"-\ln\sigma({b}\,{self.sorted_text[1]})")[i]
+    def _each_text(self) -> str:
+        a, b = self.sides_text
+        return f"−ln σ({number(self.beta)}·({a} − matched_P({a}, {b})))"
 
 
 @dataclass(frozen=True)
@@ -288,11 +278,7 @@ class AOT(_Ordered):
     """
 
     option: ClassVar[str] = "aot"
-    sorted_text: ClassVar[tuple[str, str]] = (
-        "(sort(log π_θ(y_w) − log π_θ(y_l)) − sort(log π_ref(y_w) − log π_ref(y_l)))",
-        r"(\operatorname{sort}(\log\tfrac{\pi_\theta(y_w)}{\pi_\theta(y_l)})"
-        r"-\operatorname{sort}(\log\tfrac{\pi_{\mathrm{ref}}(y_w)}{\pi_{\mathrm{ref}}(y_l)}))",
-    )
+    sides_text: ClassVar[tuple[str, str]] = ("(X_w − X_l)", "(Y_w − Y_l)")
     beta: float = _beta()
     pairs: str = pairs_param()
 
@@ -305,6 +291,9 @@ class AOT(_Ordered):
         winners, losers = self.find_pairs(at)
         each = self.ordered_slopes(at, winners, losers)[0] / (units or 1)
         return torch.zeros_like(at.log_ratio).index_add(0, winners, each).index_add(0, losers, -each)
+
+    def formula(self) -> str:
+        return f"{super().formula()}; X = Σ_t log π_θ(y_t); Y = Σ_t log π_ref(y_t)"
 
     def _mean_code(self) -> list[str]:
         return [
@@ -322,10 +311,7 @@ class AOTUnpaired(_Ordered):
     """
 
     option: ClassVar[str] = "aot_unpaired"
-    sorted_text: ClassVar[tuple[str, str]] = (
-        "(sort(Λ_w) − sort(Λ_l))",
-        r"(\operatorname{sort}(\Lambda_w)-\operatorname{sort}(\Lambda_l))",
-    )
+    sides_text: ClassVar[tuple[str, str]] = ("Λ_w", "Λ_l")
     beta: float = _beta()
     pairs: str = pairs_param()
 

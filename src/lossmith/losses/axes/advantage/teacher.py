@@ -29,8 +29,8 @@ class ReferenceGap(Estimator):
         ref = signal.batch.require("ref_logp", "advantage='reference_gap'").detach()
         return ref - signal.batch.old("advantage='reference_gap'")
 
-    def formula(self) -> tuple[str, str]:
-        return "log π_ref(y_t) − log π_old(y_t)", r"\log\pi_{\mathrm{ref}}(y_t)-\log\pi_{\mathrm{old}}(y_t)"
+    def formula(self) -> str:
+        return "log π_ref(y_t) − log π_old(y_t)"
 
     def code(self) -> list[str]:
         return ["A = ref_logp - old_logp"]
@@ -50,7 +50,7 @@ class _Teacher(Estimator):
         return signal.batch.require("teacher_logp", owner).detach() - signal.batch.old(owner)
 
 
-_GAP = "log π_T(y_t) − log π_old(y_t)", r"\log\pi_T(y_t)-\log\pi_{\mathrm{old}}(y_t)"
+_GAP = "log π_T(y_t) − log π_old(y_t)"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TeacherGap(_Teacher):
     def __call__(self, signal: Signal) -> Tensor:
         return self.gap(signal)
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         return _GAP
 
     def code(self) -> list[str]:
@@ -86,12 +86,9 @@ class EarlyTeacherGap(_Teacher):
         before = size.cumsum(1) - size
         return (1 + self.early * (1 - before / size.sum(1, keepdim=True).clamp(min=self.eps))) * gap
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         g, e = number(self.early), number(self.eps)
-        return (
-            f"(1 + {g}·(1 − Σ_{{k<t}} |a_k| / max(Σ_k |a_k|, {e})))·a_t,  a_t = {_GAP[0]}",
-            rf"\Bigl(1+{g}\Bigl(1-\tfrac{{\sum_{{k<t}}|a_k|}}{{\max(\sum_k|a_k|,{e})}}\Bigr)\Bigr)a_t,\ a_t={_GAP[1]}",
-        )
+        return f"(1 + {g}·(1 − Σ_{{k<t}} |a_k| / max(Σ_t |a_t|, {e})))·a_t where a_t = {_GAP}"
 
     def code(self) -> list[str]:
         return [
@@ -119,12 +116,9 @@ class TeacherMix(_Teacher):
     def __call__(self, signal: Signal) -> Tensor:
         return self.share * _group_advantage(signal, self.eps)[:, None] + (1 - self.share) * self.gap(signal)
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         s, rest, e = number(self.share), number(1 - self.share), number(self.eps)
-        return (
-            f"{s}·(R − mean_g(R)) / (std_g(R) + {e}) + {rest}·({_GAP[0]})",
-            rf"{s}\,\frac{{R-\mu_g}}{{\sigma_g+{e}}}+{rest}\,({_GAP[1]})",
-        )
+        return f"{s}·(R − mean_g(R)) / (std_g(R) + {e}) + {rest}·({_GAP})"
 
     def code(self) -> list[str]:
         return [
@@ -155,15 +149,10 @@ class TeacherReweighted(_Teacher):
         tilt = (advantage.sign() * self.gap(signal)).clamp(-20, 20).exp().clamp(1 - self.bound, 1 + self.bound)
         return advantage * (1 - self.share + self.share * tilt)
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         rest, s, low, high = (number(x) for x in (1 - self.share, self.share, 1 - self.bound, 1 + self.bound))
-        e = number(self.eps)
-        return (
-            f"A_g·({rest} + {s}·clip(e^(sign(A_g)·({_GAP[0]})), {low}, {high})),  "
-            f"A_g = (R − mean_g(R)) / (std_g(R) + {e})",
-            rf"A_g\bigl({rest}+{s}\operatorname{{clip}}(e^{{\operatorname{{sign}}(A_g)({_GAP[1]})}},{low},{high})\bigr),"
-            rf"\ A_g=\tfrac{{R-\mu_g}}{{\sigma_g+{e}}}",
-        )
+        tilt = f"clip(e^(sign(B)·({_GAP})), {low}, {high})"
+        return f"B·({rest} + {s}·{tilt}) where B = (R − mean_g(R)) / (std_g(R) + {number(self.eps)})"
 
     def code(self) -> list[str]:
         return [

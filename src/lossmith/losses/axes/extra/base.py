@@ -29,12 +29,8 @@ class Extra(Piece):
         """d value/d vocab_logp [N, T, V] in closed form; asked of terms through "vocab_logp"."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str] | None:
-        """(text, LaTeX) of the term with its coefficient; None: no term."""
-        return None
-
-    def where(self) -> tuple[str, str] | None:
-        """(text, LaTeX) of a line below the formula that says what its symbols are."""
+    def formula(self) -> str | None:
+        """The term with its coefficient, `... where a = ...; b = ...` if it names parts of it; None: no term."""
         return None
 
     def code(self) -> list[str]:

@@ -75,8 +75,8 @@ class Divergence(Extra):
         """dD/d log q_v [..., V], every log q_v a number of its own."""
         raise NotImplementedError
 
-    def between_text(self) -> tuple[str, str]:
-        """(text, LaTeX) of D in terms of q_v and p_v."""
+    def between_text(self) -> str:
+        """D as Σ_v of the probabilities that both give to a token v, π_θ(v) and π_T(v)."""
         raise NotImplementedError
 
     def between_code(self) -> str:
@@ -145,22 +145,13 @@ class Divergence(Extra):
             )
         return policy, teacher
 
-    def formula(self) -> tuple[str, str]:
-        text, latex = self.between_text()
-        c = number(self.coef)
-        return (text, latex) if self.coef == 1 else (f"{c}·{text}", rf"{c}\,{latex}")
-
-    def where(self) -> tuple[str, str]:
-        """What q and p are."""
-        q, p = r"q = \pi_\theta(\cdot\mid y_{<t})", r"p = \pi_T(\cdot\mid y_{<t})"
+    def formula(self) -> str:
+        text = self.between_text() if self.coef == 1 else f"{number(self.coef)}·{self.between_text()}"
         if not self.top_k:
-            return "q = π_θ(·|y_<t),  p = π_T(·|y_<t)", rf"{q},\quad {p}"
-        whose = {"policy": ("π_θ", r"\pi_\theta"), "teacher": ("π_T", r"\pi_T")}[self.support]
-        rest = "and one for all others" if self.tail else "as if there were no others"
-        return (
-            f"q = π_θ(·|y_<t),  p = π_T(·|y_<t), on the {self.top_k} likeliest tokens under {whose[0]}, {rest}",
-            rf"{q},\quad {p}\ \text{{on the {self.top_k} likeliest tokens under }} {whose[1]}\text{{, {rest}}}",
-        )
+            return text
+        ranked = {"policy": "π_θ(v)", "teacher": "π_T(v)"}[self.support]
+        chosen = f"S = likeliest({self.top_k}, {ranked}{', rest' if self.tail else ''})"
+        return f"{text.replace('Σ_v', 'Σ_{v∈S}')}{'; ' if ' where ' in text else ' where '}{chosen}"
 
     def code(self) -> list[str]:
         lines = ["log_q, log_p = vocab_logp, teacher_vocab_logp"]
@@ -194,8 +185,8 @@ class ReverseKL(Divergence):
     def between_slope(self, q: Tensor, p: Tensor) -> Tensor:
         return q.exp() * (q - p + 1)
 
-    def between_text(self) -> tuple[str, str]:
-        return "Σ_v q_v·(log q_v − log p_v)", r"\sum_v q_v\,(\log q_v-\log p_v)"
+    def between_text(self) -> str:
+        return "Σ_v π_θ(v)·(log π_θ(v) − log π_T(v))"
 
     def between_code(self) -> str:
         return "log_q.exp() * (log_q - log_p)"
@@ -217,8 +208,8 @@ class ForwardKL(Divergence):
     def between_slope(self, q: Tensor, p: Tensor) -> Tensor:
         return -p.exp()
 
-    def between_text(self) -> tuple[str, str]:
-        return "Σ_v p_v·(log p_v − log q_v)", r"\sum_v p_v\,(\log p_v-\log q_v)"
+    def between_text(self) -> str:
+        return "Σ_v π_T(v)·(log π_T(v) − log π_θ(v))"
 
     def between_code(self) -> str:
         return "log_p.exp() * (log_p - log_q)"
@@ -259,13 +250,10 @@ class JSD(Divergence):
     def between_slope(self, q: Tensor, p: Tensor) -> Tensor:
         return (1 - self.beta) * q.exp() * (q - torch.log(self.beta * p.exp() + (1 - self.beta) * q.exp()))
 
-    def between_text(self) -> tuple[str, str]:
+    def between_text(self) -> str:
         b, rest = number(self.beta), number(1 - self.beta)
-        m, tex = f"log({b}·p_v + {rest}·q_v)", rf"\log({b}\,p_v+{rest}\,q_v)"
-        return (
-            f"Σ_v ({b}·p_v·(log p_v − {m}) + {rest}·q_v·(log q_v − {m}))",
-            rf"\sum_v \bigl({b}\,p_v(\log p_v-{tex})+{rest}\,q_v(\log q_v-{tex})\bigr)",
-        )
+        parts = f"{b}·π_T(v)·(log π_T(v) − log M_v) + {rest}·π_θ(v)·(log π_θ(v) − log M_v)"
+        return f"Σ_v ({parts}) where M_v = {b}·π_T(v) + {rest}·π_θ(v)"
 
     def between_code(self) -> str:
         b = self.beta
@@ -295,12 +283,9 @@ class SkewKL(Divergence):
         part = (1 - self.skew) * q.exp()
         return -p.exp() * part / (self.skew * p.exp() + part)
 
-    def between_text(self) -> tuple[str, str]:
+    def between_text(self) -> str:
         a, rest = number(self.skew), number(1 - self.skew)
-        return (
-            f"Σ_v p_v·(log p_v − log({a}·p_v + {rest}·q_v))",
-            rf"\sum_v p_v\,(\log p_v-\log({a}\,p_v+{rest}\,q_v))",
-        )
+        return f"Σ_v π_T(v)·(log π_T(v) − log({a}·π_T(v) + {rest}·π_θ(v)))"
 
     def between_code(self) -> str:
         a = self.skew
@@ -329,12 +314,9 @@ class SkewReverseKL(Divergence):
         mixture = (1 - self.skew) * p.exp() + self.skew * q.exp()
         return q.exp() * (q - torch.log(mixture) + 1 - self.skew * q.exp() / mixture)
 
-    def between_text(self) -> tuple[str, str]:
+    def between_text(self) -> str:
         a, rest = number(self.skew), number(1 - self.skew)
-        return (
-            f"Σ_v q_v·(log q_v − log({rest}·p_v + {a}·q_v))",
-            rf"\sum_v q_v\,(\log q_v-\log({rest}\,p_v+{a}\,q_v))",
-        )
+        return f"Σ_v π_θ(v)·(log π_θ(v) − log({rest}·π_T(v) + {a}·π_θ(v)))"
 
     def between_code(self) -> str:
         a = self.skew

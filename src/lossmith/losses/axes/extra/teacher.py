@@ -38,10 +38,9 @@ class GatedTeacher(Extra):
     def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
         return -self.coef / (1 + torch.exp(-self.gate * self._gap(batch).detach()))
 
-    def formula(self) -> tuple[str, str]:
-        c, g = number(self.coef), number(self.gate)
-        gap, tex = "(log π_T(y_t) − log π_θ(y_t))", r"(\log\pi_T(y_t)-\log\pi_\theta(y_t))"
-        return f"{c}·sg(σ({g}·{gap}))·{gap}", rf"{c}\,\operatorname{{sg}}(\sigma({g}{tex}))\,{tex}"
+    def formula(self) -> str:
+        gap = "(log π_T(y_t) − log π_θ(y_t))"
+        return f"{number(self.coef)}·sg(σ({number(self.gate)}·{gap}))·{gap}"
 
     def code(self) -> list[str]:
         return [
