@@ -66,12 +66,11 @@ def _factors(loss: Composition) -> str:
 def _one(expression: str) -> str:
     """In brackets where it is not one product; as it is where it cannot be read, which the proofs will say."""
     try:
-        apart = isinstance(read_expression(expression), (Binary, Choice, Unary))
+        tree = read_expression(expression)
     except LossError:
         return expression
-    tree = read_expression(expression)
     product = isinstance(tree, Binary) and tree.sign in ("·", "/", "")
-    return f"({expression})" if apart and not product else expression
+    return f"({expression})" if isinstance(tree, (Binary, Choice, Unary)) and not product else expression
 
 
 def _renamed(text: str, name: str, new: str) -> str:

@@ -278,9 +278,8 @@ class _Reader:
             if found is None:
                 raise LossError(f"the formula {line!r} cannot be read at {line[at:].strip()[:20]!r}.")
             at = found.end()
-            self.tokens.append((found.lastgroup or "", found[found.lastgroup or 0].replace("-", "−")))
-            if found.lastgroup == "number":
-                self.tokens[-1] = ("number", found["number"])
+            kind = str(found.lastgroup)
+            self.tokens.append((kind, "−" if found[kind] == "-" else found[kind]))
         self.tokens.append(("end", ""))
         self.place = 0
 

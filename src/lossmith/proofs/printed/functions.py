@@ -23,7 +23,11 @@ def plain(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A function of the values of its arguments."""
 
     def put(function: Callable[..., Any]) -> Callable[..., Any]:
-        FUNCTIONS[name] = lambda meaning, args: function(*args)
+        def of_values(meaning: Any, args: list[Any]) -> Any:
+            return function(*args)
+
+        of_values.__doc__ = function.__doc__
+        FUNCTIONS[name] = of_values
         return function
 
     return put
@@ -87,7 +91,7 @@ def _clip(x: Value, low: Any, high: Value | None = None) -> Value:
 
 @plain("KL₂")
 def _binary_kl(p: Value, q: Value) -> float:
-    """Of two coins; probabilities no closer to 0 and 1 than a millionth."""
+    """KL₂(p‖q): of two coins; probabilities are taken no closer to 0 and 1 than a millionth."""
     a, b = (min(max(value_of(x), 1e-6), 1 - 1e-6) for x in (p, q))
     return a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
 
@@ -162,7 +166,7 @@ def _argmin(meaning: Any, call: n.Call, at: dict[str, Any]) -> int:
 
 @lazy("second")
 def _second(meaning: Any, call: n.Call, at: dict[str, Any]) -> Value:
-    """The second largest; the largest where there is no other."""
+    """second_g(x): the second largest of the group; the largest where there is no other."""
     return sorted(_over(meaning, call, at), key=value_of)[-2:][0]
 
 
@@ -201,7 +205,7 @@ def _tokens(meaning: Any, x: n.Node) -> dict[Place, float]:
 
 @lazy("whiten")
 def _whiten(meaning: Any, call: n.Call, at: dict[str, Any]) -> float:
-    """(x − mean)/√(var + 1e-8) over all tokens."""
+    """whiten(x): (x − mean)/√(var + 1e-8) over all tokens of the batch, the variance unbiased."""
     numbers = list(_tokens(meaning, call.args[0]).values())
     mean = math.fsum(numbers) / len(numbers)
     return (value_of(meaning.of(call.args[0], at)) - mean) / math.sqrt(_deviation([*numbers], 1) ** 2 + 1e-8)
@@ -209,7 +213,7 @@ def _whiten(meaning: Any, call: n.Call, at: dict[str, Any]) -> float:
 
 @lazy("quantile")
 def _quantile(meaning: Any, call: n.Call, at: dict[str, Any]) -> float:
-    """Between order statistics, linearly."""
+    """quantile(x, q): over all tokens of the batch, linear between order statistics."""
     numbers = sorted(_tokens(meaning, call.args[0]).values())
     place = value_of(meaning.of(call.args[1], at)) * (len(numbers) - 1)
     low = int(place)
@@ -218,7 +222,7 @@ def _quantile(meaning: Any, call: n.Call, at: dict[str, Any]) -> float:
 
 @lazy("cov")
 def _covariance(meaning: Any, call: n.Call, at: dict[str, Any]) -> float:
-    """(x − mean x)(y − mean y) of the token, means over all tokens."""
+    """cov(x, y): (x − mean x)(y − mean y) of the token, means over all tokens of the batch."""
     here = (meaning.row(at), meaning.token(at))
     fields = [_tokens(meaning, x) for x in call.args]
     x, y = (of[here] - math.fsum(of.values()) / len(of) for of in fields)
