@@ -31,8 +31,8 @@ Generated from the compositions by `python -m lossmith.report.loss.catalogue_pag
 value, and the loss has to be given one. r is the ratio, A the advantage, R the reward of a completion and r_t that of a
 token, V the critic's value at the start of the update and V_θ now, g a prompt's group, T a completion's length, N the
 number of completions, π_T a teacher; [condition] is 1 where it holds and 0 elsewhere, sg stops the gradient, and
-x_{t+1} is 0 after the last token. The proofs read each formula as a program and hold it to the loss. What each loss does, measured, is in
-[proofs.md](proofs.md). What arithmetic has no signs for is a function:
+x_{t+1} is 0 after the last token. The proofs read each formula as a program and hold it to the loss. What each loss
+does, measured, is in [proofs.md](proofs.md). What arithmetic has no signs for is a function:
 
 """
 _FUNCTIONS = (
