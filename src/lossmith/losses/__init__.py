@@ -29,6 +29,7 @@ from lossmith.losses.axes.shaping import *
 from lossmith.losses.axes.trust.base import *
 from lossmith.losses.axes.trust.clipped import *
 from lossmith.losses.axes.trust.completion import *
+from lossmith.losses.axes.trust.rec import *
 from lossmith.losses.axes.trust.selective import *
 from lossmith.losses.axes.trust.soft import *
 from lossmith.losses.axes.value import *

@@ -5,6 +5,7 @@ from lossmith.losses.axes.advantage import (
     LOO,
     OPO,
     TD,
+    Asymmetric,
     BatchMean,
     Group,
     MaxRL,
@@ -132,6 +133,13 @@ ENTRIES = [
         paper="arXiv:2505.23585",
         summary="Log-probability times reward minus the group's mean, completions weighted by length in that mean.",
         build=lambda: PolicyLoss(advantage=OPO(), trust=LogP(), aggregate=TokenMean()),
+    ),
+    Entry(
+        name="asymre",
+        year=2025,
+        paper="arXiv:2506.20520 (the shift is Trinity-RFT's default)",
+        summary="Log-probability times reward minus a baseline below the group's mean: the good count more.",
+        build=lambda: PolicyLoss(advantage=Asymmetric(shift=-0.1), trust=LogP(), aggregate=SeqMeanTokenSum()),
     ),
     Entry(
         name="maxrl",
