@@ -85,6 +85,9 @@ def test_what_is_documented_is_what_is_written_and_no_more(tmp_path):
     seen = set().union(*map(measured, ls.losses.CATALOGUE))
     for record in records(train(tmp_path, "ppo(beta=0.1)", watch="length", max_tokens=16, evaluate_every=1)):
         seen |= record.keys()
+    taught = {"teacher": str(tiny.folder("gpt2")), "temperature": 1.0, "name": "taught"}
+    for record in records(train(tmp_path, "opd(extra='reverse_kl')", **taught)):
+        seen |= record.keys()
     assert {name for name in METRICS if "*" not in name} <= seen
     assert "loss_policy" in seen and "seconds_update_backward" in seen
 

@@ -45,7 +45,8 @@ def teacher_of(recipe: Recipe, policy: Policy, prompts: PromptSet) -> Teacher | 
     if recipe.teacher is None:
         return None
     mine = recipe.teacher == "self"
-    model = policy if mine else load_policy(recipe.teacher, device=recipe.device, dtype=recipe.dtype, trainable=False)
+    place = str(policy.device)  # of several ranks on GPUs, the rank's own
+    model = policy if mine else load_policy(recipe.teacher, device=place, dtype=recipe.dtype, trainable=False)
     teacher = Teacher(model, recipe.teacher_column)
     teacher.check(policy, whole_vocabulary=recipe.policy_loss().divergence is not None)
     for prompt in prompts:
