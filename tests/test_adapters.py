@@ -198,7 +198,11 @@ def test_skyrl_trains_its_critic_towards_the_losss_returns():
 
 @pytest.mark.parametrize("name", ["dppo@prime_rl", "ipo@prime_rl", "dppo_tv", "opd", "cispo@trl_vllm"])
 def test_prime_rl_gives_the_whole_batchs_gradient(name):
-    loss = quiet_loss(name, **({"advantage_scale": "none"} if "trl" in name else {}))
+    others = {
+        "cispo@trl_vllm": {"advantage_scale": "none"},
+        "opd": {"advantage": "reference_gap"},
+    }  # its teacher is ref
+    loss = quiet_loss(name, **others.get(name, {}))
     fields, _ = drawn(loss)
     fields, want = drawn(loss, behavior_logp=fields["old_logp"])
     advantage, _ = credit(loss, fields)

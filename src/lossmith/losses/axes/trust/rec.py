@@ -134,7 +134,6 @@ class RecRing(_Rec):
     far_low: float = param("far_low", 0.4, "from 1 - far_low down, tokens with A >= 0 count again", low=0, bound=True)
     far_high: float = param("far_high", 0.4, "from 1 + far_high up, tokens with A <= 0 count again", low=0, bound=True)
     weighted: bool = _weighted()
-    ordered: ClassVar[tuple[tuple[str, str], ...]] = (("low", "far_low"), ("high", "far_high"))
 
     def kept(self, at: Tokens) -> Tensor:
         inside = (at.ratio >= 1 - self.low) & (at.ratio <= 1 + self.high)
