@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "files",
     "terminal",
+    "templates",
     "intervals",
     "ranks",
     "losses",

@@ -289,7 +289,7 @@ def test_a_view_is_written_as_one_file(tmp_path, capsys):
     assert "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html
     data = json.loads(html.partition('id="still">')[2].partition("</script>")[0])
     assert [one["screen"] for one in data["views"]] == list(SCREENS)
-    assert data["views"][3]["view"]["done"] and len(data["views"][3]["view"]["walks"][0]["points"]) == 21
+    assert data["views"][3]["view"]["done"] and len(data["views"][3]["view"]["walks"][0]["points"]) == 11
     with pytest.raises(AddressError, match=r"\.html"):
         export_view("", tmp_path / "view.txt")
 

@@ -73,7 +73,7 @@ def calls(page):
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
 def test_each_screen_fits_and_asks_nobody_else(opened, link, screen, look):
-    page = opened(f"loss=grpo&loss=gspo&loss=dpo&loss=book_clip&steps=3&screen={screen}", **LOOKS[look])
+    page = opened(f"loss=grpo&loss=gspo&loss=dpo&loss=book_clip&steps=2&size=2&screen={screen}", **LOOKS[look])
     settled(page)
     assert page.locator("h1").inner_text() == SCREENS[screen]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -189,7 +189,7 @@ def test_a_hostile_address_gives_words_on_the_page(opened, query):
 
 
 def test_the_exported_file_stands_alone(opened, tmp_path):
-    file = export_view("loss=grpo&loss=dapo&steps=3", tmp_path / "view.html")
+    file = export_view("loss=grpo&loss=dapo&steps=2&size=2", tmp_path / "view.html")
     page = opened(where=file.as_uri())
     for screen, title in SCREENS.items():
         page.locator(f"nav a[data-screen={screen}]").click()
@@ -201,7 +201,7 @@ def test_the_exported_file_stands_alone(opened, tmp_path):
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
 def test_axe_finds_no_fault(opened, screen, look):
-    page = opened(f"loss=grpo&loss=book_clip&loss=dpo&steps=3&screen={screen}", bypass_csp=True, **LOOKS[look])
+    page = opened(f"loss=grpo&loss=book_clip&loss=dpo&steps=2&size=2&screen={screen}", bypass_csp=True, **LOOKS[look])
     settled(page)
     page.add_script_tag(path=os.environ["LOSSMITH_AXE"])
     found = page.evaluate("axe.run()")

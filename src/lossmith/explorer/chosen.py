@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lossmith.errors import LossError, quiet_traps
-from lossmith.losses import CompletionLoss, Loss, PolicyLoss, describe, find_entry, get_loss
+from lossmith.losses import KL, CompletionLoss, Loss, PolicyLoss, ValueLoss, describe, find_entry, get_loss
 from lossmith.losses.axes.aggregate import AGGREGATE
 from lossmith.losses.catalogue.call import read_call
 from lossmith.losses.composition.flat import AXES, pieces_of
@@ -123,8 +123,9 @@ def _acts(key: str, piece: Piece | None) -> bool:
     """Whether the parameter belongs to a part that does something, or switches one on."""
     if key in AXES or piece is None:
         return key in ("trust", "advantage", "advantage_scale", "aggregate")
-    off = not piece.acts or not getattr(piece, "active", True)
-    return (not off and not key.endswith("_coef")) or key == "beta"
+    if isinstance(piece, (KL, ValueLoss)):  # always there, with much that few losses set
+        return key == "beta"
+    return piece.acts and key != "eps"
 
 
 def _span(usual: Any, default: Any, value: Any, meta: dict[str, Any], whole: bool) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -17,6 +16,7 @@ import jinja2
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from lossmith.errors import AddressError, LossmithError
@@ -24,6 +24,8 @@ from lossmith.explorer.formulas import catalogue
 from lossmith.explorer.shown import after_change, view
 from lossmith.explorer.state import MOST_LOSSES, SCREENS, read_state
 from lossmith.feedback.page.guard import LoginGuard, host_names
+from lossmith.feedback.page.listening import listen
+from lossmith.templates import templates_of
 
 __all__ = ["make_app", "serve", "static", "template"]
 
@@ -45,14 +47,7 @@ def static(name: str) -> str:
 
 
 def template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lossmith.explorer"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("explorer.html")
+    return templates_of("lossmith.explorer").get_template("explorer.html")
 
 
 def make_app(own: Collection[str] = ()) -> FastAPI:
@@ -106,13 +101,7 @@ async def shown_view(request: Request) -> Response:
         body += part
         if len(body) > LARGEST:
             raise AddressError(f"a request has at most {LARGEST} bytes.")
-    return JSONResponse(await _off_the_loop(request.app, body))
-
-
-async def _off_the_loop(app: FastAPI, body: bytes) -> dict[str, Any]:
-    from starlette.concurrency import run_in_threadpool
-
-    return await run_in_threadpool(_answer, app, body)
+    return JSONResponse(await run_in_threadpool(_answer, request.app, body))
 
 
 def _answer(app: FastAPI, body: bytes) -> dict[str, Any]:
@@ -148,16 +137,13 @@ def serve(
     AddressError: an address that means nothing, or a port that is taken.
     """
     read_state(query, own)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener = listen("127.0.0.1", port)
+    except (OSError, OverflowError) as error:
+        raise AddressError(
+            f"the page cannot be served on port {port}: {error}. Choose another port, or 0 for a free one."
+        ) from None
     with listener:
-        try:
-            listener.bind(("127.0.0.1", port))
-            listener.listen()
-        except (OSError, OverflowError) as error:
-            raise AddressError(
-                f"the page cannot be served on port {port}: {error}. Choose another port, or 0 for a free one."
-            ) from None
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/" + (f"?{query}" if query else ""))
         settings = uvicorn.Config(
             make_app(own),

@@ -195,7 +195,8 @@ function set(id, c) {
   const slider = at(`${id}-slider`);
   if (!slider) return;
   if (document.activeElement !== slider) { slider.min = c.low; slider.max = c.high; slider.step = c.step; }
-  if (c.value !== null && document.activeElement !== slider) slider.value = c.value;
+  if (c.value === null) slider.value = c.low;
+  else if (document.activeElement !== slider) slider.value = c.value;
 }
 
 // -- the search

@@ -61,10 +61,10 @@ const drawn = {
     }));
     const refused = data.curves.map((c, i) => c.error && el("p", { class: "notice" }, `${good[i].call}: ${c.error}`)).filter(Boolean);
     const rows = data.curves.flatMap((c, i) => c.sides.map((side) => el("tr", {},
-      el("th", { scope: "row" }, el("span", { class: `key k${good[i].k}` }, el("i"), good[i].call)), el("td", {}, side.label),
+      el("th", { scope: "row" }, el("span", { class: `key k${good[i].k}` }, el("i"), good[i].call)), el("td", { class: "n" }, side.label),
       ...side.row.map((w) => el("td", { class: "n" }, w)),
-      el("td", {}, side.stopped.map((s) => s.text).join("; ") || "nowhere"))));
-    const table = el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "w(r, A)"), el("th", {}, ""),
+      el("td", { class: "n" }, side.stopped.map((s) => s.text).join("; ") || "nowhere"))));
+    const table = el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "w(r, A)"), el("th", {}, "where"),
       ...data.columns.map((r) => el("th", { class: "n" }, `r = ${r}`)), el("th", {}, "no gradient at r"))), el("tbody", {}, ...rows));
     return [keys(view), ...refused, el("div", { class: "charts" }, ...both),
       rows.length ? el("section", { class: "sheet" }, el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Table of weights" }, table)) : ""];

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -209,9 +208,9 @@ class PreferenceRun(Keeping):
             "seconds": time.perf_counter() - self.started,
             **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
-        self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
-        self.summary = summary
         write_card(self.folder, self.recipe, self.learner.loss, of_preferences(self.recipe, summary, verdict(summary)))
+        self.folder.write_summary(summary)
+        self.summary = summary
 
 
 def open_preferences(
