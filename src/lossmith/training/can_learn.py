@@ -31,8 +31,8 @@ def check_loss(loss: Loss, samples: int, prompts: int) -> None:
     if samples == 1 and loss.compares == "group":
         raise RecipeError(
             f"The loss {loss.name!r} compares the completions of a prompt with one another, and samples_per_prompt = 1 "
-            "gives it one: there is nothing to learn from. Give 2 or more (4 to 16 are usual), or choose a loss that "
-            "needs one only, such as reinforce."
+            "gives it one: its rewards teach nothing. Give 2 or more (4 to 16 are usual), or choose a loss that needs "
+            "one only, such as reinforce."
         )
     if samples * prompts == 1 and loss.compares == "batch":
         raise RecipeError(

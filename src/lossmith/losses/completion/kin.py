@@ -246,6 +246,7 @@ class _Ordered(Paired):
     """-ln σ(β(a_(k) - b_(k))), a and b each sorted over all pairs of the batch: one distribution above the other."""
 
     coupling: ClassVar[str] = "batch"
+    compares: ClassVar[str] = "group"  # pairs are of one prompt; only their order is the batch's
     labels: ClassVar[str] = "reward"  # type: ignore[misc]
     beta: float
     sides_text: ClassVar[tuple[str, str]]  # a and b of a pair

@@ -92,7 +92,7 @@ class RecOneSide(_Rec):
         return good | ((at.advantage <= 0) & (at.ratio >= 1 - self.low))
 
     def dropped(self, at: Tokens) -> Tensor:
-        return ((at.ratio > 1 + self.high) & (at.advantage > 0)) | ((at.ratio < 1 - self.low) & (at.advantage < 0))
+        return ((at.ratio > 1 + self.high) & (at.advantage >= 0)) | ((at.ratio < 1 - self.low) & (at.advantage < 0))
 
     def kept_text(self) -> str:
         low, high = number(1 - self.low), number(1 + self.high)
@@ -141,7 +141,7 @@ class RecRing(_Rec):
         return inside | back | ((at.advantage <= 0) & (at.ratio >= 1 + self.far_high))
 
     def dropped(self, at: Tokens) -> Tensor:
-        above = (at.ratio > 1 + self.high) & ((at.ratio < 1 + self.far_high) | (at.advantage > 0))
+        above = (at.ratio > 1 + self.high) & ((at.ratio < 1 + self.far_high) | (at.advantage >= 0))
         return above | ((at.ratio < 1 - self.low) & ((at.ratio > 1 - self.far_low) | (at.advantage < 0)))
 
     def kept_text(self) -> str:
