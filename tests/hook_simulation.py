@@ -30,7 +30,7 @@ def through(hook: Hook, loss: Loss, *, at_once: bool = False, seed: int = 0) -> 
     leaves, batch = make(fields)
     given = _given(batch, hook.objective)
     read = sorted(hook.one_field & loss.needs)
-    given |= {name: given[read[0]] for name in read}  # one tensor for all of them
+    given |= dict.fromkeys(read, given.get(read[0])) if read else {}  # one tensor for all of them
     seen = Batch(logp=batch.logp, mask=batch.mask, **given)
     objective = _half(hook, loss, fields, batch)
     pieces = [torch.tensor(piece) for piece in PIECES["all" if at_once else hook.rows]]

@@ -69,7 +69,8 @@ class Hook:
         found += self._rows(loss, at_once)
         found += self._credit(loss)
         found += self._unseen("objective", loss, loss.objective_reads - self.objective)
-        if len(both := sorted(loss.needs & self.one_field)) > 1:
+        read = loss.objective_reads | (loss.credit_reads if self.makes_own_credit(loss) else frozenset())
+        if len(both := sorted(read & self.one_field)) > 1:
             found.append(
                 f"it reads {' and '.join(f'Batch.{name}' for name in both)}, and the hook has one field for them"
             )

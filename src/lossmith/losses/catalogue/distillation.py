@@ -85,7 +85,7 @@ ENTRIES = [
         name="opd",
         year=2025,
         paper="on-policy distillation; losses of this kind in PRIME-RL and Tinker",
-        summary="The reverse KL to the teacher, sampled: the log-ratio of teacher and policy as each token's advantage.",
+        summary="The reverse KL to the teacher, sampled: the log-ratio of teacher and policy as a token's advantage.",
         build=lambda: PolicyLoss(advantage=TeacherGap(), trust=NoTrust(), aggregate=TokenMean()),
         aliases=("sampled_reverse_kl",),
     ),
