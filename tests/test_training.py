@@ -60,6 +60,8 @@ def test_the_folder_holds_all_it_promises(finished):
         "memory_gb",
         "track",
         "chat_template",
+        "teacher",
+        "teacher_column",
     }  # complete; None has no TOML
     assert recipe["scorer"] == "python: test_training.even_bytes"
 
