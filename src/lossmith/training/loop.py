@@ -462,6 +462,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         dtype=recipe.dtype,
         special_tokens=recipe.special_tokens,
         chat_template=recipe.chat_template,
+        float32_head=recipe.float32_head,
     )
 
 

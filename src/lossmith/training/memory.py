@@ -95,7 +95,8 @@ def estimate_memory(policy: Policy, recipe: Recipe, frozen: Sequence[Policy], lo
     beside = sum(p.numel() for one in frozen for p in one.model.parameters())
     fixed = 4 * (weights + beside + 3 * trained) + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
-    head = 2 * size.width * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
+    wide = 4 if policy.float32_head else size.width
+    head = 2 * wide * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
     layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width
     once = head + _attention(size, tokens)
     return MemoryEstimate(
