@@ -14,18 +14,21 @@ import torch
 import tiny
 from lossmith.errors import quiet_traps
 from lossmith.losses import example_loss
+from lossmith.policy import Teacher
 from lossmith.ranks import of_environment
 from lossmith.rollouts import Distribution, Score
 from lossmith.training import Recipe
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.learner import Learner
 
 FIELDS = dict(temperature=0.8, max_tokens=9, learning_rate=1e-2, allow_traps=True, epochs=2, updates_per_step=2)
 
 
 def made(name, dtype, ranks=None):
-    policy = tiny.policy(tiny.llama(), dtype)
+    policy, loss = tiny.policy(tiny.llama(), dtype), example_loss(name, max_length=9)
+    teacher = Teacher(tiny.policy(tiny.llama(seed=5), dtype)) if loss.needs & TAUGHT else None
     with quiet_traps():
-        learner = Learner(policy, example_loss(name, max_length=9), Recipe.make(**FIELDS), ranks=ranks)
+        learner = Learner(policy, loss, Recipe.make(**FIELDS), ranks=ranks, teacher=teacher)
     if policy.value_head is not None:
         torch.nn.init.normal_(policy.value_head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
     return learner

@@ -89,6 +89,9 @@ def test_what_is_documented_is_what_is_written_and_no_more(tmp_path):
     with FakeVllm() as server:
         for record in records(train(tmp_path, sampler="vllm", sampler_url=server.url)):
             seen |= record.keys()
+    taught = {"teacher": str(tiny.folder("gpt2")), "temperature": 1.0, "name": "taught"}
+    for record in records(train(tmp_path, "opd(extra='reverse_kl')", **taught)):
+        seen |= record.keys()
     assert {name for name in METRICS if "*" not in name} <= seen
     assert "loss_policy" in seen and "seconds_update_backward" in seen
 

@@ -18,12 +18,12 @@ from lossmith.losses import CATALOGUE, example_loss
 from lossmith.training.recipe import PROVIDED
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
-AT_REST = {"opd", "kl_only"}  # they start at their minimum, where AdamW makes steps of what rounding is left
+AT_REST = {"kl_only"}  # it starts at its minimum, where AdamW makes steps of what rounding is left
 TRAINS = [n for n in CATALOGUE if n not in AT_REST and example_loss(n).needs <= PROVIDED | {"max_length"}]
 # One of each way of working: by token, by completion, of the whole batch, of pairs, with a critic, all vocabulary, ...
 SOME = [
     "grpo", "gspo", "ppo", "reinforce", "dapo", "online_dpo", "rloo", "drgrpo_full_kl", "m2po", "opo", "grpo@trl",
-    "grpo@verl", "kto", "full_kl", "reinforce_pp",
+    "grpo@verl", "kto", "full_kl", "reinforce_pp", "gkd", "rlsd",
 ]  # fmt: skip
 
 

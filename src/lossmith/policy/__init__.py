@@ -11,12 +11,14 @@ from lossmith.policy.log_probs import TokenOutputs, distribution_of, token_outpu
 from lossmith.policy.memory import available_bytes
 from lossmith.policy.reading import check_weights, load_policy, read_pretrained
 from lossmith.policy.sampling import check_samples, sample
+from lossmith.policy.teacher import Teacher, check_teacher
 from lossmith.policy.trial import sharing_is_exact
 
 __all__ = [
     "Layout",
     "Policy",
     "SamplingSettings",
+    "Teacher",
     "TokenOutputs",
     "available_bytes",
     "bfloat16_weights",
@@ -24,6 +26,7 @@ __all__ = [
     "check_compiler",
     "check_model",
     "check_samples",
+    "check_teacher",
     "check_weights",
     "compile_layers",
     "distribution_of",

@@ -25,6 +25,7 @@ from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import (
     Layout,
     Policy,
+    Teacher,
     TokenOutputs,
     bfloat16_weights,
     can_checkpoint_activations,
@@ -35,9 +36,11 @@ from lossmith.policy import (
 )
 from lossmith.ranks import Ranks
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
 from lossmith.training.recipe import Recipe
+from lossmith.training.rewards import rewards_of
 from lossmith.training.sampler_gap import OF_SAMPLER, against_sampler, sampler_metrics
 from lossmith.training.weights import WeightWatch
 
@@ -59,9 +62,16 @@ class Learner:
     """Holds the optimizer, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
     def __init__(
-        self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0, ranks: Ranks | None = None
+        self,
+        policy: Policy,
+        loss: Loss,
+        recipe: Recipe,
+        longest: int = 0,
+        ranks: Ranks | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        """longest: tokens of the longest prompt there will be, for the estimate of memory.
+        """longest: tokens of the longest prompt there will be, for the estimate of memory. teacher: of a loss that
+        learns from one.
 
         ranks: the processes that share the work. Every rank has a learner; that of rank 0 makes the batch, the credit
         and the optimizer's step, and the others' forward and backward passes are of the prompts that are theirs.
@@ -70,7 +80,9 @@ class Learner:
             policy.add_value_head()
         if "value" in loss.needs and not loss.value.active:
             raise RunError(f"{loss.name} reads a critic that nothing trains: give it value_coef > 0, for example 0.5.")
-        self.policy, self.loss, self.recipe = policy, loss, recipe
+        if loss.needs & TAUGHT and teacher is None:
+            raise RunError(f"{loss.name} learns from a teacher: give the learner one.")
+        self.policy, self.loss, self.recipe, self.teacher = policy, loss, recipe, teacher
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
         self.reference = policy.frozen() if needed else None
         trained = [(policy.parameters(), recipe.learning_rate)]
@@ -80,7 +92,8 @@ class Learner:
             raise RunError("the policy has no trainable parameter.")
         self.optimizer = make_optimizer(trained, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        self.memory = estimate_memory(policy, recipe, self.reference is not None, longest)
+        frozen = [self.reference, teacher.policy if teacher is not None and teacher.policy is not policy else None]
+        self.memory = estimate_memory(policy, recipe, [p for p in frozen if p is not None], longest)
         self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
         self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
@@ -89,7 +102,7 @@ class Learner:
                 "layers are run again in the backward pass" if self.recompute else "the model's layers are not known",
             )
         if self.compiled:
-            for each in filter(None, (policy, self.reference)):
+            for each in filter(None, (policy, *frozen)):
                 compile_layers(each)
         self.weights = WeightWatch(
             trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
@@ -113,14 +126,18 @@ class Learner:
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
-        in_reward = loss.kl.in_reward
-        if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp", "old_logp"}:
+        at_once = "old_logp" in loss.credit_reads  # the credit half has no forward pass of its own
+        if (several and loss.uses_old) or at_once or loss.needs & {"value", "behavior_logp", "old_logp"}:
             now = self.outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
                 fields["old_value"] = fields["value"] = now.value
         if self.reference is not None and ("ref_logp" in loss.needs or recipe.tracks_kl):
             fields["ref_logp"] = self.outputs(self.reference, rollouts, frozenset()).logp
+        if "teacher_logp" in loss.needs:
+            assert self.teacher is not None
+            taught = self.teacher.sees(rollouts)
+            fields["teacher_logp"] = self.outputs(self.teacher.policy, taught, frozenset()).logp
         if "mismatched_log_ratio" in loss.needs:
             fields["mismatched_log_ratio"] = self._mismatched(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
@@ -131,7 +148,7 @@ class Learner:
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
         fields |= {
             "mask": mask.to(device),
-            "reward": _in_order(_rewards(rollouts), device, dtype),
+            "reward": rewards_of(rollouts, device, dtype),
             "group": torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             "truncated": torch.tensor([r.truncated for r in rollouts], device=device),
             "lag": torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
@@ -170,7 +187,8 @@ class Learner:
 
     def outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
-        parts = self.ranks.call("outputs", policy is self.reference, rollouts, want)
+        who = "policy" if policy is self.policy else "reference" if policy is self.reference else "teacher"
+        parts = self.ranks.call("outputs", who, rollouts, want)
         width = max([len(r.completion_ids) for r in rollouts] + [1])
         outs = [out for part in parts for _, out in part]
         device, dtype = policy.device, outs[0].logp.dtype if outs else torch.float32
@@ -188,10 +206,11 @@ class Learner:
 
     @torch.no_grad()
     def _outputs(
-        self, of_reference: bool, rollouts: Sequence[Rollout], want: frozenset[str]
+        self, who: str, rollouts: Sequence[Rollout], want: frozenset[str]
     ) -> list[tuple[Tensor, TokenOutputs]]:
         """Of this rank's rows: (their numbers, their outputs), a micro-batch each."""
-        policy = self.reference if of_reference else self.policy
+        models = {"policy": self.policy, "reference": self.reference}
+        policy = models[who] if who in models or self.teacher is None else self.teacher.policy
         assert policy is not None
         found = []
         for rows in self.micro_batches(rollouts, self._mine(rollouts)):
@@ -318,6 +337,7 @@ class Learner:
     def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
         """The outputs that the loss needs from a forward pass, padded to the batch's width."""
         want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
+        want |= {"divergence"} if self.loss.divergence is not None else set()
         out = token_outputs(
             self.policy,
             rollouts,
@@ -325,6 +345,8 @@ class Learner:
             layout=self.layout,
             want=want,
             reference=self.reference if "full_kl" in want else None,
+            teacher=self.teacher,
+            divergence=self.loss.divergence,
             activation_checkpointing=self.recompute,
         )
         width = batch.valid.shape[1]
@@ -425,31 +447,6 @@ class Learner:
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
-
-
-def _in_order(rewards: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Rewards in this type; in float64, as they come, where the narrower one would lose their size or order."""
-    narrow = rewards.to(dtype)
-    if bool(narrow.isfinite().all()) and len(narrow.unique()) == len(rewards.unique()):
-        return narrow.to(device)
-    if device.type == "mps":
-        raise RunError(
-            f"rewards up to {float(rewards.abs().max()):.3g} need float64 to keep their size and order, which {device} "
-            "does not have: let the scorer give smaller numbers, or train on the CPU (device = 'cpu')."
-        )
-    return rewards.to(device)
-
-
-def _rewards(rollouts: Sequence[Rollout]) -> Tensor:
-    """[N], or [N, T] where any scorer gave rewards by token; a score of the whole then stands at the last token."""
-    scores = [r.score for r in rollouts if r.score is not None]
-    if all(score.per_token is None for score in scores):
-        return torch.tensor([score.value for score in scores], dtype=torch.float64)
-    rows = [
-        torch.tensor(s.per_token or [*[0.0] * (len(r.completion_ids) - 1), float(s.value or 0)], dtype=torch.float64)
-        for r, s in zip(rollouts, scores, strict=True)
-    ]
-    return pad_rows(rows)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,7 @@ from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import BEST, RunFolder, check_disk
 from lossmith.training.sharing import Sampling, agree_on, check_sampler, in_order, sampler_of
+from lossmith.training.teaching import check_told, shown_to_teacher, teacher_of
 
 __all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored", "work_for"]
 
@@ -371,7 +372,7 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
     )
     prompts = load_prompts(
         source,
-        pass_columns=recipe.pass_columns,
+        pass_columns=[*recipe.pass_columns, *shown_to_teacher(recipe)],
         column=recipe.prompt_column,
         split=recipe.prompt_split,
         limit=recipe.prompt_limit,
@@ -393,6 +394,8 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
             if not recipe.accept_weak_scorer:
                 refuse_weak(scorer)
     check_model(recipe.model)
+    if recipe.teacher is not None:
+        check_told(recipe, prompts)
     return Plan(recipe, prompts, train, held_out, prompts.summary())
 
 
@@ -418,9 +421,10 @@ def open_run(
     for one in (scorer, watch):
         bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
+    teacher = teacher_of(recipe, policy, plan.train)
     longest = _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
-        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks)
+        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks, teacher)
     check_memory(learner.memory, learner.recompute, recipe, longest.source)
     now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
     agree_on(learner.ranks, recipe, now)
@@ -442,8 +446,10 @@ def work_for(plan: Plan, ranks: Ranks) -> None:
     scorer = scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
     bind_scorer(scorer, policy)
+    teacher = teacher_of(recipe, policy, plan.train)
     with quiet_traps():
-        Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
+        # it brings the tasks that are its own
+        Learner(policy, recipe.policy_loss(), recipe, ranks=ranks, teacher=teacher)
     ranks.tasks["sample"] = Sampling(recipe, TorchSampler(policy, recipe.sampling), scorer, ranks)
     try:
         agree_on(ranks, recipe, inputs_of(recipe, plan.prompts, plan.held_out, policy))

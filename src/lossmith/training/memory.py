@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,13 +83,17 @@ class _Sizes:
         )
 
 
-def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) -> MemoryEstimate:
-    """What training this policy with this recipe takes, with prompts of at most so many tokens."""
+def estimate_memory(policy: Policy, recipe: Recipe, frozen: Sequence[Policy], longest: int = 0) -> MemoryEstimate:
+    """What training this policy with this recipe takes, with prompts of at most so many tokens.
+
+    frozen: the models beside it that nothing trains, a reference and a teacher.
+    """
     size = _Sizes.of(policy)
     weights = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.parameters())
     narrow = 2 * weights if size.width == 2 else 0
-    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) + narrow + _LIBRARIES
+    beside = sum(p.numel() for one in frozen for p in one.model.parameters())
+    fixed = 4 * (weights + beside + 3 * trained) + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
     wide = 4 if policy.float32_head else size.width
     head = 2 * wide * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden

@@ -54,6 +54,11 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
                 "nats a completion",
             ),
             "kl_update": ("the same from the policy that the step began with", "nats a completion"),
+            "kl_teacher": (
+                "mean log π_θ - log π_teacher of the sampled tokens: unbiased for KL(policy ‖ teacher) where the "
+                "policy sampled them", "nats a token",
+            ),
+            "divergence": ("the loss's own divergence from the teacher over the vocabulary", "nats a token"),
             "kl_coefficient": ("the β that was in force", ""),
             "sampler_gap": (
                 "mean |log p of the learner - log p of the sampler| of the sampled tokens, before the first update",

@@ -16,7 +16,7 @@ from lossmith.optimization import check_optimizer
 from lossmith.policy import SamplingSettings
 from lossmith.scorers import ScorerSettings
 from lossmith.settings.base import TrainerSettings
-from lossmith.training.can_learn import check_loss, check_sampling
+from lossmith.training.can_learn import check_loss, check_sampling, check_taught
 
 __all__ = ["PROVIDED", "Recipe", "RunSettings", "checked_loss"]
 
@@ -49,7 +49,7 @@ class Recipe(RunSettings):
     """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
-    paths: ClassVar[tuple[str, ...]] = ("model", "prompts", "scorer", "watch", "loss", "runs")
+    paths: ClassVar[tuple[str, ...]] = ("model", "teacher", "prompts", "scorer", "watch", "loss", "runs")
     resumed_by: ClassVar[str] = "lossmith train --resume"
     resumed_in_python: ClassVar[str] = "lossmith.resume"
     extended_by: ClassVar[str] = " --steps MORE"
@@ -108,6 +108,15 @@ class Recipe(RunSettings):
     loss: Any = Field(
         "grpo",
         description="loss: a name, 'name@library', 'grpo(beta=0.04)', 'my.py:function', or a table of parameters",
+    )
+
+    teacher: str | None = Field(
+        None,
+        description="model that a loss of distillation learns from: a folder, a hub name, or 'self' for the policy as "
+        "it is, told more than its prompt (teacher_column)",
+    )
+    teacher_column: str | None = Field(
+        None, description="column of the prompts with what the teacher alone is told: feedback, hints, a demonstration"
     )
 
     engine: Literal["lossmith", "trl"] = Field(
@@ -184,6 +193,21 @@ class Recipe(RunSettings):
                 f"{source}: keep_best = true has one policy to choose from: say how often the held-out prompts are "
                 "looked at, with evaluate_every."
             )
+        if recipe.teacher_column is not None and recipe.teacher is None:
+            raise RecipeError(
+                f"{source}: teacher_column = {recipe.teacher_column!r} is what a teacher is told, and there is none: "
+                "give teacher, a folder or 'self'."
+            )
+        if recipe.teacher == "self" and recipe.teacher_column is None:
+            raise RecipeError(
+                f"{source}: teacher = 'self' that is told nothing agrees with the policy, and there is nothing to "
+                "learn: name a column with feedback or demonstrations in teacher_column."
+            )
+        if recipe.teacher is not None and recipe.engine == "trl":
+            raise RecipeError(
+                f"{source}: engine = 'trl' has no teacher beside the policy. Leave engine at 'lossmith', or train with "
+                "TRL's own DistillationTrainer."
+            )
         if recipe.updates_per_step > recipe.prompts_per_step:
             raise RecipeError(
                 f"{source}: updates_per_step = {recipe.updates_per_step} exceeds prompts_per_step = "
@@ -227,6 +251,7 @@ class Recipe(RunSettings):
         if self.sampler == "vllm":
             loss = corrected(loss, self.loss)
         check_loss(loss, self.samples_per_prompt, self.prompts_per_step)
+        check_taught(loss, self.teacher, self.sampling)
         return loss
 
 

@@ -2,7 +2,7 @@
 
 from lossmith.losses.axes.advantage import GAE, GFPO, VAPO, BatchStd, Group, GroupStd, PassAtK
 from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
-from lossmith.losses.axes.extra import NLLPositive
+from lossmith.losses.axes.extra.terms import NLLPositive
 from lossmith.losses.axes.kl import KL
 from lossmith.losses.axes.masks import OPSM, TopEntropy, ZeroVariance
 from lossmith.losses.axes.mismatch import TIS

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.axes.advantage import Groups
-from lossmith.losses.completion import preferences
+from lossmith.losses.completion import kin, preferences
 from lossmith.losses.completion.completion_loss import Completions, CompletionTerm
 from lossmith.losses.completion.pairs import GROUPED
 from lossmith.losses.piece import number, options, param, pieces_in, symbol
@@ -181,4 +181,4 @@ class REAL(CompletionTerm):
         ]
 
 
-TERMS: dict[str, type[CompletionTerm]] = options(*pieces_in(CompletionTerm, vars(preferences), globals()))
+TERMS: dict[str, type[CompletionTerm]] = options(*pieces_in(CompletionTerm, vars(preferences), vars(kin), globals()))

@@ -41,7 +41,9 @@ def memory_estimate(learner: Learner) -> str:
     """Weights, gradients and optimizer exactly; sampling and the activations of one micro-batch by rules of thumb."""
     memory, recompute = learner.memory, learner.recompute
     activations = memory.recomputed if recompute else memory.activations
-    held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
+    taught = learner.teacher is not None and learner.teacher.policy is not learner.policy
+    beside = [name for name, there in (("reference", learner.reference is not None), ("teacher", taught)) if there]
+    held = " and ".join(["policy, gradients and AdamW", *beside])
     total = memory.total(recompute)
     text = f"about {total / 1e9:.1f} GB: {held} {memory.fixed / 1e9:.1f} GB, and then "
     text += f"sampling {memory.sampling / 1e9:.1f} GB or activations {activations / 1e9:.1f} GB"
