@@ -107,7 +107,7 @@ def test_a_model_that_attends_in_its_own_way_is_found_out_and_said_once(caplog):
 def test_the_trial_is_not_misled_by_bfloat16():
     policy = tiny.policy()
     policy.compute_dtype = torch.bfloat16
-    with policy.autocast():
+    with policy.computing():
         assert sharing_is_exact(policy)
 
 

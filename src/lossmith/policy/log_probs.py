@@ -65,12 +65,12 @@ def token_outputs(
     _check_request(policy, rollouts, settings, want, reference)
     if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
-    with policy.autocast():
+    with policy.computing():
         with checkpoint_activations(policy.model) if activation_checkpointing else contextlib.nullcontext():
             hidden = hidden_states(policy, rollouts, layout)
         ref_hidden = None
         if "full_kl" in want and reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), reference.computing():
                 ref_hidden = hidden_states(reference, rollouts, layout)
         ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
         head = _Head(policy, reference, settings, want)
@@ -114,7 +114,7 @@ class _Head:
         if "entropy" in self.names:
             columns.append(-_expectation(logps, logps))
         if ref_hidden is not None and self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.reference.computing():
                 ref_logps = log_softmax_under(self.reference.logits(ref_hidden), self.settings)
             columns.append(_expectation(logps, logps - ref_logps))
         return tuple(columns)

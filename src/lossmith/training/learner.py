@@ -83,7 +83,8 @@ class Learner:
             for each in filter(None, (policy, self.reference)):
                 compile_layers(each)
         self.weights = WeightWatch(
-            trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
+            trained[0][0],
+            [] if self.reference is None else [p for p in self.reference.model.parameters() if not p.requires_grad],
         )
         self._clock = Clock()
         self.bad_in_a_row = 0  # gradients that were not finite

@@ -86,9 +86,11 @@ def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: in
     """What training this policy with this recipe takes, with prompts of at most so many tokens."""
     size = _Sizes.of(policy)
     weights = sum(p.numel() for p in policy.model.parameters())
+    held = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.parameters())
     narrow = 2 * weights if size.width == 2 else 0
-    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) + narrow + _LIBRARIES
+    copies = 2 if reference and policy.adapter is None else 1
+    fixed = held * copies + 4 * 3 * trained + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
     head = 2 * size.width * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
     layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width

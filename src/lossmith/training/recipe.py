@@ -13,12 +13,12 @@ from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.losses import Loss, parse_loss
 from lossmith.losses.batch import FIELDS
 from lossmith.optimization import check_optimizer
-from lossmith.policy import SamplingSettings
+from lossmith.policy import ALL_LINEAR, LoraSettings, SamplingSettings
 from lossmith.scorers import ScorerSettings
 from lossmith.settings.base import TrainerSettings
 from lossmith.training.can_learn import check_loss, check_sampling
 
-__all__ = ["PROVIDED", "Recipe", "RunSettings", "checked_loss"]
+__all__ = ["PROVIDED", "Recipe", "RunSettings", "check_lora", "checked_loss"]
 
 COMPLETIONS = 1_000_000  # of a step, which are held in memory together
 
@@ -32,6 +32,14 @@ class RunSettings(TrainerSettings):
 
     chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
     allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
+    lora_rank: int = Field(
+        0, ge=0, description="train a LoRA adapter of this rank, and leave the model's own weights; 0 trains those"
+    )
+    lora_alpha: float = Field(32.0, gt=0, description="what the adapter adds is multiplied by lora_alpha / lora_rank")
+    lora_targets: list[str] = Field(
+        [ALL_LINEAR],
+        description="linear layers that the adapter is for, by name (q_proj); all-linear: all but the head",
+    )
     memory_gb: float | None = Field(
         None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
     )
@@ -39,6 +47,13 @@ class RunSettings(TrainerSettings):
     runs: str = Field("runs", description="folder in which the run gets a folder of its own")
     name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """The new adapter that is trained, if any."""
+        if not self.lora_rank:
+            return None
+        return LoraSettings(self.lora_rank, self.lora_alpha, tuple(self.lora_targets), self.seed)
 
 
 class Recipe(RunSettings):
@@ -148,6 +163,7 @@ class Recipe(RunSettings):
         _check_guards(source, recipe.guards)
         check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
         check_optimizer(source, recipe)
+        check_lora(source, recipe)
         if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
             raise RecipeError(
                 f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "
@@ -204,6 +220,21 @@ class Recipe(RunSettings):
         loss = checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
         check_loss(loss, self.samples_per_prompt, self.prompts_per_step)
         return loss
+
+
+def check_lora(source: str, recipe: RunSettings) -> None:
+    """RecipeError: settings of an adapter, and none is to be trained; an adapter for no layer."""
+    fields = type(recipe).model_fields
+    for name in ("lora_alpha", "lora_targets"):
+        value = getattr(recipe, name)
+        if not recipe.lora_rank and value != fields[name].get_default():
+            raise RecipeError(f"{source}: {name} = {value!r} is for a new adapter: give lora_rank too (16, say).")
+    if not recipe.lora_targets or not all(recipe.lora_targets):
+        raise RecipeError(
+            f"{source}: lora_targets = {recipe.lora_targets!r} names no layer: [{ALL_LINEAR!r}] names all."
+        )
+    if ALL_LINEAR in recipe.lora_targets and len(recipe.lora_targets) > 1:
+        raise RecipeError(f"{source}: lora_targets = {recipe.lora_targets!r}: {ALL_LINEAR} stands alone.")
 
 
 def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: int | None = None) -> Loss:

@@ -39,7 +39,7 @@ from lossmith.training.offline.preference_scores import (
     rows_of,
     score_of,
 )
-from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, checked_loss
+from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, check_lora, checked_loss
 from lossmith.training.run import RunFolder, check_disk
 
 __all__ = [
@@ -89,6 +89,7 @@ class PreferenceRecipe(RunSettings):
         if recipe.preferences is None:
             raise RecipeError(f"{source}: which preferences? Give a file or a database of judgements.")
         check_optimizer(source, recipe)
+        check_lora(source, recipe)
         recipe.policy_loss()
         return recipe
 
@@ -221,7 +222,9 @@ def open_preferences(
     """
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
-    policy = load_policy(recipe.model, device=recipe.device, dtype=recipe.dtype, chat_template=recipe.chat_template)
+    policy = load_policy(
+        recipe.model, device=recipe.device, dtype=recipe.dtype, chat_template=recipe.chat_template, lora=recipe.lora
+    )
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)
     notes += plan.notes
