@@ -38,11 +38,10 @@ def main() -> None:
         samples_per_prompt=work["samples"],
         max_tokens=work["max_tokens"],
         temperature=1.0,
-        learning_rate=4e-5,
-        **work.get("lossmith", {}),
+        **{"learning_rate": 4e-5} | work.get("lossmith", {}),
     )
     prompts = [Prompt(text) for text in work["prompts"]]
-    policy, scorer = load_policy(work["model"]), load_scorer(letters)
+    policy, scorer = load_policy(work["model"], lora=recipe.lora), load_scorer(letters)
     learner = Learner(policy, recipe.policy_loss(), recipe)
     for step, _ in enumerate(sys.stdin):
         start = time.perf_counter()
