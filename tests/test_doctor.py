@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -346,3 +349,11 @@ def test_guards_stand_in_recipes_and_options_alike(tmp_path):
     assert ls.Recipe.make(guards={"sampler-gap": "off"}).guards == {"sampler_gap": "off"}
     with pytest.raises(LossmithError, match="there is no detector 'nonsense'"):
         app(["train", "--guards.nonsense", "warn"], exit_on_error=False)
+
+
+@pytest.mark.slow
+def test_healthy_runs_of_many_losses_raise_no_alarm_and_ill_ones_are_found():
+    """Its exit code: a false stop, more than one false warning, an illness that was missed."""
+    script = Path(__file__).parent.parent / "benchmarks" / "doctor.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import random
+import shutil
 import sqlite3
 import struct
 import tempfile
@@ -14,7 +15,9 @@ import pyarrow.parquet
 import pytest
 import tomli_w
 
+import lossmith as ls
 import tiny
+from lossmith.adapters.configurations import read as read_configuration
 from lossmith.errors import LossmithError
 from lossmith.feedback.agreement import agreement_report
 from lossmith.feedback.convert import convert
@@ -25,6 +28,7 @@ from lossmith.feedback.store import Store
 from lossmith.losses import parse_loss
 from lossmith.project import Project
 from lossmith.prompts import load_prompts
+from lossmith.replay import read_recorded, replay
 from lossmith.report.run.frontier import read_steps
 from lossmith.scorers import check_scorer
 from lossmith.training import Recipe, plan
@@ -280,9 +284,87 @@ def reward_model(tmp_path, rng):
     check_scorer(str(folder), columns=())
 
 
+@functools.cache
+def finished_run():
+    """The folder of a run of two steps, without what is large, made once."""
+    run = ls.train(
+        model=str(tiny.folder()), device="cpu", dtype="float32", prompts=[f"Question {i}?" for i in range(6)],
+        held_out=2, scorer="length", steps=2, prompts_per_step=2, samples_per_prompt=2, max_tokens=5, quiet=True,
+        runs=tempfile.mkdtemp(), name="n", checkpoint_minutes=0, evaluate_every=1,
+    )  # fmt: skip
+    shutil.rmtree(run.folder.path / "policy")
+    return run.folder.path
+
+
+def run_folder(tmp_path, rng):
+    """A run's folder is diagnosed, replayed, explained and reported on, whatever has become of one of its files."""
+    folder = tmp_path / "n"
+    shutil.copytree(finished_run(), folder)
+    victim = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
+    data = victim.read_bytes()
+    if victim.suffix == ".jsonl":
+        victim.write_bytes(wounded([json.loads(line) for line in data.splitlines()], rng))
+    elif victim.suffix == ".json" and rng.random() < 0.6:
+        victim.write_text(json.dumps(changed(json.loads(data), rng)))
+    elif rng.random() < 0.1:
+        victim.unlink()
+    else:
+        victim.write_bytes(damaged(data, rng))
+    refusals = []
+    for look in (
+        lambda: ls.doctor(folder).as_dict(),
+        lambda: [replay(record, [parse_loss("grpo@trl")]) for record in read_recorded(folder)],
+        lambda: ls.explain(folder),
+        lambda: ls.write_report(folder, tmp_path / "report.html"),
+    ):
+        try:
+            look()
+        except LossmithError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+
+
+RECORDED = (
+    [{"input": "q", "output": t, "gts": None, "score": s, "step": 7} for t, s in (("one", 1.0), ("two", 0.0))],
+    [{"content": "text", "rewards": r, "input_lengths": 4, "token_ids": [5, 6, 7, 8], "sample_loss_mask": 1.0,
+      "token_loss_mask": [0, 0, 1, 1], "advantages": [0.0, 0.0, 0.7, 0.7], "generation_logprobs": [0, 0, -1.0, -2.0],
+      "prev_logprobs": [0, 0, -1.1, -2.1], "idx": 0} for r in (1.0, 0.0)],
+    [{"token_ids": [1, 2, 3], "loss_mask": [False, True, True], "advantages": [0.0, 0.5, 0.5],
+      "inference_logprobs": [0.0, -1.0, -0.5], "trainer_logprobs": [0.0, -1.1, -0.4], "entropy": [0.0, 1.0, 1.0]}] * 2,
+    [{"id": "x", "task": {}, "group": {"id": "g"}, "traces": [{
+        "rewards": {"a": {"score": 1.0, "weight": 0.5}},
+        "nodes": [
+            {"parent": None, "message": {"role": "user", "content": "u"}, "token_ids": [1], "mask": [False]},
+            {"parent": 0, "message": {"role": "assistant", "content": "a"}, "token_ids": [3, 4],
+             "mask": [False, True], "logprobs": [-0.5]},
+        ]}]}],
+    [{"prompt_tokens": [1, 2], "response_tokens": [3, 4], "reward": r, "advantage": 0.7, "finish_reason": "length",
+      "logprobs": [-1.0, -1.5], "prompt_idx": 4} for r in (1.0, 0.0)],
+)  # fmt: skip
+
+
+def recorded_by_others(tmp_path, rng):
+    file = tmp_path / "rollouts.jsonl"
+    file.write_bytes(wounded(rng.choice(RECORDED), rng))
+    for record in read_recorded(file):
+        replay(record, [parse_loss("grpo@trl")])
+    ls.doctor(file)
+
+
+CONFIGURATIONS = sorted((Path(__file__).parent / "configurations").iterdir())
+
+
+def configuration(tmp_path, rng):
+    source = rng.choice(CONFIGURATIONS)
+    file = tmp_path / source.name
+    file.write_bytes(damaged(source.read_bytes(), rng))
+    read_configuration(str(file))
+
+
 READERS = (
     recipe, preference_recipe, prompts, parquet, preferences, sets, scorer, loss, judgements, metrics, project,
-    reward_model,
+    reward_model, run_folder, recorded_by_others, configuration,
 )  # fmt: skip
 
 
@@ -305,11 +387,11 @@ def sweep(reader, tmp_path, seeds):
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda r: r.__name__)
 def test_damage_is_used_or_refused_by_an_error_of_ours(reader, tmp_path):
-    outcomes = sweep(reader, tmp_path, range(30))
+    outcomes = sweep(reader, tmp_path, range(6 if reader is run_folder else 30))  # it takes a second
     assert outcomes["refused"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS, ids=lambda r: r.__name__)
 def test_damage_ten_thousand_times(reader, tmp_path):
-    sweep(reader, tmp_path, range(1000, 1000 + 10_000 // len(READERS)))
+    sweep(reader, tmp_path, range(1000, 1060 if reader is run_folder else 1000 + 10_000 // len(READERS)))

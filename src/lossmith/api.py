@@ -24,6 +24,7 @@ from lossmith.report.run.code import show_code
 from lossmith.report.run.live import LiveView
 from lossmith.report.run.offline import show_preference_run
 from lossmith.report.run.opening import opening
+from lossmith.report.run.tracking import Tracking, check_tracker
 from lossmith.training import Plan, Recipe, Run, Step, learn, open_run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
@@ -98,6 +99,7 @@ def run_recipe(
     """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with."""
     console = console or Console()
     check_recipe_order(recipe)
+    check_tracker(recipe.track)
     if recipe.engine == "trl":
         from lossmith.adapters.trl import engine
 
@@ -118,22 +120,29 @@ def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None
         run.start()
         for note in run.going_on.notes:
             console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
-        view.begin()
-
-        def shown(step: Step) -> None:
-            view.show(step)
-            stop.check()
-
-        if run.recipe.engine == "trl":
-            from lossmith.adapters.trl import engine
-
-            engine.learn(run, shown)
-        else:
-            for step in learn(run):
-                shown(step)
-        view.end()
-        run.finish()
+        with Tracking(run, console) as tracking:
+            _show_steps(run, view, tracking, stop)
+            view.end()
+            run.finish()
+            tracking.end(run.summary["held_out"])
     closing(run, run.summary, console)
+
+
+def _show_steps(run: Run, view: LiveView, tracking: Tracking, stop: Stopping) -> None:
+    view.begin()
+
+    def shown(step: Step) -> None:
+        view.show(step)
+        tracking.step(step.record)
+        stop.check()
+
+    if run.recipe.engine == "trl":
+        from lossmith.adapters.trl import engine
+
+        engine.learn(run, shown)
+    else:
+        for step in learn(run):
+            shown(step)
 
 
 def prefer(preferences: Any = None, *, quiet: bool = False, **settings: Any) -> PreferenceRun:
@@ -163,6 +172,7 @@ def resume_preferences(
 
 def run_preferences(recipe: PreferenceRecipe, console: Console) -> PreferenceRun:
     """Do all that a recipe on preferences asks, showing it on the console."""
+    check_tracker(recipe.track)
     with Stopping() as stop:
         checked = offline.plan_preferences(recipe)
         with console.status("reading the preferences into the model's tokens"):

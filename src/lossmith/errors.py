@@ -109,7 +109,7 @@ def printable(text: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'grpo'?"` for a near miss, else the known names, as the tail of an error message."""
-    known = sorted(set(known))
+    known = sorted({str(one) for one in known})  # a table that YAML holds may have true as a key
     close = difflib.get_close_matches(str(name), known, n=2, cutoff=0.6)
     if close:
         return " Did you mean " + " or ".join(repr(c) for c in close) + "?"

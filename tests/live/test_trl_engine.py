@@ -132,12 +132,34 @@ def test_a_scorer_that_fails_stops_it_in_the_scorers_words(tmp_path):
         (dict(updates_per_step=3), "updates_per_step = 3"),
         (dict(updates_per_step=2, loss="online_dpo(beta=0.1)"), "updates_per_step = 2.*online_dpo"),
         (dict(device="cuda:1"), "device = 'cuda:1'"),
+        (dict(engine_options={"max_steps": 7}), "engine_options: max_steps is decided by the recipe's steps"),
+        (dict(engine_options={"use_vlm": True}), "GRPOConfig has no 'use_vlm'.*use_vllm"),
+        (dict(engine_options={"use_vllm": True}, engine="lossmith"), "engine_options are of another engine"),
     ],
 )  # fmt: skip
 def test_a_setting_that_does_not_carry_over_is_named_before_the_model_is_loaded(tmp_path, changes, said, monkeypatch):
     monkeypatch.setattr("lossmith.training.loop.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(RecipeError, match=said):
         trained(tmp_path, **changes)
+
+
+def test_options_reach_trls_configuration_and_one_that_it_refuses_is_said(tmp_path, monkeypatch):
+    from lossmith.adapters.trl import engine
+
+    made = []
+
+    class Recorded(engine.GRPOConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            made.append(self)
+
+    monkeypatch.setattr(engine, "GRPOConfig", Recorded)
+    trained(tmp_path, steps=1, engine_options={"generation_kwargs": {"repetition_penalty": 1.2}, "log_level": "error"})
+    assert made[0].generation_kwargs == {"repetition_penalty": 1.2} and made[0].log_level == "error"
+    with pytest.raises(RecipeError, match=r"engine_options: TRL refuses them: .*OptimizerNames"):
+        trained(tmp_path, steps=1, engine_options={"optim": "no such"})
+    with pytest.raises(LossError, match=r"GRPOConfig\(epsilon=0\.5\) is of TRL's own loss"):
+        trained(tmp_path, steps=1, engine_options={"epsilon": 0.5})
 
 
 def test_a_loss_that_needs_a_critic_is_refused(tmp_path):

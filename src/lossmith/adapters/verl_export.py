@@ -46,6 +46,7 @@ _NOT_CARRIED = {
     "compile": "actor.use_torch_compile is its own",
     "value_learning_rate": "its critic is set by its own settings",
     "engine": "the folder is for verl",
+    "engine_options": "they are TRL's; verl's settings follow ./launch.sh",
     "checkpoint_minutes": "it saves by steps: set checkpoint_every",
     "runs": "it writes beside the folder",
 }
@@ -253,7 +254,7 @@ def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens
             "total_epochs": recipe.steps,  # an epoch has one step at least
             "n_gpus_per_node": gpus,
             "nnodes": 1,
-            "logger": ["console"],
+            "logger": ["console", *([recipe.track] if recipe.track else [])],
             "project_name": "lossmith",
             "experiment_name": recipe.name or "recipe",
             "save_freq": recipe.checkpoint_every or -1,

@@ -108,7 +108,7 @@ def _group(rng: np.random.Generator, prompt: str, gain: float) -> list[Completio
 
 def _metrics(rng: np.random.Generator, i: int, done: float, bfloat16: bool) -> dict[str, float]:
     """What a learner writes, with the scatter that small batches have."""
-    above = float(rng.uniform(0.01, 0.12))
+    above = float(rng.uniform(0.01, 0.08))
     gap = 0.03 if bfloat16 else 1e-6
     return {
         "entropy": float(1.9 * (1 - 0.4 * done) * rng.uniform(0.9, 1.1)),

@@ -60,6 +60,13 @@ def recorded(rows: Sequence[Row], source: str, place: str, notes: Sequence[str] 
     """The rows, step by step. RunError: there is none."""
     if not rows:
         raise RunError(f"{place} holds no completion with a score.")
+    for number, row in enumerate(rows, 1):
+        advantages = {"advantages": row.advantage} if isinstance(row.advantage, list) else {}
+        for name, values in (row.by_token | advantages | ({"mask": row.mask} if row.mask else {})).items():
+            if len(values) != row.length:
+                raise RunError(
+                    f"{place}: completion {number} has {row.length} tokens, and {len(values)} values of {name}."
+                )
     steps = dict.fromkeys(row.step for row in rows)
     return [_step([r for r in rows if r.step == step], step, source, place, list(notes)) for step in steps]
 

@@ -33,7 +33,7 @@ class Settings(BaseModel):
     # where and how often a run writes and asks, which decides nothing of what it learns
     free: ClassVar[tuple[str, ...]] = (
         "runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts", "evaluate_every", "keep_best",
-        "accept_weak_scorer", "guards", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
+        "track", "accept_weak_scorer", "guards", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
     )  # fmt: skip
 
     @classmethod

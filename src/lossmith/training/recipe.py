@@ -47,6 +47,9 @@ class RunSettings(TrainerSettings):
     runs: str = Field("runs", description="folder in which the run gets a folder of its own")
     name: str | None = Field(None, description="name of the run's folder; made from the time and loss if not given")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints, besides those by time; 0 for none")
+    track: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None = Field(
+        None, description="a tracker that is told every step's figures too, through its own client (pip install it)"
+    )
 
     @property
     def lora(self) -> LoraSettings | None:
@@ -124,6 +127,9 @@ class Recipe(RunSettings):
     engine: Literal["lossmith", "trl"] = Field(
         "lossmith", description="what trains: lossmith itself, or TRL's GRPOTrainer (pip install lossmith[trl])"
     )
+    engine_options: dict[str, Any] = Field(
+        {}, description="settings of TRL's GRPOConfig that no other setting decides, such as use_vllm or deepspeed"
+    )
 
     steps: int = Field(12, gt=0, description="rounds of sample, score, update")
     prompts_per_step: int = Field(8, gt=0, description="prompts in a round")
@@ -150,7 +156,7 @@ class Recipe(RunSettings):
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
-    @pydantic.field_validator("guards", mode="before")
+    @pydantic.field_validator("guards", "engine_options", mode="before")
     @classmethod
     def _spelled_as_options(cls, value: Any) -> Any:
         """--guards.sampler-gap names sampler_gap."""
@@ -164,6 +170,10 @@ class Recipe(RunSettings):
         check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
         check_optimizer(source, recipe)
         check_lora(source, recipe)
+        if recipe.engine_options and recipe.engine == "lossmith":
+            raise RecipeError(
+                f"{source}: engine_options are of another engine: give engine = 'trl' too, or leave them out."
+            )
         if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
             raise RecipeError(
                 f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "

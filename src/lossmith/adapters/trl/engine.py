@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from lossmith.adapters.trl.settings import check_needs
 from lossmith.adapters.trl.trainer import GRPOConfig, LossmithGRPOTrainer, batch_fields, native_metrics
-from lossmith.errors import RecipeError, RunError, ScorerError
+from lossmith.errors import RecipeError, RunError, ScorerError, nearest
 from lossmith.losses import Batch, Credit, PolicyLoss
 from lossmith.optimization import rate_factor
 from lossmith.policy import Policy, adapter_base, distribution_of
@@ -64,6 +64,7 @@ def check_recipe(recipe: Recipe) -> None:
         wrong["evaluate_every"] = "between two of its steps the model is as its trainer wraps it"
     if recipe.device not in ("auto", "cpu", "cuda", "mps"):
         wrong["device"] = "it takes the first one of the machine"
+    _check_options(recipe)
     if wrong:
         said = "; ".join(f"{name} = {getattr(recipe, name)!r}: {why}" for name, why in wrong.items())
         raise RecipeError(
@@ -109,35 +110,64 @@ def _lent(run: Run) -> Iterator[None]:
 
 
 def _config(run: Run, scratch: str) -> Any:
-    """The recipe in TRL's words."""
+    """The recipe in TRL's words, and what it says in them itself."""
     recipe, learner = run.recipe, run.learner
     update = recipe.prompts_per_step * recipe.samples_per_prompt // recipe.updates_per_step
     room = max(1, recipe.micro_batch_tokens // (learner.memory.longest + recipe.max_tokens))
     rows = max(n for n in range(1, update + 1) if update % n == 0 and n <= room) if learner.loss.separable else update
     cpu = run.policy.device.type == "cpu"
-    return GRPOConfig(
-        output_dir=scratch,
-        max_steps=len(run.remaining_steps()) * _updates(recipe),
-        num_generations=recipe.samples_per_prompt,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=update // rows,
-        steps_per_generation=update // rows * recipe.updates_per_step,
-        num_iterations=recipe.epochs,
-        max_completion_length=recipe.max_tokens,
-        temperature=recipe.temperature,
-        max_grad_norm=recipe.max_grad_norm,
-        seed=recipe.seed,
-        use_cpu=cpu,
-        bf16=run.policy.compute_dtype == torch.bfloat16,
-        gradient_checkpointing=learner.recompute,
-        disable_dropout=True,
-        shuffle_dataset=False,
-        dataloader_pin_memory=not cpu,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
+    ours = {
+        "output_dir": scratch,
+        "max_steps": len(run.remaining_steps()) * _updates(recipe),
+        "num_generations": recipe.samples_per_prompt,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": update // rows,
+        "steps_per_generation": update // rows * recipe.updates_per_step,
+        "num_iterations": recipe.epochs,
+        "max_completion_length": recipe.max_tokens,
+        "temperature": recipe.temperature,
+        "max_grad_norm": recipe.max_grad_norm,
+        "seed": recipe.seed,
+        "use_cpu": cpu,
+        "bf16": run.policy.compute_dtype == torch.bfloat16,
+        "gradient_checkpointing": learner.recompute,
+        "disable_dropout": True,
+        "shuffle_dataset": False,
+        "dataloader_pin_memory": not cpu,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    try:
+        return GRPOConfig(**{**ours, **recipe.engine_options})
+    except (ValueError, TypeError, ImportError) as error:  # a value that TRL, or what it is built on, refuses
+        raise RecipeError(f"engine_options: TRL refuses them: {error}") from None
+
+
+# What the recipe, the run's folder or the loss says; a GRPOConfig that says it as well could only disagree.
+_DECIDED = {
+    "max_steps": "steps", "num_train_epochs": "steps", "num_generations": "samples_per_prompt",
+    "per_device_train_batch_size": "micro_batch_tokens", "gradient_accumulation_steps": "micro_batch_tokens",
+    "steps_per_generation": "updates_per_step", "generation_batch_size": "prompts_per_step",
+    "num_iterations": "epochs", "max_completion_length": "max_tokens", "temperature": "temperature",
+    "top_p": "top_p", "top_k": "top_k", "max_grad_norm": "max_grad_norm", "seed": "seed", "data_seed": "seed",
+    "use_cpu": "device", "bf16": "dtype", "fp16": "dtype", "learning_rate": "learning_rate",
+    "lr_scheduler_type": "schedule", "warmup_steps": "warmup_steps", "warmup_ratio": "warmup_steps",
+    "weight_decay": "weight_decay", "output_dir": "runs", "report_to": "track", "save_strategy": "checkpoint_every",
+    "save_steps": "checkpoint_every", "beta": "loss", "loss_type": "loss", "logging_steps": "steps",
+    "eval_strategy": "held_out", "shuffle_dataset": "seed", "disable_tqdm": "name",
+}  # fmt: skip
+
+
+def _check_options(recipe: Recipe) -> None:
+    """RecipeError: an option that GRPOConfig does not have, or that another setting decides."""
+    known = [field.name for field in dataclasses.fields(GRPOConfig)]
+    for name in recipe.engine_options:
+        if name in _DECIDED:
+            raise RecipeError(f"engine_options: {name} is decided by the recipe's {_DECIDED[name]}. Set that instead.")
+        if name not in known:
+            raise RecipeError(f"engine_options: TRL's GRPOConfig has no {name!r}.{nearest(name, known)}")
 
 
 def _updates(recipe: Recipe) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from lossmith.errors import RunError
 from lossmith.replay.formats.lines import Record, shown_keys
@@ -29,8 +28,8 @@ class Layout:
 
 def _verl(record: Record) -> Iterator[Row]:
     text = str(record["output"])
-    group = record.get("uid", record["input"])
-    row = Row(max(1, len(text.encode())), group, int(record.get("step", 0)), str(record["input"]), text)
+    group = record.name("uid" if "uid" in record else "input")
+    row = Row(max(1, len(text.encode("utf-8", "replace"))), group, record.whole("step"), str(record["input"]), text)
     row.by_row["reward"] = record.number("score")
     yield row
 
@@ -41,7 +40,7 @@ def _nemo_rl(record: Record) -> Iterator[Row]:
     if not any(mask) or not record.get("sample_loss_mask", 1):
         return
     first, last = mask.index(True), len(mask) - mask[::-1].index(True)
-    ids = record.get("token_ids") or [0] * len(mask)
+    ids = record.ids("token_ids") if record.get("token_ids") else [0] * len(mask)
     row = Row(
         last - first, tuple(ids[:first]), prompt_tokens=ids[:first], tokens=ids[first:last], mask=mask[first:last]
     )
@@ -54,7 +53,10 @@ def _nemo_rl(record: Record) -> Iterator[Row]:
             row.by_token[ours] = record.numbers(theirs)[first:last]
     row.by_row["reward"] = record.number("rewards")
     advantage = record.get("advantages")
-    row.advantage = record.numbers("advantages")[first:last] if isinstance(advantage, list) else advantage
+    if isinstance(advantage, list):
+        row.advantage = record.numbers("advantages")[first:last]
+    elif advantage is not None:
+        row.advantage = record.number("advantages")
     yield row
 
 
@@ -63,8 +65,9 @@ def _prime_rl(record: Record) -> Iterator[Row]:
     if not any(mask):
         return
     first, last = mask.index(True), len(mask) - mask[::-1].index(True)
-    row = Row(last - first, prompt_tokens=record["token_ids"][:first], tokens=record["token_ids"][first:last])
-    row.mask, row.step = mask[first:last], int(record.get("step", 0))
+    ids = record.ids("token_ids")
+    row = Row(last - first, prompt_tokens=ids[:first], tokens=ids[first:last])
+    row.mask, row.step = mask[first:last], record.whole("step")
     row.by_token["behavior_logp"] = record.numbers("inference_logprobs")[first:last]
     row.by_token["old_logp"] = record.numbers("trainer_logprobs")[first:last]
     if isinstance(record.get("entropy"), list):
@@ -75,33 +78,37 @@ def _prime_rl(record: Record) -> Iterator[Row]:
 
 def _verifiers(record: Record) -> Iterator[Row]:
     """A row for every leaf of every trace's message graph: the path from its root."""
-    group = (record.get("group") or {}).get("id") or record.get("id")
-    for trace in record.list_of("traces"):
-        nodes = trace.get("nodes") or []
-        rewards = {k: r for k, r in (trace.get("rewards") or {}).items() if r is not None}
-        for leaf in set(range(len(nodes))) - {node.get("parent") for node in nodes}:
+    group = record.object("group").name("id") or record.name("id")
+    for trace in record.objects("traces"):
+        nodes = trace.objects("nodes")
+        parents = {node.get("parent") if node.get("parent") is None else node.whole("parent") for node in nodes}
+        given = trace.object("rewards")
+        rewards = [given.object(name) for name, reward in given.items() if reward is not None]
+        for leaf in set(range(len(nodes))) - parents:
             row = _path(nodes, leaf)
             if row is None or not rewards:
                 continue
             row.group = group
-            row.by_row["reward"] = sum(r["score"] * r.get("weight", 1.0) for r in rewards.values())
+            row.by_row["reward"] = sum(r.number("score") * r.number("weight", 1.0) for r in rewards)
             yield row
 
 
-def _path(nodes: list[dict[str, Any]], leaf: int) -> Row | None:
+def _path(nodes: list[Record], leaf: int) -> Row | None:
     """The sampled tokens on the way from the root to this leaf; None where there is none."""
-    path: list[dict[str, Any]] = []
+    path: list[Record] = []
     at: int | None = leaf
     while at is not None and len(path) <= len(nodes):
+        if not 0 <= at < len(nodes):
+            raise RunError(f"{nodes[0].where}: parent {at} is no node of the {len(nodes)} that there are.")
         path.insert(0, nodes[at])
-        at = nodes[at].get("parent")
-    ids = [i for node in path for i in node.get("token_ids") or []]
-    mask = [bool(m) for node in path for m in node.get("mask") or []]
+        at = None if nodes[at].get("parent") is None else nodes[at].whole("parent")
+    ids = [i for node in path if node.get("token_ids") for i in node.ids("token_ids")]
+    mask = [bool(m) for node in path if node.get("mask") for m in node.list_of("mask")]
     if not any(mask):
         return None
     first, last = mask.index(True), len(mask) - mask[::-1].index(True)
     row = Row(last - first, prompt_tokens=ids[:first], tokens=ids[first:last], mask=mask[first:last])
-    said = [(node.get("message") or {}) for node in path]
+    said = [node.object("message") for node in path]
     row.prompt = str(next((m.get("content") for m in said if m.get("role") == "user"), ""))
     row.completion = "".join(str(m.get("content") or "") for m in said if m.get("role") == "assistant")
     for theirs, ours in _VERIFIERS.items():
@@ -122,26 +129,27 @@ _VERIFIERS = {
 }
 
 
-def _spread(path: list[dict[str, Any]], name: str) -> list[float] | None:
+def _spread(path: list[Record], name: str) -> list[float] | None:
     """A field of sampled tokens, one number a token of the path; None where a sampled node lacks it."""
     out: list[float] = []
     for node in path:
         mask = node.get("mask") or []
-        values = iter(node.get(name) or [])
+        values = iter(node.numbers(name) if node.get(name) else [])
         for sampled in mask:
             value = next(values, None) if sampled else 0.0
             if value is None:
                 return None
-            out.append(float(value))
+            out.append(value)
     return out
 
 
 def _open_instruct(record: Record) -> Iterator[Row]:
-    tokens = record.list_of("response_tokens")
+    tokens = record.ids("response_tokens")
     if not tokens:
         return
-    prompt = record.list_of("prompt_tokens")
-    row = Row(len(tokens), record.get("prompt_idx", tuple(prompt)), int(record.get("step", 0)))
+    prompt = record.ids("prompt_tokens")
+    group = record.name("prompt_idx") if "prompt_idx" in record else tuple(prompt)
+    row = Row(len(tokens), group, record.whole("step"))
     row.prompt_tokens, row.tokens = prompt, tokens
     if record.get("logprobs"):
         row.by_token["behavior_logp"] = record.numbers("logprobs")

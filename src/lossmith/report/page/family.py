@@ -13,7 +13,7 @@ from lossmith.report.page.folder import RunSeen, number
 __all__ = ["Family", "differences", "families"]
 
 # A run is the same whatever these say, but for the seed's chance.
-_NO_RECIPE = {"seed", "name", "runs", "checkpoint_every", "checkpoint_minutes", "save_rollouts"}
+_NO_RECIPE = {"seed", "name", "runs", "checkpoint_every", "checkpoint_minutes", "save_rollouts", "track"}
 
 
 @dataclass(frozen=True)

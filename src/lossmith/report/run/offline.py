@@ -12,8 +12,9 @@ from lossmith.intervals import in_words
 from lossmith.report.run.live import step_line
 from lossmith.report.run.opening import about_adapter
 from lossmith.report.run.prompts import who_reads
+from lossmith.report.run.tracking import Tracking
 from lossmith.report.run.waiting import Busy
-from lossmith.training.offline.loop import PreferenceRun, learn_preferences
+from lossmith.training.offline.loop import PreferenceRun, PreferenceStep, learn_preferences
 from lossmith.training.offline.preference_scores import verdict
 
 __all__ = ["show_preference_run"]
@@ -37,20 +38,27 @@ def show_preference_run(run: PreferenceRun, console: Console, stop: Stopping) ->
         for note in run.going_on.notes:
             console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
         busy.about("training")
-        for step in learn_preferences(run):
-            figures = [(name, form.format(step.record[key])) for key, name, form in _FIGURES if key in step.record]
-            console.print(step_line(step.index + 1, run.steps, figures), highlight=False, soft_wrap=True)
-            if step.record["skipped_updates"]:
-                console.print("  ! update skipped: gradient not finite", highlight=False)
-            busy.told()
-            busy(f"step {min(step.index + 2, run.steps)}", step.index + 1, run.steps)
-            stop.check()
-        busy.about("held-out preferences after training")
-        run.finish()
+        with Tracking(run, console) as tracking:
+            for step in learn_preferences(run):
+                _show(step, run, console, busy)
+                tracking.step(step.record)
+                stop.check()
+            busy.about("held-out preferences after training")
+            run.finish()
+            tracking.end(run.summary["held_out"])
     console.print(_table(run.summary["held_out"]))
     for sentence in verdict(run.summary):
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
+
+
+def _show(step: PreferenceStep, run: PreferenceRun, console: Console, busy: Busy) -> None:
+    figures = [(name, form.format(step.record[key])) for key, name, form in _FIGURES if key in step.record]
+    console.print(step_line(step.index + 1, run.steps, figures), highlight=False, soft_wrap=True)
+    if step.record["skipped_updates"]:
+        console.print("  ! update skipped: gradient not finite", highlight=False)
+    busy.told()
+    busy(f"step {min(step.index + 2, run.steps)}", step.index + 1, run.steps)
 
 
 def _opening(run: PreferenceRun) -> str:
