@@ -41,7 +41,7 @@ export = cyclopts.App(name="export", help="A recipe as a folder that another tra
 app.command(losses)
 app.command(reward)
 app.command(export)
-for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay", "explain", "chat", "merge"):
+for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay", "explain", "chat", "merge", "plan"):
     _command(app, _name, _name)
 _command(app, "audit", "audit_")
 _command(app, "doctor", "doctor_")
