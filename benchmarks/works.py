@@ -25,7 +25,6 @@ class Work:
 WORKS = {
     "short": Work(8, 8, 64, (40,)),
     "short-reference": Work(8, 8, 64, (40,), beta=0.04, trl_batch=32),
-    "small-reference": Work(4, 4, 32, (40,), beta=0.04),
     "long": Work(8, 8, 64, (290,), trl_batch=16),
     "big-groups": Work(2, 32, 64, (40,)),
     "ragged": Work(8, 8, 64, (40, 90, 150, 220), trl_batch=16),
