@@ -334,7 +334,7 @@ def test_a_base_model_is_found_from_the_adapters_folder_and_its_tokenizer_stands
         ({"base_model_name_or_path": "../adapter"}, "is an adapter itself: `lossmith merge` that first"),
         ({"peft_type": "PREFIX_TUNING"}, "of the kind 'PREFIX_TUNING', and LoRA alone is known"),
         ({"bias": "all"}, "changes the biases of its base model"),
-        ({"r": 8}, r"lora_A.weight is [4, 32], and would have to be [8, 32]"),
+        ({"r": 8}, r"lora_A.weight is [4, 48], and would have to be [8, 48]"),
         ({"target_modules": ["q_prj"]}, "does not fit its base model"),
         ({"target_modules": ["q_proj"]}, "which that model has not"),
         ({"r": "four"}, "does not fit its base model"),

@@ -188,7 +188,7 @@ def load_adapter(network: Any, folder: Path, base: str) -> Adapter:
 
 
 def _check_shapes(given: dict[str, Tensor], wanted: dict[str, Tensor], wrong: str) -> None:
-    for name in given.keys() & wanted.keys():
+    for name in sorted(given.keys() & wanted.keys()):
         if given[name].shape != wanted[name].shape:
             raise PolicyError(
                 f"{wrong}{name} is {list(given[name].shape)}, and would have to be {list(wanted[name].shape)}. It was "

@@ -16,10 +16,10 @@ from lossmith.training.recipe import Recipe
 
 __all__ = ["MemoryEstimate", "check_memory", "estimate_memory"]
 
-# A layer keeps so many numbers of the hidden size a token for its backward pass, by the bytes of one: in bfloat16 measured
-# on the default model with 512 to 2048 tokens, where some of them are float32; in float32, and libraries with what the
-# allocator leaves unused, by benchmarks/planned_memory.py. Layers that are run again keep their input (in float32), and
-# one of them at a time all.
+# A layer keeps so many numbers of the hidden size a token for its backward pass, by the bytes of one: in bfloat16
+# measured on the default model with 512 to 2048 tokens, where some of them are float32; in float32, and libraries with
+# what the allocator leaves unused, by benchmarks/planned_memory.py. Layers that are run again keep their input (in
+# float32), and one of them at a time all.
 _LIBRARIES = 0.55e9
 _KEPT_PER_TOKEN = {2: 32, 4: 20}
 _HEAD_ROWS = 512  # response positions whose logits exist at one time
