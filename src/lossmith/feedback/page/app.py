@@ -16,7 +16,6 @@ from statistics import median
 from typing import Annotated, Any, get_args
 from urllib.parse import parse_qs
 
-import jinja2
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
@@ -35,6 +34,7 @@ from lossmith.feedback.page.work import Desk, items_of
 from lossmith.feedback.store import Store
 from lossmith.files import sha256
 from lossmith.prompts import message_text
+from lossmith.templates import templates_of
 
 __all__ = ["DEFAULT_CRITERIA", "Page", "make_app"]
 
@@ -77,13 +77,7 @@ class Page:
         self.file = _Watched(sets_path)
         self.cookie = "lossmith_" + hashlib.blake2b(str(store.path.resolve()).encode(), digest_size=4).hexdigest()
         self.static = {name: (_HERE / "static" / name).read_bytes() for name in _STATIC}
-        self.templates = jinja2.Environment(
-            loader=jinja2.PackageLoader("lossmith.feedback.page"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        self.templates = templates_of("lossmith.feedback.page")
         self.templates.filters["visible"] = visible
         self._desks: dict[str, Desk] = {}
         self._lock = threading.Lock()  # the store's one connection, and the desks

@@ -22,11 +22,11 @@ from lossmith.feedback.output_set import OutputSet
 from lossmith.feedback.page.app import DEFAULT_CRITERIA, make_app
 from lossmith.feedback.page.connections import BACKLOG, Connection, Crowd, most_connections
 from lossmith.feedback.page.guard import is_loopback
+from lossmith.feedback.page.listening import QUEUE, listen
 from lossmith.feedback.store import Store
 
 __all__ = ["serve"]
 
-_QUEUE = 1024  # connections that the system holds until they are accepted
 _LOG = logging.getLogger(__name__)
 
 
@@ -53,7 +53,12 @@ def serve(
         accounts = not is_loopback(host)
         if accounts:
             _may_be_remote(host, allow_remote, store)
-        listener = _listen(host, port)
+        try:
+            listener = listen(host, port)
+        except (OSError, OverflowError) as error:
+            raise FeedbackError(
+                f"the page cannot be served on {host}, port {port}: {error}. Choose another port, or 0 for a free one."
+            ) from None
         with listener:
             base = f"http://{_spelled(host)}:{listener.getsockname()[1]}/"
             ready = on_ready or (lambda link: None)
@@ -96,7 +101,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(_QUEUE)  # BACKLOG is how many are taken out of it at once
+            listener.listen(QUEUE)  # BACKLOG is how many are taken out of it at once
         self._said = -math.inf
         asyncio.get_running_loop().set_exception_handler(self._say)
 
@@ -133,22 +138,6 @@ def _may_be_remote(host: str, allowed: bool, store: Store) -> None:
         raise FeedbackError(
             f"on {host} others can reach the page, and {store.path} has no accounts. Add one for each annotator first."
         )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once, without waiting 40 ms for more, only where the protocol is named
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(_QUEUE)  # so that the link can be opened from now on
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise FeedbackError(
-            f"the page cannot be served on {host}, port {port}: {error}. Choose another port, or 0 for a free one."
-        ) from None
-    return listener
 
 
 def _spelled(host: str) -> str:

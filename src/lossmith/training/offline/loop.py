@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from lossmith.losses.completion.pairs import GIVEN, Paired
 from lossmith.optimization import check_optimizer
 from lossmith.policy import Policy, check_model, load_policy
 from lossmith.settings.base import LearningRate, Schedule
+from lossmith.training.card import of_preferences, write_card
 from lossmith.training.clock import Clock
 from lossmith.training.going_on import GoingOn, go_on, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
@@ -38,6 +38,7 @@ from lossmith.training.offline.preference_scores import (
     evaluate_preferences,
     rows_of,
     score_of,
+    verdict,
 )
 from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, check_lora, checked_loss
 from lossmith.training.run import RunFolder, check_disk
@@ -208,7 +209,8 @@ class PreferenceRun(Keeping):
             "seconds": time.perf_counter() - self.started,
             **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
-        self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        write_card(self.folder, self.recipe, self.learner.loss, of_preferences(self.recipe, summary, verdict(summary)))
+        self.folder.write_summary(summary)
         self.summary = summary
 
 
