@@ -2,22 +2,29 @@
 
 import copy
 import json
+import re
 import shutil
 import tomllib
 
 import pytest
+import tomli_w
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lossmith as ls
 import tiny
 from lossmith.chat import open_sides
-from lossmith.policy import SamplingSettings, load_policy, sample, token_outputs
+from lossmith.files import cache_folder
+from lossmith.policy import SamplingSettings, adapter_base, load_policy, sample, token_outputs
 from lossmith.policy.adapter import add_adapter
+from lossmith.report.run.closing import what_next
 from lossmith.report.run.opening import about_adapter
 from lossmith.training import Learner, Recipe
+from lossmith.training.card import _base_model
 from lossmith.training.checkpoint import load_checkpoint, save_checkpoint
+from shell import lossmith
 
 peft = pytest.importorskip("peft")
 
@@ -153,6 +160,28 @@ def test_a_base_held_in_bfloat16_computes_the_same_to_the_bit():
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_compiled_layers_give_the_adapter_the_same_gradients(compute):
+    def gradients(compiled):
+        policy = adapted(dtype=torch.float32)
+        policy.compute_dtype = compute
+        made = Recipe.make(lora_rank=4, loss="grpo(beta=0.1)", compile=compiled, micro_batch_tokens=20)
+        learner = Learner(policy, made.policy_loss(), made)
+        assert learner.compiled is compiled
+        with torch.no_grad():
+            drawn = sample(policy, tiny.prompts(), 3, made.sampling, seed=0)
+        scored = [ls.Rollout(**{**vars(r), "score": ls.Score(float(r.sample))}) for r in drawn]
+        batch = learner.make_batch(scored)
+        learner.accumulate(scored, batch, learner.credit(batch))
+        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    eager, compiled = gradients(False), gradients(True)
+    gap = float((eager - compiled).norm() / eager.norm())
+    assert gap < (1e-5 if compute == torch.float32 else 0.1)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +240,26 @@ def test_a_run_that_stopped_goes_on_to_the_bit(finished, tmp_path):
     assert more.summary["policy_checksum"] == finished.summary["policy_checksum"]
 
 
+def test_two_ranks_train_the_adapter_that_one_process_does(finished, tmp_path):
+    """What is sampled is the same to the letter, and so is what is learned, to rounding."""
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in recipe(tmp_path)["prompts"]))
+    (tmp_path / "even.py").write_text(
+        "def even_bytes(prompts, completions, **_):\n"
+        "    return [sum(b % 2 == 0 for b in t.encode()) / max(len(t.encode()), 1) for t in completions]\n"
+    )
+    given = recipe(tmp_path, prompts=str(tmp_path / "p.jsonl"), scorer=f"{tmp_path}/even.py:even_bytes", name="two")
+    (tmp_path / "r.toml").write_text(tomli_w.dumps(given))
+    lossmith("train", tmp_path / "r.toml", "--ranks", 2)
+    folders = (finished.folder.path, tmp_path / "runs" / "two")
+    rollouts = [[ls.read_rollouts(f / "rollouts" / f"step-0000{k}.parquet") for k in range(3)] for f in folders]
+    texts = [[r.completion for step in of for r in step] for of in rollouts]
+    assert texts[0] == texts[1]
+    alone, together = (load_file(f / "policy" / "adapter_model.safetensors") for f in folders)
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_a_checkpoint_of_the_adapter_brings_back_the_next_update(tmp_path):
     made = Recipe.make(lora_rank=4, lora_alpha=8.0, loss="grpo", learning_rate=1e-2, micro_batch_tokens=20)
 
@@ -264,6 +313,35 @@ def test_preferences_train_an_adapter_too(tmp_path):
     )  # fmt: skip
     assert (run.folder.path / "policy" / "adapter_model.safetensors").is_file()
     assert run.summary["held_out"]["after"]["loss"] < run.summary["held_out"]["before"]["loss"]
+
+
+def test_the_best_adapter_is_kept_with_nothing_of_pefts_about_this_machine(tmp_path):
+    run = ls.train(quiet=True, **recipe(tmp_path, evaluate_every=1, keep_best=True))
+    best = run.folder.path / "policy-best"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in best.iterdir()}
+    assert not (best / "README.md").exists()
+
+
+def test_the_card_of_an_adapter_names_its_base_and_its_snippet_runs(finished, tmp_path, monkeypatch, capsys):
+    folder = finished.folder.path / "policy"
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "peft" and "This is a LoRA adapter" in card
+    assert "lossmith merge . -o FOLDER" in card and str(tiny.folder()) not in card
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(folder)
+    exec(snippet.replace("max_new_tokens=200", "max_new_tokens=3"), {})
+    assert capsys.readouterr().out
+    said = what_next(finished.folder.path)
+    assert f"lossmith merge {finished.folder.path} -o FOLDER" in said and "vllm serve FOLDER" in said
+    assert _base_model(str(folder)) == tiny.folder().name  # of a run that goes on from this adapter
+
+
+def test_the_default_model_is_the_base_wherever_the_cache_was(tmp_path):
+    for base in ("/another/machine/SmolLM2-135M-Instruct", str(cache_folder() / "SmolLM2-135M-Instruct")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        assert adapter_base(tmp_path) == "default"
+    assert _base_model(str(tmp_path)) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,9 @@ class Adapter:
     def save(self, folder: str | Path) -> None:
         """In peft's format: adapter_config.json, which names the base model, and adapter_model.safetensors."""
         self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        (Path(folder) / "README.md").unlink(
+            missing_ok=True
+        )  # peft's empty form of a model card, with this machine's path
 
     def merged(self) -> Any:
         """The model with the adapter's products added to its weights; the adapter is gone afterwards."""

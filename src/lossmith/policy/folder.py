@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import LossmithError, PolicyError, nearest
-from lossmith.files import at_home, read_text
+from lossmith.files import at_home, cache_folder, read_text
 from lossmith.policy.embedded import NAME
 
 __all__ = [
@@ -101,11 +101,12 @@ def adapter_base(model: str | Path, error: type[LossmithError] = PolicyError) ->
     base = _json_object(folder / "adapter_config.json", error).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise error(f"{str(folder)!r} is a LoRA adapter, and its adapter_config.json does not say of which base model.")
-    for place in (at_home(base, error), folder / base):
+    there = at_home(base, error)
+    if there.is_absolute() and there.name == NAME and (there.parent == cache_folder() or not there.exists()):
+        return "default"  # in this machine's cache, or in that of another
+    for place in (there, folder / base):
         if place.is_dir():
             return str(place.absolute())
-    if Path(base).is_absolute() and Path(base).name == NAME:  # the default model, in the cache of another machine
-        return "default"
     if _HUB_NAME.fullmatch(base) and not base.startswith("."):
         return base
     raise error(
