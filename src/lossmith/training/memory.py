@@ -35,6 +35,7 @@ class MemoryEstimate:
     recomputed: float  # activations where layers are run again
     budget: float | None  # what the recipe allows, or the machine has
     longest: int = 0  # tokens of the longest prompt
+    copied: bool = False  # the reference has weights of its own
 
     @property
     def recompute(self) -> bool:
@@ -104,6 +105,7 @@ def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: in
         once + layer + size.layers * tokens * size.hidden * 4,
         _budget(policy, recipe),
         longest,
+        copied,
     )
 
 

@@ -54,7 +54,7 @@ def memory_estimate(learner: Learner) -> str:
     """Weights, gradients and optimizer exactly; sampling and the activations of one micro-batch by rules of thumb."""
     memory, recompute = learner.memory, learner.recompute
     activations = memory.recomputed if recompute else memory.activations
-    held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
+    held = "policy, gradients and AdamW" + (" and reference" if learner.memory.copied else "")
     total = memory.total(recompute)
     text = f"about {total / 1e9:.1f} GB: {held} {memory.fixed / 1e9:.1f} GB, and then "
     text += f"sampling {memory.sampling / 1e9:.1f} GB or activations {activations / 1e9:.1f} GB"
