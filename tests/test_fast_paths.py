@@ -208,6 +208,7 @@ def accumulated(compile_, dtype=torch.float64, compute=None, model=None):
     return [p.grad for p in own]
 
 
+@pytest.mark.slow  # the compiler's first use takes 12 s of a core
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiled_layers_give_the_same_gradients():
     for eager, compiled in zip(accumulated(False), accumulated(True), strict=True):
