@@ -70,6 +70,7 @@ def test_ranks_train_as_one_process_does_even_where_one_has_no_completions(tmp_p
     hold(together_and_alone(tmp_path, 3, "float64", 2, losses), 1e-10, 1e-9)
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on_ranks_as_in_one_process_and_is_all_that_is_sent(tmp_path):
     pytest.importorskip("peft")
     found = together_and_alone(tmp_path, 2, "float64", 3, ["grpo", "grpo+lora", "ppo+lora"])
