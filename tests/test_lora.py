@@ -182,6 +182,17 @@ def test_compiled_layers_give_the_adapter_the_same_gradients(compute):
     assert gap < (1e-5 if compute == torch.float32 else 0.1)
 
 
+def test_a_head_in_float32_keeps_its_weights_beside_a_narrowed_base(tmp_path):
+    tiny.llama(tie_word_embeddings=False).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    more = {"device": "cpu", "dtype": "bfloat16", "lora": settings()}
+    wide, narrow = (load_policy(tmp_path, **more, float32_head=wanted) for wanted in (True, False))
+    head = AutoModelForCausalLM.from_pretrained(tmp_path).get_output_embeddings().weight
+    assert torch.equal(wide.model.get_output_embeddings().weight, head)
+    assert narrow.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert wide.frozen().float32_head
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 

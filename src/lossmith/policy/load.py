@@ -28,7 +28,8 @@ _POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*_emb\w*|embed_positions|positions?_em
 
 @dataclass(eq=False)
 class Policy:
-    """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in.
+    """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in, those of
+    the head apart where `float32_head` says so.
 
     `version` counts the optimizer steps taken. The model stays in eval mode: dropout would make the ratio differ from
     1 without any update. No pad token is needed anywhere.
@@ -43,6 +44,7 @@ class Policy:
     special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
     shares: bool | None = None  # whether completions may share their prompt; None until it was tested
     adapter: Adapter | None = None  # what learns in the place of the weights
+    float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
 
     @property
     def device(self) -> torch.device:
@@ -151,13 +153,17 @@ class Policy:
 
     def frozen(self) -> Policy:
         """What the policy is now, and stays: the reference policy. A copy, or the same weights beside an adapter."""
-        if self.adapter is not None:
-            kept = self.adapter.frozen()
-            return Policy(
-                self.model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares, adapter=kept
-            )
-        model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return Policy(model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares)
+        adapter = None if self.adapter is None else self.adapter.frozen()
+        model = copy.deepcopy(self.model).requires_grad_(False).eval() if adapter is None else self.model
+        return Policy(
+            model,
+            self.tokenizer,
+            self.compute_dtype,
+            self.version,
+            shares=self.shares,
+            adapter=adapter,
+            float32_head=self.float32_head,
+        )
 
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
@@ -191,7 +197,11 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V], float32 or wider, from last hidden states [..., H], as the model itself makes them."""
-        logits = self.model.get_output_embeddings()(hidden)
+        if self.float32_head:
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self.model.get_output_embeddings()(hidden.float())
+        else:
+            logits = self.model.get_output_embeddings()(hidden)
         logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         config = self.model.config.get_text_config()
         if getattr(config, "logit_scale", None):  # Cohere

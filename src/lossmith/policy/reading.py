@@ -30,6 +30,7 @@ def load_policy(
     special_tokens: SpecialTokens = "answer",
     chat_template: str | None = None,
     lora: LoraSettings | None = None,
+    float32_head: bool = False,
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
 
@@ -38,7 +39,7 @@ def load_policy(
 
     dtype: what matrix products run in: auto, float32 or bfloat16; the weights themselves are float32.
     special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
-    the model has several.
+    the model has several. float32_head: logits in float32 where the other products are in bfloat16.
 
     PolicyError: what check_model finds, weights that are missing, damaged or not finite, an adapter that does not fit,
     or a model whose sampling or log-probabilities are not those of its plain forward pass.
@@ -52,14 +53,19 @@ def load_policy(
     if adapter is None or not trainable:
         network.requires_grad_(trainable)
     policy = Policy(
-        network.to(where).eval(), tokenizer, find_dtype(dtype, where), special_tokens=special_tokens, adapter=adapter
+        network.to(where).eval(),
+        tokenizer,
+        find_dtype(dtype, where),
+        special_tokens=special_tokens,
+        adapter=adapter,
+        float32_head=float32_head,
     )
     if chat_template is not None:
         policy.use_template(chat_template)
     _check_parts(policy, str(model))
     sharing_is_exact(policy)
     if adapter is not None and policy.compute_dtype != torch.float32:
-        adapter.narrow_base(policy.compute_dtype)
+        adapter.narrow_base(policy.compute_dtype, but=network.get_output_embeddings() if float32_head else None)
     return policy
 
 

@@ -457,6 +457,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         special_tokens=recipe.special_tokens,
         chat_template=recipe.chat_template,
         lora=recipe.lora,
+        float32_head=recipe.float32_head,
     )
 
 

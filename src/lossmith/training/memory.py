@@ -93,7 +93,8 @@ def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: in
     narrow = sum(2 * p.numel() for p in weights) if size.width == 2 else 0
     fixed = held * (2 if copied else 1) + 3 * 4 * trained + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
-    head = 2 * size.width * _HEAD_ROWS * size.vocabulary
+    wide = 4 if policy.float32_head else size.width
+    head = 2 * wide * _HEAD_ROWS * size.vocabulary
     if policy.model.get_output_embeddings().weight.requires_grad:
         head += 3 * 4 * size.vocabulary * size.hidden
     layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width

@@ -225,7 +225,12 @@ def open_preferences(
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
     policy = load_policy(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, chat_template=recipe.chat_template, lora=recipe.lora
+        recipe.model,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        chat_template=recipe.chat_template,
+        lora=recipe.lora,
+        float32_head=recipe.float32_head,
     )
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)
