@@ -471,6 +471,7 @@ def test_a_new_adapter_on_an_adapter_is_refused_with_the_way_out(adapter):
         ({"lora_targets": ["q_proj"]}, "is for a new adapter: give lora_rank too"),
         ({"lora_rank": 4, "lora_targets": []}, "names no layer"),
         ({"lora_rank": 4, "lora_targets": ["all-linear", "q_proj"]}, "stands alone"),
+        ({"lora_rank": 4, "sampler": "vllm"}, "sampler = 'vllm' is sent whole models"),
         ({"lora_r": 4}, "It is TRL's name for lora_rank here"),
     ],
 )

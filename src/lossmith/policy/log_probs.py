@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import Distribution, Rollout
 
 __all__ = ["TokenOutputs", "distribution_of", "token_outputs"]
+
+
+Kept: TypeAlias = list[tuple[int, ...]] | None  # the support at each position, where the sampler said it
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +77,13 @@ def token_outputs(
             with torch.no_grad(), reference.computing():
                 ref_hidden = hidden_states(reference, rollouts, layout)
         ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
+        sets = [each for r in rollouts for each in r.kept or ()]
+        kept = sets if len(sets) == len(ids) else None
         head = _Head(policy, reference, settings, want)
         if head.names == ["logp"] and head_is_plain(policy, settings):
             flat = [chosen_log_probs(policy, hidden, ids, settings, chunk)]
         else:
-            flat = head.in_chunks(hidden, ids, ref_hidden, chunk)
+            flat = head.in_chunks(hidden, ids, ref_hidden, chunk, kept)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
     columns = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
@@ -96,20 +102,23 @@ class _Head:
         self.policy, self.reference, self.settings = policy, reference, settings
         self.names = ["logp"] + [name for name in ("entropy", "full_kl") if name in want]
 
-    def in_chunks(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, chunk: int) -> list[Tensor]:
-        pieces = [
-            self(hidden[i : i + chunk], ids[i : i + chunk], None if ref_hidden is None else ref_hidden[i : i + chunk])
-            for i in range(0, len(ids), chunk)
-        ]
+    def in_chunks(
+        self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, chunk: int, kept: Kept = None
+    ) -> list[Tensor]:
+        pieces = []
+        for i in range(0, len(ids), chunk):
+            part = slice(i, i + chunk)
+            ref = None if ref_hidden is None else ref_hidden[part]
+            pieces.append(self(hidden[part], ids[part], ref, None if kept is None else kept[part]))
         return [torch.cat(columns) for columns in zip(*pieces, strict=True)]
 
-    def __call__(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, kept: Kept) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
-            return checkpoint(self._columns, hidden, ids, ref_hidden, use_reentrant=False)
-        return self._columns(hidden, ids, ref_hidden)
+            return checkpoint(self._columns, hidden, ids, ref_hidden, kept, use_reentrant=False)
+        return self._columns(hidden, ids, ref_hidden, kept)
 
-    def _columns(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
-        logps = log_softmax_under(self.policy.logits(hidden), self.settings, keep=ids)
+    def _columns(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, kept: Kept) -> tuple[Tensor, ...]:
+        logps = log_softmax_under(self.policy.logits(hidden), self.settings, keep=ids, kept=kept)
         columns = [logps.gather(1, ids[:, None])[:, 0]]
         if "entropy" in self.names:
             columns.append(-_expectation(logps, logps))

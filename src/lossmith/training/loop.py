@@ -24,6 +24,7 @@ from lossmith.policy import Policy, check_compiler, check_model, load_policy
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.ranks import Ranks, local_rank
 from lossmith.rollouts import Rollout
+from lossmith.samplers import Sampler, TorchSampler
 from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.scorers.scorer import bind_scorer, verify_scorer
 from lossmith.scorers.weak import refuse_weak
@@ -38,7 +39,7 @@ from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import BEST, RunFolder, check_disk
-from lossmith.training.sharing import Sampling, agree_on, in_order
+from lossmith.training.sharing import Sampling, agree_on, check_sampler, in_order, sampler_of
 
 __all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored", "work_for"]
 
@@ -56,6 +57,7 @@ class Step:
     credit: Credit | None = None  # and what it made of it
     findings: list[Finding] = field(default_factory=list)  # what the guards say now, and did not before
     held_out: dict[str, float] = field(default_factory=dict)  # the held-out prompts before the update, if looked at
+    pushed: dict[str, float] = field(default_factory=dict)  # how surely the sampler has the policy's weights
 
     @functools.cached_property
     def seen(self) -> tuple[dict[str, float], dict[str, list[Place]]]:
@@ -83,6 +85,7 @@ class Step:
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
             **_watch(self.watched),
             **self.held_out,
+            **self.pushed,
             **_logged(self.rollouts),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
             **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
@@ -130,6 +133,7 @@ class Run(Keeping):
     policy: Policy
     learner: Learner
     folder: RunFolder
+    sampler: Sampler
     watch: Scorer | None = None
     guards: Guards = field(default_factory=Guards)
     going_on: GoingOn = field(default_factory=GoingOn)
@@ -261,6 +265,7 @@ class Run(Keeping):
             self.learner.ranks.end()
         close_scorer(self.scorer)
         close_scorer(self.watch)
+        self.sampler.close()
         super().close()
 
 
@@ -271,6 +276,8 @@ def learn(run: Run) -> Iterator[Step]:
     for index in run.remaining_steps():
         held_out = run.look_at_held_out(clock)
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
+        with clock("push"):
+            pushed = run.sampler.push()  # the weights, to where the completions are written
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         watched = watch(run, rollouts, clock)
         with clock("update"):
@@ -280,7 +287,7 @@ def learn(run: Run) -> Iterator[Step]:
             credit = learner.credit(batch)  # A of every token, and what its weight is divided by
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
         credited = with_advantages(rollouts, credit)
-        step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out)
+        step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out, pushed=pushed)
         record(run, step)
         look(run, step)
         yield step
@@ -403,6 +410,7 @@ def open_run(
     the run had, on purpose. RunError: a change that is not accepted, each named.
     """
     recipe = plan.recipe
+    check_sampler(recipe, ranks)
     folder = None if resume is None else RunFolder.existing(resume)
     scorer = scorer_of(plan, recipe.scorer)
     watch = None if recipe.watch is None else scorer_of(plan, recipe.watch)
@@ -421,20 +429,22 @@ def open_run(
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
     guards = Guards.of(recipe, learner.loss, policy)
-    run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guards, going_on)
-    learner.ranks.tasks["sample"] = Sampling(recipe, policy, scorer, learner.ranks, lambda *told: run.tell(*told))
+    sampler = sampler_of(recipe, policy, folder, min(plan.train, key=lambda p: len(policy.encode(p))), longest)
+    run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, sampler, watch, guards, going_on)
+    learner.ranks.tasks["sample"] = Sampling(recipe, sampler, scorer, learner.ranks, lambda *told: run.tell(*told))
     return run
 
 
 def work_for(plan: Plan, ranks: Ranks) -> None:
     """What another rank than the first does in a run: its share, until rank 0 has no more."""
     recipe = plan.recipe
+    check_sampler(recipe, ranks)
     scorer = scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
     bind_scorer(scorer, policy)
     with quiet_traps():
         Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
-    ranks.tasks["sample"] = Sampling(recipe, policy, scorer, ranks)
+    ranks.tasks["sample"] = Sampling(recipe, TorchSampler(policy, recipe.sampling), scorer, ranks)
     try:
         agree_on(ranks, recipe, inputs_of(recipe, plan.prompts, plan.held_out, policy))
         ranks.serve()

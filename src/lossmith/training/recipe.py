@@ -10,10 +10,10 @@ from pydantic import Field
 
 from lossmith.detectors import DETECTORS
 from lossmith.errors import RecipeError, nearest, quiet_traps
-from lossmith.losses import Loss, parse_loss
+from lossmith.losses import Loss, PolicyLoss, parse_loss
 from lossmith.losses.batch import FIELDS
 from lossmith.optimization import check_optimizer
-from lossmith.policy import ALL_LINEAR, LoraSettings, SamplingSettings
+from lossmith.policy import ALL_LINEAR, LoraSettings, SamplingSettings, adapter_base
 from lossmith.scorers import ScorerSettings
 from lossmith.settings.base import TrainerSettings
 from lossmith.training.can_learn import check_loss, check_sampling
@@ -132,6 +132,16 @@ class Recipe(RunSettings):
         {}, description="settings of TRL's GRPOConfig that no other setting decides, such as use_vllm or deepspeed"
     )
 
+    sampler: Literal["torch", "vllm"] = Field(
+        "torch", description="what writes completions: the model that learns, or a vLLM server (docs/vllm.md)"
+    )
+    sampler_url: str | None = Field(
+        None, description="http address of a vLLM server that runs; without one, Lossmith starts and ends its own"
+    )
+    sampler_timeout: float = Field(
+        600.0, gt=0, description="seconds that a vLLM server has for one answer, or to start"
+    )
+
     steps: int = Field(12, gt=0, description="rounds of sample, score, update")
     prompts_per_step: int = Field(8, gt=0, description="prompts in a round")
     samples_per_prompt: int = Field(8, gt=0, description="completions of each prompt")
@@ -175,6 +185,7 @@ class Recipe(RunSettings):
             raise RecipeError(
                 f"{source}: engine_options are of another engine: give engine = 'trl' too, or leave them out."
             )
+        _check_sampler(source, recipe)
         if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
             raise RecipeError(
                 f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "
@@ -229,6 +240,8 @@ class Recipe(RunSettings):
         that it would compare and that there are none of.
         """
         loss = checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
+        if self.sampler == "vllm":
+            loss = corrected(loss, self.loss)
         check_loss(loss, self.samples_per_prompt, self.prompts_per_step)
         return loss
 
@@ -246,6 +259,36 @@ def check_lora(source: str, recipe: RunSettings) -> None:
         )
     if ALL_LINEAR in recipe.lora_targets and len(recipe.lora_targets) > 1:
         raise RecipeError(f"{source}: lora_targets = {recipe.lora_targets!r}: {ALL_LINEAR} stands alone.")
+
+
+def corrected(loss: Loss, spec: Any) -> Loss:
+    """With truncated importance sampling where another engine samples: its numbers are never quite the learner's.
+
+    Left alone is a loss that has a correction, holds the ratio to the sampler itself, is told which it is to have
+    (mismatch='none' too), or takes none.
+    """
+    told = isinstance(spec, PolicyLoss) or "mismatch" in str(spec)
+    if told or not isinstance(loss, PolicyLoss) or loss.mismatch.acts or "behavior_logp" in loss.needs:
+        return loss
+    with quiet_traps():
+        return loss.replace(mismatch="tis")
+
+
+def _check_sampler(source: str, recipe: Recipe) -> None:
+    if recipe.sampler == "torch" and recipe.sampler_url is not None:
+        raise RecipeError(f"{source}: sampler_url is of a vLLM server: give sampler = 'vllm' too, or leave it out.")
+    if recipe.sampler_url is not None and not recipe.sampler_url.startswith(("http://", "https://")):
+        raise RecipeError(f"{source}: sampler_url = {recipe.sampler_url!r} must begin with http:// or https://.")
+    if recipe.sampler == "vllm" and (recipe.lora_rank or adapter_base(recipe.model) is not None):
+        raise RecipeError(
+            f"{source}: sampler = 'vllm' is sent whole models, and here a LoRA adapter is trained: leave sampler = "
+            "'torch', or train the model's own weights."
+        )
+    if recipe.sampler == "vllm" and recipe.engine == "trl":
+        raise RecipeError(
+            f"{source}: sampler = 'vllm' is of Lossmith's own engine. With engine = 'trl', TRL samples: give "
+            "engine_options = {use_vllm = true} instead."
+        )
 
 
 def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: int | None = None) -> Loss:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import socket
 
+from lossmith.errors import LossmithError
+
 __all__ = ["QUEUE", "listen"]
 
 QUEUE = 1024  # connections that the system holds until they are accepted
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, error: type[LossmithError]) -> socket.socket:
     """Open for connections from now on, so that its link can be opened. port 0: a free one.
 
-    OSError or OverflowError: it cannot be had.
+    `error`: it cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sends at once, without waiting 40 ms for more, only where the protocol is named
@@ -21,7 +23,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(QUEUE)
-    except (OSError, OverflowError):
+    except (OSError, OverflowError) as problem:
         listener.close()
-        raise
+        raise error(
+            f"the page cannot be served on {host}, port {port}: {problem}. Choose another port, or 0 for a free one."
+        ) from None
     return listener
