@@ -1,6 +1,7 @@
 """Started by test_ranks.py, as each rank: every loss named, trained by all ranks and by this process alone.
 
-ranks_program.py OUT DTYPE PROMPTS LOSS...: rank 0 writes the largest differences of each loss to OUT.
+ranks_program.py OUT DTYPE PROMPTS LOSS...: rank 0 writes the largest differences of each loss to OUT. LOSS+lora trains
+an adapter.
 """
 
 import dataclasses
@@ -10,11 +11,13 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import tiny
 from lossmith.errors import quiet_traps
 from lossmith.losses import example_loss
-from lossmith.policy import Teacher
+from lossmith.policy import LoraSettings, Teacher
+from lossmith.policy.adapter import add_adapter
 from lossmith.ranks import of_environment
 from lossmith.rollouts import Distribution, Score
 from lossmith.training import Recipe
@@ -24,8 +27,23 @@ from lossmith.training.learner import Learner
 FIELDS = dict(temperature=0.8, max_tokens=9, learning_rate=1e-2, allow_traps=True, epochs=2, updates_per_step=2)
 
 
+sent = []  # by this rank: how many numbers each sum of gradients and each copy of the weights has
+
+
+def counted(operation):
+    def call(tensor, *args, **more):
+        sent.append(tensor.numel())
+        return operation(tensor, *args, **more)
+
+    return call
+
+
 def made(name, dtype, ranks=None):
-    policy, loss = tiny.policy(tiny.llama(), dtype), example_loss(name, max_length=9)
+    policy = tiny.policy(tiny.llama(), dtype)
+    name, _, lora = name.partition("+")
+    if lora:
+        policy.adapter = add_adapter(policy.model, LoraSettings(2, 8.0, ("all-linear",), seed=0), "base")
+    loss = example_loss(name, max_length=9)
     teacher = Teacher(tiny.policy(tiny.llama(seed=5), dtype)) if loss.needs & TAUGHT else None
     with quiet_traps():
         learner = Learner(policy, loss, Recipe.make(**FIELDS), ranks=ranks, teacher=teacher)
@@ -61,6 +79,7 @@ def trained(learner, dtype, prompts):
 
 def compare(name, dtype, prompts, ranks):
     ranks.call("begin", name)
+    sent.clear()
     ours, together = trained(begun[name], dtype, prompts)
     alone, expected = trained(made(name, dtype), dtype, prompts)
     start = torch.cat([p.detach().flatten().double() for p in made(name, dtype)._trained()])
@@ -73,6 +92,7 @@ def compare(name, dtype, prompts, ranks):
         "parameters": float((ours - alone).abs().max()),
         "metrics": gap,
         "moved": float((alone - start).abs().max()),
+        "sent": sum(sent),
     }
 
 
@@ -80,6 +100,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     out, dtype, prompts, *losses = sys.argv[1:]
     kind, ranks, begun = getattr(torch, dtype), of_environment(), {}
+    dist.reduce, dist.broadcast = counted(dist.reduce), counted(dist.broadcast)
     ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks)})
     if ranks.rank:
         ranks.serve()

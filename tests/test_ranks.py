@@ -71,6 +71,14 @@ def test_ranks_train_as_one_process_does_even_where_one_has_no_completions(tmp_p
 
 
 @pytest.mark.slow
+def test_an_adapter_trains_on_ranks_as_in_one_process_and_is_all_that_is_sent(tmp_path):
+    pytest.importorskip("peft")
+    found = together_and_alone(tmp_path, 2, "float64", 3, ["grpo", "grpo+lora", "ppo+lora"])
+    hold(found, 1e-10, 1e-9)
+    assert 0 < found["grpo+lora"]["sent"] < found["grpo"]["sent"] / 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_loss_trains_on_ranks_as_in_one_process(tmp_path, size):
     found = together_and_alone(tmp_path, size, "float64", 3, TRAINS)

@@ -79,14 +79,15 @@ def token_outputs(
         raise PolicyError("divergence needs a teacher, and the function that is wanted of both.")
     if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
-    with policy.autocast():
+    with policy.computing():
         with checkpoint_activations(policy.model) if activation_checkpointing else contextlib.nullcontext():
             hidden = hidden_states(policy, rollouts, layout)
         ref_hidden = teacher_hidden = None
-        with torch.no_grad():
-            if "full_kl" in want and reference is not None:
+        if "full_kl" in want and reference is not None:
+            with torch.no_grad(), reference.computing():
                 ref_hidden = hidden_states(reference, rollouts, layout)
-            if "divergence" in want and teacher is not None:
+        if "divergence" in want and teacher is not None:
+            with torch.no_grad(), teacher.policy.computing():
                 shares = sharing_is_exact(teacher.policy)
                 teacher_hidden = hidden_states(teacher.policy, teacher.sees(rollouts), layout if shares else "right")
         ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
@@ -151,11 +152,14 @@ class _Head:
         if "entropy" in self.names:
             columns.append(-_expectation(logps, logps))
         if ref_hidden is not None and self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.reference.computing():
                 ref_logps = log_softmax_under(self.reference.logits(ref_hidden), self.settings)
             columns.append(_expectation(logps, logps - ref_logps))
         if teacher_hidden is not None and self.teacher is not None and self.divergence is not None:
-            with torch.no_grad():  # numbers of its vocabulary beyond the policy's are padding, no token
+            with (
+                torch.no_grad(),
+                self.teacher.computing(),
+            ):  # numbers of its vocabulary beyond the policy's are padding, no token
                 logits = self.teacher.logits(teacher_hidden)[:, : logps.shape[1]]
                 teacher_logps = log_softmax_under(logits, self.settings)
             columns.append(self.divergence(logps, teacher_logps))

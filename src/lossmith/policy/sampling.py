@@ -66,7 +66,7 @@ def sample(
     done = 0
     cache = make_cache(policy, pending, settings, batch_rows, sharing_is_exact(policy))
     finish = partial(_finish, policy, policy.eos_ids, settings)
-    with uncompiled(), policy.autocast(), packed_weights(policy):
+    with uncompiled(), policy.computing(), packed_weights(policy):
         for ended in write(policy, cache, pending, settings, finish):
             done += len(ended)
             for row in ended:

@@ -65,6 +65,7 @@ def load_checkpoint(found: Checkpoint, learner: Learner, changed: Collection[str
 
 
 def _weights(learner: Learner) -> list[tuple[str, torch.Tensor]]:
-    named = [("policy." + n, p.detach()) for n, p in learner.policy.model.named_parameters()]
+    trained = {id(p) for p in learner.policy.parameters()}  # beside an adapter, the model is what it was
+    named = [("policy." + n, p.detach()) for n, p in learner.policy.model.named_parameters() if id(p) in trained]
     head = learner.policy.value_head
     return named + ([] if head is None else [("value_head." + n, p.detach()) for n, p in head.named_parameters()])

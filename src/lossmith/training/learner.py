@@ -92,8 +92,9 @@ class Learner:
             raise RunError("the policy has no trainable parameter.")
         self.optimizer = make_optimizer(trained, recipe)
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        frozen = [self.reference, teacher.policy if teacher is not None and teacher.policy is not policy else None]
-        self.memory = estimate_memory(policy, recipe, [p for p in frozen if p is not None], longest)
+        others = (self.reference, None if teacher is None else teacher.policy)
+        frozen = [p for p in others if p is not None and p.model is not policy.model]
+        self.memory = estimate_memory(policy, recipe, frozen, longest)
         self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
         self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
@@ -105,7 +106,8 @@ class Learner:
             for each in filter(None, (policy, *frozen)):
                 compile_layers(each)
         self.weights = WeightWatch(
-            trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
+            trained[0][0],
+            [] if self.reference is None else [p for p in self.reference.model.parameters() if not p.requires_grad],
         )
         self._clock = Clock()
         self.ranks = ranks or Ranks()

@@ -472,6 +472,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         dtype=recipe.dtype,
         special_tokens=recipe.special_tokens,
         chat_template=recipe.chat_template,
+        lora=recipe.lora,
         float32_head=recipe.float32_head,
     )
 
@@ -493,7 +494,7 @@ def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None)
 
     folder: of a resumed run, whose checkpoints are there already.
     """
-    weights = sum(p.numel() * 4 for p in policy.model.parameters())
+    weights = sum(p.numel() * 4 for p in policy.parameters())  # beside an adapter, nothing else is written
     there = 0 if folder is None else sum(1 for _ in (folder.path / "checkpoints").glob("step-*"))
     checkpoints = max(3 - there, 1) * 3 * weights if recipe.checkpoint_every or recipe.checkpoint_minutes else 0
     policies = 3 if recipe.keep_best else 1  # the last, the best, and the next best beside it

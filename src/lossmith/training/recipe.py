@@ -13,12 +13,12 @@ from lossmith.errors import RecipeError, nearest, quiet_traps
 from lossmith.losses import Loss, PolicyLoss, parse_loss
 from lossmith.losses.batch import FIELDS
 from lossmith.optimization import check_optimizer
-from lossmith.policy import SamplingSettings
+from lossmith.policy import ALL_LINEAR, LoraSettings, SamplingSettings, adapter_base
 from lossmith.scorers import ScorerSettings
 from lossmith.settings.base import TrainerSettings
 from lossmith.training.can_learn import check_loss, check_sampling, check_taught
 
-__all__ = ["PROVIDED", "Recipe", "RunSettings", "checked_loss"]
+__all__ = ["PROVIDED", "Recipe", "RunSettings", "check_lora", "checked_loss"]
 
 COMPLETIONS = 1_000_000  # of a step, which are held in memory together
 
@@ -33,6 +33,14 @@ class RunSettings(TrainerSettings):
     chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
     float32_head: bool = Field(False, description="logits in float32 under dtype = bfloat16: a smaller sampler_gap")
     allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
+    lora_rank: int = Field(
+        0, ge=0, description="train a LoRA adapter of this rank, and leave the model's own weights; 0 trains those"
+    )
+    lora_alpha: float = Field(32.0, gt=0, description="what the adapter adds is multiplied by lora_alpha / lora_rank")
+    lora_targets: list[str] = Field(
+        [ALL_LINEAR],
+        description="linear layers that the adapter is for, by name (q_proj); all-linear: all but the head",
+    )
     memory_gb: float | None = Field(
         None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
     )
@@ -43,6 +51,13 @@ class RunSettings(TrainerSettings):
     track: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None = Field(
         None, description="a tracker that is told every step's figures too, through its own client (pip install it)"
     )
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """The new adapter that is trained, if any."""
+        if not self.lora_rank:
+            return None
+        return LoraSettings(self.lora_rank, self.lora_alpha, tuple(self.lora_targets), self.seed)
 
 
 class Recipe(RunSettings):
@@ -174,6 +189,7 @@ class Recipe(RunSettings):
         _check_guards(source, recipe.guards)
         check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
         check_optimizer(source, recipe)
+        check_lora(source, recipe)
         if recipe.engine_options and recipe.engine == "lossmith":
             raise RecipeError(
                 f"{source}: engine_options are of another engine: give engine = 'trl' too, or leave them out."
@@ -255,6 +271,21 @@ class Recipe(RunSettings):
         return loss
 
 
+def check_lora(source: str, recipe: RunSettings) -> None:
+    """RecipeError: settings of an adapter, and none is to be trained; an adapter for no layer."""
+    fields = type(recipe).model_fields
+    for name in ("lora_alpha", "lora_targets"):
+        value = getattr(recipe, name)
+        if not recipe.lora_rank and value != fields[name].get_default():
+            raise RecipeError(f"{source}: {name} = {value!r} is for a new adapter: give lora_rank too (16, say).")
+    if not recipe.lora_targets or not all(recipe.lora_targets):
+        raise RecipeError(
+            f"{source}: lora_targets = {recipe.lora_targets!r} names no layer: [{ALL_LINEAR!r}] names all."
+        )
+    if ALL_LINEAR in recipe.lora_targets and len(recipe.lora_targets) > 1:
+        raise RecipeError(f"{source}: lora_targets = {recipe.lora_targets!r}: {ALL_LINEAR} stands alone.")
+
+
 def corrected(loss: Loss, spec: Any) -> Loss:
     """With truncated importance sampling where another engine samples: its numbers are never quite the learner's.
 
@@ -273,6 +304,11 @@ def _check_sampler(source: str, recipe: Recipe) -> None:
         raise RecipeError(f"{source}: sampler_url is of a vLLM server: give sampler = 'vllm' too, or leave it out.")
     if recipe.sampler_url is not None and not recipe.sampler_url.startswith(("http://", "https://")):
         raise RecipeError(f"{source}: sampler_url = {recipe.sampler_url!r} must begin with http:// or https://.")
+    if recipe.sampler == "vllm" and (recipe.lora_rank or adapter_base(recipe.model) is not None):
+        raise RecipeError(
+            f"{source}: sampler = 'vllm' is sent whole models, and here a LoRA adapter is trained: leave sampler = "
+            "'torch', or train the model's own weights."
+        )
     if recipe.sampler == "vllm" and recipe.engine == "trl":
         raise RecipeError(
             f"{source}: sampler = 'vllm' is of Lossmith's own engine. With engine = 'trl', TRL samples: give "

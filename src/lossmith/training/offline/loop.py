@@ -40,7 +40,7 @@ from lossmith.training.offline.preference_scores import (
     score_of,
     verdict,
 )
-from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, checked_loss
+from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, check_lora, checked_loss
 from lossmith.training.run import RunFolder, check_disk
 
 __all__ = [
@@ -90,6 +90,7 @@ class PreferenceRecipe(RunSettings):
         if recipe.preferences is None:
             raise RecipeError(f"{source}: which preferences? Give a file or a database of judgements.")
         check_optimizer(source, recipe)
+        check_lora(source, recipe)
         recipe.policy_loss()
         return recipe
 
@@ -228,6 +229,7 @@ def open_preferences(
         device=recipe.device,
         dtype=recipe.dtype,
         chat_template=recipe.chat_template,
+        lora=recipe.lora,
         float32_head=recipe.float32_head,
     )
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
