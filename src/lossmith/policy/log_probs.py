@@ -156,10 +156,8 @@ class _Head:
                 ref_logps = log_softmax_under(self.reference.logits(ref_hidden), self.settings)
             columns.append(_expectation(logps, logps - ref_logps))
         if teacher_hidden is not None and self.teacher is not None and self.divergence is not None:
-            with (
-                torch.no_grad(),
-                self.teacher.computing(),
-            ):  # numbers of its vocabulary beyond the policy's are padding, no token
+            with torch.no_grad(), self.teacher.computing():
+                # numbers of its vocabulary beyond the policy's are padding, no token
                 logits = self.teacher.logits(teacher_hidden)[:, : logps.shape[1]]
                 teacher_logps = log_softmax_under(logits, self.settings)
             columns.append(self.divergence(logps, teacher_logps))
