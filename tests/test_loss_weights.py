@@ -429,7 +429,7 @@ STOP_GRADIENT = {
     *("cispo", "tis_pg", "topr", "vespo", "dppo_tv", "dppo_kl", "rollout_is", "gppo", "ce_gppo", "fipo"),
     "gspo_token",
     *("rec_one_side", "rec_two_side", "rec_ring"),
-    "sdar",
+    *("sdar", "up_grpo", "aspo"),
 }
 
 

@@ -26,6 +26,7 @@ from lossmith.losses.axes.masks import *
 from lossmith.losses.axes.mismatch import *
 from lossmith.losses.axes.ratio import *
 from lossmith.losses.axes.shaping import *
+from lossmith.losses.axes.trust.asymmetric import *
 from lossmith.losses.axes.trust.base import *
 from lossmith.losses.axes.trust.clipped import *
 from lossmith.losses.axes.trust.completion import *

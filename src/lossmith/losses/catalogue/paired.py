@@ -24,7 +24,7 @@ from lossmith.losses.completion.preferences import (
     SimPO,
     SLiC,
 )
-from lossmith.losses.completion.regressions import A2PO, GVPO, SPPO
+from lossmith.losses.completion.regressions import A2PO, GVPO, SPPO, TPO
 
 ENTRIES = [
     Entry(
@@ -205,5 +205,13 @@ ENTRIES = [
         summary="Regresses the log-ratio on the win rate of each completion.",
         build=lambda: CompletionLoss("sppo", SPPO()),
         example={"eta": 0.5},
+    ),
+    Entry(
+        name="tpo",
+        year=2026,
+        paper="arXiv:2604.06159",
+        summary="Cross-entropy to a target over the group: the old policy's probabilities, raised by the reward.",
+        build=lambda: CompletionLoss("tpo", TPO()),
+        aliases=("target_policy_optimization",),
     ),
 ]
