@@ -24,6 +24,16 @@ SPECS = {
     if "@" not in name and example_loss(name).needs <= PROVIDED
 }
 NAMES = sorted(SPECS.values())
+
+
+def asked(name):
+    """What of a loss decides the learner's way: what it reads, and of which rows it needs all."""
+    loss = example_loss(name)
+    return loss.needs, loss.coupling, loss.separable, loss.uses_old
+
+
+# One loss of each way, the first by name; the slow tests have them all.
+ONE_OF_EACH = [SPECS[name] for name in {asked(name): name for name in sorted(SPECS, reverse=True)}.values()]
 AT_REST = {"kl_only"}
 MEASURE = Distribution(0, temperature=0.8, dtype="float64")
 VARIANTS = [
@@ -155,7 +165,7 @@ def check_forms(spec, forms):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("spec", NAMES + VARIANTS)
+@pytest.mark.parametrize("spec", sorted(ONE_OF_EACH) + VARIANTS)
 def test_loss_and_gradient_are_the_same_in_every_form(spec):
     """Shared, padded, packed and one-by-one; any split; any order; against a plain evaluation of the whole batch."""
     check_forms(spec, forms_of(spec))
@@ -200,7 +210,14 @@ def test_step_0_identities():
 
 
 # kl_only pulls to the reference, which is where the first step starts
-@pytest.mark.parametrize("spec", [SPECS[n] for n in sorted(SPECS) if not CATALOGUE[n].demonstration | (n in AT_REST)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(SPECS[n], marks=() if SPECS[n] in ONE_OF_EACH else pytest.mark.slow)
+        for n in sorted(SPECS)
+        if not CATALOGUE[n].demonstration | (n in AT_REST)
+    ],
+)
 def test_after_one_step_the_trained_moved_and_the_frozen_did_not(spec):
     made = learner(spec, torch.float32)
     reference = None if made.reference is None else made.reference.checksum()

@@ -251,6 +251,7 @@ def test_a_run_that_stopped_goes_on_to_the_bit(finished, tmp_path):
     assert more.summary["policy_checksum"] == finished.summary["policy_checksum"]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_adapter_that_one_process_does(finished, tmp_path):
     """What is sampled is the same to the letter, and so is what is learned, to rounding."""
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in recipe(tmp_path)["prompts"]))

@@ -38,7 +38,7 @@ from lossmith.training.learner import Learner, Update
 from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
-from lossmith.training.run import BEST, RunFolder, check_disk
+from lossmith.training.run import BEST, RunFolder, check_disk, disk_needed
 from lossmith.training.sharing import Sampling, agree_on, check_sampler, in_order, sampler_of
 from lossmith.training.teaching import check_told, shown_to_teacher, teacher_of
 
@@ -487,15 +487,3 @@ def _check_lengths(policy: Policy, plan: Plan) -> Prompt:
                 f"exceeds the model's context of {policy.context_length}. Shorten or drop it, or lower max_tokens."
             )
     return max((*plan.train, *plan.held_out), key=lambda prompt: len(policy.encode(prompt)))
-
-
-def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None) -> int:
-    """Bytes a run may write: the policy, two checkpoints with their optimizer state, and the next one beside them.
-
-    folder: of a resumed run, whose checkpoints are there already.
-    """
-    weights = sum(p.numel() * 4 for p in policy.parameters())  # beside an adapter, nothing else is written
-    there = 0 if folder is None else sum(1 for _ in (folder.path / "checkpoints").glob("step-*"))
-    checkpoints = max(3 - there, 1) * 3 * weights if recipe.checkpoint_every or recipe.checkpoint_minutes else 0
-    policies = 3 if recipe.keep_best else 1  # the last, the best, and the next best beside it
-    return policies * weights + checkpoints + 50_000_000
