@@ -66,7 +66,7 @@ def test_verl_gives_the_whole_batchs_gradient(name):
     close(by_verl(loss, fields, ranks=1), want)
 
 
-def test_verl_carries_a_normaliser_of_prompts_in_the_advantage_and_refuses_it_where_that_is_wrong():
+def test_verl_carries_a_normalizer_of_prompts_in_the_advantage_and_refuses_it_where_that_is_wrong():
     loss = quiet_loss("cispo", aggregate="prompt_mean")
     fields, want = drawn(loss)
     close(by_verl(loss, fields), want)

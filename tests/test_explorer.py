@@ -238,7 +238,7 @@ def test_refusals_and_traps_are_the_librarys_own(page):
     html = page(("loss", "grpo"), ("0.clip_low", "-1")).text
     assert notices(html) == [str(refused.value)] and 'value="-1"' in html
     html = page(loss="grpo(kl_estimator='k1')").text
-    assert notices(html)[0].startswith("Trap: k1 in the loss regularises nothing")
+    assert notices(html)[0].startswith("Trap: k1 in the loss regularizes nothing")
 
 
 def test_what_differs_is_marked(page):

@@ -331,7 +331,7 @@ def test_rows_that_end_make_room_and_nothing_changes(rows):
     assert drawn(policy, chosen, n=5, rows=rows) == whole
 
 
-def test_behaviour_log_probabilities_after_a_refill_are_the_learners():
+def test_behavior_log_probabilities_after_a_refill_are_the_learners():
     policy = tiny.policy(dtype=torch.float64)
     policy.model.generation_config.eos_token_id = list(range(0, 264, 3))
     rollouts = sample(policy, tiny.prompts(), 4, SamplingSettings(max_tokens=12), seed=0, step=0, batch_rows=6)

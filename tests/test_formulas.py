@@ -40,7 +40,7 @@ CHANGED = {
     "split by the score": ("topr", {"shaping": ["scale"], "a": 2.0, "b": 0.7}),
     "drawn": ("clip_cov", {"cov_low": -1.0, "cov_high": 0.3, "fraction": 0.2, "seed": 3}),
     "highest": ("kl_cov", {"fraction": 0.3}),
-    "normalised": ("grpo", {"mismatch": "icepop", "mismatch_batch_normalize": True, "mismatch_low": 0.8}),
+    "normalized": ("grpo", {"mismatch": "icepop", "mismatch_batch_normalize": True, "mismatch_low": 0.8}),
     "digits": ("grpo", {"clip_low": 1 / 3, "eps": 1.2345678e-5}),
     "given labels": ("cdpo", {"labels": "given"}),
     "the teacher's likeliest": ("gkd", {"distil_top_k": 2, "distil_support": "teacher", "distil_coef": 0.3}),

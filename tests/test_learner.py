@@ -271,7 +271,7 @@ def test_the_sign_of_the_whole_path(flip):
 # -- several updates, dropped rollouts, bad gradients -----------------------------------------------------------------
 
 
-def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch(monkeypatch):
+def test_each_part_of_a_round_is_normalized_by_itself_and_seen_once_an_epoch(monkeypatch):
     made = learner("dapo(group_filter='none')", torch.float32, updates_per_step=3, epochs=2)
     rollouts = sampled(made)
     batch = made.make_batch(rollouts)
@@ -292,7 +292,7 @@ def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch(mon
 
 
 def test_a_rollout_without_a_score_leaves_no_trace():
-    """Its group's statistics, the gradient and the normaliser are those of a round that never had it."""
+    """Its group's statistics, the gradient and the normalizer are those of a round that never had it."""
     spec = "grpo"
     with_hole, without = learner(spec), learner(spec)
     rollouts = scored(tiny.rollouts(measure=MEASURE))

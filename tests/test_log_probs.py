@@ -117,7 +117,7 @@ def test_the_critic_reads_the_state_before_each_token_and_leaves_the_policy_alon
 
 @pytest.mark.parametrize("settings", [SamplingSettings(0.6, 0.9, 20), SamplingSettings(2.0), SamplingSettings(top_k=3)])
 def test_the_measure_against_enumeration_by_hand(settings):
-    """Temperature, then top-k, then top-p, then renormalise; written out with sorted lists."""
+    """Temperature, then top-k, then top-p, then renormalize; written out with sorted lists."""
     logits = torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
     ours = log_softmax_under(logits, settings).exp()
     for row in range(4):

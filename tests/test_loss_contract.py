@@ -135,7 +135,7 @@ def test_errors_are_value_errors_of_the_package():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("grpo", {"kl_estimator": "k1"}, "k1 in the loss regularises nothing"),
+        ("grpo", {"kl_estimator": "k1"}, "k1 in the loss regularizes nothing"),
         ("reinforce", {"beta": 0.1, "kl_estimator": "k1"}, "k1 in the loss"),
         ("cispo", {"cap": 0.2}, "cap of 0.2 < 1"),
         ("reinforce", {"trust": "truncate", "cap": 0.9}, "cap of 0.9 < 1"),
@@ -178,7 +178,7 @@ def test_defaults_do_not_warn(name):
         {"trust": "truncate"},
     ],
 )
-def test_what_regularises_does_not_warn(changes):
+def test_what_regularizes_does_not_warn(changes):
     assert L.get_loss("grpo", **changes).traps == ()
 
 

@@ -97,7 +97,7 @@ def test_a_function_is_not_given_a_part_of_its_batch_either():
 
 
 @pytest.mark.parametrize("term", ["kl_aggregate", "entropy_aggregate"])
-def test_rows_that_are_a_batch_of_their_own_have_every_normaliser_of_their_own(term):
+def test_rows_that_are_a_batch_of_their_own_have_every_normalizer_of_their_own(term):
     """An optimizer step on a part of a round: each term is the mean over that part, however it is aggregated."""
     loss = quiet_loss("grpo", entropy_coef=0.1, **{term: "seq_mean_token_sum"})
     fields = random_fields(0)

@@ -82,7 +82,7 @@ def test_a_critic_leaves_the_expected_gradient_true():
         assert close(got, truth), (advantage, changes)
 
 
-def test_mean_over_tokens_is_biased_by_length_only_through_its_normaliser():
+def test_mean_over_tokens_is_biased_by_length_only_through_its_normalizer():
     """Both completions have two tokens here, so a token mean is half the gradient of the sum."""
     loss = quiet_loss("reinforce", advantage="raw", aggregate="token_mean")
     truth = -gradient(expected_reward(THETA, REWARD), THETA)
@@ -104,7 +104,7 @@ def test_leave_one_out_is_unbiased_and_a_group_mean_shrinks(group_size):
         assert close(got, factor * truth)
 
 
-# -- KL: what each choice regularises (losses.md, section 7) ---------------------------------------------------------
+# -- KL: what each choice regularizes (losses.md, section 7) ---------------------------------------------------------
 
 
 def kl_gradient(ref=REF, **kl) -> torch.Tensor:
@@ -130,7 +130,7 @@ def forward() -> torch.Tensor:
     return gradient(state_kl(THETA, REF, THETA), THETA)
 
 
-def test_k1_in_the_loss_regularises_nothing():
+def test_k1_in_the_loss_regularizes_nothing():
     assert close(kl_gradient(kl_estimator="k1"), torch.zeros(12).double())
 
 
@@ -184,7 +184,7 @@ def test_k1_weighted_by_the_trajectory_ratio_is_the_reverse_kl_of_completions():
 
 @pytest.mark.parametrize("advantage", ["return", "raw"])
 def test_k1_in_the_reward_is_the_reverse_kl_of_completions(advantage):
-    """Per token with reward-to-go, or per completion; and reward and penalty add up to the regularised objective."""
+    """Per token with reward-to-go, or per completion; and reward and penalty add up to the regularized objective."""
     loss = quiet_loss(
         "reinforce",
         advantage=advantage,
@@ -275,7 +275,7 @@ def test_a_planted_sign_flip_is_caught(name, planted):
 
 
 def test_the_penalty_alone_brings_the_policy_nearer():
-    """KL with no reward: a step lowers it, for every way that regularises; k1 in the loss is not among them."""
+    """KL with no reward: a step lowers it, for every way that regularizes; k1 in the loss is not among them."""
     ways = [
         {"kl_estimator": "k2"},
         {"kl_estimator": "k3"},

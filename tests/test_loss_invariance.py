@@ -50,7 +50,7 @@ COMPOSITIONS |= {
     **{f"extra {x}": ("dr_grpo", {"extra": x}) for x in EXTRA},
     **{f"filter {f}": ("grpo", {"group_filter": f}) for f in GROUP_FILTER},
     **{f"sequence mask {m}": ("grpo", {"sequence_mask": m}) for m in SEQUENCE_MASK},
-    "normalised weights": ("grpo", {"mismatch": "tis", "mismatch_batch_normalize": True}),
+    "normalized weights": ("grpo", {"mismatch": "tis", "mismatch_batch_normalize": True}),
     "kl to the sampler": ("grpo", {"kl_target": "behavior", "kl_estimator": "square"}),
     "kl capped": ("grpo", {"kl_straight_through": True, "kl_is_cap": 1.1}),
     "kl masked": ("grpo", {"mask_kl": True, "mismatch": "icepop", "sequence_mask": "opsm"}),

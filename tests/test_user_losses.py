@@ -249,7 +249,7 @@ def test_entry_points_are_found(monkeypatch, page):
     [
         ("remax", r"needs Batch\.reward_greedy, which training does not provide"),
         ("m2po", r"needs the parameter m2_threshold: write m2po\(m2_threshold=\.\.\.\)"),
-        ("bnpo", "known trap.*local normaliser"),
+        ("bnpo", "known trap.*local normalizer"),
     ],
 )
 def test_training_refuses_what_it_cannot_provide_before_anything_loads(loss, message):
@@ -278,7 +278,7 @@ def test_a_function_equals_the_composition_of_the_same_parts():
         user._REGISTERED.pop("mine")
 
 
-def test_a_losss_neighbours_import_and_a_process_that_it_starts_finds_it(tmp_path):
+def test_a_losss_neighbors_import_and_a_process_that_it_starts_finds_it(tmp_path):
     """As a scorer's do: the same loader."""
     (tmp_path / "beside_my_loss.py").write_text("SCALE = 2.0\n")
     (tmp_path / "my_spawning_loss.py").write_text(

@@ -308,7 +308,7 @@ OBJECTIVE = [
         "axes/trust/selective.py",
         "sort(descending=True, stable=True).indices[: _how_many",
         "sort(descending=False, stable=True).indices[: _how_many",
-        "the highest covariances are penalised",
+        "the highest covariances are penalized",
     ),
     (
         "luffy_swapped",

@@ -338,7 +338,7 @@ class Normalizer:
         return cls(tokens=int(lengths.sum()), sequences=sequences, groups=groups)
 
     def __add__(self, other: Normalizer) -> Normalizer:
-        """The normaliser of two ranks together (a prompt's completions must stay on one rank)."""
+        """The normalizer of two ranks together (a prompt's completions must stay on one rank)."""
         units = None if self.units is None or other.units is None else self.units + other.units
         return Normalizer(
             self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups, units

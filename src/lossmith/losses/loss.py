@@ -2,7 +2,7 @@
 
 A loss whose rows are separable works in two halves, so that it can run on micro-batches:
 
-credit     whole rollout batch, no gradient: advantages, masks, and every normaliser
+credit     whole rollout batch, no gradient: advantages, masks, and every normalizer
 objective  with gradient, on any rows of it; the objectives of all rows add up to the loss
 
 A loss that is not separable is evaluated on the whole batch at once.
@@ -258,7 +258,7 @@ class Loss(ABC):
 
     @torch.no_grad()
     def as_whole(self, credit: Credit, batch: Batch) -> Credit:
-        """The same advantages where these rows are a batch of their own: normalisers are counted over them alone."""
+        """The same advantages where these rows are a batch of their own: normalizers are counted over them alone."""
         return dataclasses.replace(
             credit, weight=self.token_weights(batch), tokens=batch.tokens, whole=len(batch.valid)
         )

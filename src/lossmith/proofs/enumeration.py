@@ -139,13 +139,13 @@ class World:
     behavior: Tensor  # [P], sampled the completions
     ref: Tensor  # [P]
     reward: Tensor  # [S]
-    old: Tensor | None = None  # [P], the policy at the start of the update; None: the behaviour policy
-    exact_critic: bool = False  # values are E[r | prefix] under the behaviour policy, not somewhere near the mean
+    old: Tensor | None = None  # [P], the policy at the start of the update; None: the behavior policy
+    exact_critic: bool = False  # values are E[r | prefix] under the behavior policy, not somewhere near the mean
     truncates: bool = True  # what the length limit ended counts as truncated
 
     @cached_property
     def probability(self) -> Tensor:
-        """Of each completion under the behaviour policy, [S]."""
+        """Of each completion under the behavior policy, [S]."""
         return self.tree.logp(self.behavior).exp()
 
     @cached_property
@@ -303,14 +303,14 @@ class GroupGradients:
 
     def variance(self, term: str = "loss") -> float:
         """Trace of the covariance of one group's gradient."""
-        centred = self.terms[term] - self.mean(term)
-        return float(self.weight @ (centred**2).sum(1))
+        centered = self.terms[term] - self.mean(term)
+        return float(self.weight @ (centered**2).sum(1))
 
 
 def group_gradients(
     loss: Any, world: World, size: int = 4, samples: int = LIMIT, seed: int = 0, main: bool = False
 ) -> GroupGradients:
-    """The gradients of the loss, and of each of its terms, over groups of `size` completions of the behaviour policy.
+    """The gradients of the loss, and of each of its terms, over groups of `size` completions of the behavior policy.
 
     main: only what follows the reward, the policy term where there is one (faster).
     """
@@ -436,7 +436,7 @@ def _groups(probability: Tensor, size: int, samples: int, seed: int) -> tuple[Te
 
 @dataclass(frozen=True)
 class Bias:
-    """The expected gradient g of a loss (which is minimised) against a true gradient g* (which is climbed).
+    """The expected gradient g of a loss (which is minimized) against a true gradient g* (which is climbed).
 
     scale          c = <-g, g*> / <g*, g*>: how much of g* the loss follows
     residual       ‖-g - c·g*‖ / ‖c·g*‖: 0 means that the loss climbs exactly c times the objective; inf where c is 0

@@ -127,12 +127,12 @@ def micro_batches(loss: Any, seed: int) -> Finding:
 
 
 def ranks(loss: Any, seed: int) -> Finding:
-    """Two ranks with whole prompts and a shared normaliser add up to one."""
+    """Two ranks with whole prompts and a shared normalizer add up to one."""
     check = "ranks"
     if loss.coupling == "batch":
         return not_applicable(check, "statistics of the whole batch, which one rank cannot see")
     if not takes_normalizer(loss):
-        return not_applicable(check, "the loss takes no normaliser from outside")
+        return not_applicable(check, "the loss takes no normalizer from outside")
     fields = random_fields(loss, seed)
     group, whole = fields["group"], evaluate(loss, fields)
     halves = [(group == 5) | (group == 9), (group == 2) | (group == 7)]

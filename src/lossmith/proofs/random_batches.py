@@ -1,7 +1,7 @@
 """Random ragged batches that hold whatever a loss needs, and the loss evaluated on them.
 
 Nine completions in interleaved, uneven groups (one of them alone), one completion without a token, valid tokens
-anywhere in a row of eight: the shapes on which a mask, a normaliser or a group statistic goes wrong.
+anywhere in a row of eight: the shapes on which a mask, a normalizer or a group statistic goes wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Draw:
     """One random batch in the making: every field has its own stream, so that one more field changes no other."""
 
     seed: int
-    drift: float  # spread (nats) of the old, behaviour and reference log-probabilities around the policy's
+    drift: float  # spread (nats) of the old, behavior and reference log-probabilities around the policy's
 
     def stream(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{name} {self.seed}".encode()))

@@ -165,7 +165,7 @@ def _compare(loss: Any, fields: Fields, leaf: str, grad: Tensor) -> tuple[float,
 
 
 def far_ratios(loss: Any, seed: int) -> Finding:
-    """Log-ratios of 40 nats, up and down, to the old, behaviour and reference policies: loss and gradient finite."""
+    """Log-ratios of 40 nats, up and down, to the old, behavior and reference policies: loss and gradient finite."""
     base, sick = random_fields(loss, seed), 0
     others = [name for name in ("old_logp", "behavior_logp", "ref_logp") if name in base]
     cases = list(itertools.product((-40.0, 40.0), repeat=len(others)))

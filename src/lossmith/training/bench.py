@@ -158,7 +158,7 @@ def _share(learner: Learner, one: Sequence[Prompt], scorer: Scorer, most: int) -
 def _micro_batches(learner: Learner, rollouts: list[Rollout], scale: float) -> dict[int, list[float]]:
     """Seconds of an update with half, once and twice the recipe's tokens in a forward pass.
 
-    In turns, so that a machine that grows slower or faster meanwhile favours none.
+    In turns, so that a machine that grows slower or faster meanwhile favors none.
     """
     recipe = learner.recipe
     now = recipe.micro_batch_tokens

@@ -106,7 +106,7 @@ class Recipe(RunSettings):
     )
 
     watch: Any = Field(
-        None, description="a second scorer that nothing is trained on: shows when the first is over-optimised"
+        None, description="a second scorer that nothing is trained on: shows when the first is over-optimized"
     )
     guards: dict[str, Literal["warn", "stop", "off"]] = Field(
         {},

@@ -29,7 +29,7 @@ INF = float("inf")
 
 
 def _critic(trust: Clip, **more: object) -> PolicyLoss:
-    """PPO's generalised advantages with a critic that is trained along."""
+    """PPO's generalized advantages with a critic that is trained along."""
     fields = {"advantage": GAE(gamma=1.0, lam=0.95), "value": ValueLoss(coef=0.5), "aggregate": TokenMean()}
     return PolicyLoss(trust=trust, **{**fields, **more})  # type: ignore[arg-type]
 
@@ -55,7 +55,7 @@ ENTRIES = [
         name="ppo",
         year=2017,
         paper="arXiv:1707.06347",
-        summary="Clipped ratio, generalised advantages of a critic that is trained along.",
+        summary="Clipped ratio, generalized advantages of a critic that is trained along.",
         build=lambda: _critic(Clip(0.2, 0.2)),
         aliases=("ppo_clip",),
     ),
@@ -141,7 +141,7 @@ ENTRIES = [
         name="vapo",
         year=2025,
         paper="arXiv:2504.05118 (its likelihood coefficient is not settled: 0.1 here)",
-        summary="PPO whose generalised advantages follow the length, and imitation of what went well.",
+        summary="PPO whose generalized advantages follow the length, and imitation of what went well.",
         build=lambda: _critic(Clip(0.2, 0.28), advantage=VAPO(), extra=NLLPositive(0.1)),
     ),
     Entry(

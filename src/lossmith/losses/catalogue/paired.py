@@ -195,7 +195,7 @@ ENTRIES = [
         name="gvpo",
         year=2025,
         paper="arXiv:2504.19599",
-        summary="Regresses the centred log-ratio of a group on its centred reward.",
+        summary="Regresses the centered log-ratio of a group on its centered reward.",
         build=lambda: CompletionLoss("gvpo", GVPO()),
     ),
     Entry(

@@ -187,12 +187,12 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "dppo@prime_rl": ("dppo_square", "trainer.py", {}, "its default"),
     "ipo@prime_rl": ("ipo_mask", "loss.py", {}, ""),
     # -- Tinker
-    "importance_sampling@tinker": ("importance_sampling", "docs", {"denominator": "behavior"}, "group centred"),
+    "importance_sampling@tinker": ("importance_sampling", "docs", {"denominator": "behavior"}, "group centered"),
     "ppo@tinker": (
         "importance_sampling",
         "docs",
         {"trust": "clip", "clip_low": 0.2, "clip_high": 0.2, "denominator": "behavior"},
-        "group centred, no critic",
+        "group centered, no critic",
     ),
     "cispo@tinker": ("cispo", "docs", {"cap": 4.0, "advantage_scale": "none", "denominator": "behavior"}, ""),
     "dro@tinker": ("dro", "docs", {"denominator": "behavior"}, ""),
@@ -245,7 +245,7 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     ),
     "ppo@torchtune": ("ppo", "rlhf/loss/ppo.py", {"clip": 0.1, "value_clip": 0.2, "value_coef": 0.1}, ""),
     "ppo@rlax": ("importance_sampling", "policy_gradients.py", {"trust": "clip", "advantage": "given"}, "loss alone"),
-    "gae@rlax": ("a2c", "multistep.py", {"advantage": "gae"}, "plain generalised advantages"),
+    "gae@rlax": ("a2c", "multistep.py", {"advantage": "gae"}, "plain generalized advantages"),
 }
 
 

@@ -100,7 +100,7 @@ class GVPO(CompletionTerm):
 
 @dataclass(frozen=True)
 class SPPO(CompletionTerm):
-    """(Λ_i - eta·R_i)², mean over completions (SPPO, arXiv:2405.00675); the paper's R is a centred win rate, P - ½."""
+    """(Λ_i - eta·R_i)², mean over completions (SPPO, arXiv:2405.00675); the paper's R is a centered win rate, P - ½."""
 
     option: ClassVar[str] = "sppo"
     anchor: ClassVar[str] = "old"

@@ -67,7 +67,7 @@ class Composition:
 
     @property
     def traps(self) -> tuple[str, ...]:
-        local = "a local normaliser: the loss depends on how the batch is cut into micro-batches and ranks"
+        local = "a local normalizer: the loss depends on how the batch is cut into micro-batches and ranks"
         return tuple(t for t in (self.trust.trap(), self.kl.trap(), local if self.local_normalizer else None) if t)
 
     @property

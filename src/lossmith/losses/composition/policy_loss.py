@@ -1,6 +1,6 @@
 """The loss as a value: a point in a product of axes, evaluated in two halves.
 
-credit     whole rollout batch, no gradient: shaping, KL in the reward, advantage, masks, and every normaliser
+credit     whole rollout batch, no gradient: shaping, KL in the reward, advantage, masks, and every normalizer
 objective  per token, with gradient, on any micro-batch of it
 
     L = Σ_it  weight_it · [ u_it·ℓ(r_it, A_it) + β·k_it - c_H·H_it + c_V·v_it ]
@@ -110,7 +110,7 @@ class PolicyLoss(Composition, Loss):
     def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
         norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
         weights = aggregate.weights(self._counted(batch), norm, batch.dtype)
-        if self.truncated == "mask":  # left out of the loss, still counted by the normaliser
+        if self.truncated == "mask":  # left out of the loss, still counted by the normalizer
             weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
         return weights
 

@@ -221,7 +221,7 @@ def discounted(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
-    """Generalised advantage estimation over valid tokens, [N, T]; masked ones are stepped over. lam may be [N]."""
+    """Generalized advantage estimation over valid tokens, [N, T]; masked ones are stepped over. lam may be [N]."""
     if not mask.numel():
         return torch.zeros_like(reward)
     steps = zip(
@@ -237,7 +237,7 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float | 
 
 
 def _code(gamma: float, lam: float | str, value: str) -> list[str]:
-    """Lines of plain torch that compute `adv` [N, T] by generalised advantage estimation from r_t [N, T]."""
+    """Lines of plain torch that compute `adv` [N, T] by generalized advantage estimation from r_t [N, T]."""
     return [
         f"V = {value}" if value != "V" else "V = old_value",
         "adv, run, after = torch.zeros_like(r_t), torch.zeros_like(r_t[:, 0]), torch.zeros_like(r_t[:, 0])",

@@ -166,8 +166,8 @@ class TeacherReweighted(_Teacher):
 def _group_advantage(signal: Signal, eps: float) -> Tensor:
     """GRPO's advantage [N]: 0 in groups of one and of equal rewards."""
     groups = signal.groups("a teacher's advantage")
-    centred = torch.where(groups.constant, torch.zeros_like(groups.reward), groups.reward - groups.mean)
-    return centred / (GroupStd(eps).std(signal) + eps)
+    centered = torch.where(groups.constant, torch.zeros_like(groups.reward), groups.reward - groups.mean)
+    return centered / (GroupStd(eps).std(signal) + eps)
 
 
 def _group_code(eps: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""A chatbot optimised for a proxy, in small: the proxy rises, what it stood for falls, and every guard notices."""
+"""A chatbot optimized for a proxy, in small: the proxy rises, what it stood for falls, and every guard notices."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_with_a_kl_term_both_rise(tmp_path, unguarded):
 
 def test_the_stop_rule_fires_before_gold_is_lost(tmp_path, unguarded):
     run, records = train(tmp_path, watch_window=3)
-    assert run.stopped.startswith("over-optimised: the watched score fell")
+    assert run.stopped.startswith("over-optimized: the watched score fell")
     assert run.summary["stopped"] == run.stopped and len(records) < 30
     assert run.summary["watch"]["after"]["mean"] > unguarded[0].summary["watch"]["after"]["mean"]
 
