@@ -21,6 +21,7 @@ from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
+from lossmith.policy.sharded import gathered
 from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import Distribution, Rollout
 
@@ -65,19 +66,22 @@ def token_outputs(
     _check_request(policy, rollouts, settings, want, reference)
     if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
-    with policy.autocast():
+    ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
+    head = _Head(policy, reference, settings, want)
+
+    def forward() -> list[Tensor]:
         with checkpoint_activations(policy.model) if activation_checkpointing else contextlib.nullcontext():
             hidden = hidden_states(policy, rollouts, layout)
         ref_hidden = None
         if "full_kl" in want and reference is not None:
             with torch.no_grad():
                 ref_hidden = hidden_states(reference, rollouts, layout)
-        ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
-        head = _Head(policy, reference, settings, want)
         if head.names == ["logp"] and head_is_plain(policy, settings):
-            flat = [chosen_log_probs(policy, hidden, ids, settings, chunk)]
-        else:
-            flat = head.in_chunks(hidden, ids, ref_hidden, chunk)
+            return [hidden, chosen_log_probs(policy, hidden, ids, settings, chunk)]
+        return [hidden, *head.in_chunks(hidden, ids, ref_hidden, chunk)]
+
+    with policy.autocast():
+        hidden, *flat = gathered(policy.model, forward)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
     columns = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
