@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from lossmith.errors import ProofError
 from lossmith.proofs import audit
 from lossmith.report.audit import html_page, sections
 from lossmith.report.audit.sentences import short
-from lossmith.report.audit.table import HEADS, markdown
+from lossmith.report.audit.table import HEADS, markdown, redo
 from shell import lossmith
 from test_proofs import Pairs
 
@@ -80,7 +81,7 @@ def test_the_books_ppo_pushes_away_from_the_reference():
 
 
 def test_what_biases_a_token_mean():
-    said = lines("reinforce")
+    said = lines("rloo_token")
     assert float(said[OPTIMISES, "completions of 1 to 6 tokens"][0]) > 0.1
     number, text = said[OPTIMISES, "the same, divided by a constant"]
     assert number == "0" and "exactly" in text
@@ -199,6 +200,25 @@ def test_the_table_of_losses(monkeypatch):
     assert {len(row) for row in rows[:3]} == {len(HEADS)}
     assert rows[2][:2] == ["| grpo", "not ∇E[r]"] and rows[2][6] == "T^-1"
     assert "| k1 in the loss | nothing | 0 |" in text
+
+
+def test_one_row_of_the_table_is_redone_alone(monkeypatch):
+    """The page that is in the docs, of which one row is out of date and one is missing."""
+    written = (Path(__file__).parent.parent / "docs" / "proofs.md").read_text(encoding="utf-8")
+    grpo, dapo = (next(line for line in written.splitlines() if line.startswith(f"| {x} |")) for x in ("grpo", "dapo"))
+    stale = written.replace(grpo, "| grpo | no longer true |").replace(dapo + "\n", "").replace("| sft |", "| gone |")
+    measured = []
+
+    def as_sft(loss):
+        measured.append(loss.name)
+        return dataclasses.replace(page("sft"), name=loss.name)
+
+    monkeypatch.setattr("lossmith.report.audit.table.audit", as_sft)
+    lines, before = redo(stale, ["grpo"]).splitlines(), written.splitlines()
+    assert sorted(measured) == ["dapo", "grpo", "sft"] and len(lines) == len(before)
+    assert {new.split(" | ")[0] for new, old in zip(lines, before, strict=True) if new != old} == {"| grpo", "| dapo"}
+    with pytest.raises(ProofError, match="Did you mean 'grpo'"):
+        redo(written, ["grop"])
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

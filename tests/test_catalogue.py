@@ -212,10 +212,13 @@ def test_luffy_by_hand():
     torch.testing.assert_close(grad[:, 0], double([-2.0 / 2, -2 * 0.05 * 0.1 / 0.15**2 / 2]))
 
 
+TOKEN_MEAN = {"aggregate": "token_mean"}
+
+
 def test_quadratic_pull_to_the_old_policy():
     """dro with tau 0 is REINFORCE; with A = 0 only the pull is left."""
     fields = random_fields(0) | {"advantage": normal(1, 9)}
-    same_gradient(evaluate(quiet_loss("dro", tau=0), fields), evaluate(quiet_loss("reinforce"), fields))
+    same_gradient(evaluate(quiet_loss("dro", tau=0), fields), evaluate(quiet_loss("reinforce", **TOKEN_MEAN), fields))
     still = fields | {"advantage": torch.zeros(9).double()}
     grad = evaluate(quiet_loss("dro", tau=0.4), still)[1]["logp"]
     mask = fields["mask"]
@@ -244,7 +247,7 @@ def test_covariance_does_not_depend_on_the_normaliser():
 
 def test_top_entropy_takes_its_quantile_over_valid_tokens():
     fields = random_fields(0) | {"advantage": torch.ones(9).double()}
-    grad = evaluate(quiet_loss("reinforce", token_mask="top_entropy", top_entropy=0.3), fields)[1]["logp"]
+    grad = evaluate(quiet_loss("reinforce", **TOKEN_MEAN, token_mask="top_entropy", top_entropy=0.3), fields)[1]["logp"]
     entropy = fields["entropy"][fields["mask"]]
     bound = torch.quantile(entropy, 0.7)
     assert torch.equal(grad != 0, fields["mask"] & (fields["entropy"] >= bound))
@@ -253,7 +256,7 @@ def test_top_entropy_takes_its_quantile_over_valid_tokens():
 
 def test_staleness_and_opsm_keep_the_normaliser():
     fields = random_fields(0) | {"advantage": -torch.ones(9).double()}
-    fresh = evaluate(quiet_loss("reinforce", sequence_mask="staleness", max_lag=0), fields)[1]["logp"]
+    fresh = evaluate(quiet_loss("reinforce", **TOKEN_MEAN, sequence_mask="staleness", max_lag=0), fields)[1]["logp"]
     rows = (fields["lag"] == 0)[:, None] & fields["mask"]
     assert torch.equal(fresh != 0, rows) and torch.allclose(fresh[rows], 1 / fields["mask"].sum().double())
     near = evaluate(quiet_loss("reinforce", sequence_mask="opsm", opsm_delta=0.05), fields)[1]["logp"]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from lossmith.proofs.scenarios import (
     normalized,
     off_policy,
     unscaled,
+    without_kl,
 )
 
 WORLD = default_world()
@@ -324,3 +326,20 @@ def test_length_of_the_ratio_of_a_completion():
     assert length_weights(quiet_loss("gspo")).exponent == pytest.approx(-1)
     assert length_weights(quiet_loss("gspo", aggregate="seq_mean_token_sum")).exponent == pytest.approx(0)
     assert length_weights(quiet_loss("rloo")).exponent == pytest.approx(0)
+
+
+# -- what a summary claims -------------------------------------------------------------------------------------------
+
+CLAIM = re.compile(r"policy gradient|unbiased|without its two biases|∇E\[r\]")  # of the catalogue's one-line summaries
+
+
+def test_a_summary_that_claims_the_policy_gradient_is_held_to_it():
+    """Completions of one to six tokens too, where a denominator that varies with the length shows."""
+    claiming = [name for name, entry in L.CATALOGUE.items() if CLAIM.search(entry.summary)]
+    assert {"reinforce", "dr_grpo", "book_reinforce"} <= set(claiming)
+    for name in claiming:
+        loss = without_kl(L.example_loss(name))
+        for world in (WORLD, long_world()):
+            one = bias(group_gradients(loss, world, 3), world.true_gradient())
+            assert one.residual < 1e-12 and one.scale > 0, name
+    assert found("reinforce", long_world(), 3, aggregate="token_mean").residual > 0.1  # which it is not as a token mean

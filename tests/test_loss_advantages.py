@@ -277,7 +277,7 @@ def test_truncated_keep_mask_zero():
         "truncated": [True, False],
     }
     credits = {
-        t: quiet_loss("reinforce", advantage="raw", truncated=t).credit(L.Batch(**batch))
+        t: quiet_loss("reinforce", advantage="raw", aggregate="token_mean", truncated=t).credit(L.Batch(**batch))
         for t in ("keep", "mask", "zero")
     }
     assert [float(c.advantage[0, 0]) for c in credits.values()] == [1, 1, 0]

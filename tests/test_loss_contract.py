@@ -583,6 +583,8 @@ def test_every_parameter_in_force_changes_the_formula(label, style):
             flat, value = field.metadata["flat"], getattr(piece, field.name)
             if flat in NOT_IN_THE_FORMULA or (flat == "eps" and where == "advantage_scale" and piece.option == "none"):
                 continue
+            if flat == "mask_kl" and not any(x.acts for x in (loss.token_mask, loss.sequence_mask, loss.mismatch)):
+                continue  # there is nothing to multiply with
             if flat == "cap" and getattr(piece, "surrogate", "logp") == "ratio":
                 continue  # belongs to the other surrogate
             if field.metadata["choices"]:

@@ -35,7 +35,7 @@ def test_a_credit_of_one_row_is_not_spread_over_two():
     batch = L.Batch([[-0.5, -1.5], [-0.25, -0.75]], [[1, 1], [1, 1]], **fields)
     loss = L.get_loss("reinforce")
     credit = loss.credit(batch)
-    assert float(loss.objective(batch, credit).loss) == pytest.approx((0.5 * 2 - 0.5 * 1) / 4)  # -Σ A·logp / 4
+    assert float(loss.objective(batch, credit).loss) == pytest.approx((0.5 * 2 - 0.5 * 1) / 2)  # -Σ A·logp / 2
     for other in (credit.rows(slice(0, 1)), credit.rows(torch.tensor([0, 1, 1]))):
         with pytest.raises(L.LossError, match=rf"{OTHER}: its advantage has shape \[\d, 2\], the batch \[2, 2\]"):
             loss.objective(batch, other)

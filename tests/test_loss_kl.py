@@ -113,7 +113,7 @@ def test_in_the_reward_every_estimator_is_subtracted_before_the_advantage(estima
 
 def test_full_kl_is_taken_as_given():
     fields = random_fields(3) | {"advantage": torch.zeros(9, dtype=torch.float64)}
-    loss = quiet_loss("reinforce", beta=0.3, kl_estimator="full")
+    loss = quiet_loss("reinforce", aggregate="token_mean", beta=0.3, kl_estimator="full")
     out, grads = evaluate(loss, fields)
     mask = fields["mask"]
     assert float(out.loss.detach()) == pytest.approx(0.3 * float(fields["full_kl"][mask].mean()))

@@ -213,7 +213,7 @@ def test_show_code_latex_and_json(capsys):
     code = capsys.readouterr().out
     assert code.startswith("def grpo(") and "0.31" in code
     run("losses", "show", "gspo", "--latex")
-    assert r"\pi_\theta" in capsys.readouterr().out
+    assert r"\pi_{\theta}" in capsys.readouterr().out
     run("losses", "show", "cispo@trl", "--json")
     assert json.loads(capsys.readouterr().out)["weights"]["A > 0"][-1] == 0.2
     run("losses", "show", "online_dpo")

@@ -27,7 +27,7 @@ PACKAGES = {"trl": "trl", "verl": "verl", "liger": "liger-kernel", "rlax": "rlax
 # Parts of a loss that are compared on their own: the loss that carries them when the rest of it is zero.
 PARTS = {
     "advantage": ("reinforce", {}),
-    "kl_only": ("reinforce", {}),
+    "kl_only": ("reinforce", {"aggregate": "token_mean"}),
     "value_clipped": ("ppo", {"value_coef": 1.0}),
 }
 
@@ -96,7 +96,7 @@ def get_loss(loss: str, **params: Any) -> Any:
     name, extra = PARTS.get(loss, (loss, {}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ls.TrapWarning)
-        return ls.get_loss(name, **extra, **params)
+        return ls.get_loss(name, **{**extra, **params})
 
 
 def lossmith(loss: str, fields: Fields, params: Params) -> dict[str, Tensor]:

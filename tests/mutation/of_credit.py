@@ -5,7 +5,7 @@ CREDIT = [
     (
         "padding_multiplied_not_selected",
         "batch.py",
-        "clean = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))",
+        "clean = torch.where(mask, tensor, 0.0)",
         "clean = tensor * mask",
         "0 x NaN is NaN: what stands at masked positions matters",
     ),
@@ -288,8 +288,8 @@ CREDIT = [
     (
         "token_mean_over_rows",
         "axes/aggregate.py",
-        "1 / max(norm.tokens, 1)",
-        "1 / max(norm.sequences, 1)",
+        "1 / (norm.tokens or 1)",
+        "1 / (norm.sequences or 1)",
         "tokens are counted, not completions",
     ),
     (
@@ -302,29 +302,29 @@ CREDIT = [
     (
         "sequence_mean_of_local_rows",
         "axes/aggregate.py",
-        "_full(batch, 1 / max(norm.sequences, 1), dtype)",
+        "_full(batch, 1 / (norm.sequences or 1), dtype)",
         "_full(batch, 1 / len(batch.valid), dtype)",
         "completions are counted over the whole batch, empty rows left out",
     ),
     (
         "norm_by_width",
         "axes/aggregate.py",
-        '(max(norm.sequences, 1) * self.given("max_length"))',
-        "(max(norm.sequences, 1) * batch.valid.shape[1])",
+        '((norm.sequences or 1) * self.given("max_length"))',
+        "((norm.sequences or 1) * batch.valid.shape[1])",
         "the divisor is the token limit, whatever the batch's width",
     ),
     (
         "prompt_mean_of_rows",
         "axes/aggregate.py",
-        "(max(norm.groups, 1) * tokens.clamp(min=1))",
-        "(max(norm.groups, 1) * lengths.clamp(min=1))",
+        "((norm.groups or 1) * tokens.clamp(min=1))",
+        "((norm.groups or 1) * lengths.clamp(min=1))",
         "the tokens of a prompt share, not those of a completion",
     ),
     (
         "prompt_mean_counts_rows",
         "axes/aggregate.py",
-        "(max(norm.groups, 1) * tokens.clamp(min=1))",
-        "(max(norm.sequences, 1) * tokens.clamp(min=1))",
+        "((norm.groups or 1) * tokens.clamp(min=1))",
+        "((norm.sequences or 1) * tokens.clamp(min=1))",
         "prompts are counted, not completions",
     ),
     # -- masks and filters

@@ -193,8 +193,8 @@ OBJECTIVE = [
     (
         "cispo_keeps_gradient",
         "axes/trust/soft.py",
-        "return -self.weight(at.detach()) * at.advantage * at.logp",
-        "return -self.weight(at) * at.advantage * at.logp",
+        "return -self.printed(at.detach()) * at.advantage * at.logp",
+        "return -self.printed(at) * at.advantage * at.logp",
         "the weight has no gradient",
     ),
     (
@@ -257,8 +257,8 @@ OBJECTIVE = [
     (
         "tv_mask_one_sided",
         "axes/trust/selective.py",
-        "return (at.logp.detach().exp() - at.denominator_logp.exp()).abs() <= self.delta",
-        "return (at.logp.detach().exp() - at.denominator_logp.exp()) <= self.delta",
+        "keep = (at.logp.detach().exp() - at.denominator_logp.exp()).abs() <= self.delta",
+        "keep = (at.logp.detach().exp() - at.denominator_logp.exp()) <= self.delta",
         "a fall counts like a rise",
     ),
     (
@@ -278,8 +278,8 @@ OBJECTIVE = [
     (
         "divergence_cap_dropped",
         "axes/trust/selective.py",
-        "else at.ratio.clamp(max=self.cap)",
-        "else at.ratio",
+        "else at.ratio.detach().clamp(max=self.cap)",
+        "else at.ratio.detach()",
         "the weight is capped",
     ),
     (
@@ -299,8 +299,8 @@ OBJECTIVE = [
     (
         "clip_cov_drops_stopped",
         "axes/trust/selective.py",
-        "candidates = at.mask & ~stopped(at, 1 - self.low, 1 + self.high)",
-        "candidates = at.mask",
+        "candidates = at.mask & free &",
+        "candidates = at.mask &",
         "tokens that the clip has stopped are not drawn",
     ),
     (
@@ -313,15 +313,15 @@ OBJECTIVE = [
     (
         "luffy_swapped",
         "axes/trust/selective.py",
-        "torch.where(self._foreign(at), p / (p + self.shape), at.ratio)",
-        "torch.where(self._foreign(at), at.ratio, p / (p + self.shape))",
+        "torch.where(theirs, p / (p + self.shape), at.ratio)",
+        "torch.where(theirs, at.ratio, p / (p + self.shape))",
         "the shaped term is for completions of another policy",
     ),
     (
         "gmpo_sides_swapped",
         "axes/trust/completion.py",
-        "delta.clamp(max=self.high), delta.clamp(min=-self.low))",
-        "delta.clamp(min=-self.low), delta.clamp(max=self.high))",
+        "at.delta.clamp(max=self.high), at.delta.clamp(min=-self.low))",
+        "at.delta.clamp(min=-self.low), at.delta.clamp(max=self.high))",
         "good actions are bounded above, bad ones below",
     ),
     (

@@ -259,8 +259,8 @@ WHOLE = [
     (
         "credit_in_the_rewards_type",
         "composition/policy_loss.py",
-        "reward = wide(self._reward(batch))",
-        "reward = self._reward(batch)",
+        "wide(self._reward(batch)), self",
+        "self._reward(batch), self",
         "the sum of large rewards is rounded in float32",
     ),
     (

@@ -161,8 +161,12 @@ def pieces_in(kind: type[Kind], *homes: Mapping[str, Any]) -> list[type[Kind]]:
 
 
 def number(x: float) -> str:
-    """A parameter as it reads in a formula: 0.2, 1e-06, ∞."""
-    return "∞" if x == math.inf else f"{x:.6g}"
+    """A parameter as it reads in a formula: 0.2, 1e-06, ∞; as many digits as it takes, up to twelve."""
+    if math.isinf(x):
+        return "∞" if x > 0 else "−∞"
+    short = f"{x:.6g}"
+    close = abs(float(short) - x) <= 1e-12 * abs(x)
+    return (short if close else f"{x:.12g}").replace("-", "−" if x < 0 else "-", 1 if x < 0 else 0)
 
 
 def in_code(x: float) -> str:
@@ -170,6 +174,6 @@ def in_code(x: float) -> str:
     return f"{'-' if x < 0 else ''}torch.inf" if math.isinf(x) else str(x)
 
 
-def symbol(x: float | None, text: str, latex: str) -> tuple[str, str]:
-    """A required parameter as it reads in a formula, (text, LaTeX): its value, or its letter as long as it has none."""
-    return (text, latex) if x is None else (number(x), number(x))
+def symbol(x: float | None, letter: str) -> str:
+    """A required parameter as it reads in a formula: its value, or its letter as long as it has none."""
+    return letter if x is None else number(x)

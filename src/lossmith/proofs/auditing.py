@@ -86,7 +86,7 @@ def audit(loss: Any, seeds: tuple[int, ...] = (0,)) -> Audit:
     return Audit(
         name=loss.name,
         formula=loss.formula("text"),
-        latex=loss.formula("latex"),
+        latex=_latex(loss),
         paper=entry.paper if entry else None,
         year=entry.year if entry else None,
         summary=entry.summary if entry else None,
@@ -102,6 +102,14 @@ def audit(loss: Any, seeds: tuple[int, ...] = (0,)) -> Audit:
         findings=() if unknown else tuple(prove(loss, seeds)),
         **measured,
     )
+
+
+def _latex(loss: Any) -> str:
+    """Empty where the formula cannot be read, which the check `formula` says."""
+    try:
+        return str(loss.formula("latex"))
+    except LossError:
+        return ""
 
 
 def with_max_length(loss: Any) -> tuple[Any, tuple[str, ...]]:

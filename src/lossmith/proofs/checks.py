@@ -13,6 +13,7 @@ from lossmith.errors import ProofError, nearest
 from lossmith.proofs import halves, invariances, listing, round_trip, slopes
 from lossmith.proofs.enumeration import bias, default_world, group_gradients
 from lossmith.proofs.finding import FAILED, PASSED, Finding, not_applicable, worst
+from lossmith.proofs.printed.check import formula
 from lossmith.proofs.random_batches import batch_fields
 
 __all__ = ["CHECKS", "check_loss", "prove", "raises_reward"]
@@ -57,7 +58,7 @@ CHECKS: dict[str, Callable[[Any, int], Finding]] = {
         invariances.empty_rows,
         round_trip.deterministic,
         round_trip.inputs_untouched,
-        round_trip.formula,
+        formula,
         round_trip.round_trip,
         listing.listing,
         round_trip.reward_shift,

@@ -56,9 +56,9 @@ def _slope(f: Any, logp: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), torch.zeros_like(leaf) if grad is None else grad
 
 
-def at_the_left(fields: Fields, mask: Tensor) -> Fields:
-    """The same completions with their tokens at the left, those without a token left out: what a listing expects."""
-    order, live = (~mask).to(torch.int8).argsort(dim=1, stable=True), mask.any(1)
+def at_the_left(fields: Fields, mask: Tensor, drop: bool = True) -> Fields:
+    """The same completions with their tokens at the left; those without a token are left out, or kept."""
+    order, live = (~mask).to(torch.int8).argsort(dim=1, stable=True), mask.any(1) | (not drop)
 
     def moved(x: Tensor) -> Tensor:
         x = x.gather(1, order) if x.shape == mask.shape else x

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossmith.errors import quiet_traps
-from lossmith.proofs.finding import FAILED, PASSED, Finding, gap, judged, not_applicable
+from lossmith.proofs.finding import FAILED, Finding, gap, judged, not_applicable
 from lossmith.proofs.invariances import untouched
 from lossmith.proofs.random_batches import evaluate, make, random_fields
 
-__all__ = ["deterministic", "formula", "inputs_untouched", "reward_scale", "reward_shift", "round_trip"]
+__all__ = ["deterministic", "inputs_untouched", "reward_scale", "reward_shift", "round_trip"]
 
 
 def deterministic(loss: Any, seed: int) -> Finding:
@@ -40,32 +39,6 @@ def inputs_untouched(loss: Any, seed: int) -> Finding:
     changed = not untouched(kept, batch) or not all(torch.equal(fields[k], kept[k]) for k in kept)
     changed |= any(not torch.equal(leaf.detach(), kept[name]) for name, leaf in leaves.items())
     return judged("inputs_untouched", float(changed), 0.0, "1 if the batch changed")
-
-
-def formula(loss: Any, seed: int) -> Finding:
-    """Text and LaTeX, not empty, braces balanced."""
-    text, latex = loss.formula("text"), loss.formula("latex")
-    wrong = [
-        *(["no text"] if not text.strip() or not str(loss).strip() else []),
-        *(["no LaTeX"] if not latex.strip() else []),
-        *(["LaTeX braces do not balance"] if not _balanced(latex) else []),
-        *([r"\left and \right do not pair"] if _count(latex, "left") != _count(latex, "right") else []),
-    ]
-    return Finding("formula", FAILED if wrong else PASSED, float(len(wrong)), "; ".join(wrong) or "text and LaTeX read")
-
-
-def _count(latex: str, command: str) -> int:
-    return len(re.findall(rf"\\{command}(?![A-Za-z])", latex))
-
-
-def _balanced(latex: str) -> bool:
-    depth = 0
-    for a, b in zip(" " + latex, latex, strict=False):
-        if a != "\\" and b in "{}":
-            depth += 1 if b == "{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
 
 
 def round_trip(loss: Any, seed: int) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lossmith.errors import LossError
 from lossmith.losses import Batch
+from lossmith.losses.axes.trust import Tokens, Trust
 from lossmith.proofs.finding import FAILED, PASSED, Finding, gap, judged, not_applicable
 from lossmith.proofs.random_batches import Draw, Evaluation, Fields, evaluate, gradients, make, random_fields
 
@@ -20,9 +22,10 @@ STEP = 1e-6  # of the finite differences, nats
 
 
 def closed_form(loss: Any, seed: int) -> Finding:
-    """autograd dL/dlogp equals loss.closed_form_gradient(batch)."""
+    """autograd dL/dlogp equals loss.closed_form_gradient(batch), and of single tokens w(r, A) is -(dℓ/dlogp)/A."""
     try:
         numbers = [_closed_gap(loss, random_fields(loss, seed, drift)) for drift in DRIFTS]
+        numbers.append(_single_gap(loss))
     except NotImplementedError as error:
         return not_applicable("closed_form", f"the loss states no closed form ({error or 'not implemented'})")
     return judged("closed_form", max(numbers, key=_nan_first), 1e-12, "autograd dL/dlogp against the closed form")
@@ -61,6 +64,20 @@ def _closed_gap(loss: Any, fields: Fields) -> float:
         raise NotImplementedError
     closed = loss.closed_form_gradient(Batch(**fields))
     return gap(evaluate(loss, fields).gradients["logp"], closed)
+
+
+def _single_gap(loss: Any) -> float:
+    """The weight of the trust region against autograd of its value, on completions of one token at many ratios."""
+    trust = getattr(loss, "trust", None)
+    if not isinstance(trust, Trust):
+        return 0.0
+    ratio = torch.linspace(-3.0, 1.0, 82, dtype=torch.float64).exp()  # of a token of probability 0.3: none above 1
+    advantage = torch.tensor([1.0, -0.7], dtype=torch.float64).repeat_interleave(len(ratio))[:, None]
+    single = Tokens.single(ratio.repeat(2)[:, None], advantage, 0.3)
+    logp = single.logp.clone().requires_grad_()
+    at = dataclasses.replace(single, logp=logp, ratio=(logp - single.denominator_logp).exp())
+    slope = torch.autograd.grad(trust.value(at).sum(), logp)[0]
+    return gap(slope, -trust.weight(at.detach()) * advantage)
 
 
 def _nan_first(x: float) -> tuple[bool, float]:

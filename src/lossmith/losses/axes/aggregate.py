@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossmith.losses.axes.advantage import Groups
 from lossmith.losses.batch import Batch, Normalizer
-from lossmith.losses.piece import Piece, options, param, pieces_in
+from lossmith.losses.piece import Piece, options, param, pieces_in, symbol
 
 __all__ = [
     "AGGREGATE",
@@ -43,8 +43,8 @@ class Aggregate(Piece):
         """An expression of plain torch that aggregates `term` [N, T] over the tokens `m` [N, T] that take part."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of the sum over completions i and tokens t that stands before a token's term."""
+    def formula(self) -> str:
+        """The sum over completions i and tokens t that stands before a token's term."""
         raise NotImplementedError
 
 
@@ -61,8 +61,8 @@ class TokenMean(Aggregate):
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
         return _full(batch, 1 / (norm.tokens or 1), dtype)
 
-    def formula(self) -> tuple[str, str]:
-        return "1/(Σ_i T_i) Σ_i Σ_t", r"\frac{1}{\sum_i T_i}\sum_i\sum_t"
+    def formula(self) -> str:
+        return "1/(Σ_i T_i) Σ_i Σ_t"
 
     def code(self, term: str) -> str:
         return f"({term} * m).sum() / m.sum()"
@@ -77,8 +77,8 @@ class SeqMeanTokenMean(Aggregate):
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
         return 1 / ((norm.sequences or 1) * batch.lengths.clamp(min=1).to(dtype))
 
-    def formula(self) -> tuple[str, str]:
-        return "1/N Σ_i 1/T_i Σ_t", r"\frac1N\sum_i\frac1{T_i}\sum_t"
+    def formula(self) -> str:
+        return "1/N Σ_i 1/T_i Σ_t"
 
     def code(self, term: str) -> str:
         return f"(({term} * m).sum(1) / T.clamp(min=1)).sum() / m.any(1).sum()"
@@ -93,8 +93,8 @@ class SeqMeanTokenSum(Aggregate):
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
         return _full(batch, 1 / (norm.sequences or 1), dtype)
 
-    def formula(self) -> tuple[str, str]:
-        return "1/N Σ_i Σ_t", r"\frac1N\sum_i\sum_t"
+    def formula(self) -> str:
+        return "1/N Σ_i Σ_t"
 
     def code(self, term: str) -> str:
         return f"({term} * m).sum() / m.any(1).sum()"
@@ -112,9 +112,8 @@ class SeqMeanTokenSumNorm(Aggregate):
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
         return _full(batch, 1 / ((norm.sequences or 1) * self.given("max_length")), dtype)
 
-    def formula(self) -> tuple[str, str]:
-        limit = "L" if self.max_length is None else str(self.max_length)
-        return f"1/(N·{limit}) Σ_i Σ_t", rf"\frac{{1}}{{N\cdot {limit}}}\sum_i\sum_t"
+    def formula(self) -> str:
+        return f"1/(N·{symbol(self.max_length, 'L')}) Σ_i Σ_t"
 
     def code(self, term: str) -> str:
         return f"({term} * m).sum() / (m.any(1).sum() * {self.max_length})"
@@ -129,8 +128,8 @@ class TokenSum(Aggregate):
     def row_weights(self, batch: Batch, norm: Normalizer, dtype: torch.dtype) -> Tensor:
         return _full(batch, 1.0, dtype)
 
-    def formula(self) -> tuple[str, str]:
-        return "Σ_i Σ_t", r"\sum_i\sum_t"
+    def formula(self) -> str:
+        return "Σ_i Σ_t"
 
     def code(self, term: str) -> str:
         return f"({term} * m).sum()"
@@ -150,8 +149,8 @@ class PromptMean(Aggregate):
         tokens = Groups.of(lengths, group, batch.live).total(lengths)
         return 1 / ((norm.groups or 1) * tokens.clamp(min=1))
 
-    def formula(self) -> tuple[str, str]:
-        return "1/#g Σ_g 1/n_g Σ_{i∈g} Σ_t", r"\frac1{\#g}\sum_g\frac1{n_g}\sum_{i\in g}\sum_t"
+    def formula(self) -> str:
+        return "1/#g Σ_g 1/(Σ_{i∈g} T_i) Σ_{i∈g} Σ_t"
 
     def code(self, term: str) -> str:
         return f"(({term} * m).sum(1) / sum_g(m.sum(1) * 1.0).clamp(min=1)).sum() / group[m.any(1)].unique().numel()"

@@ -25,8 +25,8 @@ class Extra(Piece):
         """d value/dlogp in closed form."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str] | None:
-        """(text, LaTeX) of the term with its coefficient; None: no term."""
+    def formula(self) -> str | None:
+        """The term with its coefficient; None: no term."""
         return None
 
     def code(self) -> list[str]:
@@ -60,9 +60,8 @@ class SquareLogRatio(Extra):
     def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
         return 2 * self.coef * self._gap(batch).detach()
 
-    def formula(self) -> tuple[str, str] | None:
-        c = number(self.coef)
-        return f"{c}·(log π_θ − log μ)²", rf"{c}\,(\log\pi_\theta-\log\mu)^2"
+    def formula(self) -> str | None:
+        return f"{number(self.coef)}·(log π_θ(y_t) − log μ(y_t))²"
 
     def code(self) -> list[str]:
         return [f"loss = loss + {self.coef} * (logp - behavior_logp) ** 2"]
@@ -82,9 +81,8 @@ class NLLPositive(Extra):
     def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
         return -self.coef * (advantage > 0).to(advantage.dtype)
 
-    def formula(self) -> tuple[str, str] | None:
-        c = number(self.coef)
-        return f"−{c}·[A>0]·log π_θ(y_t)", rf"-{c}\,\mathbb 1[A>0]\log\pi_\theta(y_t)"
+    def formula(self) -> str | None:
+        return f"−{number(self.coef)}·[A > 0]·log π_θ(y_t)"
 
     def code(self) -> list[str]:
         return [f"loss = loss - torch.where(A > 0, {self.coef} * logp, 0.0)"]
@@ -103,9 +101,8 @@ class SFT(Extra):
     def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
         return torch.full_like(advantage, -self.coef)
 
-    def formula(self) -> tuple[str, str] | None:
-        c = number(self.coef)
-        return f"−{c}·log π_θ(y_t)", rf"-{c}\log\pi_\theta(y_t)"
+    def formula(self) -> str | None:
+        return f"−{number(self.coef)}·log π_θ(y_t)"
 
     def code(self) -> list[str]:
         return [f"loss = loss - {self.coef} * logp"]

@@ -23,12 +23,12 @@ __all__ = ["ESTIMATORS", "KL", "adapt_coefficient", "kl_estimate"]
 ESTIMATORS = ("k1", "k2", "k3", "abs", "square", "full")
 
 _FORMULAS = {
-    "k1": ("κ", r"\kappa"),
-    "k2": ("κ²/2", r"\tfrac12\kappa^2"),
-    "k3": ("(e^(−κ) − 1 + κ)", r"\left(e^{-\kappa}-1+\kappa\right)"),
-    "abs": ("|κ|", r"|\kappa|"),
-    "square": ("κ²", r"\kappa^2"),
-    "full": ("KL(π_θ‖π_ref)", r"\mathrm{KL}\left(\pi_\theta\,\|\,\pi_{\mathrm{ref}}\right)"),
+    "k1": "κ",
+    "k2": "κ²/2",
+    "k3": "(e^(−κ) − 1 + κ)",
+    "abs": "|κ|",
+    "square": "κ²",
+    "full": "KL(π_θ‖π_ref)",
 }
 
 
@@ -186,20 +186,16 @@ class KL(Piece):
             )
         return None
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of β·k."""
-        text, tex = _FORMULAS[self.estimator]
+    def formula(self) -> str:
+        """β·k."""
+        k = _FORMULAS[self.estimator]
         if self.ratio_weight:
-            text, tex = f"r·{text}", f"r{tex}"
+            k = f"r·{k}"
         if self.straight_through:
-            text, tex = f"[{text}, gradient of κ²/2]", rf"\left[{tex}\right]_{{\nabla k_2}}"
+            k = f"(κ²/2 + sg({k.removeprefix('(').removesuffix(')')} − κ²/2))"
         if self.is_cap is not None:
-            cap = number(self.is_cap)
-            text, tex = f"sg(min(r, {cap}))·{text}", rf"\operatorname{{sg}}(\min(r,{cap})){tex}"
-        if self.masked:
-            text, tex = f"u·{text}", f"u{tex}"
-        beta = number(self.beta)
-        return f"{beta}·{text}", f"{beta}\\,{tex}"
+            k = f"sg(min(r, {number(self.is_cap)}))·{k}"
+        return f"{number(self.beta)}·{k}"
 
     def code(self) -> list[str]:
         """Lines of plain torch that compute the term `kl` [N, T] with its coefficient."""

@@ -41,8 +41,8 @@ class Mask(Piece):
         """None: all of them."""
         return None
 
-    def formula(self) -> tuple[str, str] | None:
-        """(text, LaTeX) of what is kept; None: nothing to say."""
+    def formula(self) -> str | None:
+        """The condition under which a token is kept; None: nothing to say."""
         return None
 
     def code(self) -> list[str]:
@@ -73,9 +73,8 @@ class TopEntropy(Mask):
             return None
         return entropy >= quantile(entropy[batch.valid], 1 - min(self.share, 1.0))
 
-    def formula(self) -> tuple[str, str] | None:
-        s = number(self.share)
-        return f"the {s} of the tokens with the highest entropy", rf"\text{{the }} {s} \text{{ of highest entropy}}"
+    def formula(self) -> str | None:
+        return f"H_t ≥ quantile(H_t, {number(1 - min(self.share, 1.0))})"
 
     def code(self) -> list[str]:
         return [f"keep = entropy >= torch.quantile(entropy[mask], 1 - {min(self.share, 1.0)})"]
@@ -111,10 +110,8 @@ class OPSM(Mask):
     def keep(self, batch: Batch, advantage: Tensor) -> Tensor | None:
         return ~((advantage < 0) & (self.mean_gap(batch) > self.given("delta")))
 
-    def formula(self) -> tuple[str, str] | None:
-        d, tex = symbol(self.delta, "δ", r"\delta")
-        text = f"not (A < 0 and mean_t(log μ − log π_θ) > {d})"
-        return text, rf"\neg(A<0,\ \overline{{\log\mu-\log\pi_\theta}}>{tex})"
+    def formula(self) -> str | None:
+        return f"not (A < 0 and mean_t(log μ(y_t) − log π_θ(y_t)) > {symbol(self.delta, 'δ')})"
 
     def code(self) -> list[str]:
         return [
@@ -137,9 +134,8 @@ class Staleness(Mask):
         lag = batch.require("lag", "sequence_mask='staleness'")
         return (lag <= self.given("max_lag"))[:, None].expand_as(batch.valid)
 
-    def formula(self) -> tuple[str, str] | None:
-        m, tex = symbol(self.max_lag, "max_lag", r"\ell_{\max}")
-        return f"version lag ≤ {m}", rf"\text{{version lag}}\le {tex}"
+    def formula(self) -> str | None:
+        return f"lag ≤ {symbol(self.max_lag, 'max_lag')}"
 
     def code(self) -> list[str]:
         return [f"keep = (lag <= {self.max_lag})[:, None]"]
@@ -162,8 +158,8 @@ class GroupFilter(Piece):
         """None: all of them."""
         return None
 
-    def formula(self) -> tuple[str, str] | None:
-        """(text, LaTeX) of what takes part; None: nothing to say."""
+    def formula(self) -> str | None:
+        """The condition under which completion i takes part; None: nothing to say."""
         return None
 
     def code(self) -> list[str]:
@@ -193,8 +189,8 @@ class ZeroVariance(GroupFilter):
             return None
         return ~Signal(batch, batch.reward).groups("group_filter='zero_variance'").constant
 
-    def formula(self) -> tuple[str, str] | None:
-        return "groups with equal rewards are left out", r"\text{groups with equal rewards are left out}"
+    def formula(self) -> str | None:
+        return "max_g(R) > min_g(R)"
 
     def code(self) -> list[str]:
         return ["keep_row = max_g(R) > min_g(R)"]
@@ -212,8 +208,8 @@ class Best(GroupFilter):
         groups = Signal(batch, batch.require("reward", "group_filter='best'")).groups("group_filter='best'")
         return groups.first_where(groups.reward == groups.largest)
 
-    def formula(self) -> tuple[str, str] | None:
-        return "only the best completion of each group", r"\text{only the best completion of each group}"
+    def formula(self) -> str | None:
+        return "i = argmax_g(R)"
 
     def code(self) -> list[str]:
         return [
@@ -237,9 +233,8 @@ class Above(GroupFilter):
         signal = Signal(batch, batch.require("reward", "group_filter='above'"))
         return signal.per_sequence > self.given("threshold")
 
-    def formula(self) -> tuple[str, str] | None:
-        t, tex = symbol(self.threshold, "τ", r"\tau")
-        return f"only completions with R > {t}", rf"\text{{only completions with }} R > {tex}"
+    def formula(self) -> str | None:
+        return f"R > {symbol(self.threshold, 'τ')}"
 
     def code(self) -> list[str]:
         return [f"keep_row = R > {self.threshold}"]

@@ -45,13 +45,12 @@ class Mismatch(Piece):
         """u before it is divided by its mean."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of u."""
-        text, tex = self.raw_formula()
-        return (f"{text} / mean", rf"{tex} / \operatorname{{mean}}") if self.normalize else (text, tex)
+    def formula(self) -> str:
+        """u."""
+        return f"w / mean_{{i,t}}(w) where w = {self.raw_formula()}" if self.normalize else self.raw_formula()
 
-    def raw_formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of u before it is divided by its mean."""
+    def raw_formula(self) -> str:
+        """u before it is divided by its mean, from ρ = π_old/μ."""
         raise NotImplementedError
 
     def code(self) -> list[str]:
@@ -81,8 +80,8 @@ class NoMismatch(Mismatch):
     def raw_code(self) -> list[str]:
         return []
 
-    def raw_formula(self) -> tuple[str, str]:
-        return "1", "1"
+    def raw_formula(self) -> str:
+        return "1"
 
 
 def _log_rho(batch: Batch) -> Tensor:
@@ -104,12 +103,8 @@ def _rho_code(level: str) -> list[str]:
     return [log_rho, f"rho = ({over.get(level, 'log_rho.sum(1, keepdim=True) / T[:, None]')}).exp()"]
 
 
-def _level_name(level: str) -> tuple[str, str]:
-    return {
-        "token": ("ρ_t", r"\rho_t"),
-        "sequence": ("Π_tρ_t", r"\textstyle\prod_t\rho_t"),
-        "geometric": ("(Π_tρ_t)^(1/T)", r"(\textstyle\prod_t\rho_t)^{1/T}"),
-    }[level]
+def _level_name(level: str) -> str:
+    return {"token": "ρ", "sequence": "(Π_t ρ)", "geometric": "(Π_t ρ)^(1/T)"}[level]
 
 
 @dataclass(frozen=True)
@@ -126,9 +121,8 @@ class TIS(Mismatch):
     def raw(self, batch: Batch) -> Tensor:
         return bounded_exp(_at_level(_log_rho(batch), batch, self.level)).clamp(self.low, self.high)
 
-    def raw_formula(self) -> tuple[str, str]:
-        (text, tex), lo, hi = _level_name(self.level), number(self.low), number(self.high)
-        return f"clip({text}, {lo}, {hi})", rf"\operatorname{{clip}}({tex}, {lo}, {hi})"
+    def raw_formula(self) -> str:
+        return f"clip({_level_name(self.level)}, {number(self.low)}, {number(self.high)})"
 
     def raw_code(self) -> list[str]:
         return [*_rho_code(self.level), f"u = rho.clamp({self.low}, {in_code(self.high)})"]
@@ -149,9 +143,9 @@ class IcePop(Mismatch):
         rho = bounded_exp(_at_level(_log_rho(batch), batch, self.level))
         return torch.where((rho >= self.low) & (rho <= self.high), rho, torch.zeros_like(rho))
 
-    def raw_formula(self) -> tuple[str, str]:
-        (text, tex), lo, hi = _level_name(self.level), number(self.low), number(self.high)
-        return f"{text}·[{lo} ≤ {text} ≤ {hi}]", rf"{tex}\,\mathbb 1[{lo}\le {tex}\le {hi}]"
+    def raw_formula(self) -> str:
+        rho = _level_name(self.level)
+        return f"{rho}·[{number(self.low)} ≤ {rho} ≤ {number(self.high)}]"
 
     def raw_code(self) -> list[str]:
         band = f"(rho >= {self.low}) & (rho <= {in_code(self.high)})"
@@ -196,17 +190,17 @@ class Gate(Mismatch):
             per_token = mu * (mu / old).log() + (1 - mu) * ((1 - mu) / (1 - old)).log()
         return _at_level(torch.where(batch.valid, per_token, torch.zeros_like(per_token)), batch, self.level)
 
-    def raw_formula(self) -> tuple[str, str]:
-        lo, hi = number(self.low), number(self.high)
-        names = {"ratio": _level_name(self.level), "tv": ("|μ−π_old|", r"|\mu-\pi_{\mathrm{old}}|")}
-        text, tex = names.get(self.stat, ("KL(μ‖π_old)", r"\mathrm{KL}(\mu\|\pi_{\mathrm{old}})"))
+    def raw_formula(self) -> str:
+        stat = {
+            "tv": "|μ(y_t) − π_old(y_t)|",
+            "binary_kl": "KL₂(μ(y_t)‖π_old(y_t))",
+            "k1": "(−log ρ)",
+            "k2": "(log ρ)²/2",
+            "k3": "(ρ − 1 − log ρ)",
+        }.get(self.stat, _level_name(self.level))
         if self.stat != "ratio" and self.level != "token":
-            over = {"sequence": ("Σ_t", r"\textstyle\sum_t"), "geometric": ("mean_t", r"\operatorname{mean}_t")}[
-                self.level
-            ]
-            text, tex = f"{over[0]} {text}", rf"{over[1]} {tex}"
-        x = ("ρ_t·", r"\rho_t\,") if self.weighted else ("", "")
-        return f"{x[0]}[{lo} ≤ {text} ≤ {hi}]", rf"{x[1]}\mathbb 1[{lo}\le {tex}\le {hi}]"
+            stat = f"Σ_t {stat}" if self.level == "sequence" else f"mean_t({stat})"
+        return f"{'ρ·' * self.weighted}[{number(self.low)} ≤ {stat} ≤ {number(self.high)}]"
 
     def raw_code(self) -> list[str]:
         log_rho = "log_rho = torch.where(mask, old_logp - behavior_logp, 0.0)"

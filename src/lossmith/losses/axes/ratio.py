@@ -72,24 +72,18 @@ class Ratio(Piece):
         """Given dL/dℓ-weighted slopes w.r.t. log r at each token [N, T], the closed-form dL/dlogp [N, T]."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of r."""
+    def formula(self) -> str:
+        """r."""
         raise NotImplementedError
 
     def code(self) -> list[str]:
         """Lines of plain torch that compute r [N, T] from logp and denominator_logp."""
         raise NotImplementedError
 
-    def denominator_names(self) -> tuple[str, str]:
-        """(text, LaTeX) of the policy in the denominator."""
-        tex = {
-            "old": r"\pi_{\mathrm{old}}",
-            "behavior": r"\mu",
-            "self": r"\operatorname{sg}\pi_\theta",
-            "ref": r"\pi_{\mathrm{ref}}",
-        }
-        text = {"old": "π_old", "behavior": "μ", "self": "sg(π_θ)", "ref": "π_ref"}
-        return text[self.denominator], tex[self.denominator]
+    def under(self, at: str) -> str:
+        """The probability in the denominator, of the token or the completion `at`, "y_t" or "y"."""
+        policy = {"old": "π_old", "behavior": "μ", "ref": "π_ref"}.get(self.denominator)
+        return f"{policy}({at})" if policy else f"sg(π_θ({at}))"
 
 
 @dataclass(frozen=True)
@@ -104,9 +98,8 @@ class TokenRatio(Ratio):
     def chain(self, slope: Tensor, batch: Batch) -> Tensor:
         return slope * _inside(self.log_ratio(batch).detach())
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = self.denominator_names()
-        return f"π_θ(y_t) / {text}(y_t)", rf"\frac{{\pi_\theta(y_t)}}{{{tex}(y_t)}}"
+    def formula(self) -> str:
+        return f"π_θ(y_t) / {self.under('y_t')}"
 
     def code(self) -> list[str]:
         return ["r = torch.exp(logp - denominator_logp)"]
@@ -137,12 +130,8 @@ class SequenceRatio(_PerSequence):
         total = (slope * batch.valid).sum(1, keepdim=True) / batch.lengths.clamp(min=1)[:, None]
         return total * _inside(self._level(batch).detach()) * batch.valid
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = self.denominator_names()
-        return (
-            f"(π_θ(y) / {text}(y))^(1/T)",
-            rf"\left(\frac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}",
-        )
+    def formula(self) -> str:
+        return f"(π_θ(y) / {self.under('y')})^(1/T)"
 
     def code(self) -> list[str]:
         return [
@@ -166,13 +155,8 @@ class SequenceTokenRatio(Ratio):
     def chain(self, slope: Tensor, batch: Batch) -> Tensor:
         return slope * batch.valid
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = self.denominator_names()
-        return (
-            f"sg((π_θ(y) / {text}(y))^(1/T))·π_θ(y_t)/sg(π_θ(y_t))",
-            rf"\operatorname{{sg}}\!\left(\tfrac{{\pi_\theta(y)}}{{{tex}(y)}}\right)^{{1/T}}"
-            r"\tfrac{\pi_\theta(y_t)}{\operatorname{sg}\pi_\theta(y_t)}",
-        )
+    def formula(self) -> str:
+        return f"sg((π_θ(y) / {self.under('y')})^(1/T))·π_θ(y_t)/sg(π_θ(y_t))"
 
     def code(self) -> list[str]:
         return [
@@ -194,9 +178,8 @@ class SequenceSumRatio(_PerSequence):
         total = (slope * batch.valid).sum(1, keepdim=True)
         return total * _inside(self._level(batch).detach()) * batch.valid
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = self.denominator_names()
-        return f"π_θ(y) / {text}(y)", rf"\frac{{\pi_\theta(y)}}{{{tex}(y)}}"
+    def formula(self) -> str:
+        return f"π_θ(y) / {self.under('y')}"
 
     def code(self) -> list[str]:
         return ["r = torch.exp(((logp - denominator_logp) * mask).sum(1, keepdim=True)).expand(mask.shape)"]

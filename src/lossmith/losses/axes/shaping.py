@@ -20,11 +20,13 @@ __all__ = ["SHAPING", "ClipReward", "Overlong", "Potential", "ScaleReward", "Sha
 class Shaping(Piece):
     """R -> R', on rewards [N] or [N, T]."""
 
+    by_token: ClassVar[bool] = False  # it gives a reward to each token
+
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of the shaped reward in terms of R."""
+    def formula(self) -> str:
+        """The shaped reward in terms of R, or of r_t where it is `by_token`."""
         raise NotImplementedError
 
     def code(self) -> list[str]:
@@ -49,9 +51,8 @@ class ClipReward(Shaping):
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         return reward.clamp(self.low, self.high)
 
-    def formula(self) -> tuple[str, str]:
-        lo, hi = number(self.low), number(self.high)
-        return f"clip(R, {lo}, {hi})", rf"\operatorname{{clip}}(R, {lo}, {hi})"
+    def formula(self) -> str:
+        return f"clip(R, {number(self.low)}, {number(self.high)})"
 
     def code(self) -> list[str]:
         return [f"R = R.clamp({in_code(self.low)}, {in_code(self.high)})"]
@@ -73,8 +74,8 @@ class ScaleReward(Shaping):
     def __call__(self, reward: Tensor, batch: Batch) -> Tensor:
         return self.a * (reward + self.b)
 
-    def formula(self) -> tuple[str, str]:
-        return (f"{number(self.a)}·(R + {number(self.b)})",) * 2
+    def formula(self) -> str:
+        return f"{number(self.a)}·(R + {number(self.b)})"
 
     def code(self) -> list[str]:
         return [f"R = {self.a} * (R + {self.b})"]
@@ -103,15 +104,12 @@ class Overlong(Shaping):
     def _buffer(self) -> int:
         return self.buffer or max(1, self.given("max_length") // 5)
 
-    def formula(self) -> tuple[str, str]:
-        limit = "L" if self.max_length is None else str(self.max_length)
-        soft = "L/5" if self.max_length is None else str(self._buffer())
+    def formula(self) -> str:
+        limit, soft = ("L", "(L/5)") if self.max_length is None else (str(self.max_length), str(self._buffer()))
+        if self.max_length is None and self.buffer is not None:
+            soft = str(self.buffer)
         k = "" if self.penalty == 1 else f"{number(self.penalty)}·"
-        text = f"R + {k}clip(({limit} − {soft} − T)/{soft}, −1, 0)"
-        return (
-            text,
-            rf"R + {k.replace('·', '')}\operatorname{{clip}}\left(\frac{{{limit}-{soft}-T}}{{{soft}}},-1,0\right)",
-        )
+        return f"R + {k}clip(({limit} − {soft} − T)/{soft}, −1, 0)"
 
     def code(self) -> list[str]:
         limit, soft = self.max_length, self._buffer()
@@ -130,11 +128,8 @@ class WeightedSum(Shaping):
         parts = wide(batch.require("reward_parts", "shaping='weighted_sum'"))
         return parts @ torch.tensor(part_weights(self.weights, parts), dtype=parts.dtype, device=parts.device)
 
-    def formula(self) -> tuple[str, str]:
-        if not self.weights:
-            return "Σ_k R_k", r"\sum_k R_k"
-        terms = " + ".join(f"{number(w)}·R_{k + 1}" for k, w in enumerate(self.weights))
-        return terms, terms.replace("·", r"\,")
+    def formula(self) -> str:
+        return " + ".join(f"{number(w)}·R_{k + 1}" for k, w in enumerate(self.weights)) or "Σ_k R_k"
 
     def code(self) -> list[str]:
         if not self.weights:
@@ -147,6 +142,7 @@ class Potential(Shaping):
     """r_t ← r_t + gamma·Φ_{t+1} - Φ_t, Φ after the last token 0 (book eq. 4.65): the best policy stays the best."""
 
     option: ClassVar[str] = "potential"
+    by_token: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"potential"})
     gamma: float = param("gamma", 1.0, "discount per token", low=0, high=1)
 
@@ -159,9 +155,8 @@ class Potential(Shaping):
             after = torch.where(valid[:, t], potential[:, t], after)
         return per_token + change
 
-    def formula(self) -> tuple[str, str]:
-        g, tex = ("", "") if self.gamma == 1 else (f"{number(self.gamma)}·", number(self.gamma))
-        return f"r_t + {g}Φ_{{t+1}} − Φ_t", rf"r_t + {tex}\Phi_{{t+1}} - \Phi_t"
+    def formula(self) -> str:
+        return f"r_t + {'' if self.gamma == 1 else number(self.gamma) + '·'}Φ_{{t+1}} − Φ_t"
 
     def code(self) -> list[str]:
         return [

@@ -46,16 +46,12 @@ class ValueLoss(Piece):
         clipped = (near - returns) ** 2
         return 0.5 * torch.maximum(error, clipped)
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of the term with its coefficient."""
+    def formula(self) -> str:
+        """The term with its coefficient."""
         c = number(self.coef)
         if self.clip is None:
-            return f"{c}·½(V − G)²", rf"{c}\cdot\tfrac12(V-G)^2"
-        e = number(self.clip)
-        return (
-            f"{c}·½max((V − G)², (clip(V, V_old ± {e}) − G)²)",
-            rf"{c}\cdot\tfrac12\max\left((V-G)^2, (\operatorname{{clip}}(V, V_{{\mathrm{{old}}}}\pm {e})-G)^2\right)",
-        )
+            return f"{c}·½(V_θ − G)²"
+        return f"{c}·½max((V_θ − G)², (clip(V_θ, V ± {number(self.clip)}) − G)²)"
 
     def code(self) -> list[str]:
         """Lines of plain torch that compute the term `critic` [N, T] with its coefficient, towards G."""

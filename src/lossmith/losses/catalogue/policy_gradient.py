@@ -27,8 +27,8 @@ ENTRIES = [
         name="reinforce",
         year=1992,
         paper="Williams 1992; book eq. 4.44",
-        summary="The policy gradient itself: log-probability times reward minus the batch mean.",
-        build=lambda: PolicyLoss(advantage=BatchMean(), trust=LogP(), aggregate=TokenMean()),
+        summary="The policy gradient itself: log-probability times reward minus the batch mean, summed over tokens.",
+        build=lambda: PolicyLoss(advantage=BatchMean(), trust=LogP(), aggregate=SeqMeanTokenSum()),
         aliases=("policy_gradient", "pg", "vanilla_policy_gradient", "vpg"),
     ),
     Entry(
@@ -131,7 +131,7 @@ ENTRIES = [
         name="opo",
         year=2025,
         paper="arXiv:2505.23585",
-        summary="The group's mean weighted by length as baseline, which lowers variance.",
+        summary="Log-probability times reward minus the group's mean, completions weighted by length in that mean.",
         build=lambda: PolicyLoss(advantage=OPO(), trust=LogP(), aggregate=TokenMean()),
     ),
     Entry(

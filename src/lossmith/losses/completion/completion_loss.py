@@ -20,17 +20,12 @@ from lossmith.losses.as_tensor import wide
 from lossmith.losses.axes.advantage import Groups, Signal
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.composition.flat import no_parameter
-from lossmith.losses.composition.formula import powers
+from lossmith.losses.composition.formula import in_style
+from lossmith.losses.composition.notation import where
 from lossmith.losses.loss import Credit, Loss, LossOutput, distance_metrics, reward_metrics
 from lossmith.losses.piece import Piece, shown
 
 __all__ = ["CompletionLoss", "CompletionTerm", "Completions"]
-
-_ANCHORS = {
-    "ref": (" − log π_ref(y_t)", r" - \log \pi_{\mathrm{ref}}(y_t)"),
-    "old": (" − log π_old(y_t)", r" - \log \pi_{\mathrm{old}}(y_t)"),
-    "none": ("", ""),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +76,8 @@ class CompletionTerm(Piece):
         """More metrics of its own."""
         return {}
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of L in terms of Λ and R."""
+    def formula(self) -> str:
+        """L in terms of Λ and R."""
         raise NotImplementedError
 
     def code(self) -> list[str]:
@@ -176,8 +171,8 @@ class CompletionLoss(Loss):
             return Link(name, torch.where(batch.valid, x[:, None], 0.0), words)
 
         slope = -self.closed_form_gradient(batch)
-        log_ratio = link("log-ratio", at.log_ratio, f"Λ = Σ_t log π_θ(y_t){_ANCHORS[self.term.anchor][0]}")
-        factors = (Link("slope", slope, f"−dL/dΛ, L = {self.term.formula()[0]}"),)
+        log_ratio = link("log-ratio", at.log_ratio, self.formula().splitlines()[-1].strip())
+        factors = (Link("slope", slope, f"−dL/dΛ, L = {self.term.formula()}"),)
         pull = Pull(self.term.option, factors, batch.valid)
         return Anatomy((link("score", at.reward, "R"),), (log_ratio,), (pull,))
 
@@ -193,15 +188,10 @@ class CompletionLoss(Loss):
     # -- representations --------------------------------------------------------------------------------------------
 
     def formula(self, style: str = "text") -> str:
-        if style not in ("text", "latex"):
-            raise LossError(f"formula style is {style!r}; known: text, latex.")
-        less = _ANCHORS[self.term.anchor]
-        text, tex = self.term.formula()
-        tex = powers(tex)
-        if style == "text":
-            return f"L(θ) = {text}\n  Λ_i = Σ_t log π_θ(y_t){less[0]}"
-        where = rf"\Lambda_i = \textstyle\sum_t \log\pi_\theta(y_t){less[1]}"
-        return rf"\begin{{aligned}}{chr(10)}& \mathcal L(\theta) = {tex} \\{chr(10)}& {where}{chr(10)}\end{{aligned}}"
+        expression, definitions = where(self.term.formula())
+        anchor = {"ref": " − log π_ref(y_t)", "old": " − log π_old(y_t)"}.get(self.term.anchor)
+        log_ratio = f"(log π_θ(y_t){anchor})" if anchor else "log π_θ(y_t)"
+        return in_style([f"L(θ) = {expression}", *definitions, f"Λ_i = Σ_t {log_ratio}"], style)
 
     def code(self) -> str:
         anchor = {"ref": "ref_logp", "old": "old_logp"}.get(self.term.anchor)

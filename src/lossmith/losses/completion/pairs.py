@@ -71,17 +71,17 @@ class Paired(CompletionTerm):
         """What is added for each winner, and its derivative in Λ, [N]; None for nothing."""
         return None
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
-        """f of this margin, as (text, LaTeX)."""
+    def margin_text(self, margin: str) -> str:
+        """f of this margin."""
         raise NotImplementedError
 
-    def score_text(self) -> tuple[str, str]:
-        """s of a completion i, as (text, LaTeX)."""
-        return "Λ_i", r"\Lambda_i"
+    def score_text(self) -> str:
+        """s of a completion i."""
+        return "Λ_i"
 
-    def imitation_text(self) -> tuple[str, str]:
-        """What is added for a winner w, as (text, LaTeX), with its sign."""
-        return "", ""
+    def imitation_text(self) -> str:
+        """What is added for a winner w, with its sign."""
+        return ""
 
     def margin_code(self) -> str:
         """f(d), in code."""
@@ -175,38 +175,28 @@ class Paired(CompletionTerm):
             "chosen_logp": float(logp[winners].mean()),
         }
 
-    def formula(self) -> tuple[str, str]:
-        s, tex = self.score_text()
-        text = self._terms(0, *(s.replace("_i", f"_{k}") for k in "wl"))
-        latex = self._terms(1, *(tex.replace("_i", f"_{k}") for k in "wl"))
-        over = self._over()
-        return f"{over[0]}: {text}", f"{over[1]} {latex}"
+    def formula(self) -> str:
+        weighed = self.labels == "given"
+        over, where = ("(Σ_P u_w·({})) / (Σ_P u_w)" if weighed else "mean_P({})"), f"P = {self._pairs_text()}"
+        return f"{over.format(self._each_text())} where {where}" + (f"; {self._label_text()}" if weighed else "")
 
-    def _terms(self, i: int, winner: str, loser: str) -> str:
-        minus = (" − ", "-")[i]
-        straight, flipped = (self.margin_text(d, d)[i] for d in (winner + minus + loser, loser + minus + winner))
-        extra = self.imitation_text()[i]
+    def _each_text(self) -> str:
+        won, lost = (self.score_text().replace("_i", f"_{k}") for k in "wl")
+        straight, flipped = (self.margin_text(d) for d in (f"{won} − {lost}", f"{lost} − {won}"))
+        extra = self.imitation_text()
         if self._certain():
             return straight + extra
-        dot = ("·", r"\,")[i]
         if self.labels == "given":
-            p, q = "p", "(1 − p)" if i == 0 else "(1-p)"
-            if self.label_smoothing:
-                p, q = "p'", "(1 − p')" if i == 0 else "(1-p')"
-        else:
-            p, q = number(1 - self.label_smoothing), number(self.label_smoothing)
-        return f"{p}{dot}[{straight}] + {q}{dot}[{flipped}]{extra}"
+            return f"q·({straight}) + (1 − q)·({flipped}){extra}"
+        return f"{number(1 - self.label_smoothing)}·({straight}) + {number(self.label_smoothing)}·({flipped}){extra}"
 
-    def _over(self) -> tuple[str, str]:
-        weighed = ", weighed by u" if self.labels == "given" else ""
-        if self.labels == "given" and self.label_smoothing:
-            e = number(self.label_smoothing)
-            weighed += f", p' = p + {e}·(1 − 2p)"
-        word = r"\ (\text{weighed by } u)\ " if weighed else ""
+    def _label_text(self) -> str:
+        return "q = p_w" + (f" + {number(self.label_smoothing)}·(1 − 2·p_w)" if self.label_smoothing else "")
+
+    def _pairs_text(self) -> str:
         if self.pairs == "all":
-            return f"mean over pairs (w, l) of a group with R_w > R_l{weighed}", r"\operatorname{mean}_{R_w>R_l}" + word
-        best = r"\operatorname{mean}_{g:\ w=\arg\max R,\ l=\arg\min R}" + word
-        return f"mean over groups (w the best, l the worst{weighed})", best
+            return "{(w, l): g_w = g_l, R_w > R_l}"
+        return "{(w, l): g_w = g_l, w = argmax_g(R), l = argmin_g(R), R_w > R_l}"
 
     def code(self) -> list[str]:
         if self.pairs == "all":

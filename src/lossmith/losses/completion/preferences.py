@@ -35,9 +35,8 @@ class _LogSigmoid(Paired):
     def of_margin_slope(self, margin: Tensor) -> Tensor:
         return -self.beta * torch.sigmoid(-self.beta * margin)
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
-        b = number(self.beta)
-        return f"−ln σ({b}·({text}))", rf"-\ln\sigma({b}({latex}))"
+    def margin_text(self, margin: str) -> str:
+        return f"−ln σ({number(self.beta)}·({margin}))"
 
     def margin_code(self) -> str:
         return f"-torch.nn.functional.logsigmoid({self.beta} * d)"
@@ -86,12 +85,9 @@ class RobustDPO(Paired):
         e, x = self.flip, self.beta * margin
         return -self.beta * ((1 - e) * torch.sigmoid(-x) + e * torch.sigmoid(x)) / (1 - 2 * e)
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
+    def margin_text(self, margin: str) -> str:
         b, keep, flip, over = (number(x) for x in (self.beta, 1 - self.flip, self.flip, 1 - 2 * self.flip))
-        return (
-            f"({flip}·ln σ(−{b}·({text})) − {keep}·ln σ({b}·({text}))) / {over}",
-            rf"\tfrac1{{{over}}}\bigl({flip}\ln\sigma(-{b}({latex}))-{keep}\ln\sigma({b}({latex}))\bigr)",
-        )
+        return f"({flip}·ln σ(−{b}·({margin})) − {keep}·ln σ({b}·({margin}))) / {over}"
 
     def margin_code(self) -> str:
         e, ls = self.flip, "torch.nn.functional.logsigmoid"
@@ -117,8 +113,8 @@ class OnlineIPO(Paired):
     def score_slope(self, at: Completions) -> Tensor:
         return 1 / at.lengths if self.per_token else torch.ones_like(at.log_ratio)
 
-    def score_text(self) -> tuple[str, str]:
-        return ("Λ_i/T_i", r"\Lambda_i/T_i") if self.per_token else super().score_text()
+    def score_text(self) -> str:
+        return "Λ_i/T_i" if self.per_token else super().score_text()
 
     def score_code(self) -> str:
         return "Lam / T" if self.per_token else "Lam"
@@ -129,9 +125,8 @@ class OnlineIPO(Paired):
     def of_margin_slope(self, margin: Tensor) -> Tensor:
         return 2 * (margin - 1 / (2 * self.beta))
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
-        target = number(1 / (2 * self.beta))
-        return f"({text} − {target})²", f"({latex}-{target})^2"
+    def margin_text(self, margin: str) -> str:
+        return f"({margin} − {number(1 / (2 * self.beta))})²"
 
     def margin_code(self) -> str:
         return f"(d - 1 / (2 * {self.beta})) ** 2"
@@ -152,9 +147,8 @@ class Hinge(Paired):
     def of_margin_slope(self, margin: Tensor) -> Tensor:
         return -self.beta * (1 - self.beta * margin > 0).to(margin.dtype)
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
-        b = number(self.beta)
-        return f"max(0, 1 − {b}·({text}))", rf"\max(0,1-{b}({latex}))"
+    def margin_text(self, margin: str) -> str:
+        return f"max(0, 1 − {number(self.beta)}·({margin}))"
 
     def margin_code(self) -> str:
         return f"(1 - {self.beta} * d).clamp(min=0)"
@@ -173,12 +167,11 @@ class _Imitating(Paired):
         factor = -self.nll_coef / at.lengths if self.per_token else torch.full_like(at.lengths, -self.nll_coef)
         return factor * at.log_ratio, factor
 
-    def imitation_text(self) -> tuple[str, str]:
+    def imitation_text(self) -> str:
         if not self.nll_coef:
-            return "", ""
-        over = "/T_w" if self.per_token else ""
-        times, tex = ("", "") if self.nll_coef == 1 else (f"{number(self.nll_coef)}·", rf"{number(self.nll_coef)}\,")
-        return f" − {times}Λ_w{over}", rf" - {tex}\Lambda_w{over}"
+            return ""
+        times = "" if self.nll_coef == 1 else f"{number(self.nll_coef)}·"
+        return f" − {times}Λ_w{'/T_w' if self.per_token else ''}"
 
     def imitation_code(self) -> str:
         over = " / T[w]" if self.per_token else ""
@@ -204,9 +197,8 @@ class SLiC(_Imitating):
     def of_margin_slope(self, margin: Tensor) -> Tensor:
         return -(self.delta - margin > 0).to(margin.dtype)
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
-        d = number(self.delta)
-        return f"max(0, {d} − ({text}))", rf"\max(0,{d}-({latex}))"
+    def margin_text(self, margin: str) -> str:
+        return f"max(0, {number(self.delta)} − ({margin}))"
 
     def margin_code(self) -> str:
         return f"({self.delta} - d).clamp(min=0)"
@@ -240,8 +232,8 @@ class SimPO(Paired):
     def score_slope(self, at: Completions) -> Tensor:
         return 1 / at.lengths
 
-    def score_text(self) -> tuple[str, str]:
-        return "Λ_i/T_i", r"\Lambda_i/T_i"
+    def score_text(self) -> str:
+        return "Λ_i/T_i"
 
     def score_code(self) -> str:
         return "Lam / T"
@@ -252,9 +244,8 @@ class SimPO(Paired):
     def of_margin_slope(self, margin: Tensor) -> Tensor:
         return -self.beta * torch.sigmoid(self.target_margin - self.beta * margin)
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
-        b, g = number(self.beta), number(self.target_margin)
-        return f"−ln σ({b}·({text}) − {g})", rf"-\ln\sigma({b}({latex})-{g})"
+    def margin_text(self, margin: str) -> str:
+        return f"−ln σ({number(self.beta)}·({margin}) − {number(self.target_margin)})"
 
     def margin_code(self) -> str:
         return f"-torch.nn.functional.logsigmoid({self.beta} * d - {self.target_margin})"
@@ -280,8 +271,8 @@ class ORPO(_Imitating):
         inside = -1 / torch.expm1(mean.clamp(max=_ODDS_LIMIT)) / at.lengths
         return torch.where(mean <= _ODDS_LIMIT, inside, torch.zeros_like(mean))
 
-    def score_text(self) -> tuple[str, str]:
-        return "logit(e^(Λ_i/T_i))", r"\operatorname{logit}(e^{\Lambda_i/T_i})"
+    def score_text(self) -> str:
+        return "logit(e^(Λ_i/T_i))"
 
     def score_code(self) -> str:
         return f"(Lam / T).clamp(max={_ODDS_LIMIT}).exp().logit()"
@@ -292,9 +283,8 @@ class ORPO(_Imitating):
     def of_margin_slope(self, margin: Tensor) -> Tensor:
         return -self.lam * torch.sigmoid(-margin)
 
-    def margin_text(self, text: str, latex: str) -> tuple[str, str]:
-        c = number(self.lam)
-        return f"−{c}·ln σ({text})", rf"-{c}\ln\sigma({latex})"
+    def margin_text(self, margin: str) -> str:
+        return f"−{number(self.lam)}·ln σ({margin})"
 
     def margin_code(self) -> str:
         return f"-{self.lam} * torch.nn.functional.logsigmoid(d)"
@@ -337,13 +327,10 @@ class _Prospect(CompletionTerm):
                 found[f"{name}_log_ratio"] = float(at.log_ratio[rows].mean())
         return found
 
-    def _text(self, text: str, latex: str) -> tuple[str, str]:
+    def _text(self, point: str) -> str:
         b, d, u, t = (number(x) for x in (self.beta, self.lam_d, self.lam_u, self.threshold))
-        return f"mean_i [R>{t}: {d}·(1 − σ({b}(Λ − z))); else {u}·(1 − σ({b}(z − Λ)))], z = {text}", (
-            rf"\tfrac1N\sum_i \begin{{cases}} {d}(1-\sigma({b}(\Lambda_i-z))) & R_i>{t}\\"
-            rf" {u}(1-\sigma({b}(z-\Lambda_i)))"
-            rf" & \text{{else}}\end{{cases}},\ z={latex}"
-        )
+        good, bad = f"{d}·(1 − σ({b}·(Λ_i − z)))", f"{u}·(1 − σ({b}·(z − Λ_i)))"
+        return f"mean_i({good} if R_i > {t} else {bad}) where z = {point}"
 
     def _code(self, z: str) -> list[str]:
         return [
@@ -369,10 +356,8 @@ class KTO(_Prospect):
         theirs = at.batch.require("mismatched_log_ratio", "kto").to(at.log_ratio.dtype)
         return at.mean(theirs, units).clamp(min=0)
 
-    def formula(self) -> tuple[str, str]:
-        return self._text(
-            "max(0, mean log-ratio of another prompt's completion)", r"\max(0,\overline{\Lambda}(x_i,y_{j\ne i}))"
-        )
+    def formula(self) -> str:
+        return self._text("max(0, mean_i(Λ_mismatched))")
 
     def code(self) -> list[str]:
         return self._code("mismatched_log_ratio")
@@ -396,8 +381,8 @@ class OnlineKTO(_Prospect):
     def point(self, at: Completions, units: float) -> Tensor:
         return at.mean(at.log_ratio.detach(), units).clamp(min=0)
 
-    def formula(self) -> tuple[str, str]:
-        return self._text("sg(max(0, mean Λ))", r"\operatorname{sg}\max(0,\overline\Lambda)")
+    def formula(self) -> str:
+        return self._text("sg(max(0, mean_i(Λ_i)))")
 
     def code(self) -> list[str]:
         return self._code("Lam.detach()")

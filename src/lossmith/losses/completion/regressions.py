@@ -39,14 +39,9 @@ class A2PO(CompletionTerm):
     def slope(self, at: Completions, units: float) -> Tensor:
         return 2 * self.beta2 * (self.beta2 * at.log_ratio - self._target(at)) / max(units, 1)
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         a, b = number(self.beta1), number(self.beta2)
-        text = f"mean_i ({b}·Λ_i − (R_i − V*))², V* = {a}·ln mean_ref e^(R/{a})"
-        return (
-            text,
-            rf"\tfrac1N\sum_i ({b}\Lambda_i-(R_i-V^*))^2,\ "
-            rf"V^*={a}\ln\operatorname{{mean}}_{{\mathrm{{ref}}}} e^{{R/{a}}}",
-        )
+        return f"mean_i(({b}·Λ_i − (R_i − V*))²) where V* = {a}·ln mean_ref(e^(R_ref/{a}))"
 
     def code(self) -> list[str]:
         return [
@@ -87,14 +82,9 @@ class GVPO(CompletionTerm):
         gap, share = self._gap(at)
         return self.beta * share * gap / max(units, 1)
 
-    def formula(self) -> tuple[str, str]:
-        b = number(self.beta)
-        text = f"mean_g 1/(G−1) Σ_i ½({b}·(Λ_i − sg(mean_g Λ)) − (R_i − mean_g R))²"
-        return text, (
-            rf"\operatorname{{mean}}_g \tfrac1{{G-1}}\sum_i"
-            rf" \tfrac12\bigl({b}(\Lambda_i-\operatorname{{sg}}\mu_g(\Lambda))"
-            r"-(R_i-\mu_g(R))\bigr)^2"
-        )
+    def formula(self) -> str:
+        gap = f"{number(self.beta)}·(Λ_i − sg(mean_g(Λ_i))) − (R_i − mean_g(R_i))"
+        return f"1/#g Σ_g 1/(|g| − 1) Σ_{{i∈g}} ½({gap})² where only g with |g| > 1"
 
     def code(self) -> list[str]:
         return [
@@ -124,10 +114,8 @@ class SPPO(CompletionTerm):
     def slope(self, at: Completions, units: float) -> Tensor:
         return 2 * (at.log_ratio - self.given("eta") * at.reward) / max(units, 1)
 
-    def formula(self) -> tuple[str, str]:
-        e, tex = symbol(self.eta, "η", r"\eta")
-        dot = "" if self.eta is None else r"\,"
-        return f"mean_i (Λ_i − {e}·R_i)²", rf"\tfrac1N\sum_i (\Lambda_i-{tex}{dot} R_i)^2"
+    def formula(self) -> str:
+        return f"mean_i((Λ_i − {symbol(self.eta, 'η')}·R_i)²)"
 
     def code(self) -> list[str]:
         return [f"return ((Lam - {self.eta} * R) ** 2).mean()"]
@@ -174,13 +162,12 @@ class REAL(CompletionTerm):
             slope = slope + torch.where(side.live, sign * share / (at.lengths * self.tau), torch.zeros_like(x))
         return slope / max(units, 1)
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         t = number(self.tau)
-        text = f"1/#g Σ_(mixed g) [ln(1 + Σ_{{A≤0}} e^(Λ/({t}T))) + ln(1 + Σ_{{A>0}} e^(−Λ/({t}T)))], A = R − mean_g(R)"
-        return text, (
-            rf"\tfrac1{{\#g}}\sum_{{g\ \mathrm{{mixed}}}} \ln\bigl(1+\sum_{{A\le0}} e^{{\Lambda_i/({t}T_i)}}\bigr)"
-            rf"+\ln\bigl(1+\sum_{{A>0}} e^{{-\Lambda_i/({t}T_i)}}\bigr),\ A=R-\mu_g"
+        sides = (
+            f"ln(1 + Σ_{{i∈g}} [{side}]·e^({sign}Λ_i/({t}·T_i)))" for side, sign in (("A ≤ 0", ""), ("A > 0", "−"))
         )
+        return f"1/#g Σ_g [max_g(R) > min_g(R)]·({' + '.join(sides)}) where A = R_i − mean_g(R_i)"
 
     def code(self) -> list[str]:
         return [

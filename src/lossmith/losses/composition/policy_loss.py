@@ -154,14 +154,14 @@ class PolicyLoss(Composition, Loss):
             reward = shaping(reward, batch)
             if reward.ndim == 2:  # a shift would put a reward on padding
                 reward = _valid(reward, batch)
-            yield f"after shaping: {shaping.option}", shaping.formula()[0], reward
+            yield f"after shaping: {shaping.option}", shaping.formula(), reward
         if self.truncated == "zero":
             cut = batch.require("truncated", "truncated='zero'")
             reward = torch.where(cut if reward.ndim == 1 else cut[:, None], torch.zeros_like(reward), reward)
             yield "after truncation", "0 where the token budget cut it", reward
         if self.kl.in_reward:
             reward = Signal(batch, reward).per_token - self.kl.penalty(batch)
-            yield "after the KL penalty", f"Σ_t (r_t − {self.kl.formula()[0]})", reward
+            yield "after the KL penalty", f"Σ_t (r_t − {self.kl.formula()})", reward
 
     def _reward(self, batch: Batch) -> Tensor:
         """Batch.reward; zeros where nothing of this loss reads a reward."""
@@ -279,7 +279,7 @@ class PolicyLoss(Composition, Loss):
         for name, mask in (("token mask", self.token_mask), ("sequence mask", self.sequence_mask)):
             keep = mask.keep(batch, credit.advantage)
             if keep is not None:
-                yield name, keep, (mask.formula() or ("", ""))[0]
+                yield name, keep, mask.formula() or ""
 
     @torch.no_grad()
     def _metrics(self, batch: Batch, credit: Credit, at: Tokens | None) -> dict[str, float]:
@@ -324,10 +324,10 @@ class PolicyLoss(Composition, Loss):
         at = self._tokens(batch, credit)
         if at is None:
             return
-        weight = ("weight", credit.weight, f"1/Z: {self.aggregate.formula()[0]}")
+        weight = ("weight", credit.weight, f"1/Z: {self.aggregate.formula()}")
         factor = [*self._kept(batch, credit)]
         if self.mismatch.acts:
-            factor = [("mismatch", credit.mismatch, f"u = {self.mismatch.formula()[0]}"), *factor]
+            factor = [("mismatch", credit.mismatch, f"u = {self.mismatch.formula()}"), *factor]
         by_ratio = self.ratio_level.chain(torch.ones_like(credit.weight), batch) if self.needs_ratio else None
         if self.advantage.acts:
             passed = self.trust.spread(_valid(torch.ones_like(credit.weight), batch), at)
@@ -339,16 +339,16 @@ class PolicyLoss(Composition, Loss):
         if self.kl.in_loss and self.kl.estimator != "full":  # that does not act through logp
             beta = ("coefficient", torch.full_like(credit.weight, -self.kl.beta), "−β")
             if credit.kl_weight is not None:
-                weight = ("weight", credit.kl_weight, f"1/Z: {AGGREGATE[self.kl_aggregate]().formula()[0]}")
+                weight = ("weight", credit.kl_weight, f"1/Z: {AGGREGATE[self.kl_aggregate]().formula()}")
             by_logp, by_log_ratio = self.kl.slopes(batch, at.ratio)
             rest = [*(factor if self.kl.masked else []), weight]
-            slope = ("slope", by_logp, f"of {self.kl.formula()[0]}, without β, along log π_θ(y_t)")
+            slope = ("slope", by_logp, f"of {self.kl.formula()}, without β, along log π_θ(y_t)")
             yield self._pull("kl", [beta, slope, *rest], batch)
             if by_log_ratio is not None:
                 slope = ("slope", by_log_ratio, "of the same, through the ratio r that weights it")
                 yield self._pull("kl", [beta, slope, *rest], batch, by_ratio, self.ratio_level.per_sequence)
         if self.extra.acts:
-            slope = ("slope", -self.extra.slope(batch, credit.advantage), f"of {(self.extra.formula() or ('',))[0]}")
+            slope = ("slope", -self.extra.slope(batch, credit.advantage), f"of {self.extra.formula()}")
             yield self._pull(self.extra.option, [slope, ("weight", credit.weight, weight[2])], batch)
 
     def _pull(
@@ -391,7 +391,7 @@ class PolicyLoss(Composition, Loss):
             baseline, raw = self.advantage.baseline(signal), self.advantage(signal)
             if baseline is not None:
                 yield link("baseline", baseline, self.advantage.compared_to)
-            yield link("before scaling", raw, self.advantage.formula()[0])
+            yield link("before scaling", raw, self.advantage.formula())
             if self.advantage_scale.acts:
                 shift, divisor = self.advantage_scale.parts(raw, signal)
                 if bool(shift.any()):
@@ -405,7 +405,7 @@ class PolicyLoss(Composition, Loss):
             yield link("advantage", credit.advantage, "A" if batch.advantage is None else "A, as given")
 
     def _moved(self, batch: Batch, at: Tokens) -> Iterator[Link]:
-        yield Link("ratio", at.ratio.expand_as(batch.valid), f"r = {self.ratio_level.formula()[0]}")
+        yield Link("ratio", at.ratio.expand_as(batch.valid), f"r = {self.ratio_level.formula()}")
         if not self.trust.uses_ratio:
             return
         bounds = self.trust.bounds(at)
@@ -414,7 +414,7 @@ class PolicyLoss(Composition, Loss):
                 x = torch.as_tensor(bound, dtype=at.ratio.dtype, device=batch.valid.device)
                 yield Link(name, x.expand(batch.valid.shape), "of the ratio")
         cut = (self.trust.weight(at) == 0) & (self.trust.weight(at.on_policy()) != 0)
-        yield Link("cut off", cut.expand_as(batch.valid).to(at.ratio.dtype), self.trust.formula()[0])
+        yield Link("cut off", cut.expand_as(batch.valid).to(at.ratio.dtype), self.trust.formula())
 
     # -- representations --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lossmith.losses import CATALOGUE, Entry, Loss, example_loss
+from lossmith.proofs.printed.functions import FUNCTIONS
 from lossmith.report.loss.comparison import changes_of_preset
 
 __all__ = ["FAMILIES", "catalogue_page"]
@@ -26,13 +27,24 @@ _HEAD = """# The catalogue
 
 Generated from the compositions by `python -m lossmith.report.loss.catalogue_page`. Each formula is what
 `print(ls.get_loss(NAME))` gives, with the defaults in force; parameters that have no agreed default show an example
-value, and the loss has to be given one. r is the ratio, A the advantage, R the reward, κ = log π_θ − log π_ref, g a
-prompt's group, T a completion's length. What each of them does, measured, is in [proofs.md](proofs.md)."""
+value, and the loss has to be given one. r is the ratio, A the advantage, R the reward of a completion and r_t that of a
+token, V the critic's value at the start of the update and V_θ now, g a prompt's group, T a completion's length, N the
+number of completions; [condition] is 1 where it holds and 0 elsewhere, sg stops the gradient, and x_{t+1} is 0 after
+the last token. The proofs read each formula as a program and hold it to the loss. What each loss does, measured, is in
+[proofs.md](proofs.md). What arithmetic has no signs for is a function:
+
+"""
+_FUNCTIONS = ("whiten", "quantile", "second", "lowest", "top", "cov", "drawn", "balance", "KL₂", "KL")
 
 
 def catalogue_page() -> str:
     """Every named loss with its formula, then the presets with what they change."""
-    return "\n\n".join([_HEAD, *_families(), *_presets()]) + "\n"
+    known = [f"- {_of(name)}" for name in _FUNCTIONS]
+    return "\n\n".join([_HEAD + "\n".join(known), *_families(), *_presets()]) + "\n"
+
+
+def _of(function: str) -> str:
+    return " ".join((FUNCTIONS[function].__doc__ or "").split())
 
 
 def _families() -> Iterator[str]:

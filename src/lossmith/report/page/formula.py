@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from lossmith.errors import LossError
 from lossmith.losses import Loss
 
 __all__ = ["mathml"]
@@ -15,7 +16,10 @@ def mathml(loss: Loss) -> list[str]:
     """The lines of `loss.formula("latex")`; none where it has none, or one that cannot be MathML."""
     from latex2mathml.converter import convert
 
-    latex = loss.formula("latex")
+    try:
+        latex = loss.formula("latex")
+    except LossError:  # the text of a piece of one's own that cannot be read; the page then shows the text
+        return []
     body = latex.removeprefix("\\begin{aligned}\n").removesuffix("\n\\end{aligned}").removeprefix("& ")
     made = [convert(_known(line), display="block").replace("\\_", "_") for line in body.split(" \\\\\n& ")]
     return made if all(map(_is_mathml, made)) else []

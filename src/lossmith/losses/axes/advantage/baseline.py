@@ -42,8 +42,8 @@ class Raw(Estimator):
     def sequence(self, signal: Signal) -> Tensor:
         return signal.per_sequence
 
-    def formula(self) -> tuple[str, str]:
-        return "R", "R"
+    def formula(self) -> str:
+        return "R"
 
     def code(self) -> list[str]:
         return ["A = R"]
@@ -64,8 +64,8 @@ class BatchMean(Estimator):
         centred = everyone.reward - everyone.mean
         return torch.where(everyone.constant, torch.zeros_like(centred), centred)
 
-    def formula(self) -> tuple[str, str]:
-        return "R − mean_batch(R)", r"R - \bar R_{\mathrm{batch}}"
+    def formula(self) -> str:
+        return "R − mean_batch(R)"
 
     def code(self) -> list[str]:
         return ["A = R - R.mean()"]
@@ -77,6 +77,7 @@ class _OverGroup(Estimator):
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
     compares: ClassVar[str] = "group"
+    zero_alone: ClassVar[bool] = True
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         """[N], where the group's rewards differ."""
@@ -98,6 +99,10 @@ class _Centred(_OverGroup):
         return self.singleton == "zero"
 
     @property
+    def zero_alone(self) -> bool:  # type: ignore[override]
+        return self.singleton == "zero"
+
+    @property
     def compares(self) -> str:  # type: ignore[override]
         return "group" if self.singleton == "zero" else ""
 
@@ -116,11 +121,9 @@ class _Centred(_OverGroup):
         groups = signal.groups(f"advantage='{self.option}'")
         return torch.where(groups.singleton, self.alone(groups), centred)
 
-    def with_alone(self, text: str, latex: str) -> tuple[str, str]:
+    def with_alone(self, text: str, raw: str = "R") -> str:
         """A formula over the group, and what a group of one gets where that is not 0."""
-        if self.singleton == "zero":
-            return text, latex
-        return f"{text}; R in a group of one", rf"{latex};\ R \text{{ in a group of one}}"
+        return text if self.singleton == "zero" else f"{raw} if |g| = 1 else {text}"
 
     def alone_code(self, raw: str = "R") -> list[str]:
         """The line of the listing for a group of one."""
@@ -137,8 +140,8 @@ class Group(_Centred):
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         return groups.reward - groups.mean
 
-    def formula(self) -> tuple[str, str]:
-        return self.with_alone("R − mean_g(R)", r"R - \mu_g")
+    def formula(self) -> str:
+        return self.with_alone("R − mean_g(R)")
 
     def code(self) -> list[str]:
         return ["A = R - mean_g(R)", *self.alone_code()]
@@ -155,8 +158,8 @@ class LOO(_OverGroup):
     def over(self, groups: Groups, signal: Signal) -> Tensor:
         return groups.without_itself
 
-    def formula(self) -> tuple[str, str]:
-        return "R_i − mean_{j≠i}(R_j)", r"R_i - \tfrac{1}{G-1}\sum_{j\ne i} R_j"
+    def formula(self) -> str:
+        return "R_i − mean_{j≠i}(R_j)"
 
     def code(self) -> list[str]:
         return ["A = size_g() / (size_g() - 1).clamp(min=1) * (R - mean_g(R))"]
@@ -175,8 +178,8 @@ class Given(Estimator):
         signal.batch.require("advantage", "advantage='given'")  # given: no estimator is asked
         raise AssertionError
 
-    def formula(self) -> tuple[str, str]:
-        return "as given", r"\text{as given}"
+    def formula(self) -> str:
+        return "as given"
 
     def code(self) -> list[str]:
         return ["A = advantage"]
@@ -192,8 +195,8 @@ class Ones(Estimator):
     def sequence(self, signal: Signal) -> Tensor:
         return torch.ones_like(signal.per_sequence)
 
-    def formula(self) -> tuple[str, str]:
-        return "1", "1"
+    def formula(self) -> str:
+        return "1"
 
     def code(self) -> list[str]:
         return ["A = torch.ones(len(mask), dtype=logp.dtype)"]
@@ -211,8 +214,8 @@ class Zero(Estimator):
     def sequence(self, signal: Signal) -> Tensor:
         return torch.zeros_like(signal.per_sequence)
 
-    def formula(self) -> tuple[str, str]:
-        return "0", "0"
+    def formula(self) -> str:
+        return "0"
 
     def code(self) -> list[str]:
         return ["A = torch.zeros(mask.shape, dtype=torch.float64)"]
@@ -230,8 +233,8 @@ class Baseline(Estimator):
     def sequence(self, signal: Signal) -> Tensor:
         return signal.per_sequence - signal.batch.require("baseline", "advantage='baseline'")
 
-    def formula(self) -> tuple[str, str]:
-        return "R − b", "R - b"
+    def formula(self) -> str:
+        return "R − b"
 
     def code(self) -> list[str]:
         return ["A = R - baseline"]
@@ -251,9 +254,8 @@ class NemoLOO(_OverGroup):
         std, centred = groups.std_of_others(), groups.without_itself
         return torch.where(std > 0, centred / torch.where(std > 0, std, torch.ones_like(std)), centred)
 
-    def formula(self) -> tuple[str, str]:
-        text = "(R_i − mean_{j≠i}(R_j)) / (std_{j≠i}(R_j), where it is > 0)"
-        return text, r"\frac{R_i - \mu_{g\setminus i}}{\sigma_{g\setminus i}\ (\text{where } > 0)}"
+    def formula(self) -> str:
+        return "(R_i − mean_{j≠i}(R_j)) / (s if s > 0 else 1) where s = std_{j≠i}(R_j)"
 
     def code(self) -> list[str]:
         return [
@@ -273,8 +275,8 @@ class OPO(_Centred):
         lengths = signal.batch.lengths.to(groups.reward.dtype)
         return groups.reward - groups.total(lengths * groups.reward) / groups.total(lengths).clamp(min=1)
 
-    def formula(self) -> tuple[str, str]:
-        return self.with_alone("R − Σ_g T_j·R_j / Σ_g T_j", r"R - \frac{\sum_g T_j R_j}{\sum_g T_j}")
+    def formula(self) -> str:
+        return self.with_alone("R − (Σ_{j∈g} T_j·R_j) / (Σ_{j∈g} T_j)")
 
     def code(self) -> list[str]:
         return ["A = R - sum_g(T * R) / sum_g(T)", *self.alone_code()]
@@ -298,8 +300,8 @@ class GPG(_Centred):
         counted = ((groups.reward != 0) & groups.live).sum().clamp(min=1)
         return groups.live.sum().to(groups.reward.dtype) / counted
 
-    def formula(self) -> tuple[str, str]:
-        return self.with_alone("N/#(R≠0) · (R − mean_g(R))", r"\frac{N}{\#(R\ne 0)}(R-\mu_g)")
+    def formula(self) -> str:
+        return f"({self.with_alone('R − mean_g(R)')}) / mean_batch([R ≠ 0])"
 
     def code(self) -> list[str]:
         alpha = "alpha = len(R) / (R != 0).sum().clamp(min=1)"
@@ -318,8 +320,8 @@ class PassAtK(_OverGroup):
         rest = Groups(groups.index, groups.live & ~best, groups.reward)
         return torch.where(best, groups.reward - rest.largest, torch.zeros_like(groups.reward))
 
-    def formula(self) -> tuple[str, str]:
-        return "[R = R_max]·(R_max − R_2nd)", r"\mathbb 1[R=R_{\max}](R_{\max}-R_{2\mathrm{nd}})"
+    def formula(self) -> str:
+        return "[R = max_g(R)]·(R − second_g(R))"
 
     def code(self) -> list[str]:
         return [
@@ -341,9 +343,8 @@ class MaxRL(_OverGroup):
         mean = groups.mean
         return torch.where(mean > 0, (groups.reward - mean) / (mean.clamp(min=0) + self.eps), torch.zeros_like(mean))
 
-    def formula(self) -> tuple[str, str]:
-        e = number(self.eps)
-        return f"(R − mean_g(R)) / (mean_g(R) + {e})", rf"\frac{{R-\mu_g}}{{\mu_g + {e}}}"
+    def formula(self) -> str:
+        return f"(R − mean_g(R)) / (mean_g(R) + {number(self.eps)}) if mean_g(R) > 0 else 0"
 
     def code(self) -> list[str]:
         return [f"A = torch.where(mean_g(R) > 0, (R - mean_g(R)) / (mean_g(R) + {self.eps}), 0.0)"]
@@ -374,11 +375,10 @@ class GFPO(_OverGroup):
         score = (groups.reward - kept.mean) / (kept.std() + self.eps)
         return torch.where(chosen & ~kept.constant, score, torch.zeros_like(score))
 
-    def formula(self) -> tuple[str, str]:
-        k, by = self.keep or "k", "shortest" if self.metric == "length" else "highest R/T"
-        text = f"(R − mean_S(R)) / (std_S(R) + {number(self.eps)}) in S = the {k} with {by} of the group, else 0"
-        tex = rf"\frac{{R-\mu_S}}{{\sigma_S+{number(self.eps)}}}\,\mathbb 1[i\in S],\ S=\text{{{k} of {by}}}"
-        return text, tex
+    def formula(self) -> str:
+        by = "T" if self.metric == "length" else "−R/T"
+        chosen = f"lowest_g({self.keep or 'n'}, {by})"
+        return f"(R − mean_S(R)) / (std_S(R) + {number(self.eps)}) if i ∈ S else 0 where S = {chosen}"
 
     def code(self) -> list[str]:
         return [
@@ -401,6 +401,7 @@ class GDPO(_OverGroup):
     option: ClassVar[str] = "gdpo"
     needs: ClassVar[frozenset[str]] = frozenset({"reward_parts", "group"})
     coupling: ClassVar[str] = "batch"
+    zero_alone: ClassVar[bool] = False  # the batch's mean is taken off it
     shift_invariant: ClassVar[bool] = True
     scale_invariant: ClassVar[bool] = True
     weights: tuple[float, ...] = param("score_weights", (), "weight of each score; all 1 if not given")
@@ -418,11 +419,11 @@ class GDPO(_OverGroup):
         score = (batch.reward - batch.mean) / (batch.std() + self.eps)
         return torch.where(batch.constant, torch.zeros_like(score), score)
 
-    def formula(self) -> tuple[str, str]:
-        e = number(self.eps)
-        w = "w_k" if self.weights else "1"
-        text = f"norm_batch(Σ_k {w}·(R_k − mean_g(R_k))/(std_g(R_k) + {e}))"
-        return text, rf"\operatorname{{norm}}\Bigl(\sum_k {w}\,\tfrac{{R_k-\mu_g(R_k)}}{{\sigma_g(R_k)+{e}}}\Bigr)"
+    def formula(self) -> str:
+        e, w = number(self.eps), "w_k·" if self.weights else ""
+        score = f"Σ_k {w}(R_k − mean_g(R_k)) / (std_g(R_k) + {e})"
+        weights = f"; w = ({', '.join(map(number, self.weights))})" if self.weights else ""
+        return f"(z − mean_batch(z)) / (std_batch(z) + {e}) where z = {score}{weights}"
 
     def code(self) -> list[str]:
         weights = "torch.ones(reward_parts.shape[1])" if not self.weights else f"torch.tensor({list(self.weights)})"

@@ -36,9 +36,9 @@ class Return(Estimator):
     def __call__(self, signal: Signal) -> Tensor:
         return discounted(signal.per_token, signal.batch.valid, self.gamma)
 
-    def formula(self) -> tuple[str, str]:
-        g, tex = ("", "") if self.gamma == 1 else (f"{number(self.gamma)}^(k−t)·", rf"{number(self.gamma)}^{{k-t}}")
-        return f"Σ_{{k≥t}} {g}r_k", rf"\sum_{{k\ge t}} {tex} r_k"
+    def formula(self) -> str:
+        g = "" if self.gamma == 1 else f"{number(self.gamma)}^(k − t)·"
+        return f"Σ_{{k≥t}} {g}r_k"
 
     def code(self) -> list[str]:
         return [*_code(self.gamma, 1.0, "torch.zeros_like(r_t)"), "A = adv"]
@@ -56,8 +56,8 @@ class Critic(Estimator):
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
         return advantage + signal.values(f"advantage='{self.option}'")
 
-    def target_formula(self) -> tuple[str, str]:
-        return "A + V_old (before scaling, detached)", r"A + V_{\mathrm{old}}\ (\text{detached})"
+    def target_formula(self) -> str:
+        return "A + V"
 
     def target_code(self) -> list[str]:
         return ["G = adv + old_value"]
@@ -73,9 +73,9 @@ class TD(Critic):
     def __call__(self, signal: Signal) -> Tensor:
         return gae(signal.per_token, signal.values("advantage='td'"), signal.batch.valid, self.gamma, 0.0)
 
-    def formula(self) -> tuple[str, str]:
-        g = "" if self.gamma == 1 else number(self.gamma)
-        return f"r_t + {g}V_{{t+1}} − V_t", f"r_t + {g}V_{{t+1}} - V_t"
+    def formula(self) -> str:
+        g = "" if self.gamma == 1 else f"{number(self.gamma)}·"
+        return f"r_t + {g}V_{{t+1}} − V_t"
 
     def code(self) -> list[str]:
         return [*_code(self.gamma, 0.0, "V"), "A = adv"]
@@ -90,8 +90,8 @@ class MC(Critic):
     def __call__(self, signal: Signal) -> Tensor:
         return gae(signal.per_token, signal.values("advantage='mc'"), signal.batch.valid, 1.0, 1.0)
 
-    def formula(self) -> tuple[str, str]:
-        return "Σ_{k≥t} r_k − V_t", r"\sum_{k\ge t} r_k - V_t"
+    def formula(self) -> str:
+        return "Σ_{k≥t} r_k − V_t"
 
     def code(self) -> list[str]:
         return [*_code(1.0, 1.0, "V"), "A = adv"]
@@ -108,10 +108,9 @@ class GAE(Critic):
     def __call__(self, signal: Signal) -> Tensor:
         return gae(signal.per_token, signal.values("advantage='gae'"), signal.batch.valid, self.gamma, self.lam)
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         g, gl = ("" if x == 1 else number(x) + "·" for x in (self.gamma, self.gamma * self.lam))
-        text = f"δ_t + {gl}A_{{t+1}},  δ_t = r_t + {g}V_{{t+1}} − V_t"
-        return text, rf"\delta_t + {gl}A_{{t+1}},\ \delta_t = r_t + {g}V_{{t+1}} - V_t".replace("·", "")
+        return f"δ_t + {gl}A_{{t+1}} where δ_t = r_t + {g}V_{{t+1}} − V_t"
 
     def code(self) -> list[str]:
         return [*_code(self.gamma, self.lam, "V"), "A = adv"]
@@ -132,16 +131,15 @@ class VAPO(Critic):
     def target(self, signal: Signal, advantage: Tensor) -> Tensor:
         return discounted(signal.per_token, signal.batch.valid, 1.0)
 
-    def target_formula(self) -> tuple[str, str]:
-        return "Σ_{k≥t} r_k", r"\sum_{k\ge t} r_k"
+    def target_formula(self) -> str:
+        return "Σ_{k≥t} r_k"
 
     def target_code(self) -> list[str]:
         return ["G = r_t.flip(1).cumsum(1).flip(1)"]
 
-    def formula(self) -> tuple[str, str]:
-        a = number(self.alpha)
-        text = f"δ_t + λA_{{t+1}},  δ_t = r_t + V_{{t+1}} − V_t,  λ = max(1 − 1/({a}T), 0)"
-        return text, rf"\delta_t + \lambda A_{{t+1}},\ \delta_t = r_t + V_{{t+1}} - V_t,\ \lambda=1-\tfrac1{{{a}T}}"
+    def formula(self) -> str:
+        least = f"max(1 − 1/({number(self.alpha)}·T), 0)"
+        return f"δ_t + λ·A_{{t+1}} where δ_t = r_t + V_{{t+1}} − V_t; λ = {least}"
 
     def code(self) -> list[str]:
         return [f"lam = (1 - 1 / ({self.alpha} * T)).clamp(min=0)", *_code(1.0, "lam", "V"), "A = adv"]
@@ -164,8 +162,8 @@ class ReMax(Estimator):
     def baseline(self, signal: Signal) -> Tensor:
         return signal.batch.require("reward_greedy", "advantage='remax'")
 
-    def formula(self) -> tuple[str, str]:
-        return "Σ_{k≥t} r_k − R(greedy)", r"\sum_{k\ge t} r_k - R(\hat y)"
+    def formula(self) -> str:
+        return "Σ_{k≥t} r_k − R_greedy"
 
     def code(self) -> list[str]:
         return [*_code(1.0, 1.0, "torch.zeros_like(r_t)"), "A = adv - reward_greedy[:, None]"]
@@ -202,12 +200,10 @@ class OTB(Estimator):
         over, under = (sums.index_add(0, groups.index, x)[groups.index] for x in (g * w, w))
         return torch.zeros_like(g).scatter(1, order, torch.where(there, g - over / (under + self.eps), 0.0))
 
-    def formula(self) -> tuple[str, str]:
-        e = number(self.eps)
-        text = f"G_t − Σ_g G_t·W_t/(Σ_g W_t + {e}),  W_t = Σ_{{j≤t}} (1 − 2π_old(y_j) + Σ_v π_old(v)²)"
-        w = r"W_t=\sum_{j\le t}\bigl(1-2q_j+\textstyle\sum_v q_j(v)^2\bigr)"
-        tex = rf"G_t - \frac{{\sum_g G_t W_t}}{{\sum_g W_t + {e}}},\ {w}"
-        return text, tex
+    def formula(self) -> str:
+        baseline = f"(Σ_{{j∈g}} Q_{{j,t}}·W_{{j,t}}) / (Σ_{{j∈g}} W_{{j,t}} + {number(self.eps)})"
+        energy = "W_t = Σ_{k≤t} (1 − 2·π_old(y_k) + Σ_v π_old(v)²)"
+        return f"Q_t − {baseline} where Q_t = Σ_{{k≥t}} r_k; {energy}"
 
     def code(self) -> list[str]:
         return [
@@ -232,8 +228,8 @@ class ReferenceGap(Estimator):
         ref = signal.batch.require("ref_logp", "advantage='reference_gap'").detach()
         return ref - signal.batch.old("advantage='reference_gap'")
 
-    def formula(self) -> tuple[str, str]:
-        return "log π_ref(y_t) − log π_old(y_t)", r"\log\pi_{\mathrm{ref}}(y_t)-\log\pi_{\mathrm{old}}(y_t)"
+    def formula(self) -> str:
+        return "log π_ref(y_t) − log π_old(y_t)"
 
     def code(self) -> list[str]:
         return ["A = ref_logp - old_logp"]

@@ -33,8 +33,8 @@ class Scale(Piece):
         divisor = torch.where(seen, advantage / torch.where(seen, scaled, 1.0), torch.ones_like(scaled))
         return torch.zeros_like(scaled), divisor
 
-    def formula(self, text: str, latex: str) -> tuple[str, str]:
-        """Wrap the estimator's (text, LaTeX)."""
+    def formula(self, text: str, zero_alone: bool) -> str:
+        """Wrap the estimator's text. zero_alone: its advantage of a group of one is 0, whatever divides it."""
         raise NotImplementedError
 
     def code(self) -> list[str]:
@@ -65,8 +65,8 @@ class NoScale(Scale):
     def __call__(self, advantage: Tensor, signal: Signal) -> Tensor:
         return advantage
 
-    def formula(self, text: str, latex: str) -> tuple[str, str]:
-        return text, latex
+    def formula(self, text: str, zero_alone: bool) -> str:
+        return text
 
     def code(self) -> list[str]:
         return []
@@ -77,10 +77,14 @@ def _ones_where(degenerate: Tensor, std: Tensor, eps: float) -> Tensor:
     return torch.where(degenerate, torch.full_like(std, 1.0 - eps), std)
 
 
+_ALONE = "|g| = 1"
+
+
 class _Std(Scale):
     """Division by a standard deviation of R, eps added to it."""
 
-    symbol: ClassVar[tuple[str, str]]
+    symbol: ClassVar[str]
+    one_where: ClassVar[str | None] = None  # the condition, as a formula has it, under which A is left as it is
     eps: float
 
     def std(self, signal: Signal) -> Tensor:
@@ -93,9 +97,11 @@ class _Std(Scale):
     def parts(self, advantage: Tensor, signal: Signal) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(advantage), (self.std(signal) + self.eps)[:, None]
 
-    def formula(self, text: str, latex: str) -> tuple[str, str]:
-        e = number(self.eps)
-        return f"({text}) / ({self.symbol[0]} + {e})", rf"\frac{{{latex}}}{{{self.symbol[1]} + {e}}}"
+    def formula(self, text: str, zero_alone: bool) -> str:
+        divisor = f"{self.symbol} + {number(self.eps)}"
+        if self.one_where is None or (zero_alone and self.one_where == _ALONE):
+            return f"({text}) / ({divisor})"
+        return f"({text}) / s where s = 1 if {self.one_where} else {divisor}"
 
     def std_code(self) -> str:
         """The standard deviation in plain torch, [N]."""
@@ -113,7 +119,8 @@ class GroupStd(_Std):
     divided_by: ClassVar[str] = "the standard deviation of its group's scores"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
-    symbol: ClassVar[tuple[str, str]] = ("std_g(R)", r"\sigma_g")
+    symbol: ClassVar[str] = "std_g(R)"
+    one_where: ClassVar[str | None] = _ALONE
     eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
@@ -132,7 +139,8 @@ class GroupStdBiased(_Std):
     divided_by: ClassVar[str] = "the standard deviation of its group's scores"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
-    symbol: ClassVar[tuple[str, str]] = ("std0_g(R)", r"\sigma^{0}_g")
+    symbol: ClassVar[str] = "std0_g(R)"
+    one_where: ClassVar[str | None] = _ALONE
     eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
@@ -152,7 +160,7 @@ class BatchStd(_Std):
     needs: ClassVar[frozenset[str]] = frozenset({"reward"})
     coupling: ClassVar[str] = "batch"
     shift_invariant: ClassVar[bool] = False  # prompts may be shifted apart
-    symbol: ClassVar[tuple[str, str]] = ("std_batch(R)", r"\sigma_{\mathrm{batch}}")
+    symbol: ClassVar[str] = "std_batch(R)"
     eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
@@ -170,7 +178,8 @@ class LOOStd(_Std):
     divided_by: ClassVar[str] = "the standard deviation of the others' scores"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
     coupling: ClassVar[str] = "group"
-    symbol: ClassVar[tuple[str, str]] = ("std_{j≠i}(R_j)", r"\sigma_{g\setminus i}")
+    symbol: ClassVar[str] = "std_{j≠i}(R_j)"
+    one_where: ClassVar[str | None] = "std_{j≠i}(R_j) = 0"
     eps: float = param("eps", 1e-6, "added to the standard deviation", above=0, high=1)
 
     def std(self, signal: Signal) -> Tensor:
@@ -207,8 +216,8 @@ class Whiten(Scale):
         centred = centred / unit
         return mean, unit * ((centred**2).sum() / (count - 1) + 1e-8 / unit**2).sqrt()
 
-    def formula(self, text: str, latex: str) -> tuple[str, str]:
-        return f"whiten_tokens({text})", rf"\operatorname{{whiten}}\left({latex}\right)"
+    def formula(self, text: str, zero_alone: bool) -> str:
+        return f"whiten({text})"
 
     def code(self) -> list[str]:
         return [

@@ -146,6 +146,7 @@ class Estimator(Piece):
     compares: ClassVar[str] = ""  # with what a reward is compared, and is 0 without: "group", "batch", or "" (nothing)
     shift_invariant: ClassVar[bool] = False  # promises: R + c within each group changes nothing
     scale_invariant: ClassVar[bool] = False  # promises: c·R with c > 0 changes nothing (but for eps)
+    zero_alone: ClassVar[bool] = False  # a completion without others of its prompt gets 0
     homogeneous: ClassVar[bool] = True  # c·R gives c·A, so that a scale takes c out again
 
     def __call__(self, signal: Signal) -> Tensor:
@@ -164,16 +165,16 @@ class Estimator(Piece):
         """What the critic is trained towards, [N, T], from the advantage before scaling; asked of a `critic` only."""
         raise NotImplementedError
 
-    def target_formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of that target G."""
-        return "returns, as given", r"\text{returns, as given}"
+    def target_formula(self) -> str:
+        """That target G; A is the advantage before scaling."""
+        return "as given"
 
     def target_code(self) -> list[str]:
         """Lines of plain torch that compute the target `G` [N, T]."""
         return ["G = returns"]
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of the advantage in terms of R or r_t."""
+    def formula(self) -> str:
+        """The advantage in terms of R or r_t."""
         raise NotImplementedError
 
     def code(self) -> list[str]:

@@ -61,11 +61,9 @@ class Trust(Piece):
     """ℓ [N, T] from ratio, advantage and log-probability. Finite where r = 1, A = 0 and logp = 0, as masked tokens are.
 
     `value` is written as the paper prints it; `weight` is derived by hand: w = -(dℓ/d log r)/A where the gradient runs
-    through the ratio, -(dℓ/d logp)/A where it runs through the log-probability. Proofs hold one against autograd of the
-    other. What both take from one place is not checked by that, but by `code` (written apart, run against both), the
-    table of weights in the tests, and other libraries' numbers: the weight itself where the paper prints sg(w)·A·logp
-    (SgClip, Truncate, Taper, Band, Gamma, and TVMask, KLMask); which tokens are kept (TVMaskSymmetric, M2Mask, CovDrop,
-    CovKL, Luffy); a factor or a range that is computed first (Influence, Preserve, DynamicClip, BalancedClip).
+    through the ratio, -(dℓ/d logp)/A where it runs through the log-probability. Neither calls the other, and they share
+    nothing that decides a sign, a side or which tokens are kept: proofs hold one against autograd of the other, and a
+    mistake in either alone shows there.
 
     At A = 0 the weight is its limit from above (A -> 0+); at a bound it is that of the unclipped branch.
     """
@@ -94,7 +92,7 @@ class Trust(Piece):
         weight, slope = self.weight(at), self.slope(at)
         if torch.equal(-weight * at.advantage, slope):
             return [("advantage", at.advantage, "A"), ("trust weight", weight, "w = −(dℓ/dlogp)/A")]
-        return [("slope", -slope, f"of {self.formula()[0]}")]
+        return [("slope", -slope, f"of {self.formula()}")]
 
     def bounds(self, at: Tokens) -> tuple[Tensor | float, Tensor | float] | None:
         """The smallest and the largest ratio that count in full for one sign of A at least; None: it has none."""
@@ -108,8 +106,8 @@ class Trust(Piece):
         """Why this setting misleads, if it does."""
         return None
 
-    def formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of -ℓ, the utility of a token."""
+    def formula(self) -> str:
+        """-ℓ, the utility of a token."""
         raise NotImplementedError
 
     def code(self) -> list[str]:

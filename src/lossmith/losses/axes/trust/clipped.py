@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,18 +35,14 @@ def stopped(at: Tokens, low: Bound, high: Bound, dual: float | None = None) -> T
     return beyond if dual is None else beyond | (~good & (ratio > dual))
 
 
-def _unless(stopped: Tensor, at: Tokens) -> Tensor:
+def unless(stopped: Tensor, at: Tokens) -> Tensor:
     """w = r, or 0 where a bound holds."""
     return torch.where(stopped, torch.zeros_like(at.ratio), at.ratio)
 
 
-def _dual(text: tuple[str, str], dual: float | None) -> tuple[str, str]:
-    """A formula for both signs of A, and what a dual clip makes of it."""
-    if dual is None:
-        return text
-    d = number(dual)
-    tex = rf"\begin{{cases}}\max({text[1]}, {d}A) & A<0\\ {text[1]} & A\ge 0\end{{cases}}"
-    return f"[A<0: max({text[0]}, {d}·A); else {text[0]}]", tex
+def _dual(text: str, dual: float | None) -> str:
+    """The clipped product, and what a dual clip makes of it."""
+    return text if dual is None else f"max(x, {number(dual)}·A) if A < 0 else x where x = {text}"
 
 
 def _dual_code(dual: float | None) -> list[str]:
@@ -73,12 +70,10 @@ class Clip(Trust):
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(stopped(at, 1 - self.low, 1 + self.high, self.dual), at)
+        return unless(stopped(at, 1 - self.low, 1 + self.high, self.dual), at)
 
-    def formula(self) -> tuple[str, str]:
-        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
-        plain = f"min(r·A, clip(r, {lo}, {hi})·A)", rf"\min(rA, \operatorname{{clip}}(r, {lo}, {hi})A)"
-        return _dual(plain, self.dual)
+    def formula(self) -> str:
+        return _dual(f"min(r·A, clip(r, {number(max(1 - self.low, 0))}, {number(1 + self.high)})·A)", self.dual)
 
     def code(self) -> list[str]:
         return [
@@ -107,7 +102,7 @@ class BookClip(Trust):
         return 0.0, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(at.ratio > 1 + self.high, at)
+        return unless(at.ratio > 1 + self.high, at)
 
     def trap(self) -> str | None:
         return (
@@ -115,8 +110,8 @@ class BookClip(Trust):
             f"{number(1 + self.high)}) and never binds below; it is a demonstration, use trust='clip' (PPO) to train"
         )
 
-    def formula(self) -> tuple[str, str]:
-        return f"min(r, {number(1 + self.high)})·A", rf"\min(r, {number(1 + self.high)})A"
+    def formula(self) -> str:
+        return f"min(r, {number(1 + self.high)})·A"
 
     def code(self) -> list[str]:
         return [f"loss = -A * r.clamp(max=1 + {self.high})"]
@@ -139,43 +134,35 @@ class Preserve(Trust):
         "dual_clip", None, "bound on the ratio when A < 0; none if not given", above=1, bound=True
     )
 
-    def _kept(self, at: Tokens) -> tuple[Tensor, Tensor]:
-        """(where a bound holds, its weight β·bound)."""
-        up, down = self.beta_high * (1 + self.high), self.beta_low * (1 - self.low)
-        outside = stopped(at, 1 - self.low, 1 + self.high)
-        kept = torch.where(at.advantage >= 0, torch.full_like(at.ratio.detach(), up), down)
-        return outside, torch.where(outside, kept, 0.0)  # a bound of infinity is nowhere multiplied
-
-    def _far(self, at: Tokens) -> Tensor:
-        if self.dual is None:
-            return torch.zeros_like(at.mask)
-        return (at.advantage < 0) & (at.ratio.detach() > self.dual)
-
     def value(self, at: Tokens) -> Tensor:
-        outside, kept = self._kept(at)
+        ratio, good = at.ratio.detach(), at.advantage >= 0
+        up, down = good & (ratio > 1 + self.high), ~good & (ratio < 1 - self.low)
+        above, below = self.beta_high * (1 + self.high), self.beta_low * (1 - self.low)
+        bound = torch.where(up, torch.full_like(ratio, above), below)
+        kept = torch.where(up | down, bound, torch.zeros_like(ratio))  # a bound of infinity is nowhere multiplied
         # r/sg(r) has the value 1 and the gradient of log r
-        ratio = torch.where(outside, kept * (at.ratio / at.ratio.detach()), at.ratio)
-        return -at.advantage * torch.where(self._far(at), torch.full_like(ratio, self.dual or 0.0), ratio)
+        c = torch.where(up | down, kept * (at.ratio / at.ratio.detach()), at.ratio)
+        if self.dual is not None:
+            c = torch.where(~good & (ratio > self.dual), self.dual, c)
+        return -at.advantage * c
 
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        outside, kept = self._kept(at)
-        return torch.where(self._far(at), torch.zeros_like(kept), torch.where(outside, kept, at.ratio))
-
-    def formula(self) -> tuple[str, str]:
-        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
-        bl, bh = number(self.beta_low), number(self.beta_high)
-        text = f"c·A,  c = {bh}·{hi}·r/sg(r) if A≥0 and r>{hi}; {bl}·{lo}·r/sg(r) if A<0 and r<{lo}; else r"
-        tex = (
-            rf"cA,\ c=\begin{{cases}}{bh}\cdot {hi}\,\frac{{r}}{{\operatorname{{sg}}(r)}} & A\ge 0, r>{hi}\\"
-            rf" {bl}\cdot {lo}\,\frac{{r}}{{\operatorname{{sg}}(r)}} & A<0, r<{lo}\\ r & \text{{else}}\end{{cases}}"
-        )
+        ratio, low, high = at.ratio, 1 - self.low, 1 + self.high
+        rewarded = torch.where(ratio <= high, ratio, torch.full_like(ratio, self.beta_high * high))
+        punished = torch.where(ratio >= low, ratio, torch.full_like(ratio, self.beta_low * low))
         if self.dual is not None:
-            text += f"; {number(self.dual)} if A<0 and r>{number(self.dual)}"
-            tex = tex.replace(r"\\ r &", rf"\\ {number(self.dual)} & A<0, r>{number(self.dual)}\\ r &")
-        return text, tex
+            punished = torch.where(ratio <= self.dual, punished, torch.zeros_like(ratio))
+        return torch.where(at.advantage < 0, punished, rewarded)
+
+    def formula(self) -> str:
+        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
+        up = f"{number(self.beta_high)}·{hi}·r/sg(r) if A ≥ 0 and r > {hi}"
+        down = f"{number(self.beta_low)}·{lo}·r/sg(r) if A < 0 and r < {lo}"
+        far = "" if self.dual is None else f"{number(self.dual)} if A < 0 and r > {number(self.dual)} else "
+        return f"c·A where c = {far}{up} else {down} else r"
 
     def code(self) -> list[str]:
         lines = [
@@ -212,7 +199,14 @@ class DynamicClip(Trust):
         return self._range(at)
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(stopped(at, *self._range(at), self.dual), at)
+        # r lies beyond a bound where |r² - r|·q, of which the bounds are the roots, is above its ε
+        ratio, bad = at.ratio, at.advantage < 0
+        excess = ratio * (ratio - 1) * bounded_exp(at.denominator_logp)
+        above = ((excess > self.high) & (ratio > 1)) | (ratio > self.hi_max)
+        below = (-excess > self.low) | (ratio < 0.5)
+        if self.dual is not None:
+            below = below | (ratio > self.dual)
+        return unless(torch.where(bad, below, above), at)
 
     def _range(self, at: Tokens) -> tuple[Tensor, Tensor]:
         inverse = bounded_exp(-at.denominator_logp)
@@ -220,14 +214,11 @@ class DynamicClip(Trust):
         high = (0.5 * (1 + (1 + 4 * self.high * inverse).sqrt())).clamp(max=self.hi_max)
         return low, high
 
-    def formula(self) -> tuple[str, str]:
+    def formula(self) -> str:
         a, b, c = number(4 * self.low), number(4 * self.high), number(self.hi_max)
-        bounds = f"½(1+√max(1−{a}/π_old, 0)), min(½(1+√(1+{b}/π_old)), {c})"
-        tex = (
-            rf"\tfrac12\bigl(1+\sqrt{{\max(1-{a}/\pi_{{\mathrm{{old}}}},0)}}\bigr),"
-            rf" \min\bigl(\tfrac12(1+\sqrt{{1+{b}/\pi_{{\mathrm{{old}}}}}}),{c}\bigr)"
-        )
-        return _dual((f"min(r·A, clip(r, {bounds})·A)", rf"\min(rA, \operatorname{{clip}}(r, {tex})A)"), self.dual)
+        clipped = _dual("min(r·A, clip(r, a, b)·A)", self.dual)
+        lo, hi = f"½(1 + √max(1 − {a}/π_old(y_t), 0))", f"min(½(1 + √(1 + {b}/π_old(y_t))), {c})"
+        return f"{clipped}{'; ' if ' where ' in clipped else ' where '}a = {lo}; b = {hi}"
 
     def code(self) -> list[str]:
         return [
@@ -275,7 +266,23 @@ class BalancedClip(Trust):
         return self._range(at.detach())
 
     def weight(self, at: Tokens) -> Tensor:
-        return _unless(stopped(at, *self._range(at.detach())), at)
+        return unless(stopped(at, *self._reached(at.detach())), at)
+
+    def _reached(self, at: Tokens) -> tuple[float, float]:
+        """The first bounds, of all in their order, under which P·(1 - target) >= Q·target."""
+        lows = _ladder(self.low_start, self.low_max, self.given("low_step"))
+        highs = _ladder(self.high_start, self.high_max, self.given("high_step"))
+        bounds = [*((low, highs[0]) for low in lows), *((lows[-1], high) for high in highs[1:])]
+        gain, harm = (
+            torch.where(at.mask, x, torch.zeros_like(x)) for x in (at.advantage.relu(), (-at.advantage).relu())
+        )
+        for low, high in bounds[:-1]:
+            ratio = at.ratio
+            positive = (gain * torch.where(ratio > high, torch.full_like(ratio, high), ratio)).sum()
+            negative = (harm * torch.where(ratio < low, torch.full_like(ratio, low), ratio)).sum()
+            if bool(positive * (1 - self.target) >= negative * self.target):
+                return low, high
+        return bounds[-1]
 
     def _range(self, at: Tokens) -> tuple[float, float]:
         good, bad = at.mask & (at.advantage > 0), at.mask & (at.advantage < 0)
@@ -298,14 +305,10 @@ class BalancedClip(Trust):
             high = min(self.high_start + i * self.given("high_step"), self.high_max)
         return low, high
 
-    def formula(self) -> tuple[str, str]:
-        low, high = symbol(self.low_step, "δ", r"\delta"), symbol(self.high_step, "δ'", r"\delta'")
-        lo = [f"{number(self.low_start)}, +{step}, …, {number(self.low_max)}" for step in low]
-        hi = [f"{number(self.high_start)}, +{step}, …, {number(self.high_max)}" for step in high]
-        share = number(self.target)
-        text = f"min(r·A, clip(r, a, b)·A), a = {lo[0]}, then b = {hi[0]}, until A>0 carries {share}"
-        tex = rf"\min(rA, \operatorname{{clip}}(r, a, b)A),\ a={lo[1]},\ b={hi[1]}"
-        return text, tex.replace("…", r"\dots") + rf"\ (\text{{until }} A>0 \text{{ carries }} {share})"
+    def formula(self) -> str:
+        lo = f"{number(self.low_start)}…{number(self.low_max)} by {symbol(self.low_step, 'δ')}"
+        hi = f"{number(self.high_start)}…{number(self.high_max)} by {symbol(self.high_step, 'η')}"
+        return f"min(r·A, clip(r, a, b)·A) where (a, b) = balance(r, A, {lo}, {hi}, {number(self.target)})"
 
     def code(self) -> list[str]:
         return [
@@ -325,6 +328,12 @@ def _steps(start: float, end: float, step: float) -> int:
     return max(0, -int(-(end - start) / step // 1))
 
 
+def _ladder(start: float, end: float, step: float) -> list[float]:
+    """start, start + step, ..., end."""
+    inner = range(math.ceil((end - start) / step))
+    return [start + i * step for i in inner if start + i * step < end] + [end]
+
+
 @dataclass(frozen=True)
 class Influence(Trust):
     """ℓ = f·ℓ_clip, with f_t = sg(clip(exp(Σ_{k>=t} gamma^(k-t) Δ_k), low, 1 + fipo_clip)) (FIPO, arXiv:2603.19835).
@@ -341,28 +350,34 @@ class Influence(Trust):
     floor: float = param("fipo_low", 1.0, "smallest influence", low=0)
     ceiling: float = param("fipo_clip", 0.2, "1 + fipo_clip is the largest influence", low=0)
 
-    def _influence(self, at: Tokens) -> Tensor:
+    def value(self, at: Tokens) -> Tensor:
         step = torch.arange(at.mask.shape[1], device=at.mask.device, dtype=at.ratio.dtype)
         gap = step[:, None] - step[None]  # from token t (column) to token k (row)
         discount = torch.where(gap >= 0, self.gamma ** gap.clamp(min=0), torch.zeros_like(gap))
-        return bounded_exp(at.delta.detach() @ discount).clamp(self.floor, 1 + self.ceiling)
-
-    def value(self, at: Tokens) -> Tensor:
-        return self._influence(at) * Clip(self.low, self.high).value(at)
+        influence = bounded_exp(at.delta.detach() @ discount).clamp(self.floor, 1 + self.ceiling)
+        return influence * printed(at, 1 - self.low, 1 + self.high)
 
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        return self._influence(at) * Clip(self.low, self.high).weight(at)
+        future, found = torch.zeros_like(at.delta[:, :1]), list[Tensor]()
+        for delta in reversed(at.delta.split(1, dim=1)):  # Δ_t and what follows it, discounted once more
+            future = delta + self.gamma * future
+            found.append(future)
+        influence = bounded_exp(torch.cat([*reversed(found)], 1) if found else at.delta)
+        least, most = torch.full_like(influence, self.floor), torch.full_like(influence, 1 + self.ceiling)
+        return torch.minimum(torch.maximum(influence, least), most) * unless(
+            stopped(at, 1 - self.low, 1 + self.high), at
+        )
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = Clip(self.low, self.high).formula()
-        g, lo, hi = number(self.gamma), number(self.floor), number(1 + self.ceiling)
-        f = f"sg(clip(exp(Σ_{{k≥t}} {g}^(k−t)·log r_k), {lo}, {hi}))"
-        future = rf"e^{{\sum_{{k\ge t}} {g}^{{k-t}} \log r_k}}"
-        f_tex = rf"\operatorname{{sg}}\bigl(\operatorname{{clip}}({future}, {lo}, {hi})\bigr)"
-        return f"{f}·{text}", f_tex + tex
+    def formula(self) -> str:
+        half_life = -1 / math.log2(self.gamma) if 0 < self.gamma < 1 else 0.5
+        whole = abs(half_life - round(half_life)) < 1e-9
+        discount = f"2^(−(k − t)/{round(half_life)})" if whole else f"{number(self.gamma)}^(k − t)"
+        future = f"Σ_{{k≥t}} {discount}·log(π_θ(y_k)/π_old(y_k))"
+        influence = f"f = sg(clip(exp({future}), {number(self.floor)}, {number(1 + self.ceiling)}))"
+        return f"f·{Clip(self.low, self.high).formula()} where {influence}"
 
     def code(self) -> list[str]:
         return [

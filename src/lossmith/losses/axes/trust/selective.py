@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossmith.losses.axes.ratio import LOG_RATIO_BOUND
 from lossmith.losses.axes.trust.base import Tokens, Trust
-from lossmith.losses.axes.trust.clipped import Clip, stopped
+from lossmith.losses.axes.trust.clipped import Clip, printed, stopped, unless
 from lossmith.losses.piece import number, param, symbol
 
 __all__ = ["CovDrop", "CovKL", "KLMask", "Luffy", "M2Mask", "TVMask", "TVMaskSymmetric"]
@@ -24,18 +24,16 @@ class TVMaskSymmetric(Trust):
     token_only: ClassVar[bool] = True
     delta: float = param("delta", 0.1, "largest move of a token's probability that still counts", above=0, bound=True)
 
-    def _keep(self, at: Tokens) -> Tensor:
-        return (at.logp.detach().exp() - at.denominator_logp.exp()).abs() <= self.delta
-
     def value(self, at: Tokens) -> Tensor:
-        return -at.advantage * torch.where(self._keep(at), at.ratio, torch.zeros_like(at.ratio))
+        keep = (at.logp.detach().exp() - at.denominator_logp.exp()).abs() <= self.delta
+        return -at.advantage * torch.where(keep, at.ratio, torch.zeros_like(at.ratio))
 
     def weight(self, at: Tokens) -> Tensor:
-        return torch.where(self._keep(at), at.ratio, torch.zeros_like(at.ratio))
+        move = at.denominator_logp.exp() * (at.ratio - 1)
+        return torch.where((move > self.delta) | (move < -self.delta), torch.zeros_like(at.ratio), at.ratio)
 
-    def formula(self) -> tuple[str, str]:
-        d = number(self.delta)
-        return f"r·A·[|π_θ − π_old| ≤ {d}]", rf"rA\,\mathbb 1[|\pi_\theta-\pi_{{\mathrm{{old}}}}|\le {d}]"
+    def formula(self) -> str:
+        return f"r·A·[|π_θ(y_t) − π_old(y_t)| ≤ {number(self.delta)}]"
 
     def code(self) -> list[str]:
         keep = f"keep = (logp.detach().exp() - denominator_logp.exp()).abs() <= {self.delta}"
@@ -53,7 +51,11 @@ class _Divergence(Trust):
     surrogate: str
 
     def keep(self, at: Tokens) -> Tensor:
-        """[N, T] bool, from detached numbers."""
+        """[N, T] bool from detached numbers, by the probabilities as the paper prints it."""
+        raise NotImplementedError
+
+    def dropped(self, at: Tokens) -> Tensor:
+        """[N, T] bool from the ratio and the old probability, by hand."""
         raise NotImplementedError
 
     @property
@@ -65,27 +67,27 @@ class _Divergence(Trust):
         return self.surrogate == "logp"
 
     def value(self, at: Tokens) -> Tensor:
-        if self.surrogate == "logp":
-            return -self.weight(at.detach()) * at.advantage * at.logp
-        return -at.advantage * self.weight(at)
+        keep = self.keep(at.detach())
+        if self.surrogate == "ratio":
+            return -at.advantage * torch.where(keep, at.ratio, torch.zeros_like(at.ratio))
+        ratio = at.ratio.detach() if self.cap is None else at.ratio.detach().clamp(max=self.cap)
+        return -torch.where(keep, ratio, torch.zeros_like(ratio)) * at.advantage * at.logp
 
     def weight(self, at: Tokens) -> Tensor:
-        ratio = at.ratio if self.surrogate == "ratio" or self.cap is None else at.ratio.clamp(max=self.cap)
-        return torch.where(self.keep(at.detach()), ratio, torch.zeros_like(ratio))
+        ratio = at.ratio
+        if self.surrogate == "logp" and self.cap is not None:
+            ratio = torch.where(ratio > self.cap, torch.full_like(ratio, self.cap), ratio)
+        return torch.where(self.dropped(at.detach()), torch.zeros_like(ratio), ratio)
 
-    def dropped_formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of what a dropped token looks like."""
+    def dropped_formula(self) -> str:
+        """The condition under which a token is dropped."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = self.dropped_formula()
+    def formula(self) -> str:
+        keep = f"[not ({self.dropped_formula()})]"
         if self.surrogate == "ratio":
-            return f"r·A·[not: {text}]", rf"rA\,\mathbb 1[\neg({tex})]"
-        r = ("r", "r") if self.cap is None else (f"min(r, {number(self.cap)})", rf"\min(r, {number(self.cap)})")
-        return (
-            f"sg({r[0]})·A·log π_θ(y_t)·[not: {text}]",
-            rf"\operatorname{{sg}}({r[1]})A\log\pi_\theta(y_t)\,\mathbb 1[\neg({tex})]",
-        )
+            return f"r·A·{keep}"
+        return f"sg({'r' if self.cap is None else f'min(r, {number(self.cap)})'})·A·log π_θ(y_t)·{keep}"
 
     def keep_code(self) -> list[str]:
         """Lines that compute keep [N, T] from p and q."""
@@ -115,11 +117,13 @@ class TVMask(_Divergence):
         move = at.logp.exp() - at.denominator_logp.exp()
         return torch.where(at.advantage >= 0, move <= self.delta_high, -move <= self.delta_low)
 
-    def dropped_formula(self) -> tuple[str, str]:
-        lo, hi = number(self.delta_low), number(self.delta_high)
-        text = f"A≥0 and π_θ−π_old>{hi}, or A<0 and π_old−π_θ>{lo}"
-        old = r"\pi_{\mathrm{old}}"
-        return text, rf"A\ge0,\ \pi_\theta-{old}>{hi} \ \text{{or}}\ A<0,\ {old}-\pi_\theta>{lo}"
+    def dropped(self, at: Tokens) -> Tensor:
+        rise, bad = at.denominator_logp.exp() * (at.ratio - 1), at.advantage < 0
+        return (bad & (rise < -self.delta_low)) | (~bad & (rise > self.delta_high))
+
+    def dropped_formula(self) -> str:
+        rising = f"A ≥ 0 and π_θ(y_t) − π_old(y_t) > {number(self.delta_high)}"
+        return f"{rising} or A < 0 and π_old(y_t) − π_θ(y_t) > {number(self.delta_low)}"
 
     def keep_code(self) -> list[str]:
         return [f"keep = torch.where(A >= 0, p - q <= {self.delta_high}, q - p <= {self.delta_low})"]
@@ -152,11 +156,16 @@ class KLMask(_Divergence):
         falling = (at.advantage < 0) & (p < q) & (divergence > self.delta_low)
         return ~(rising | falling)
 
-    def dropped_formula(self) -> tuple[str, str]:
-        lo, hi = number(self.delta_low), number(self.delta_high)
-        text = f"KL₂(π_old‖π_θ)>{hi} rising with A≥0, or >{lo} falling with A<0"
-        kl = r"\mathrm{KL}_2(\pi_{\mathrm{old}}\|\pi_\theta)"
-        return text, rf"{kl}>{hi},\ \pi_\theta \text{{ rising}}, A\ge0 \ \text{{or}}\ {kl}>{lo},\ \text{{falling}}, A<0"
+    def dropped(self, at: Tokens) -> Tensor:
+        q, ratio, bad = at.denominator_logp.exp(), at.ratio, at.advantage < 0
+        others = torch.log(1 - q + 1e-8) - torch.log((1 - q * ratio).clamp(min=0) + 1e-8)
+        divergence = (1 - q) * others - q * ratio.log()
+        far = torch.where(bad, divergence > self.delta_low, divergence > self.delta_high)
+        return far & torch.where(bad, ratio < 1, ratio > 1)
+
+    def dropped_formula(self) -> str:
+        divergence, lo, hi = "KL₂(π_old(y_t)‖π_θ(y_t))", number(self.delta_low), number(self.delta_high)
+        return f"A ≥ 0 and r > 1 and {divergence} > {hi} or A < 0 and r < 1 and {divergence} > {lo}"
 
     def keep_code(self) -> list[str]:
         return [
@@ -189,36 +198,38 @@ class M2Mask(Trust):
         bound=True,
     )
 
-    def _keep(self, at: Tokens) -> Tensor:
-        if at.batch is None:
-            return at.mask
-        behavior = at.batch.require("behavior_logp", "trust='m2_mask'").detach()
-        square = (behavior - at.batch.old("trust='m2_mask'"))[at.mask] ** 2
-        order = square.argsort()
-        mean = square[order].cumsum(0) / torch.arange(1, len(square) + 1, device=square.device)
-        # sorted ascending, the running mean only grows: what stands before the first excess is kept
-        kept = torch.zeros_like(square, dtype=torch.bool)
-        kept[order] = mean < self.given("threshold")
-        return torch.zeros_like(at.mask).masked_scatter(at.mask, kept)
-
     def value(self, at: Tokens) -> Tensor:
-        clipped = Clip(self.low, self.high).value(at)
-        return torch.where(self._keep(at), clipped, torch.zeros_like(clipped))
+        clipped = printed(at, 1 - self.low, 1 + self.high)
+        if at.batch is None:
+            return clipped
+        behavior = at.batch.require("behavior_logp", "trust='m2_mask'").detach()
+        square = (behavior - at.batch.old("trust='m2_mask'"))[at.mask].double() ** 2
+        order = square.argsort(descending=True)
+        dropped = square[order].cumsum(0) - square[order]  # those before it, the largest ones
+        left = torch.arange(len(square), 0, -1, device=square.device)
+        kept = torch.zeros_like(square, dtype=torch.bool)
+        kept[order] = (square.sum() - dropped) / left < self.given("threshold")
+        return torch.where(torch.zeros_like(at.mask).masked_scatter(at.mask, kept), clipped, torch.zeros_like(clipped))
 
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        weight = Clip(self.low, self.high).weight(at)
-        return torch.where(self._keep(at), weight, torch.zeros_like(weight))
+        weight = unless(stopped(at, 1 - self.low, 1 + self.high), at)
+        if at.batch is None:
+            return weight
+        gap = at.batch.old("trust='m2_mask'") - at.batch.require("behavior_logp", "trust='m2_mask'").detach()
+        square = gap[at.mask] ** 2
+        order = square.argsort()
+        mean = square[order].cumsum(0) / torch.arange(1, len(square) + 1, device=square.device)
+        # sorted ascending, the running mean only grows: what stands before the first excess is kept
+        kept = torch.zeros_like(square, dtype=torch.bool)
+        kept[order] = mean < self.given("threshold")
+        return torch.where(torch.zeros_like(at.mask).masked_scatter(at.mask, kept), weight, torch.zeros_like(weight))
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = Clip(self.low, self.high).formula()
-        bound, bound_tex = symbol(self.threshold, "M", "M")
-        return (
-            f"{text}·[kept: mean (log μ − log π_old)² < {bound}]",
-            rf"{tex}\,\mathbb 1[\text{{kept: }} \overline{{(\log\mu-\log\pi_{{\mathrm{{old}}}})^2}}<{bound_tex}]",
-        )
+    def formula(self) -> str:
+        kept = f"lowest((log μ(y_t) − log π_old(y_t))², {symbol(self.threshold, 'M')})"
+        return f"{Clip(self.low, self.high).formula()}·{kept}"
 
     def code(self) -> list[str]:
         return [
@@ -240,6 +251,13 @@ def covariance(at: Tokens) -> Tensor:
         return x - x.sum() / count
 
     return torch.where(at.mask, centred(at.advantage) * centred(at.logp.detach()), torch.zeros_like(at.advantage))
+
+
+def _multiplied_out(at: Tokens) -> Tensor:
+    """The same by hand, for the weights: A·l - A·mean l - l·mean A + mean A·mean l."""
+    a, l = (torch.where(at.mask, x, torch.zeros_like(x)) for x in (at.advantage, at.logp.detach()))  # noqa: E741
+    mean_a, mean_l = (x[at.mask].sum() / max(int(at.mask.sum()), 1) for x in (a, l))
+    return torch.where(at.mask, a * l - a * mean_l - l * mean_a + mean_a * mean_l, torch.zeros_like(a))
 
 
 def _how_many(fraction: float, at: Tokens) -> int:
@@ -265,35 +283,38 @@ class CovDrop(Trust):
     cov_high: float = param("cov_high", 5.0, "covariance above which it may not", bound=True)
     seed: int = param("seed", 0, "decides which candidates are dropped")
 
-    def _drop(self, at: Tokens) -> Tensor:
+    def value(self, at: Tokens) -> Tensor:
+        clipped = printed(at, 1 - self.low, 1 + self.high)
         if at.batch is None:
-            return torch.zeros_like(at.mask)
-        cov = covariance(at)
-        candidates = at.mask & ~stopped(at, 1 - self.low, 1 + self.high)
-        candidates = candidates & (cov > self.cov_low) & (cov < self.cov_high)
+            return clipped
+        cov, ratio = covariance(at), at.ratio.detach()
+        free = torch.where(at.advantage >= 0, ratio <= 1 + self.high, ratio >= 1 - self.low)  # the clip lets it through
+        candidates = at.mask & free & (cov > self.cov_low) & (cov < self.cov_high)
         key = torch.where(candidates, _key(at, self.seed), torch.full_like(at.denominator_logp.double(), -1.0))
         chosen = key.flatten().topk(min(_how_many(self.fraction, at), int(candidates.sum()))).indices
-        return torch.zeros_like(at.mask.flatten()).index_fill(0, chosen, True).view_as(at.mask)
-
-    def value(self, at: Tokens) -> Tensor:
-        clipped = Clip(self.low, self.high).value(at)
-        return torch.where(self._drop(at), torch.zeros_like(clipped), clipped)
+        drop = torch.zeros_like(at.mask.flatten()).index_fill(0, chosen, True).view_as(at.mask)
+        return torch.where(drop, torch.zeros_like(clipped), clipped)
 
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
     def weight(self, at: Tokens) -> Tensor:
-        weight = Clip(self.low, self.high).weight(at)
-        return torch.where(self._drop(at), torch.zeros_like(weight), weight)
+        gone = stopped(at, 1 - self.low, 1 + self.high)
+        if at.batch is None:
+            return unless(gone, at)
+        cov = _multiplied_out(at)
+        left = at.mask & ~(gone | (cov <= self.cov_low) | (cov >= self.cov_high))
+        rows = left.flatten().nonzero()[:, 0]
+        drawn = rows[_key(at, self.seed).flatten()[rows].argsort(descending=True)[: _how_many(self.fraction, at)]]
+        gone = gone.expand_as(at.mask).flatten().index_fill(0, drawn, True).view_as(at.mask)
+        return unless(gone, at)
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = Clip(self.low, self.high).formula()
-        share, lo, hi = number(self.fraction), number(self.cov_low), number(self.cov_high)
-        return (
-            f"{text}·[not dropped: {share} of all, from {lo} < cov(A, log π_θ) < {hi}, seed {self.seed}]",
-            rf"{tex}\,\mathbb 1[\text{{not among }} {share} \text{{ drawn from }} {lo}<\mathrm{{cov}}<{hi},"
-            rf"\ \text{{seed }} {self.seed}]",
-        )
+    def formula(self) -> str:
+        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
+        free = f"not (A ≥ 0 and r > {hi} or A < 0 and r < {lo})"
+        some = f"{number(self.cov_low)} < cov(A, log π_θ(y_t)) < {number(self.cov_high)} and {free}"
+        drawn = f"drawn({number(self.fraction)}, {some}, {self.seed}, A, log π_old(y_t))"
+        return f"{Clip(self.low, self.high).formula()}·(1 − {drawn})"
 
     def code(self) -> list[str]:
         return [
@@ -340,31 +361,35 @@ class CovKL(Trust):
     def homogeneous(self) -> bool:  # type: ignore[override]
         return self.coef == 0
 
-    def _chosen(self, at: Tokens) -> Tensor:
+    def value(self, at: Tokens) -> Tensor:
+        plain = -at.advantage * at.ratio
         if at.batch is None:  # a single token, not among the chosen
-            return torch.zeros_like(at.mask)
+            return plain
         cov = torch.where(at.mask, covariance(at), torch.full_like(at.advantage, -torch.inf))
         top = cov.flatten().sort(descending=True, stable=True).indices[: _how_many(self.fraction, at)]
-        return torch.zeros_like(at.mask.flatten()).index_fill(0, top, True).view_as(at.mask) & at.mask
-
-    def value(self, at: Tokens) -> Tensor:
+        chosen = torch.zeros_like(at.mask.flatten()).index_fill(0, top, True).view_as(at.mask) & at.mask
         # the ratio's log, so that the gradient runs through it and stops at the same bound
-        penalty = torch.where(self._chosen(at), at.ratio.log().abs(), torch.zeros_like(at.ratio))
-        return -at.advantage * at.ratio + self.coef * penalty
+        return plain + self.coef * torch.where(chosen, at.ratio.log().abs(), torch.zeros_like(at.ratio))
 
     def slope(self, at: Tokens) -> Tensor:
-        penalty = torch.where(self._chosen(at), at.ratio.log().sign(), torch.zeros_like(at.ratio))
-        return -at.advantage * at.ratio + self.coef * penalty
+        return torch.where(at.advantage == 0, self._pull(at), -self.weight(at) * at.advantage)
+
+    def _pull(self, at: Tokens) -> Tensor:
+        """The slope of the penalty by hand: ±coef on the chosen."""
+        pull = self.coef * at.ratio.log().sign()
+        if at.batch is None:
+            return torch.zeros_like(pull)
+        falling = torch.where(at.mask, -_multiplied_out(at), torch.full_like(at.advantage, torch.inf))
+        first = falling.flatten().argsort(stable=True)[: _how_many(self.fraction, at)]
+        others = torch.ones_like(at.mask.flatten()).index_fill(0, first, False).view_as(at.mask) | ~at.mask
+        return torch.where(others, torch.zeros_like(pull), pull)
 
     def weight(self, at: Tokens) -> Tensor:
-        return torch.where(at.advantage == 0, at.ratio, -self.slope(at) / at.advantage)
+        none = torch.zeros_like(at.ratio)
+        return at.ratio - torch.where(at.advantage == 0, none, self._pull(at) / at.advantage)
 
-    def formula(self) -> tuple[str, str]:
-        share, c = number(self.fraction), number(self.coef)
-        return (
-            f"[r·A − {c}·|log r| on the {share} with the highest cov(A, log π_θ)]",
-            rf"\left[rA - {c}|\log r|\,\mathbb 1[\text{{top }} {share} \text{{ by }} \mathrm{{cov}}(A,\log\pi)]\right]",
-        )
+    def formula(self) -> str:
+        return f"r·A − {number(self.coef)}·|log r|·top({number(self.fraction)}, cov(A, log π_θ(y_t)))"
 
     def code(self) -> list[str]:
         return [
@@ -390,27 +415,21 @@ class Luffy(Trust):
     needs: ClassVar[frozenset[str]] = frozenset({"off_policy"})
     shape: float = param("shape", 0.1, "how strongly rare tokens of the other policy count", above=0)
 
-    def _foreign(self, at: Tokens) -> Tensor:
-        if at.batch is None:
-            return torch.zeros_like(at.mask)
-        return at.batch.require("off_policy", "trust='luffy'")[:, None].expand_as(at.mask)
-
     def value(self, at: Tokens) -> Tensor:
-        p = at.logp.exp()
-        return -at.advantage * torch.where(self._foreign(at), p / (p + self.shape), at.ratio)
+        if at.batch is None:
+            return -at.advantage * at.ratio
+        p, theirs = at.logp.exp(), at.batch.require("off_policy", "trust='luffy'")[:, None]
+        return -at.advantage * torch.where(theirs, p / (p + self.shape), at.ratio)
 
     def weight(self, at: Tokens) -> Tensor:
-        p = at.logp.exp()
-        inside = (at.delta.abs() <= LOG_RATIO_BOUND).to(p.dtype)
-        return torch.where(self._foreign(at), p * self.shape / (p + self.shape) ** 2, at.ratio * inside)
+        mine = torch.where(at.delta.abs() <= LOG_RATIO_BOUND, at.ratio, torch.zeros_like(at.ratio))
+        if at.batch is None:
+            return mine
+        p, own = at.logp.exp(), ~at.batch.require("off_policy", "trust='luffy'")
+        return torch.where(own[:, None], mine, p * self.shape / (p + self.shape) ** 2)
 
-    def formula(self) -> tuple[str, str]:
-        s = number(self.shape)
-        text = f"A·(r; π_θ/(π_θ + {s}) for completions of the other policy)"
-        return (
-            text,
-            rf"A\cdot\begin{{cases}} r\\ \frac{{\pi_\theta}}{{\pi_\theta+{s}}} & \text{{other policy}}\end{{cases}}",
-        )
+    def formula(self) -> str:
+        return f"A·p where p = π_θ(y_t)/(π_θ(y_t) + {number(self.shape)}) if off_policy else r"
 
     def code(self) -> list[str]:
         return [

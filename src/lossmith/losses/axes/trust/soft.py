@@ -30,8 +30,8 @@ class LogP(Trust):
     def weight(self, at: Tokens) -> Tensor:
         return torch.ones_like(at.ratio)
 
-    def formula(self) -> tuple[str, str]:
-        return "A·log π_θ(y_t)", r"A \log \pi_\theta(y_t)"
+    def formula(self) -> str:
+        return "A·log π_θ(y_t)"
 
     def code(self) -> list[str]:
         return ["loss = -A * logp"]
@@ -52,9 +52,8 @@ class ScaledLogP(Trust):
     def weight(self, at: Tokens) -> Tensor:
         return torch.full_like(at.ratio, 1 / (1 + self.given("tau")))
 
-    def formula(self) -> tuple[str, str]:
-        tau, tex = symbol(self.tau, "τ", r"\tau")
-        return f"A·log π_θ(y_t)/(1 + {tau})", rf"\frac{{A \log \pi_\theta(y_t)}}{{1+{tex}}}"
+    def formula(self) -> str:
+        return f"A·log π_θ(y_t)/(1 + {symbol(self.tau, 'τ')})"
 
     def code(self) -> list[str]:
         return [f"loss = -A * logp / (1 + {self.tau})"]
@@ -72,8 +71,8 @@ class NoTrust(Trust):
     def weight(self, at: Tokens) -> Tensor:
         return at.ratio
 
-    def formula(self) -> tuple[str, str]:
-        return "r·A", "r A"
+    def formula(self) -> str:
+        return "r·A"
 
     def code(self) -> list[str]:
         return ["loss = -r * A"]
@@ -86,15 +85,19 @@ class _Weighted(Trust):
     stops_gradient: ClassVar[bool] = True
 
     def value(self, at: Tokens) -> Tensor:
-        return -self.weight(at.detach()) * at.advantage * at.logp
+        return -self.printed(at.detach()) * at.advantage * at.logp
 
-    def weight_formula(self) -> tuple[str, str]:
-        """(text, LaTeX) of w."""
+    def printed(self, at: Tokens) -> Tensor:
+        """The w of -sg(w)·A·logp as the paper prints it, [N, T]; `weight` is the same by hand."""
         raise NotImplementedError
 
-    def formula(self) -> tuple[str, str]:
-        text, tex = self.weight_formula()
-        return f"sg({text})·A·log π_θ(y_t)", rf"\operatorname{{sg}}\!\left({tex}\right) A \log\pi_\theta(y_t)"
+    def weight_formula(self) -> str:
+        """w, and what it is made of."""
+        raise NotImplementedError
+
+    def formula(self) -> str:
+        weight, *where = self.weight_formula().split(" where ")
+        return " where ".join([f"sg({weight})·A·log π_θ(y_t)", *where])
 
     def weight_code(self) -> list[str]:
         """Lines of plain torch that compute w from r, without gradient."""
@@ -122,8 +125,13 @@ class SgClip(_Weighted):
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return max(1 - self.low, 0.0), self.cap
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         return at.ratio.clamp(max(1 - self.low, 0.0), self.cap)
+
+    def weight(self, at: Tokens) -> Tensor:
+        ratio, low = at.ratio, 1 - self.low
+        raised = torch.where(ratio < low, torch.full_like(ratio, low), ratio)
+        return torch.where(ratio > self.cap, torch.full_like(ratio, self.cap), raised)
 
     def trap(self) -> str | None:
         if self.cap < 1:
@@ -132,11 +140,10 @@ class SgClip(_Weighted):
             return "clip_low=0 raises every ratio below 1 to weight 1, so an action already left behind is pushed on"
         return None
 
-    def weight_formula(self) -> tuple[str, str]:
-        lo, cap = number(max(1 - self.low, 0)), number(self.cap)
+    def weight_formula(self) -> str:
         if self.low < 1:
-            return f"clip(r, {lo}, {cap})", rf"\operatorname{{clip}}(r, {lo}, {cap})"
-        return ("r", "r") if self.cap == math.inf else (f"min(r, {cap})", rf"\min(r, {cap})")
+            return f"clip(r, {number(1 - self.low)}, {number(self.cap)})"
+        return "r" if self.cap == math.inf else f"min(r, {number(self.cap)})"
 
     def weight_code(self) -> list[str]:
         cap = "" if self.cap == math.inf else f", max={self.cap}"
@@ -153,13 +160,16 @@ class Truncate(_Weighted):
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 0.0, self.cap
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         return at.ratio.clamp(max=self.cap)
+
+    def weight(self, at: Tokens) -> Tensor:
+        return torch.where(at.ratio > self.cap, torch.full_like(at.ratio, self.cap), at.ratio)
 
     def trap(self) -> str | None:
         return SgClip(1.0, self.cap).trap()
 
-    def weight_formula(self) -> tuple[str, str]:
+    def weight_formula(self) -> str:
         return SgClip(1.0, self.cap).weight_formula()
 
     def weight_code(self) -> list[str]:
@@ -181,16 +191,23 @@ class Taper(_Weighted):
     def looks_at(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"reward"} if self.split == "reward" else ())
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         good = at.advantage >= 0
         if self.split == "reward" and at.batch is not None and at.batch.reward is not None:
             reward = at.batch.reward
             good = (reward if reward.ndim == 1 else reward.sum(1))[:, None] > 0
         return torch.where(good, torch.ones_like(at.ratio), at.ratio.clamp(max=self.cap))
 
-    def weight_formula(self) -> tuple[str, str]:
-        good, cap = "R" if self.split == "reward" else "A", number(self.cap)
-        return f"1 if {good}>0 else min(r, {cap})", rf"1 \text{{ if }} {good}>0 \text{{ else }} \min(r, {cap})"
+    def weight(self, at: Tokens) -> Tensor:
+        bad = at.advantage < 0
+        if self.split == "reward" and at.batch is not None and at.batch.reward is not None:
+            bad = at.batch.reward.reshape(len(at.mask), -1).sum(1, keepdim=True) <= 0
+        capped = torch.where(at.ratio > self.cap, torch.full_like(at.ratio, self.cap), at.ratio)
+        return torch.where(bad, capped, torch.ones_like(at.ratio))
+
+    def weight_formula(self) -> str:
+        good = "R > 0" if self.split == "reward" else "A ≥ 0"
+        return f"1 if {good} else min(r, {number(self.cap)})"
 
     def weight_code(self) -> list[str]:
         good = "R[:, None] > 0" if self.split == "reward" else "A >= 0"
@@ -210,13 +227,16 @@ class Band(_Weighted):
     def bounds(self, at: Tokens) -> tuple[float, float]:
         return 1 - self.low, 1 + self.high
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         inside = (at.ratio > 1 - self.low) & (at.ratio < 1 + self.high)
         return torch.where(inside, at.ratio, torch.zeros_like(at.ratio))
 
-    def weight_formula(self) -> tuple[str, str]:
-        lo, hi = number(max(1 - self.low, 0)), number(1 + self.high)
-        return f"r·[{lo} < r < {hi}]", rf"r\,\mathbb 1[{lo}<r<{hi}]"
+    def weight(self, at: Tokens) -> Tensor:
+        outside = (at.ratio <= 1 - self.low) | (at.ratio >= 1 + self.high)
+        return torch.where(outside, torch.zeros_like(at.ratio), at.ratio)
+
+    def weight_formula(self) -> str:
+        return f"r·[{number(max(1 - self.low, 0))} < r < {number(1 + self.high)}]"
 
     def weight_code(self) -> list[str]:
         return [f"w = torch.where((r > 1 - {self.low}) & (r < 1 + {self.high}), r, 0.0)"]
@@ -235,7 +255,7 @@ class Gamma(_Weighted):
     k_neg: float = param("k_neg", 3.0, "shape k for A < 0", low=0)
     lam_neg: float = param("lam_neg", 2.0, "rate λ for A < 0", low=0)
 
-    def weight(self, at: Tokens) -> Tensor:
+    def printed(self, at: Tokens) -> Tensor:
         w = at.ratio.clamp(min=1e-8)
         up, down = (
             torch.exp(lam + k * w.log() - lam * w)
@@ -243,12 +263,15 @@ class Gamma(_Weighted):
         )
         return torch.where(at.advantage >= 0, up, down)
 
-    def weight_formula(self) -> tuple[str, str]:
-        (kp, lp), (kn, ln) = (
-            (number(k), number(lam)) for k, lam in ((self.k_pos, self.lam_pos), (self.k_neg, self.lam_neg))
-        )
-        text = f"r^k·e^(λ(1−r)), (k, λ) = ({kp}, {lp}) if A≥0 else ({kn}, {ln})"
-        return text, rf"r^{{k}} e^{{\lambda(1-r)}},\ (k,\lambda)=({kp},{lp})_{{A\ge0}},\,({kn},{ln})_{{A<0}}"
+    def weight(self, at: Tokens) -> Tensor:
+        ratio = at.ratio.clamp(min=1e-8)
+        power = torch.where(at.advantage < 0, ratio**self.k_neg, ratio**self.k_pos)
+        rate = torch.where(at.advantage < 0, torch.full_like(ratio, self.lam_neg), self.lam_pos)
+        return power * torch.exp(rate * (1 - ratio))
+
+    def weight_formula(self) -> str:
+        k = f"k = {number(self.k_pos)} if A ≥ 0 else {number(self.k_neg)}"
+        return f"r^k·e^(λ·(1 − r)) where {k}; λ = {number(self.lam_pos)} if A ≥ 0 else {number(self.lam_neg)}"
 
     def weight_code(self) -> list[str]:
         return [
@@ -278,10 +301,8 @@ class Sigmoid(Trust):
         gate = torch.sigmoid(tau * (at.ratio - 1))
         return 4 * gate * (1 - gate) * at.ratio
 
-    def formula(self) -> tuple[str, str]:
-        p, n = number(self.tau_pos), number(self.tau_neg)
-        text = f"(4/τ)·σ(τ(r − 1))·A, τ = {p} if A>0 else {n}"
-        return text, rf"\tfrac4\tau\,\sigma(\tau(r-1))A,\ \tau={p}_{{A>0}},\,{n}_{{A\le0}}"
+    def formula(self) -> str:
+        return f"(4/τ)·σ(τ·(r − 1))·A where τ = {number(self.tau_pos)} if A > 0 else {number(self.tau_neg)}"
 
     def code(self) -> list[str]:
         return [
@@ -308,15 +329,14 @@ class Quadratic(Trust):
         return -at.advantage * at.logp + 0.5 * self.tau * at.delta**2
 
     def slope(self, at: Tokens) -> Tensor:
-        return -at.advantage + self.tau * at.delta
+        return torch.where(at.advantage == 0, self.tau * at.delta, -self.weight(at) * at.advantage)
 
     def weight(self, at: Tokens) -> Tensor:
         pull = self.tau * at.delta
         return 1 - torch.where(pull == 0, torch.zeros_like(pull), pull / at.advantage)
 
-    def formula(self) -> tuple[str, str]:
-        half = number(self.tau / 2)
-        return f"[A·log π_θ(y_t) − {half}·(log r)²]", rf"\left[A \log\pi_\theta(y_t) - {half}(\log r)^2\right]"
+    def formula(self) -> str:
+        return f"A·log π_θ(y_t) − {number(self.tau / 2)}·(log r)²"
 
     def code(self) -> list[str]:
         return [f"loss = -A * logp + {self.tau} / 2 * (logp - denominator_logp) ** 2"]
