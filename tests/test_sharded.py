@@ -24,10 +24,11 @@ def found(request, tmp_path_factory):
         for rank in range(request.param)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=240) for process in ranks]
+        said = [process.communicate(timeout=540) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
+            process.communicate()  # one that is not waited for is a warning of its own, which would hide the failure
     assert not any(process.returncode for process in ranks), "\n".join(errors[-3000:] for _, errors in said)
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
