@@ -38,7 +38,7 @@ def test_losses_list_and_show():
         assert piece in shown
     data = json.loads(lossmith("losses", "show", "ppo", "--json").stdout)
     assert data["weights"]["A < 0"] == pytest.approx([0, 0, 0.9, 1, 1.15, 1.5, 2.5, 10])
-    assert r"\min(rA" in lossmith("losses", "show", "ppo", "--latex").stdout
+    assert r"\min\left(" in lossmith("losses", "show", "ppo", "--latex").stdout
     assert "regularises nothing" in lossmith("losses", "show", "book_ppo_clip").stdout
 
 

@@ -342,8 +342,8 @@ def test_a_scorer_that_waits_is_asked_while_others_are_written(tmp_path):
             runs=str(tmp_path), name=f"waits-{waits}", quiet=True,
         )  # fmt: skip
         found.append((run.summary["held_out"], run.policy.checksum()))
-        # two evaluations, the first texts once more at the end, two steps
-        assert scorer.asked == 2 + 1 + 2 * (3 if waits else 1)
+        # two evaluations of two prompts, the first texts once more at the end, two steps of three
+        assert scorer.asked == 2 * (2 if waits else 1) + 1 + 2 * (3 if waits else 1)
     assert found[0] == found[1]
 
 

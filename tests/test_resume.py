@@ -468,8 +468,8 @@ def test_what_was_measured_before_is_not_measured_again(stopped, unbroken, monke
     from lossmith.training import loop
 
     calls = []
-    true = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *a: calls.append(1) or true(*a))
+    true = loop.Run._evaluate
+    monkeypatch.setattr(loop.Run, "_evaluate", lambda run: calls.append(1) or true(run))
     resume(stopped)
     assert len(calls) == 1 and result(stopped) == result(unbroken)
 

@@ -105,7 +105,7 @@ def test_groups_list_their_commands_with_a_line_each(capsys, words):
     group = words[0] if words[0] != "--help" else None
     for name in app[group] if group else app:
         if not name.startswith("-"):
-            assert re.search(rf"│ {name} +\w", out), name
+            assert re.search(rf"^  {name} +\w", out, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("kind", [Recipe, PreferenceRecipe])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lossmith import losses
     from lossmith.api import prefer, resume, resume_preferences, train
     from lossmith.errors import (
+        AddressError,
         FeedbackError,
         FinishedError,
         LossError,
@@ -73,6 +74,7 @@ __all__ = [
     "GAE",
     "KL",
     "TD",
+    "AddressError",
     "Audit",
     "Batch",
     "Clip",

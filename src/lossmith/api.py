@@ -8,26 +8,31 @@ The other commands are functions too: `sample_outputs`, `lossmith.feedback` (ann
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from rich.console import Console
 
 from lossmith.durable.inputs import Inputs
 from lossmith.durable.stopping import Stopping
-from lossmith.errors import LossmithError, RunError
+from lossmith.errors import LossmithError, RecipeError, RunError
 from lossmith.files import at_home
 from lossmith.project import check_recipe_order
+from lossmith.ranks import Ranks, of_environment, started
 from lossmith.report.run.closing import closing
 from lossmith.report.run.code import show_code
 from lossmith.report.run.live import LiveView
 from lossmith.report.run.offline import show_preference_run
 from lossmith.report.run.opening import opening
 from lossmith.report.run.tracking import Tracking, check_tracker
+from lossmith.terminal import Terminal
 from lossmith.training import Plan, Recipe, Run, Step, learn, open_run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
+from lossmith.training.loop import work_for
 from lossmith.training.offline import loop as offline
 from lossmith.training.offline.loop import PreferenceRecipe, PreferenceRun
 from lossmith.training.run import RunFolder
@@ -44,7 +49,7 @@ def train(*, quiet: bool = False, **settings: Any) -> Run:
     Whatever ends it early, Ctrl-C and SIGTERM included, the run is saved first: a note of the exception says how to
     go on.
     """
-    return run_recipe(Recipe.make("train()", **settings), console=Console(quiet=quiet))
+    return run_recipe(Recipe.make("train()", **settings), console=Terminal(quiet=quiet))
 
 
 def resume(
@@ -53,14 +58,20 @@ def resume(
     steps: int | None = None,
     accept_changes: bool = False,
     console: Console | None = None,
+    processes: int = 1,
     **objects: Any,
 ) -> Run:
     """Go on with a run that stopped, from its last complete checkpoint, as if it had not stopped.
 
-    steps: how many there are to be, where they are more than the run had. objects: `scorer`, `watch` or `prompts` that
+    steps: how many there are to be, where they are more than the run had. processes: ranks that share the work, as many
+    as you like whatever the run had. objects: `scorer`, `watch` or `prompts` that
     were Python objects, which no file can hold. RunError: the run is finished; what decided it has changed, and
     accept_changes is not set; another process works on it.
     """
+    ranks = of_environment()
+    if ranks.rank:  # rank 0 alone works in the folder
+        recipe = recipe_of(RunFolder(at_home(folder)), Recipe, objects, {} if steps is None else {"steps": steps})
+        return run_recipe(recipe, ranks=ranks)
     there = RunFolder.existing(at_home(folder))
     try:
         recipe = recipe_of(there, Recipe, objects, {} if steps is None else {"steps": steps})
@@ -73,6 +84,7 @@ def resume(
             console=console,
             accept_changes=accept_changes,
             more_steps=steps is not None,
+            processes=processes,
         )
     finally:
         there.close()
@@ -95,22 +107,53 @@ def run_recipe(
     console: Console | None = None,
     accept_changes: bool = False,
     more_steps: bool = False,
+    processes: int = 1,
+    ranks: Ranks | None = None,
 ) -> Run:
-    """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with."""
-    console = console or Console()
+    """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with.
+
+    processes: ranks that share the work on this machine, this one among them. ranks: those that this process is one
+    of; by default those that torchrun has started. On any other than rank 0 the call does that rank's share and ends
+    the process with it (SystemExit).
+    """
+    if processes > 1:
+        with tempfile.TemporaryDirectory() as place, started(processes, ["train", _written(recipe, place)]) as those:
+            return run_recipe(
+                recipe, folder=folder, held_out_ids=held_out_ids, console=console, accept_changes=accept_changes,
+                more_steps=more_steps, ranks=those,
+            )  # fmt: skip
+    ranks = ranks or of_environment()
+    console = console or Terminal()
     check_recipe_order(recipe)
     check_tracker(recipe.track)
     if recipe.engine == "trl":
         from lossmith.adapters.trl import engine
 
         engine.check_recipe(recipe)
+    if ranks.rank:
+        work_for(plan(recipe), ranks)
+        raise SystemExit(0)
     show_code(console, scorer=recipe.scorer, watch=recipe.watch, loss=recipe.loss)
     checked = plan(recipe, held_out_ids)
     with Stopping() as stop:
-        run = open_run(checked, resume=folder, accept_changes=accept_changes, more_steps=more_steps)
+        run = open_run(checked, resume=folder, accept_changes=accept_changes, more_steps=more_steps, ranks=ranks)
         with kept(run, stop):
             _show_run(checked, run, console, stop)
     return run
+
+
+def _written(recipe: Recipe, place: str) -> str:
+    """A file of the recipe, for the other ranks. RecipeError: it holds what no file can."""
+    fields = recipe.written()
+    live = [key for key, value in fields.items() if str(value).startswith("python: ")]
+    if live:
+        raise RecipeError(
+            f"{', '.join(live)} cannot be given to processes that are yet to be started: they are Python objects. "
+            "Start your script with torchrun, or write them where they are to be found."
+        )
+    file = Path(place) / "recipe.toml"
+    file.write_text(tomli_w.dumps(fields), encoding="utf-8")
+    return str(file)
 
 
 def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None:
@@ -153,7 +196,7 @@ def prefer(preferences: Any = None, *, quiet: bool = False, **settings: Any) -> 
     """
     if preferences is not None:
         settings["preferences"] = preferences
-    return run_preferences(PreferenceRecipe.make("prefer()", **settings), Console(quiet=quiet))
+    return run_preferences(PreferenceRecipe.make("prefer()", **settings), Terminal(quiet=quiet))
 
 
 def resume_preferences(
@@ -166,13 +209,15 @@ def resume_preferences(
     with Stopping() as stop:
         run = offline.resume_preferences(folder, accept_changes=accept_changes, **objects)
         with kept(run, stop):
-            show_preference_run(run, console or Console(), stop)
+            show_preference_run(run, console or Terminal(), stop)
     return run
 
 
 def run_preferences(recipe: PreferenceRecipe, console: Console) -> PreferenceRun:
     """Do all that a recipe on preferences asks, showing it on the console."""
     check_tracker(recipe.track)
+    if of_environment().size > 1:
+        raise RunError("lossmith prefer works in one process: start it without torchrun.")
     with Stopping() as stop:
         checked = offline.plan_preferences(recipe)
         with console.status("reading the preferences into the model's tokens"):

@@ -8,6 +8,7 @@ LossmithError
 ├── PolicyError    (ValueError)    the model, its tokenizer, or how it is sampled
 ├── ScorerError    (RuntimeError)  a scorer that does not load, raises, hangs, or answers nonsense
 ├── FeedbackError  (ValueError)    output sets, judgements of them, and preferences made of those
+├── AddressError   (ValueError)    an address of the explorer that means nothing
 ├── StageError     (RuntimeError)  a step of a project taken before the one that it needs
 └── RunError       (RuntimeError)  the run folder and the machine under it
     └── FinishedError              a run that has come to its end already
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
+    "AddressError",
     "FeedbackError",
     "FinishedError",
     "LossError",
@@ -72,6 +74,10 @@ class ScorerError(LossmithError, RuntimeError):
 
 class FeedbackError(LossmithError, ValueError):
     """Output sets, judgements of them, and preferences made of those."""
+
+
+class AddressError(LossmithError, ValueError):
+    """An address of the explorer that means nothing."""
 
 
 class StageError(LossmithError, RuntimeError):

@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lossmith.errors import LossmithError, RunError
+from lossmith.errors import LossmithError, PolicyError, RunError
 
 __all__ = [
     "append_line",
     "at_home",
+    "cache_folder",
     "check_writable",
     "explain_write_errors",
     "read_text",
@@ -53,6 +54,11 @@ def at_home(path: str | Path, error: type[LossmithError] = RunError) -> Path:
 def text_at_home(text: str, error: type[LossmithError]) -> str:
     """A text that may name a path, or something in a file (`~/a.py:function`); other texts stay as they are."""
     return str(at_home(text, error)) if text.startswith("~") else text
+
+
+def cache_folder() -> Path:
+    """$LOSSMITH_CACHE, or ~/.cache/lossmith."""
+    return at_home(os.environ.get("LOSSMITH_CACHE") or "~/.cache/lossmith", PolicyError)
 
 
 def sha256(path: Path) -> str:

@@ -27,6 +27,7 @@ from lossmith.report.run.waiting import Busy
 from lossmith.scorers import Scorer, best_of, check_scorer, close_scorer, load_scorer
 from lossmith.scorers.address import shown
 from lossmith.scorers.weak import doubts
+from lossmith.terminal import Terminal
 
 __all__ = ["sample_outputs"]
 
@@ -75,7 +76,7 @@ def sample_outputs(
     """
     options = locals()
     given = {key: options[key] for key in _DECIDES}
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     settings = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, stop=stop)
     check_samples(n, settings)
     check_order("sample", prompts)

@@ -4,61 +4,112 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import cyclopts
-from rich.console import Console
 from rich.text import Text
 
 from lossmith import __version__
+from lossmith.cli.completion import answer, installer
+from lossmith.cli.help import PlainHelp
 from lossmith.cli.streams import bear_every_character, check_names
 from lossmith.errors import LossmithError, printable
+from lossmith.terminal import Terminal
 
 __all__ = ["app", "main"]
 
 
-def _command(group: cyclopts.App, name: str, function: str, module: str | None = None) -> None:
-    """A command that is imported when it is given. Its help is its docstring, read without importing it."""
-    file = Path(__file__).with_name(f"{module or name}.py")
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
-    group.command(f"lossmith.cli.{file.stem}:{function}", name=name, help=ast.get_docstring(found))
+# The commands in the order of the work: {title: {command: (file in this folder, its function)}}. A command with a
+# space belongs to a group of commands, whose one line stands in _GROUPS.
+_WORK: dict[str, dict[str, tuple[str, str]]] = {
+    "From prompts to a policy": {
+        "init": ("project", "init"),
+        "status": ("project", "status"),
+        "sample": ("sample", "sample"),
+        "annotate": ("annotate", "annotate"),
+        "reward train": ("reward", "train"),
+        "train": ("train", "train"),
+        "prefer": ("prefer", "prefer"),
+        "chat": ("chat", "chat"),
+    },
+    "What a loss is and does": {
+        "explore": ("explore", "explore"),
+        "losses list": ("losses", "list_"),
+        "losses show": ("losses", "show"),
+        "losses compare": ("compare", "compare"),
+        "losses from": ("configurations", "from_"),
+        "audit": ("audit", "audit_"),
+    },
+    "What happened in a run": {
+        "plot": ("plot", "plot"),
+        "doctor": ("doctor", "doctor_"),
+        "replay": ("replay", "replay"),
+        "explain": ("explain", "explain"),
+        "report": ("report", "report"),
+    },
+    "Machines and other trainers": {
+        "bench": ("bench", "bench"),
+        "export verl": ("export", "verl"),
+    },
+}
+_GROUPS = {
+    "losses": "The catalogue of losses: formulas, weights, parameters, papers.",
+    "reward": "Reward models, trained from preferences.",
+    "export": "A recipe as a folder that another trainer runs.",
+}
 
 
-app = cyclopts.App(
-    name="lossmith",
-    help="Policy learning for RLHF, with a loss that is what its name says.",
-    version=__version__,
-    suppress_keyboard_interrupt=False,  # main says that it stopped
-    default_parameter=cyclopts.Parameter(negative_iterable=()),
-)
-losses = cyclopts.App(name="losses", help="The catalogue of losses: formulas, weights, parameters, papers.")
-reward = cyclopts.App(name="reward", help="Reward models, trained from preferences.")
-export = cyclopts.App(name="export", help="A recipe as a folder that another trainer runs.")
-app.command(losses)
-app.command(reward)
-app.command(export)
-for _name in ("train", "prefer", "sample", "bench", "annotate", "plot", "replay", "explain", "chat"):
-    _command(app, _name, _name)
-_command(app, "audit", "audit_")
-_command(app, "doctor", "doctor_")
-_command(app, "report", "report")
-_command(app, "init", "init", "project")
-_command(app, "status", "status", "project")
-_command(losses, "list", "list_", "losses")
-_command(losses, "show", "show", "losses")
-_command(losses, "compare", "compare", "compare")
-_command(losses, "from", "from_", "configurations")
-_command(reward, "train", "train", "reward")
-_command(export, "verl", "verl", "export")
+def _docstring(file: str, function: str) -> str | None:
+    """Read without importing the file, which takes seconds."""
+    tree = ast.parse(Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
+    return ast.get_docstring(next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function))
+
+
+def _app() -> cyclopts.App:
+    """Every command under its title, in the order of the work; one is imported when it is given."""
+    made = cyclopts.App(
+        name="lossmith",
+        help="Policy learning for RLHF, with a loss that is what its name says.",
+        version=__version__,
+        suppress_keyboard_interrupt=False,  # main says that it stopped
+        default_parameter=cyclopts.Parameter(negative_iterable=()),
+        help_formatter=PlainHelp(),
+    )
+    more = cyclopts.Group("More", sort_key=len(_WORK))
+    made["--help"].group = made["--version"].group = more
+    groups: dict[str, cyclopts.App] = {}
+    place = itertools.count()
+    for number, (title, commands) in enumerate(_WORK.items()):
+        group = cyclopts.Group(title, sort_key=number)
+        for words, (file, function) in commands.items():
+            parent, _, name = words.rpartition(" ")
+            if parent and parent not in groups:
+                groups[parent] = cyclopts.App(name=parent, help=_GROUPS[parent], group=group, sort_key=next(place))
+                made.command(groups[parent])
+            groups.get(parent, made).command(
+                f"lossmith.cli.{file}:{function}",
+                name=name,
+                help=_docstring(file, function),
+                sort_key=next(place),
+                group=None if parent else group,
+            )
+    made.command(installer(made), name="--install-completion", group=more)
+    return made
+
+
+app = _app()
 
 
 def _run() -> None:
     """The command. BrokenPipeError: whoever read the output is gone, which rich would call an error of its own."""
     check_names()
+    if sys.argv[1:2] == ["__complete"]:  # cyclopts' answer, without importing the command that is being typed
+        return answer(app, sys.argv[2:])
+    app.console = Terminal()  # made now: it takes COLUMNS as it is when it is made
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except SystemExit as left:
@@ -95,7 +146,7 @@ def main() -> None:
 def _say(text: Text | None, error: BaseException) -> None:
     """On standard error, with what the error's notes tell to do; a terminal that is gone hears nothing."""
     with contextlib.suppress(OSError):
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         for line in filter(None, [text, *(Text(printable(note)) for note in getattr(error, "__notes__", []))]):
             console.print(line, soft_wrap=True)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from lossmith.cli.streams import print_json
 from lossmith.errors import FeedbackError
@@ -21,6 +20,7 @@ from lossmith.feedback.store import Store
 from lossmith.files import at_home, check_writable, read_text
 from lossmith.project import Project, check_order
 from lossmith.report.run.waiting import Busy
+from lossmith.terminal import Terminal
 
 __all__ = ["annotate"]
 
@@ -178,8 +178,8 @@ def _judge(spec: str, sets: list[OutputSet], store: Store, **options: Any) -> No
     from lossmith.report.run.code import show_code
 
     if options["model"] is None:
-        show_code(Console(), scorer=spec)
-    with Busy(Console(stderr=True), "judging") as busy:
+        show_code(Terminal(), scorer=spec)
+    with Busy(Terminal(stderr=True), "judging") as busy:
         said = judge(spec, sets, store, on_progress=busy.count, **options)
     _say(said)
 
@@ -230,4 +230,4 @@ def _serve(sets: list[OutputSet], path: Path, sets_path: Path | None, options: d
 
 
 def _say(text: Any) -> None:
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    Terminal().print(text, highlight=False, markup=False, soft_wrap=True)

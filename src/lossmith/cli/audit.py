@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lossmith.cli.completion import A_LOSS
 from lossmith.cli.losses import example
 from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, ProofError, quiet_traps
@@ -19,12 +20,13 @@ from lossmith.proofs.auditing import Audit, audit
 from lossmith.report.audit.page import html_page
 from lossmith.report.audit.sentences import Section, sections
 from lossmith.report.loss import weight_plot
+from lossmith.terminal import Terminal, put_table
 
 __all__ = ["audit_", "show_sections"]
 
 
 def audit_(
-    loss: str,
+    loss: Annotated[str, A_LOSS],
     /,
     *,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -44,7 +46,7 @@ def audit_(
     """
     if html is not None:
         html = check_writable(html, ProofError)
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     with quiet_traps(), console.status("measuring what the loss does"):  # traps are shown on the page
         asked = example(loss)
         found = audit(asked)
@@ -53,7 +55,7 @@ def audit_(
     if as_json:
         print_json(found.to_dict(), indent=2)
     elif html is not None:
-        Console().print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
+        Terminal().print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
     else:
         _show(found)
 
@@ -67,7 +69,7 @@ def _figure(loss: Loss) -> str:
 
 
 def _show(found: Audit) -> None:
-    console = Console()
+    console = Terminal()
     console.print(f"[bold]{escape(found.name)}[/]  {escape(found.summary or '')}")
     if found.paper:
         console.print(f"[dim]{escape(found.paper)}, {found.year}[/]")
@@ -86,7 +88,7 @@ def show_sections(console: Console, found: Audit) -> None:
     """Everything that was measured, a table a subject."""
     for section in sections(found):
         console.print()
-        console.print(_table(section))
+        put_table(console, _table(section))
 
 
 def _table(section: Section) -> Table:

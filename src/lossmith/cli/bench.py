@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
+from lossmith.cli.completion import A_LOSS
 from lossmith.cli.streams import print_json
 from lossmith.cli.words import settings_of
 from lossmith.report.run.bench import as_record, show_measurement
 from lossmith.report.run.code import show_code
+from lossmith.terminal import Terminal
 from lossmith.training import Recipe, measure_recipe, plan
 
 __all__ = ["bench"]
@@ -21,7 +22,7 @@ def bench(
     recipe: Path | None = None,
     /,
     *,
-    settings: Annotated[Recipe | None, Parameter(name="*")] = None,
+    settings: Annotated[Recipe | None, Parameter(name="*", completer=A_LOSS.completer)] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Measure a recipe on this machine: seconds by phase, the floor, memory, and the settings that would be better.
@@ -35,7 +36,7 @@ def bench(
     as_json
         Print the measurement as JSON on standard output, everything else on standard error.
     """
-    console = Console(stderr=as_json)
+    console = Terminal(stderr=as_json)
     made = settings_of(Recipe, recipe, settings)
     show_code(console, scorer=made.scorer, watch=made.watch, loss=made.loss)
     checked = plan(made)

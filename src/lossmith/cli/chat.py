@@ -13,6 +13,7 @@ from rich.text import Text
 from lossmith.chat import Side, open_sides
 from lossmith.errors import PolicyError, printable
 from lossmith.policy import SamplingSettings
+from lossmith.terminal import Terminal
 
 __all__ = ["chat"]
 
@@ -48,7 +49,7 @@ def chat(
         Compute type: auto, float32 or bfloat16.
     """
     settings = SamplingSettings(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     sides = open_sides(places, device=device, dtype=dtype)
     console.print(
         f"[dim]{' and '.join(s.name for s in sides)}; an empty line ends it, /new begins anew[/]", highlight=False
@@ -89,7 +90,7 @@ def _answer(console: Console, sides: list[Side], text: str, settings: SamplingSe
         width = max(20, console.width // len(sides) - 2)
         return Columns([Panel(Text(printable(t)), title=Text(name), width=width) for name, t in said.items()])
 
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         for side in sides:
             answer = side.reply(text, settings, seed=seed)
             console.print(f"{side.name}: {printable(answer)}", markup=False, highlight=False)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lossmith.adapters.configurations import read
+from lossmith.cli.completion import A_LOSS
 from lossmith.cli.configurations import is_configuration, show_not_understood, summary, title
 from lossmith.cli.losses import Json, example
 from lossmith.cli.streams import print_json
 from lossmith.report.loss import RATIOS, Comparison
 from lossmith.report.loss import compare as side_by_side
+from lossmith.terminal import Terminal, put_table
 
 __all__ = ["compare"]
 
 
-def compare(*names: str, as_json: Json = False) -> None:
+def compare(*names: Annotated[str, A_LOSS], as_json: Json = False) -> None:
     """Losses side by side: formulas, weights, advantages, and the defaults that differ.
 
     Parameters
@@ -36,7 +39,7 @@ def compare(*names: str, as_json: Json = False) -> None:
         plain["advantages"] = [{"rewards": k, "advantages": v} for k, v in found.advantages.items()]
         print_json(plain, indent=2)
         return
-    console = Console()
+    console = Terminal()
     for name, reading in readings.items():
         console.print(f"{name} is {reading.call}, of {title(reading)}", markup=False, highlight=False)
         show_not_understood(console, reading)
@@ -65,7 +68,7 @@ def _differences(console: Console, found: Comparison) -> None:
             continue
         words = [f"{v}: {w}" if w else v for v, w in zip(d.values, d.words, strict=True)]
         table.add_row(f"[bold]{d.name}[/]", *(_marked(w, words[0]) for w in words))
-    console.print(table)
+    put_table(console, table)
 
 
 def _marked(value: str, first: str) -> str:
@@ -78,7 +81,7 @@ def _advantages(console: Console, found: Comparison) -> None:
     for rewards, rows in found.advantages.items():
         texts = [row if isinstance(row, str) else "  ".join(f"{a:.5g}" for a in row) for row in rows]
         table.add_row(escape(str(list(rewards))), *(_marked(t, texts[0]) for t in texts))
-    console.print(table)
+    put_table(console, table)
 
 
 def _weights(console: Console, found: Comparison) -> None:
@@ -91,7 +94,7 @@ def _weights(console: Console, found: Comparison) -> None:
             first = rows[0] or row
             cells = [_marked(f"{w:.4g}", f"{f:.4g}") for w, f in zip(row, first, strict=True)]
             table.add_row(f"{sign}  {escape(name)}", *cells)
-    console.print(table)
+    put_table(console, table)
 
 
 def _formulas(console: Console, found: Comparison) -> None:

@@ -20,6 +20,7 @@ from lossmith.errors import quiet_traps
 from lossmith.proofs.auditing import audit
 from lossmith.report.loss import RATIOS
 from lossmith.report.loss.comparison import weights
+from lossmith.terminal import Terminal
 
 __all__ = ["from_", "is_configuration", "show_not_understood", "summary", "title"]
 
@@ -102,7 +103,7 @@ def show_not_understood(console: Console, reading: Reading) -> None:
 
 
 def _show(reading: Reading, *, measured: bool) -> None:
-    console = Console()
+    console = Terminal()
     why = f", {reading.why}" if reading.why else ""
     console.print(f"{reading.where}: {title(reading)}{why}", markup=False, highlight=False, style="dim")
     show_not_understood(console, reading)
@@ -118,7 +119,7 @@ def _show(reading: Reading, *, measured: bool) -> None:
     _settings(console, "not of the loss", reading.elsewhere, values=False)
     show_weights(console, reading.loss)
     if measured:
-        with quiet_traps(), Console(stderr=True).status("measuring what the loss does"):
+        with quiet_traps(), Terminal(stderr=True).status("measuring what the loss does"):
             found = audit(reading.loss)
         show_sections(console, found)
 

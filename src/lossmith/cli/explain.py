@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from lossmith.cli.losses import Json, example
 from lossmith.cli.replay import mapping_of
 from lossmith.cli.streams import print_json
@@ -13,6 +11,7 @@ from lossmith.explanation import explain as explained
 from lossmith.files import check_writable, write_atomically
 from lossmith.report.explanation.page import explanation_page
 from lossmith.report.explanation.terminal import show
+from lossmith.terminal import Terminal
 
 __all__ = ["explain"]
 
@@ -67,6 +66,6 @@ def explain(
     if as_json:
         print_json(found.as_dict(), indent=2)
         return
-    show(Console(), found, token)
+    show(Terminal(), found, token)
     if html is not None:
-        Console().print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
+        Terminal().print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)

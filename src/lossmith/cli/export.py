@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from lossmith.adapters.verl_export import export
 from lossmith.cli.words import settings_of
+from lossmith.terminal import Terminal
 from lossmith.training import Recipe
 
 __all__ = ["verl"]
@@ -38,4 +38,4 @@ def verl(
         Longest prompt, in tokens.
     """
     folder = export(settings_of(Recipe, recipe, settings), output, gpus=gpus, max_prompt_tokens=max_prompt_tokens)
-    Console().print(f"written to {folder}; it trains with {folder / 'launch.sh'}", highlight=False, soft_wrap=True)
+    Terminal().print(f"written to {folder}; it trains with {folder / 'launch.sh'}", highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lossmith.cli.completion import A_LOSS
 from lossmith.cli.streams import print_json
 from lossmith.errors import LossError, quiet_traps
 from lossmith.files import check_writable, write_atomically
@@ -19,6 +20,7 @@ from lossmith.losses.catalogue.entry import Entry
 from lossmith.report.loss import RATIOS, changes_of_preset, weight_plot
 from lossmith.report.loss.catalogue_page import FAMILIES
 from lossmith.report.loss.comparison import weights
+from lossmith.terminal import Terminal, put_table
 
 __all__ = ["example", "list_", "named_loss", "show", "show_weights"]
 
@@ -40,7 +42,7 @@ def list_(*, presets: Annotated[bool, Parameter(negative="")] = False, as_json: 
         print_json([_summary(entry, _example(entry)) for entry in entries], indent=2)
         return
     chosen = [e for e in entries if bool(e.preset_of) == presets]
-    console = Console()
+    console = Terminal()
     console.print(_overview(chosen, "presets" if presets else "losses", wide=console.width >= 110))
     if not presets:
         count = sum(bool(e.preset_of) for e in entries)
@@ -67,7 +69,7 @@ def _overview(chosen: list[Entry], what: str, *, wide: bool) -> Table:
 
 
 def show(
-    name: str,
+    name: Annotated[str, A_LOSS],
     /,
     *,
     latex: Annotated[bool, Parameter(negative="")] = False,
@@ -118,7 +120,7 @@ def write_plot(loss: Loss, path: Path) -> None:
         raise LossError(f"--plot writes SVG: give a name that ends in .svg, not {path}.")
     path = check_writable(path, LossError)
     write_atomically(path, weight_plot(loss))
-    Console().print(f"the weight of {loss.name} is drawn in {path}", highlight=False, markup=False)
+    Terminal().print(f"the weight of {loss.name} is drawn in {path}", highlight=False, markup=False)
 
 
 def _entry(name: str) -> Entry:
@@ -155,7 +157,7 @@ def _listing(loss: Loss) -> str:
 
 
 def _show(entry: Entry, loss: Loss) -> None:
-    console = Console()
+    console = Terminal()
     source = ", ".join(x for x in (entry.paper, str(entry.year or "")) if x) or entry.origin
     console.print(f"[bold]{escape(entry.name)}[/]  {escape(entry.summary)}\n[dim]{escape(source)}[/]\n")
     console.print(str(loss), markup=False, highlight=False)
@@ -166,7 +168,7 @@ def _show(entry: Entry, loss: Loss) -> None:
         _show_preset(console, entry)
     show_weights(console, loss)
     if isinstance(loss, PolicyLoss):
-        console.print(_parameters(loss))
+        put_table(console, _parameters(loss))
 
 
 def _needs(loss: Loss) -> str:
@@ -185,7 +187,7 @@ def _show_preset(console: Console, entry: Entry) -> None:
         table.add_column(column)
     for difference in changes_of_preset(entry.name):
         table.add_row(difference.name, *map(escape, difference.values))
-    console.print(table)
+    put_table(console, table)
 
 
 def show_weights(console: Console, loss: Loss) -> None:
@@ -204,7 +206,7 @@ def show_weights(console: Console, loss: Loss) -> None:
         table.add_column(f"{ratio:g}", justify="right")
     for sign, row in rows.items():
         table.add_row(sign, *(f"{w:.4g}" for w in row))
-    console.print(table)
+    put_table(console, table)
 
 
 def _parameters(loss: PolicyLoss) -> Table:

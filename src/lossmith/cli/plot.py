@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from lossmith.report.run.frontier import plot_frontier
+from lossmith.terminal import Terminal
 
 __all__ = ["plot"]
 
@@ -30,4 +30,4 @@ def plot(
         Steps in the mean that makes one point.
     """
     plot_frontier(runs, output, smooth)
-    Console().print(f"{len(runs)} run{'s' * (len(runs) > 1)} plotted to {output}", highlight=False)
+    Terminal().print(f"{len(runs)} run{'s' * (len(runs) > 1)} plotted to {output}", highlight=False)

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lossmith.api import resume_preferences, run_preferences
+from lossmith.cli.completion import A_LOSS
 from lossmith.cli.streams import RunConsole, print_json
 from lossmith.cli.words import settings_of
 from lossmith.errors import FinishedError, RecipeError
@@ -21,7 +22,7 @@ def prefer(
     preferences: str | None = None,
     /,
     *,
-    settings: Annotated[PreferenceRecipe | None, Parameter(name="*")] = None,
+    settings: Annotated[PreferenceRecipe | None, Parameter(name="*", completer=A_LOSS.completer)] = None,
     recipe: Path | None = None,
     resume: Path | None = None,
     accept_changes: Annotated[bool, Parameter(negative="")] = False,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from lossmith.cli.streams import print_json
 from lossmith.errors import StageError
 from lossmith.project import MARK, Project, Stage
+from lossmith.terminal import Terminal, put_table
 
 __all__ = ["init", "status"]
 
@@ -42,7 +42,7 @@ def init(
         Target-like columns that the scorer may see.
     """
     project = Project.create(folder, prompts, column=prompt_column, limit=prompt_limit, pass_columns=pass_columns)
-    Console(stderr=True).print(project.prompts_summary, highlight=False, markup=False, soft_wrap=True)
+    Terminal(stderr=True).print(project.prompts_summary, highlight=False, markup=False, soft_wrap=True)
     _show(project.folder, project.stages())
 
 
@@ -69,7 +69,7 @@ def status(
 
 
 def _show(folder: Path, stages: list[Stage]) -> None:
-    console = Console()
+    console = Terminal()
     table = Table(title=f"Project {folder}", title_justify="left", box=None, padding=(0, 2))
     for name in ("", "step", "found"):
         table.add_column(name)
@@ -80,7 +80,7 @@ def _show(folder: Path, stages: list[Stage]) -> None:
             stage.step,
             (stage.summary if stage.done else "-") + problem,
         )
-    console.print(table, markup=False)
+    put_table(console, table)
     following = next((stage for stage in stages if not stage.done or stage.advice), None)
     if following is None:
         console.print("The chain is complete. Sample from the new policy and judge again, or see docs/feedback.md.")

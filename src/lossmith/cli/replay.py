@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lossmith.cli.completion import A_LOSS
 from lossmith.cli.losses import Json, example
 from lossmith.cli.streams import print_json
 from lossmith.errors import RunError, quiet_traps
@@ -22,6 +23,7 @@ from lossmith.replay import Recorded, Replay, read_recorded
 from lossmith.replay import replay as through
 from lossmith.replay.model import under_model
 from lossmith.report.replay import plot_replay, replay_to_dict
+from lossmith.terminal import Terminal, put_table
 from lossmith.training.recipe import Recipe
 
 __all__ = ["mapping_of", "replay"]
@@ -33,7 +35,7 @@ def replay(
     path: Path,
     /,
     *,
-    loss: Annotated[tuple[str, ...], Parameter(name="--loss")] = (),
+    loss: Annotated[tuple[str, ...], Parameter(name="--loss", completer=A_LOSS.completer)] = (),
     step: int | None = None,
     map: str = "",
     model: str | None = None,
@@ -68,7 +70,7 @@ def replay(
     if output is not None:
         output = check_writable(output)
     record = _step(read_recorded(path, mapping_of(map)), step)
-    with quiet_traps(), Console(stderr=True).status("replaying"):
+    with quiet_traps(), Terminal(stderr=True).status("replaying"):
         losses = _losses(path, record, loss)
         found = through(record, losses)
         if model is not None:
@@ -80,9 +82,9 @@ def replay(
     if as_json:
         print_json(replay_to_dict(found), indent=2)
         return
-    _show(Console(), found)
+    _show(Terminal(), found)
     if output is not None:
-        Console().print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+        Terminal().print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 def mapping_of(text: str) -> dict[str, str] | None:
@@ -139,7 +141,7 @@ def _show(console: Console, found: Replay) -> None:
             f"effective sample size of the weights π_old/π_behavior: {found.effective_sample_size:.1%} of the tokens",
             highlight=False,
         )
-    console.print(_table(found))
+    put_table(console, _table(found))
     if len(found.evaluated) > 1:
         names = [x.name for x in found.evaluated]
         console.print(_matrix("cosine of the pulls -dL/dlogp, over all tokens", names, found.cosines))
@@ -203,7 +205,7 @@ def _show_model(console: Console, found: Replay) -> None:
     table.add_column("|dL/dθ|", justify="right")
     for name, norm in under.grad_norm.items():
         table.add_row(escape(name), f"{norm:.4g}")
-    console.print(table)
+    put_table(console, table)
     if len(under.grad_norm) > 1:
         console.print(_matrix("cosine of dL/dθ", list(under.grad_norm), under.cosines))
     for name, why in under.refused.items():

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from lossmith.report.page import write_report
+from lossmith.terminal import Terminal
 
 __all__ = ["report"]
 
@@ -31,4 +31,4 @@ def report(
     """
     place = write_report(runs, output)
     told = f"wrote {place} ({place.stat().st_size / 1e6:.1f} MB, about {len(runs)} run{'s' * (len(runs) > 1)})"
-    Console().print(told, markup=False, highlight=False, soft_wrap=True)
+    Terminal().print(told, markup=False, highlight=False, soft_wrap=True)

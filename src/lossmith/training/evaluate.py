@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lossmith.detectors.signal import without_signal
 from lossmith.intervals import ALIKE, Interval, alike, allows_verdict, in_words, mean_of, share_of, verdict
-from lossmith.policy import Policy, sample
-from lossmith.prompts import PromptSet
 from lossmith.rollouts import Rollout
-from lossmith.scorers import Scorer, score_rollouts
-from lossmith.training.recipe import Recipe
 
 __all__ = [
+    "EVALUATION_STEP",
     "Evaluation",
     "comparison",
     "during",
-    "evaluate",
     "paired",
     "preferred",
     "rescored",
@@ -61,25 +57,6 @@ class Evaluation:
     def distinct(self) -> int:
         """Different texts among the completions."""
         return len({r.completion for r in self.rollouts})
-
-
-def evaluate(
-    policy: Policy,
-    prompts: PromptSet,
-    scorer: Scorer,
-    recipe: Recipe,
-    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Evaluation:
-    """One completion of each prompt, scored. Random numbers depend on the recipe's seed and the prompt alone.
-
-    tell: told what is being done, and how much of it is done.
-    """
-    rollouts = sample(
-        policy, list(prompts), 1, recipe.sampling, seed=recipe.seed, step=EVALUATION_STEP,
-        on_progress=lambda done, total: tell("sampling", done, total),
-    )  # fmt: skip
-    tell("scoring", 0, len(rollouts))
-    return Evaluation(score_rollouts(scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Keeping:
             state = load_checkpoint(checkpoint, self.learner, self.going_on.changed)
             self.first_step = self.done = self.saved = state["step"]
             self.folder.digests = state["rollouts"] | self.folder.digests
+            self.learner.share_weights()
             metrics = checkpoint.text("metrics.jsonl")
         self.going_on.set_right(self.folder, metrics)
 

@@ -12,14 +12,15 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossmith.detectors.measuring import BAND
 from lossmith.errors import RunError
-from lossmith.losses import Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
+from lossmith.losses import KL, Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
+from lossmith.losses.loss import no_metrics
 from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import (
     Layout,
@@ -32,10 +33,12 @@ from lossmith.policy import (
     sharing_is_exact,
     token_outputs,
 )
+from lossmith.ranks import Ranks
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
 from lossmith.training.recipe import Recipe
+from lossmith.training.sampler_gap import OF_SAMPLER, against_sampler, sampler_metrics
 from lossmith.training.weights import WeightWatch
 
 __all__ = ["Learner", "Update"]
@@ -55,8 +58,14 @@ class Update:
 class Learner:
     """Holds the optimizer, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
-    def __init__(self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0) -> None:
-        """longest: tokens of the longest prompt there will be, for the estimate of memory."""
+    def __init__(
+        self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0, ranks: Ranks | None = None
+    ) -> None:
+        """longest: tokens of the longest prompt there will be, for the estimate of memory.
+
+        ranks: the processes that share the work. Every rank has a learner; that of rank 0 makes the batch, the credit
+        and the optimizer's step, and the others' forward and backward passes are of the prompts that are theirs.
+        """
         if loss.value.active and policy.value_head is None:
             policy.add_value_head()
         if "value" in loss.needs and not loss.value.active:
@@ -86,6 +95,8 @@ class Learner:
             trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
         )
         self._clock = Clock()
+        self.ranks = ranks or Ranks()
+        self.ranks.tasks |= {"outputs": self._outputs, "accumulate": self._accumulate_all, "weights": self._weights}
         self.bad_in_a_row = 0  # gradients that were not finite
         self.settled = True  # False from the first change that a round makes, until the loop has written the round down
         self._largest = 0.0  # advantage of the round
@@ -159,22 +170,43 @@ class Learner:
 
     def outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
+        parts = self.ranks.call("outputs", policy is self.reference, rollouts, want)
         width = max([len(r.completion_ids) for r in rollouts] + [1])
-        logp = torch.zeros(len(rollouts), width, device=policy.device)
-        value = torch.zeros(len(rollouts), width, device=policy.device) if "value" in want else None
-        mask = torch.zeros(len(rollouts), width, dtype=torch.bool, device=policy.device)
-        for rows in self.micro_batches(rollouts):
+        outs = [out for part in parts for _, out in part]
+        device, dtype = policy.device, outs[0].logp.dtype if outs else torch.float32
+        logp = torch.zeros(len(rollouts), width, device=device, dtype=dtype)
+        mask = torch.zeros(len(rollouts), width, dtype=torch.bool, device=device)
+        value = torch.zeros_like(logp) if "value" in want else None
+        for rows, out in (one for part in parts for one in part):
+            t = out.logp.shape[1]
+            logp[rows, :t], mask[rows, :t] = out.logp.to(device), out.mask.to(device)
+            if value is not None and out.value is not None:
+                value[rows, :t] = out.value.to(device, dtype)
+        return TokenOutputs(
+            logp=logp, mask=mask, distribution=distribution_of(policy, self.recipe.sampling), value=value
+        )
+
+    @torch.no_grad()
+    def _outputs(
+        self, of_reference: bool, rollouts: Sequence[Rollout], want: frozenset[str]
+    ) -> list[tuple[Tensor, TokenOutputs]]:
+        """Of this rank's rows: (their numbers, their outputs), a micro-batch each."""
+        policy = self.reference if of_reference else self.policy
+        assert policy is not None
+        found = []
+        for rows in self.micro_batches(rollouts, self._mine(rollouts)):
             with self._clock("log_probs"):
                 out = token_outputs(
                     policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
                 )
-            t = out.logp.shape[1]
-            logp = logp.to(out.logp.dtype)
-            logp[rows, :t], mask[rows, :t] = out.logp, out.mask
-            if value is not None and out.value is not None:
-                value = value.to(out.value.dtype)
-                value[rows, :t] = out.value
-        return TokenOutputs(logp=logp, mask=mask, distribution=out.distribution, value=value)
+            found.append((rows, out if self.ranks.size == 1 else _on_cpu(out)))
+        return found
+
+    def _mine(self, rollouts: Sequence[Rollout]) -> list[int]:
+        """The rows of this rank: whole groups, dealt out by turns."""
+        ids = list(dict.fromkeys(r.prompt.id for r in rollouts))
+        mine = set(ids[self.ranks.rank :: self.ranks.size])
+        return [i for i, r in enumerate(rollouts) if r.prompt.id in mine]
 
     # -- credit and update ------------------------------------------------------------------------------------------
 
@@ -201,9 +233,9 @@ class Learner:
                 moved, norm = self._optimizer_step(step)
             skipped += not moved
             metrics.append(of_loss | {"grad_norm": norm})
-        names = [name for name in metrics[-1] if not name.startswith(_OF_SAMPLER)]
+        names = [name for name in metrics[-1] if not name.startswith(OF_SAMPLER)]
         means = {name: sum(m.get(name, 0.0) for m in metrics) / len(metrics) for name in names}
-        means |= _sampler(metrics) | self.weights.measured()
+        means |= sampler_metrics(metrics) | self.weights.measured()
         means |= credit.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._adapt(means, len(rollouts))
         return Update(means, skipped, self._clock.read())
@@ -214,28 +246,74 @@ class Learner:
         A loss that is not separable is evaluated once on all rows, over outputs without a graph; each micro-batch's
         forward pass is then given its share of dL/d(outputs). That costs one more forward pass.
         """
-        with bfloat16_weights(self.policy) if self.compiled else contextlib.nullcontext():
+        if self.ranks.size == 1:
             return self._accumulate(rollouts, batch, credit)
+        kl = self.loss.kl if isinstance(self.loss, PolicyLoss) else None
+        plain = _credit_to(dataclasses.replace(credit, compute_metrics=no_metrics), "cpu")
+        given = {name: x.cpu() for name, x in batch.given.items()}
+        metrics: dict[str, float] = {}
+        for share in self.ranks.call("accumulate", rollouts, given, plain, kl):
+            metrics = _added(metrics, share)
+        return metrics
+
+    def _accumulate_all(
+        self, rollouts: Sequence[Rollout], given: dict[str, Tensor], credit: Credit, kl: KL | None
+    ) -> dict[str, float]:
+        """This rank's share of an update's gradients, and of its metrics; on rank 0, the gradients of all."""
+        device = self.policy.device
+        if kl is not None and isinstance(self.loss, PolicyLoss) and self.loss.kl != kl:
+            self.loss = self.loss.replace(kl=kl)
+        batch = Batch(**given).to(device)
+        metrics = self._accumulate(rollouts, batch, _credit_to(credit, device))
+        with self._clock("gradients"):
+            self.ranks.add_gradients(self._trained())
+        return metrics
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        head = self.policy.value_head
+        return [*self.policy.parameters(), *([] if head is None else head.parameters())]
+
+    def share_weights(self) -> None:
+        """Every rank's policy, as rank 0's has become."""
+        if self.ranks.size > 1:
+            self.ranks.call("weights", self.policy.version)
+
+    def _weights(self, version: int) -> None:
+        self.ranks.copy_from_first(self._trained())
+        self.policy.version = version
 
     def _accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
-        whole = None if self.loss.separable else self._output_gradients(rollouts, batch, credit)
-        metrics = {} if whole is None else whole.metrics
-        for rows in self.micro_batches(rollouts):
-            with torch.enable_grad():
-                with self._clock("forward"):
-                    graded = self._graded([rollouts[i] for i in rows], batch)
-                with self._clock("loss"):
-                    if whole is None:
-                        result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
-                        share, total = _metrics_of(result), result.loss
-                    else:
-                        share, total = {}, whole.surrogate_loss(graded, rows)
-                if total.requires_grad:
-                    with self._clock("backward"):
-                        total.backward()
-            share |= _against_sampler(graded["logp"], batch.rows(rows), credit.rows(rows))
-            metrics = {k: metrics.get(k, 0.0) + share.get(k, 0.0) for k in {**metrics, **share}}
-        return metrics
+        mine = self._mine(rollouts)
+        whole = None if self.loss.separable else self._output_gradients(rollouts, batch, credit, mine)
+        metrics = {} if whole is None or self.ranks.rank else whole.metrics
+
+        def backward() -> dict[str, float]:
+            total = metrics
+            for rows in self.micro_batches(rollouts, mine):
+                total = _added(total, self._backward(rollouts, batch, credit, rows, whole))
+            return total
+
+        with bfloat16_weights(self.policy) if self.compiled else contextlib.nullcontext():
+            found: dict[str, float] = self.ranks.together(backward)
+        return found
+
+    def _backward(
+        self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, rows: Tensor, whole: _OutputGradients | None
+    ) -> dict[str, float]:
+        """Add the gradient of these rows; returns their share of the metrics."""
+        with torch.enable_grad():
+            with self._clock("forward"):
+                graded = self._graded([rollouts[i] for i in rows], batch)
+            with self._clock("loss"):
+                if whole is None:
+                    result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
+                    share, total = _metrics_of(result), result.loss
+                else:
+                    share, total = {}, whole.surrogate_loss(graded, rows)
+            if total.requires_grad:
+                with self._clock("backward"):
+                    total.backward()
+        return share | against_sampler(graded["logp"], batch.rows(rows), credit.rows(rows))
 
     def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
         """The outputs that the loss needs from a forward pass, padded to the batch's width."""
@@ -253,25 +331,36 @@ class Learner:
         graded = {name: getattr(out, name) for name in ("logp", *want)}
         return {k: torch.nn.functional.pad(v, (0, width - v.shape[1])) for k, v in graded.items()}
 
-    def _output_gradients(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> _OutputGradients:
-        """dL/d(outputs) of all rows at once."""
-        parts: list[tuple[Tensor, dict[str, Tensor]]] = []
-        with torch.no_grad():
-            for rows in self.micro_batches(rollouts):
-                parts.append((rows, self._graded([rollouts[i] for i in rows], batch)))
-        order = torch.cat([rows for rows, _ in parts]).argsort()
-        leaves = {
-            name: torch.cat([graded[name] for _, graded in parts])[order].requires_grad_() for name in parts[0][1]
-        }
+    def _output_gradients(
+        self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, mine: Sequence[int]
+    ) -> _OutputGradients:
+        """dL/d(outputs) of all rows at once, on every rank: each makes the outputs of its own."""
+        dtype = self.policy.parameters()[0].dtype
+        names = ["logp", *sorted({"entropy", "full_kl", "value"} & self.loss.needs)]
+        leaves = {name: torch.zeros(batch.valid.shape, dtype=dtype, device=self.policy.device) for name in names}
+
+        def fill() -> None:
+            with torch.no_grad():
+                for rows in self.micro_batches(rollouts, mine):
+                    for name, x in self._graded([rollouts[i] for i in rows], batch).items():
+                        leaves[name][rows] = x.to(dtype)
+
+        self.ranks.together(fill)
+        leaves = {name: self.ranks.add_up(x).requires_grad_() for name, x in leaves.items()}
         with torch.enable_grad():
             result = self.loss.objective(batch.replace(**leaves), credit)
             grads = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
         known = {k: g for k, g in zip(leaves, grads, strict=True) if g is not None}
         return _OutputGradients(known, _metrics_of(result))
 
-    def micro_batches(self, rollouts: Sequence[Rollout]) -> Iterator[Tensor]:
-        """Row numbers within the token budget, a prompt's completions side by side so that they share its encoding."""
-        order = sorted(range(len(rollouts)), key=lambda i: (rollouts[i].prompt.id, rollouts[i].sample))
+    def micro_batches(self, rollouts: Sequence[Rollout], of: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Row numbers within the token budget, a prompt's completions side by side so that they share its encoding.
+
+        of: the rows to cut up, all if not given.
+        """
+        order = sorted(
+            range(len(rollouts)) if of is None else of, key=lambda i: (rollouts[i].prompt.id, rollouts[i].sample)
+        )
         rows: list[int] = []
         seen: set[str] = set()
         used = 0
@@ -314,6 +403,8 @@ class Learner:
             optimizer_step(self.optimizer, self.recipe, step, self.recipe.steps)
             self.policy.version += 1
         self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.share_weights()
         return finite, norm if finite else 0.0
 
     def _cure(self) -> str:
@@ -380,39 +471,18 @@ def _metrics_of(result: LossOutput) -> dict[str, float]:
     return {"loss": float(result.loss.detach())} | terms | result.metrics
 
 
-_OF_SAMPLER = "of the sampler: "  # sums over tokens, which micro-batches add up before anything is divided
+def _added(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """Metrics that are shares of a whole."""
+    return {k: a.get(k, 0.0) + b.get(k, 0.0) for k in {**a, **b}}
 
 
-@torch.no_grad()
-def _against_sampler(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, float]:
-    """How far the sampler's stored log-probabilities are from the learner's, summed over the tokens.
-
-    Both are of the distribution sampled from; what is left is rounding, and how far this update has already moved.
-    """
-    if batch.behavior_logp is None:
-        return {}
-    gap = (logp - batch.behavior_logp)[batch.valid].double()
-    ratio = gap.clamp(-20, 20).exp()
-    low, high = BAND
-    sums = {
-        "gap": gap.abs(), "outside": ((ratio < low) | (ratio > high)).double(), "ratio": ratio,
-        "squared": ratio.square(), "tokens": torch.ones_like(ratio),
-    }  # fmt: skip
-    return {_OF_SAMPLER + name: float(x.sum()) for name, x in sums.items()}
+def _on_cpu(out: TokenOutputs) -> TokenOutputs:
+    return dataclasses.replace(
+        out, logp=out.logp.cpu(), mask=out.mask.cpu(), value=None if out.value is None else out.value.cpu()
+    )
 
 
-def _sampler(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Sampler against learner: before the round's first update, where only rounding is between them, and what the
-    sample is worth in the last, where the updates are too."""
-
-    def of(update: Mapping[str, float], name: str) -> float:
-        return update.get(_OF_SAMPLER + name, 0.0)
-
-    first, last = updates[0], updates[-1]
-    if not of(first, "tokens") or not of(last, "squared"):
-        return {}
-    return {
-        "sampler_gap": of(first, "gap") / of(first, "tokens"),
-        "sampler_outside": of(first, "outside") / of(first, "tokens"),
-        "ess": of(last, "ratio") ** 2 / (of(last, "tokens") * of(last, "squared")),
-    }
+def _credit_to(credit: Credit, device: torch.device | str) -> Credit:
+    """The credit there."""
+    parts: dict[str, Any] = {name: x.to(device) for name, x in credit.parts.items()}
+    return dataclasses.replace(credit, **parts, given={name: x.to(device) for name, x in credit.given.items()})

@@ -11,22 +11,25 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lossmith.detectors import Completion, Finding, Place, action_of, measure
 from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.losses import Batch, Credit
-from lossmith.policy import Policy, check_compiler, check_model, load_policy, sample
+from lossmith.policy import Policy, check_compiler, check_model, load_policy
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
+from lossmith.ranks import Ranks, local_rank
 from lossmith.rollouts import Rollout
 from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.scorers.scorer import bind_scorer, verify_scorer
 from lossmith.scorers.weak import refuse_weak
+from lossmith.training.card import of_rollouts, write_card
 from lossmith.training.clock import Clock
-from lossmith.training.evaluate import Evaluation, comparison, during, evaluate, paired, rescored, tally
+from lossmith.training.evaluate import EVALUATION_STEP, Evaluation, comparison, during, paired, rescored, tally
 from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
 from lossmith.training.guards import Guards, prompt_means
 from lossmith.training.keeping import Keeping
@@ -35,8 +38,9 @@ from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import BEST, RunFolder, check_disk
+from lossmith.training.sharing import Sampling, agree_on, in_order
 
-__all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored"]
+__all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored", "work_for"]
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,7 @@ class Run(Keeping):
         checkpoint = self.going_on.checkpoint
         if checkpoint is not None and not self.going_on.changed:
             self.folder.digests = checkpoint.state()["rollouts"]
-        self.before = self._once(
-            "held-out-before", lambda: evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
-        )
+        self.before = self._once("held-out-before", self._evaluate)
         if self.watch is not None:
             self.watched_before = self._once("held-out-before-watched", lambda: self._watched(self.before))
         self.load()
@@ -166,6 +168,12 @@ class Run(Keeping):
         self.folder.add_rollouts(name, evaluation.rollouts)
         return evaluation
 
+    def _evaluate(self) -> Evaluation:
+        """One completion of each held-out prompt, scored."""
+        prompts = list(self.held_out)
+        parts = self.learner.ranks.call("sample", prompts, 1, EVALUATION_STEP)
+        return Evaluation(in_order(prompts, [rollouts for rollouts, _ in parts]))
+
     def _watched(self, evaluation: Evaluation | None) -> Evaluation:
         """The same completions as the watching scorer sees them."""
         assert evaluation is not None
@@ -180,7 +188,7 @@ class Run(Keeping):
         if not self.done:
             return during(self.before, self.before)
         with clock("evaluate"):
-            now = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
+            now = self._evaluate()
             self._keep_if_best(now)
         return during(self.before, now)
 
@@ -202,7 +210,7 @@ class Run(Keeping):
         """Evaluate the policy on the held-out prompts again, save it, and write summary.json."""
         assert self.before is not None, "a run that was never started has nothing to compare with"
         self.save()  # what more steps would go on from
-        self.after = after = evaluate(self.policy, self.held_out, self.scorer, self.recipe, self.tell)
+        self.after = after = self._evaluate()
         verify_scorer(self.scorer)
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self._keep_if_best(after)
@@ -223,6 +231,8 @@ class Run(Keeping):
         if self.watched_before is not None:
             more["watch"] = comparison(self.watched_before, self._watched(after))
         self.summary = self.folder.write_summary(self.before, after, more)
+        facts = of_rollouts(self.recipe, self.summary, len(self.prompts), self.folder.metrics())
+        write_card(self.folder, self.recipe, self.learner.loss, facts)
 
     def _best(self) -> dict[str, Any]:
         """The policy that is kept beside the last one, and how many it is the best of."""
@@ -245,6 +255,8 @@ class Run(Keeping):
         return {"rescored": again, "findings": findings}
 
     def close(self) -> None:
+        if self.summary:
+            self.learner.ranks.end()
         close_scorer(self.scorer)
         close_scorer(self.watch)
         super().close()
@@ -275,33 +287,13 @@ def learn(run: Run) -> Iterator[Step]:
 
 
 def sample_and_score(run: Run, prompts: Sequence[Prompt], index: int, clock: Clock) -> list[Rollout]:
-    """n scored completions of each prompt. A scorer that merely waits is asked as soon as a group is written."""
-    recipe = run.recipe
-
-    def score(rollouts: list[Rollout]) -> list[Rollout]:
-        return score_rollouts(run.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
-
-    pool = ThreadPoolExecutor(recipe.scorer_parallel)
-    try:
-        asked: dict[str, Future[list[Rollout]]] = {}
-        ahead = getattr(run.scorer, "waits", False)
-        with clock("sample"):
-            rollouts = sample(
-                run.policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=recipe.seed, step=index,
-                on_group=lambda group: asked.update({group[0].prompt.id: pool.submit(score, group)}) if ahead else None,
-                on_progress=lambda done, total: run.tell("sampling", done, total),
-            )  # fmt: skip
-        with clock("score"):
-            if not ahead:
-                run.tell("scoring", 0, len(rollouts))
-                return score(rollouts)
-            scored: list[Rollout] = []
-            for prompt in prompts:
-                run.tell("scoring", len(scored), len(rollouts))
-                scored += asked[prompt.id].result()
-            return scored
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # whoever stops the run does not wait for a server
+    """n scored completions of each prompt."""
+    start = time.perf_counter()
+    parts = run.learner.ranks.call("sample", list(prompts), run.recipe.samples_per_prompt, index)
+    clock.add(parts[0][1])
+    if len(parts) > 1:
+        clock.add({"wait": time.perf_counter() - start - sum(parts[0][1].values())})  # for the other ranks
+    return in_order(prompts, [rollouts for rollouts, _ in parts])
 
 
 def those_scored(rollouts: Sequence[Rollout], index: int) -> list[Rollout]:
@@ -395,7 +387,14 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
     return Plan(recipe, prompts, train, held_out, prompts.summary())
 
 
-def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = False, more_steps: bool = False) -> Run:
+def open_run(
+    plan: Plan,
+    resume: Path | None = None,
+    *,
+    accept_changes: bool = False,
+    more_steps: bool = False,
+    ranks: Ranks | None = None,
+) -> Run:
     """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped.
 
     accept_changes: go on although what decided the run is not what it was. more_steps: the recipe has more steps than
@@ -403,31 +402,58 @@ def open_run(plan: Plan, resume: Path | None = None, *, accept_changes: bool = F
     """
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
-    columns, settings = plan.train.columns, recipe.scorer_settings(len(plan.train))
-    scorer = load_scorer(recipe.scorer, columns=columns, settings=settings)
-    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns, settings=settings)
-    policy = policy_of(recipe)
-    for one in (scorer, watch):
-        bind_scorer(one, policy)
+    policy = policy_of(recipe, ranks)
+    scorer, watch = scorers_of(plan, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
     longest = _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
-        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)))
+        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks)
     check_memory(learner.memory, learner.recompute, recipe, longest.source)
     now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
+    agree_on(learner.ranks, recipe, now)
     if folder is None:
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
     guards = Guards.of(recipe, learner.loss, policy)
-    return Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guards, going_on)
+    run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guards, going_on)
+    learner.ranks.tasks["sample"] = Sampling(recipe, policy, scorer, learner.ranks, lambda *told: run.tell(*told))
+    return run
 
 
-def policy_of(recipe: Recipe) -> Policy:
-    """The policy that a recipe names, as it is to be read."""
+def work_for(plan: Plan, ranks: Ranks) -> None:
+    """What another rank than the first does in a run: its share, until rank 0 has no more."""
+    recipe = plan.recipe
+    policy = policy_of(recipe, ranks)
+    scorer, watch = scorers_of(plan, policy)
+    with quiet_traps():
+        Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
+    ranks.tasks["sample"] = Sampling(recipe, policy, scorer, ranks)
+    try:
+        agree_on(ranks, recipe, inputs_of(recipe, plan.prompts, plan.held_out, policy))
+        ranks.serve()
+    finally:
+        close_scorer(scorer)
+        close_scorer(watch)
+
+
+def scorers_of(plan: Plan, policy: Policy) -> tuple[Scorer, Scorer | None]:
+    """The scorer of a recipe, and the one that watches."""
+    recipe, columns = plan.recipe, plan.train.columns
+    settings = recipe.scorer_settings(len(plan.train))
+    scorer = load_scorer(recipe.scorer, columns=columns, settings=settings)
+    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns, settings=settings)
+    for one in (scorer, watch):
+        bind_scorer(one, policy)
+    return scorer, watch
+
+
+def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
+    """The policy that a recipe names, as it is to be read; of several ranks on GPUs, on the rank's own."""
+    several = ranks is not None and ranks.size > 1 and recipe.device in ("auto", "cuda") and torch.cuda.is_available()
     return load_policy(
         recipe.model,
-        device=recipe.device,
+        device=f"cuda:{local_rank()}" if several else recipe.device,
         dtype=recipe.dtype,
         special_tokens=recipe.special_tokens,
         chat_template=recipe.chat_template,

@@ -11,7 +11,7 @@ import torch
 from lossmith.errors import LossError
 from lossmith.losses import Loss
 
-__all__ = ["stopped_regions", "weight_plot"]
+__all__ = ["ratio_grid", "stopped_regions", "weight_plot"]
 
 LOW, HIGH, POINTS = 0.1, 10.0, 481
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 440, 64, 64, 24, 96
@@ -27,7 +27,7 @@ def weight_plot(loss: Loss) -> str:
         raise LossError(f"there is nothing to plot: {error}") from None
     signs = (("A > 0", 1.0, BLUE), ("A < 0", -1.0, ORANGE))
     curves = {label: _curve(loss, sign) for label, sign, _ in signs}
-    top = max(1.0, *(min(curve(r), 3.0) for curve in curves.values() for r in _grid())) * 1.08
+    top = max(1.0, *(min(curve(r), 3.0) for curve in curves.values() for r in ratio_grid())) * 1.08
     parts = [_frame(loss.name, str(loss).split("\n")[0]), _axes(top)]
     for i, (label, _, colour) in enumerate(signs):
         curve = curves[label]
@@ -41,13 +41,14 @@ def _curve(loss: Loss, sign: float) -> Curve:
     return lambda r: float(loss.weight(torch.tensor(r, dtype=torch.float64), sign))
 
 
-def _grid() -> list[float]:
+def ratio_grid() -> list[float]:
+    """The ratios at which curves are drawn and stopped regions are looked for."""
     return [LOW * (HIGH / LOW) ** (i / (POINTS - 1)) for i in range(POINTS)]
 
 
 def stopped_regions(curve: Curve) -> list[tuple[float, float]]:
     """Ratios within the plot at which the weight is 0, their ends found by bisection."""
-    grid, regions, start = _grid(), [], None
+    grid, regions, start = ratio_grid(), [], None
     zero = [curve(r) == 0 for r in grid]
     for i, (r, stopped) in enumerate(zip(grid, zero, strict=True)):
         if stopped and start is None:
@@ -132,7 +133,7 @@ def _line(curve: Curve, top: float, colour: str, *, dashed: bool) -> str:
     """The curve, broken where it jumps and cut at the top of the plot."""
     pieces: list[list[str]] = [[]]
     before: float | None = None
-    for r in _grid():
+    for r in ratio_grid():
         w = curve(r)
         jump = before is not None and (w == 0) != (before == 0) and abs(w - before) > 0.02 * top
         if jump:

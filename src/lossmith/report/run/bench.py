@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lossmith.terminal import put_table
 from lossmith.training.bench import ROUNDS, Measurement
 
 __all__ = ["as_record", "recommendations", "show_measurement"]
@@ -44,7 +45,7 @@ def show_measurement(found: Measurement, console: Console) -> None:
             "" if floor is None else f"{floor:.2f}",
             "" if floor is None else f"{floor / seconds:.0%}",
         )
-    console.print(table)
+    put_table(console, table)
     steps = f"{recipe.prompts_per_step} x {recipe.samples_per_prompt} completions"
     console.print(
         f"\nstep      {found.step_seconds:.1f} s ({found.step_range[0]:.1f} to {found.step_range[1]:.1f} in {ROUNDS} "

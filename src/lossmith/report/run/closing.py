@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -13,10 +14,11 @@ from rich.text import Text
 from lossmith.errors import printable
 from lossmith.intervals import in_words, verdict
 from lossmith.rollouts import Rollout
+from lossmith.terminal import put_table
 from lossmith.training import Run
 from lossmith.training.evaluate import sentences
 
-__all__ = ["closing"]
+__all__ = ["closing", "what_next"]
 
 
 def closing(run: Run, summary: dict[str, Any], console: Console, examples: int = 3) -> None:
@@ -24,7 +26,7 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
     held_out = summary["held_out"]
     if "stopped" in summary:
         console.print(f"Stopped early: {summary['stopped']}.", highlight=False, soft_wrap=True)
-    console.print(_table(held_out, "Held-out prompts"))
+    put_table(console, _table(held_out, "Held-out prompts"))
     for sentence in sentences(summary):
         console.print(sentence, highlight=False, markup=False)
     for finding in summary.get("findings", ()):
@@ -33,14 +35,27 @@ def closing(run: Run, summary: dict[str, Any], console: Console, examples: int =
             told = f"{said[0].upper()}{said[1:]} ({finding['detector']})."
             console.print(told, highlight=False, markup=False)
     if "watch" in summary:
-        console.print(_table(summary["watch"], "The same completions, by the scorer that watches"))
+        put_table(console, _table(summary["watch"], "The same completions, by the scorer that watches"))
         console.print(verdict(summary["watch"]["difference"], "watched score"), highlight=False)
     assert run.before is not None and run.after is not None
     pairs = list(zip(run.before.rollouts, run.after.rollouts, strict=True))
     for first, second in pairs[:examples]:
         console.print(_example(first, second))
-    console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
-    console.print(f"Talk to it, before and after: lossmith chat {shlex.quote(str(run.folder.path))}", highlight=False)
+    console.print(what_next(run.folder.path), highlight=False, markup=False, soft_wrap=True)
+
+
+def what_next(folder: Path) -> str:
+    """Where everything is, how to talk to the policy, and how to use it elsewhere."""
+    run, policy = (shlex.quote(str(place)) for place in (folder, folder / "policy"))
+    lines = {
+        "the policy": policy,
+        "all figures": run,
+        "talk to it": f"lossmith chat {run}   (before and after, side by side)",
+        "one prompt": f'lossmith sample --prompt "..." --model {policy}',
+        "elsewhere": f"AutoModelForCausalLM.from_pretrained({str(folder / 'policy')!r}), vllm serve {policy}",
+        "to a hub": f"hf upload YOU/{shlex.quote(folder.name)} {policy}   (its model card is README.md in there)",
+    }
+    return "\n".join(f"{what:<13}{how}" for what, how in lines.items())
 
 
 def _table(held_out: dict[str, Any], title: str) -> Table:

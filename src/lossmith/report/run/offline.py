@@ -9,10 +9,12 @@ from rich.table import Table
 
 from lossmith.durable.stopping import Stopping
 from lossmith.intervals import in_words
+from lossmith.report.run.closing import what_next
 from lossmith.report.run.live import step_line
 from lossmith.report.run.prompts import who_reads
 from lossmith.report.run.tracking import Tracking
 from lossmith.report.run.waiting import Busy
+from lossmith.terminal import put_table
 from lossmith.training.offline.loop import PreferenceRun, PreferenceStep, learn_preferences
 from lossmith.training.offline.preference_scores import verdict
 
@@ -45,10 +47,10 @@ def show_preference_run(run: PreferenceRun, console: Console, stop: Stopping) ->
             busy.about("held-out preferences after training")
             run.finish()
             tracking.end(run.summary["held_out"])
-    console.print(_table(run.summary["held_out"]))
+    put_table(console, _table(run.summary["held_out"]))
     for sentence in verdict(run.summary):
         console.print(sentence, highlight=False, soft_wrap=True)
-    console.print(f"The policy: {run.folder.path / 'policy'}   all figures: {run.folder.path}", highlight=False)
+    console.print(what_next(run.folder.path), highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(step: PreferenceStep, run: PreferenceRun, console: Console, busy: Busy) -> None:

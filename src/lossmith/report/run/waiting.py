@@ -23,9 +23,10 @@ class Busy:
 
     def __init__(self, console: Console, stage: str = "", every: float = MINUTE) -> None:
         self.console, self.every = console, every
+        self._live = console.is_terminal and not console.is_dumb_terminal
         self._bar = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+            TimeElapsedColumn(), console=console, transient=True, disable=not self._live,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=None, count="")
         self._what = self._count = ""
@@ -36,7 +37,7 @@ class Busy:
         self.about(stage)
 
     def __enter__(self) -> Busy:
-        if self.console.is_terminal:
+        if self._live:
             self._bar.start()
         elif not self.console.quiet:
             self._thread.start()

@@ -25,6 +25,7 @@ from lossmith.losses.completion.pairs import GIVEN, Paired
 from lossmith.optimization import check_optimizer
 from lossmith.policy import Policy, check_model, load_policy
 from lossmith.settings.base import LearningRate, Schedule
+from lossmith.training.card import of_preferences, write_card
 from lossmith.training.clock import Clock
 from lossmith.training.going_on import GoingOn, go_on, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
@@ -38,6 +39,7 @@ from lossmith.training.offline.preference_scores import (
     evaluate_preferences,
     rows_of,
     score_of,
+    verdict,
 )
 from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, checked_loss
 from lossmith.training.run import RunFolder, check_disk
@@ -209,6 +211,7 @@ class PreferenceRun(Keeping):
         }
         self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         self.summary = summary
+        write_card(self.folder, self.recipe, self.learner.loss, of_preferences(self.recipe, summary, verdict(summary)))
 
 
 def open_preferences(

@@ -1,0 +1,86 @@
+"""Started by test_ranks.py, as each rank: every loss named, trained by all ranks and by this process alone.
+
+ranks_program.py OUT DTYPE PROMPTS LOSS...: rank 0 writes the largest differences of each loss to OUT.
+"""
+
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+import tiny
+from lossmith.errors import quiet_traps
+from lossmith.losses import example_loss
+from lossmith.ranks import of_environment
+from lossmith.rollouts import Distribution, Score
+from lossmith.training import Recipe
+from lossmith.training.learner import Learner
+
+FIELDS = dict(temperature=0.8, max_tokens=9, learning_rate=1e-2, allow_traps=True, epochs=2, updates_per_step=2)
+
+
+def made(name, dtype, ranks=None):
+    policy = tiny.policy(tiny.llama(), dtype)
+    with quiet_traps():
+        learner = Learner(policy, example_loss(name, max_length=9), Recipe.make(**FIELDS), ranks=ranks)
+    if policy.value_head is not None:
+        torch.nn.init.normal_(policy.value_head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
+    return learner
+
+
+def rounds(dtype, prompts):
+    """Three rounds of ragged completions with scores; of the policy as it then is."""
+    for step in range(3):
+        kind = Distribution(0, 0.8, 1.0, 0, str(dtype).removeprefix("torch."))
+        rollouts = tiny.rollouts(prompt_count=prompts, seed=step, measure=kind, dtype=dtype)
+        values = torch.rand(len(rollouts), generator=torch.Generator().manual_seed(step)).tolist()
+        yield [dataclasses.replace(r, score=Score(value=v)) for r, v in zip(rollouts, values, strict=True)]
+
+
+def trained(learner, dtype, prompts):
+    """(the parameters after three rounds of four optimizer steps, the metrics of each round)."""
+    metrics = []
+    for step, rollouts in enumerate(rounds(dtype, prompts)):
+        now = [
+            dataclasses.replace(r.behavior_logp.distribution, policy_version=learner.policy.version) for r in rollouts
+        ]
+        rollouts = [
+            dataclasses.replace(r, behavior_logp=dataclasses.replace(r.behavior_logp, distribution=d))
+            for r, d in zip(rollouts, now, strict=True)
+        ]
+        update, _ = tiny.update(learner, rollouts, step)
+        metrics.append(update.metrics)
+    return torch.cat([p.detach().flatten().double() for p in learner._trained()]), metrics
+
+
+def compare(name, dtype, prompts, ranks):
+    ranks.call("begin", name)
+    ours, together = trained(begun[name], dtype, prompts)
+    alone, expected = trained(made(name, dtype), dtype, prompts)
+    start = torch.cat([p.detach().flatten().double() for p in made(name, dtype)._trained()])
+    gap = max(
+        abs(a[key] - b[key]) / max(1.0, abs(b[key]))
+        for a, b in zip(together, expected, strict=True)
+        for key in (a.keys() | b.keys()) - {"accuracy"}  # it counts ties, which rounding breaks
+    )
+    return {
+        "parameters": float((ours - alone).abs().max()),
+        "metrics": gap,
+        "moved": float((alone - start).abs().max()),
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    out, dtype, prompts, *losses = sys.argv[1:]
+    kind, ranks, begun = getattr(torch, dtype), of_environment(), {}
+    ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks)})
+    if ranks.rank:
+        ranks.serve()
+    else:
+        found = {name: compare(name, kind, int(prompts), ranks) for name in losses}
+        ranks.end()
+        Path(out).write_text(json.dumps(found))

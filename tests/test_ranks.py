@@ -1,0 +1,159 @@
+"""Several processes are one: every loss, the runs of the command, and what happens when a rank ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+import lossmith as ls
+import tiny
+from lossmith.losses import CATALOGUE, example_loss
+from lossmith.training.recipe import PROVIDED
+
+PROGRAM = Path(__file__).with_name("ranks_program.py")
+AT_REST = {"opd", "kl_only"}  # they start at their minimum, where AdamW makes steps of what rounding is left
+TRAINS = [n for n in CATALOGUE if n not in AT_REST and example_loss(n).needs <= PROVIDED | {"max_length"}]
+# One of each way of working: by token, by completion, of the whole batch, of pairs, with a critic, all vocabulary, ...
+SOME = [
+    "grpo", "gspo", "ppo", "reinforce", "dapo", "online_dpo", "rloo", "drgrpo_full_kl", "m2po", "opo", "grpo@trl",
+    "grpo@verl", "kto", "full_kl", "reinforce_pp",
+]  # fmt: skip
+
+
+def processes(size, command):
+    """The command as every rank, as torchrun starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    common |= {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def ended(those, timeout=600):
+    return [(p.communicate(timeout=timeout)[0], p.returncode) for p in those]
+
+
+def together_and_alone(tmp_path, size, dtype, prompts, losses):
+    out = tmp_path / "found.json"
+    said = ended(processes(size, [str(PROGRAM), str(out), dtype, str(prompts), *losses]))
+    assert out.exists(), said
+    return json.loads(out.read_text())
+
+
+def hold(found, parameters, metrics):
+    wrong = {name: f for name, f in found.items() if f["parameters"] > parameters or f["metrics"] > metrics}
+    assert not wrong
+    assert sum(f["moved"] > 1e-3 for f in found.values()) > 0.8 * len(found)
+
+
+def test_ranks_train_as_one_process_does_even_where_one_has_no_completions(tmp_path):
+    losses = [name for name in SOME if name in TRAINS]
+    assert len(losses) > 8
+    hold(together_and_alone(tmp_path, 3, "float64", 2, losses), 1e-10, 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_loss_trains_on_ranks_as_in_one_process(tmp_path, size):
+    found = together_and_alone(tmp_path, size, "float64", 3, TRAINS)
+    assert found.keys() == set(TRAINS)
+    hold(found, 1e-10, 1e-9)
+
+
+PROMPTS = [f"Question number {i}?" for i in range(12)]
+
+
+def recipe(tmp_path, **changes):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    fields = dict(
+        model=str(tiny.folder()), prompts=str(tmp_path / "p.txt"), held_out=3, scorer="length", steps=3, device="cpu",
+        prompts_per_step=3, samples_per_prompt=3, max_tokens=6, dtype="float32", learning_rate=0.01,
+        runs=str(tmp_path), checkpoint_every=1,
+    ) | changes  # fmt: skip
+    file = tmp_path / f"{fields.get('name', 'r')}.toml"
+    file.write_text(tomli_w.dumps(fields))
+    return file
+
+
+def lossmith(*words):
+    command = [sys.executable, "-m", "lossmith", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def numbers(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def test_a_run_of_two_ranks_goes_on_with_one_and_ends_as_one_that_never_stopped(tmp_path):
+    """What is sampled is the same to the letter, and so is what is learned, to rounding."""
+    alone = ls.train(**ls.Recipe.read(recipe(tmp_path, name="alone")), quiet=True)
+    done = lossmith("train", recipe(tmp_path, name="two", steps=2), "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    again = lossmith("train", "--resume", tmp_path / "two", "--steps", 3, "--ranks", 1)
+    assert again.returncode == 0, again.stderr
+    for a, b in zip(numbers(alone.folder.path), numbers(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    texts = [
+        [r.completion for step in range(3) for r in ls.read_rollouts(folder / "rollouts" / f"step-0000{step}.parquet")]
+        for folder in (alone.folder.path, tmp_path / "two")
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_ranks_that_were_given_different_recipes_are_told_which_field_differs(tmp_path):
+    files = [recipe(tmp_path, name="a"), recipe(tmp_path, name="b", learning_rate=0.02)]
+    code = "import sys, os; sys.argv = ['lossmith', 'train', sys.argv[1 + int(os.environ['RANK'])]]; "
+    those = processes(2, ["-c", code + "from lossmith.cli import main; main()", *map(str, files)])
+    said = " ".join(ended(those)[0][0].split())
+    assert "the ranks do not agree on the recipe: learning_rate is 0.01 on rank 0 and 0.02 on rank 1" in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run_which_is_saved_and_goes_on(tmp_path):
+    file = recipe(tmp_path, name="killed", steps=30)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lossmith", "train", str(file), "--ranks", "2"], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (worker,) = [int(x) for x in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    os.kill(worker, signal.SIGKILL)
+    said = " ".join(run.communicate(timeout=60)[0].split())
+    assert run.returncode != 0 and "a rank has ended or does not answer: rank 1 ended with -9" in said
+    assert "Go on with: lossmith train --resume" in said
+    assert lossmith("train", "--resume", tmp_path / "killed", "--ranks", 2).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_rank_whose_scorer_fails_says_so_in_the_scorers_words(tmp_path):
+    scorer = tmp_path / "scorer.py"
+    scorer.write_text(
+        "import os\n\n\ndef score(prompts, completions):\n    if os.environ.get('RANK') == '1':\n"
+        "        raise ValueError('no score on this one')\n    return [1.0] * len(completions)\n"
+    )
+    done = lossmith("train", recipe(tmp_path, name="s", scorer=f"{scorer}:score"), "--ranks", 2)
+    assert done.returncode == 2 and "no score on this one" in done.stderr and "on rank 1" in done.stderr
