@@ -16,6 +16,7 @@ from lossmith.policy import attention as attention_module
 from lossmith.policy import decode as decode_module
 from lossmith.policy import head as head_module
 from lossmith.policy.attention import PrefixTree, TreeAttention
+from lossmith.policy.forward import hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.memory import available_bytes, keep_freed_memory
 from lossmith.policy.packed import packed_weights
@@ -179,6 +180,37 @@ def test_bfloat16_log_probabilities_are_near_those_of_float32():
     assert 0 < float(gap.max()) < 0.2 and float(gap.mean()) < 0.03
 
 
+def test_a_float32_head_is_the_plain_product_of_the_hidden_states_and_closer_to_float32():
+    model, rollouts = tiny.llama(), tiny.rollouts()
+    exact = token_outputs(tiny.policy(model), rollouts, PLAIN).logp
+    rounded, policy = tiny.policy(model), tiny.policy(model)
+    rounded.compute_dtype = policy.compute_dtype = torch.bfloat16
+    policy.float32_head = True
+    assert policy.frozen().float32_head
+    with policy.autocast():
+        hidden = hidden_states(policy, rollouts, "right")
+    ids = torch.tensor([i for r in rollouts for i in r.completion_ids])
+    plain = (hidden.float() @ model.lm_head.weight.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    found = chosen_log_probs(policy, hidden, ids, PLAIN, 16)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+    slopes = [torch.autograd.grad(x.sum(), model.lm_head.weight, retain_graph=True)[0] for x in (found, plain)]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-4)
+    gaps = [(token_outputs(p, rollouts, PLAIN).logp - exact).detach().abs().mean() for p in (policy, rounded)]
+    assert 0 < float(gaps[0]) < float(gaps[1])
+
+
+def test_sampler_and_learner_agree_better_with_a_float32_head():
+    def gap(float32_head):
+        policy = tiny.policy(tiny.llama())
+        policy.compute_dtype, policy.float32_head = torch.bfloat16, float32_head
+        rollouts = sample(policy, tiny.prompts(), 4, SamplingSettings(max_tokens=12), seed=0, step=0)
+        outputs = token_outputs(policy, rollouts, SamplingSettings(max_tokens=12))
+        drawn = torch.cat([r.behavior_logp.values for r in rollouts])
+        return float((outputs.logp[outputs.mask] - drawn).detach().abs().mean())
+
+    assert gap(True) < 0.9 * gap(False)
+
+
 # -- compiled layers, packed and bfloat16 weights ----------------------------------------------------------------------
 
 
@@ -208,6 +240,7 @@ def accumulated(compile_, dtype=torch.float64, compute=None, model=None):
     return [p.grad for p in own]
 
 
+@pytest.mark.slow  # the compiler's first use takes 12 s of a core
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiled_layers_give_the_same_gradients():
     for eager, compiled in zip(accumulated(False), accumulated(True), strict=True):

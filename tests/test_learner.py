@@ -129,10 +129,10 @@ ORDER = ("shared", 4096, [4, 8, 1, 0, 6, 3, 7, 2, 5])
 
 
 def forms_of(spec):
-    """Every form where a loss reads more of the forward pass than logp; of the others, two by turns, and the order."""
-    every = [*LAYOUTS, *SPLITS]
+    """Every form where a loss reads more of the forward pass than logp; of the others, two by turns."""
+    every = [*LAYOUTS, *SPLITS, ORDER]
     turn = 0 if spec in VARIANTS else NAMES.index(spec)
-    return [WHOLE, *(every if spec in VARIANTS else (every[turn % 7], every[(turn + 3) % 7])), ORDER]
+    return [WHOLE, *(every if spec in VARIANTS else (every[turn % 8], every[(turn + 3) % 8]))]
 
 
 def check_forms(spec, forms):

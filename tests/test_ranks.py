@@ -63,6 +63,7 @@ def hold(found, parameters, metrics):
     assert sum(f["moved"] > 1e-3 for f in found.values()) > 0.8 * len(found)
 
 
+@pytest.mark.slow
 def test_ranks_train_as_one_process_does_even_where_one_has_no_completions(tmp_path):
     losses = [name for name in SOME if name in TRAINS]
     assert len(losses) > 8

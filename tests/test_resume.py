@@ -23,6 +23,7 @@ import tiny
 from lossmith.durable import checkpoint as checkpoints
 from lossmith.durable import stopping
 from lossmith.errors import FinishedError, LossmithError, RecipeError, RunError, ScorerError
+from lossmith.training.run import RunFolder
 
 PROMPTS = [f"Prompt number {i}?" for i in range(8)]
 QUIET = Console(quiet=True)
@@ -108,6 +109,24 @@ def test_a_run_hit_at_many_system_calls_of_each_kind_ends_equal():
     print(kill_points("--count", "25"))  # python tests/kill_points.py does 200 of each kind
 
 
+@pytest.mark.parametrize("name", ["policy/README.md", "summary.json"])
+def test_a_run_stopped_before_its_last_file_is_gone_on_with(stopped, monkeypatch, name):
+    """summary.json says that a run is over, so nothing may come after it: not the model card either."""
+    write = RunFolder.write_text
+
+    def killed(folder, written, text):
+        if written == name:
+            raise KeyboardInterrupt
+        write(folder, written, text)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunFolder, "write_text", killed)
+        ls.resume(stopped, console=QUIET)
+    ls.resume(stopped, console=QUIET)
+    assert (stopped / "policy/README.md").exists()
+    assert (stopped / "summary.json").exists()
+
+
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +184,20 @@ def test_a_step_that_does_not_end_in_seconds_is_dropped(tmp_path, unbroken, monk
     assert "saved after step 1 of 4" in caught.value.__notes__[0]
     resume(tmp_path / "run", scorer=Signalling(0))
     assert result(tmp_path / "run") == result(unbroken)
+
+
+def test_a_signal_that_comes_just_before_the_main_thread_waits_is_sent_again(tmp_path, monkeypatch):
+    """It is then heard by nobody: the first to wake the main thread, and the first after the grace, are lost here."""
+    monkeypatch.setattr(stopping, "GRACE", 0.2)
+    sent = []
+    send = signal.pthread_kill
+    monkeypatch.setattr(
+        stopping.signal, "pthread_kill", lambda *to: sent.append(to) or (send(*to) if len(sent) > 2 else None)
+    )
+    start = time.monotonic()
+    with pytest.raises(SystemExit):
+        ls.train(**settings(tmp_path, scorer=Signalling(3, signal.SIGTERM, seconds=60)), quiet=True)
+    assert len(sent) > 2 and time.monotonic() - start < 30
 
 
 def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path, unbroken):

@@ -64,17 +64,16 @@ def resume(
     """Go on with a run that stopped, from its last complete checkpoint, as if it had not stopped.
 
     steps: how many there are to be, where they are more than the run had. processes: ranks that share the work, as many
-    as you like whatever the run had. objects: `scorer`, `watch` or `prompts` that
-    were Python objects, which no file can hold. RunError: the run is finished; what decided it has changed, and
-    accept_changes is not set; another process works on it.
+    as you like whatever the run had. objects: `scorer`, `watch` or `prompts` that were Python objects, which no file
+    can hold. RunError: the run is finished; what decided it has changed, and accept_changes is not set; another
+    process works on it.
     """
-    ranks = of_environment()
+    ranks, more = of_environment(), {} if steps is None else {"steps": steps}
     if ranks.rank:  # rank 0 alone works in the folder
-        recipe = recipe_of(RunFolder(at_home(folder)), Recipe, objects, {} if steps is None else {"steps": steps})
-        return run_recipe(recipe, ranks=ranks)
+        return run_recipe(recipe_of(RunFolder(at_home(folder)), Recipe, objects, more), ranks=ranks)
     there = RunFolder.existing(at_home(folder))
     try:
-        recipe = recipe_of(there, Recipe, objects, {} if steps is None else {"steps": steps})
+        recipe = recipe_of(there, Recipe, objects, more)
         _check_more(there, recipe)
         known = Inputs.read(there.path)
         return run_recipe(
@@ -144,15 +143,14 @@ def run_recipe(
 
 def _written(recipe: Recipe, place: str) -> str:
     """A file of the recipe, for the other ranks. RecipeError: it holds what no file can."""
-    fields = recipe.written()
-    live = [key for key, value in fields.items() if str(value).startswith("python: ")]
+    live = recipe.in_memory()
     if live:
         raise RecipeError(
             f"{', '.join(live)} cannot be given to processes that are yet to be started: they are Python objects. "
             "Start your script with torchrun, or write them where they are to be found."
         )
     file = Path(place) / "recipe.toml"
-    file.write_text(tomli_w.dumps(fields), encoding="utf-8")
+    file.write_text(tomli_w.dumps(recipe.written()), encoding="utf-8")
     return str(file)
 
 
@@ -256,7 +254,7 @@ def _rescue(run: Keeping, stop: Stopping) -> str:
 
 def how_to_go_on(run: Keeping) -> str:
     """The command; where a file cannot hold all of the run, the call."""
-    live = [key for key, value in run.recipe.as_toml().items() if str(value).startswith("python: ")]
+    live = run.recipe.in_memory()
     if live:
         return f"{run.recipe.resumed_in_python}({str(run.folder.path)!r}, {', '.join(f'{key}=...' for key in live)})"
     return command_of(run.recipe, run.folder)

@@ -61,22 +61,18 @@ class Ranks:
         return box[0]
 
     def _do(self, task: str, given: Sequence[Any]) -> list[Any]:
-        result: Any = None
-        error: Exception | None = None
-        try:
-            result = self.tasks[task](*given)
-        except Exception as failed:
-            error = failed
-        outcomes: list[Any] = [None] * self.size
-        said = None if error is None else (_portable(error), traceback.format_exc())
+        """On rank 0, what the task gives on each rank."""
+        result, error = _attempt(lambda: self.tasks[task](*given))
+        said = None if error is None else (_portable(error), "".join(traceback.format_exception(error)))
+        outcomes: list[Any] | None = None if self.rank else [None] * self.size
         with _in_words(self.rank):
-            dist.all_gather_object(outcomes, (result if error is None else None, said))
+            dist.gather_object((result, said), outcomes, dst=0)
         if error is not None and not isinstance(error, _OtherRankError):
             raise error
-        for rank, (_, wrong) in enumerate(outcomes):
+        for rank, (_, wrong) in enumerate(outcomes or ()):
             if wrong is not None and not isinstance(wrong[0], _OtherRankError):
                 raise _told(rank, *wrong)
-        return [result for result, _ in outcomes]
+        return [result for result, _ in outcomes or ()]
 
     # -- within a task: every rank calls these, in the same order ------------------------------------------------------
 
@@ -84,12 +80,7 @@ class Ranks:
         """work(), on every rank, before any of them goes on: where it fails on one, the others do not wait for it."""
         if self.size == 1:
             return work()
-        result: Any = None
-        error: Exception | None = None
-        try:
-            result = work()
-        except Exception as failed:
-            error = failed
+        result, error = _attempt(work)
         failed_on: list[Any] = [None] * self.size
         dist.all_gather_object(failed_on, error is not None)
         if error is not None:
@@ -149,14 +140,24 @@ class _OtherRankError(Exception):
     """A task was given up here because it failed on another rank, which tells why."""
 
 
+def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """(what it gives, None), or (None, why it failed): the other ranks are to hear of it before anything is raised."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
     """Parameters of one type, as many as travel together."""
     held: list[torch.nn.Parameter] = []
+    size = 0
     for p in sorted(parameters, key=lambda p: str(p.dtype)):
-        if held and (p.dtype != held[0].dtype or sum(x.numel() for x in held) + p.numel() > BUCKET):
+        if held and (p.dtype != held[0].dtype or size + p.numel() > BUCKET):
             yield held
-            held = []
+            held, size = [], 0
         held.append(p)
+        size += p.numel()
     if held:
         yield held
 

@@ -37,6 +37,7 @@ _WORK: dict[str, dict[str, tuple[str, str]]] = {
         "chat": ("chat", "chat"),
     },
     "What a loss is and does": {
+        "tour": ("explore", "tour"),
         "explore": ("explore", "explore"),
         "losses list": ("losses", "list_"),
         "losses show": ("losses", "show"),

@@ -43,6 +43,7 @@ class Stopping:
         self.signal_number: int | None = None  # the signal that came
         self.at_once = False  # it came twice
         self._overdue = False
+        self._heard = threading.Event()
         self._before: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
 
@@ -59,6 +60,7 @@ class Stopping:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._heard.set()
         if hasattr(self, "_main"):
             signal.set_wakeup_fd(self._wakeup)
             self._ours.close()  # which ends the thread
@@ -96,7 +98,7 @@ class Stopping:
         ours.setblocking(False)
         self._ours = ours
         self._wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
-        self._waker = threading.Thread(target=_wake, args=(theirs, self._main), daemon=True)
+        self._waker = threading.Thread(target=_wake, args=(theirs, self._main, self._heard), daemon=True)
         self._waker.start()
 
     def _remind_later(self) -> None:
@@ -107,19 +109,29 @@ class Stopping:
     def _remind(self) -> None:
         self._overdue = True
         if hasattr(self, "_main"):
-            signal.pthread_kill(self._main, signal.SIGURG)
+            _rouse(self._main, self._heard)
 
     def _woken(self, number: int, frame: types.FrameType | None) -> None:
+        self._heard.set()
         if self._overdue:
             self._overdue = False
             self.check()
             self._remind_later()  # it could not be interrupted now
 
 
-def _wake(signals: socket.socket, main: int) -> None:
+def _rouse(main: int, heard: threading.Event) -> None:
+    """SIGURG to the main thread until it has heard: one that comes just before it begins to wait wakes nobody."""
+    heard.clear()
+    for _ in range(100):
+        signal.pthread_kill(main, signal.SIGURG)
+        if heard.wait(0.1):
+            return
+
+
+def _wake(signals: socket.socket, main: int, heard: threading.Event) -> None:
     """Not a method: a thread that kept `busy`, and with it the model, would free tensors while Python shuts down, and
     torch aborts the process then."""
     with signals:
         while came := signals.recv(1):
             if came[0] != signal.SIGURG:
-                signal.pthread_kill(main, signal.SIGURG)
+                _rouse(main, heard)

@@ -35,7 +35,8 @@ def head_is_plain(policy: Policy, settings: SamplingSettings) -> bool:
 def chosen_log_probs(policy: Policy, hidden: Tensor, ids: Tensor, settings: SamplingSettings, chunk: int) -> Tensor:
     """[M, H] hidden states and [M] ids -> [M] log-probabilities in nats, with gradient."""
     head = policy.model.get_output_embeddings()
-    product_dtype = policy.compute_dtype if policy.compute_dtype == torch.bfloat16 else head.weight.dtype
+    rounded = policy.compute_dtype == torch.bfloat16 and not policy.float32_head
+    product_dtype = torch.bfloat16 if rounded else head.weight.dtype
     fits = len(ids) * len(head.weight) * product_dtype.itemsize <= _STORED_BYTES
     function = _StoredLogitGradients if fits and torch.is_grad_enabled() else _RecomputedLogits
     logp: Tensor = function.apply(

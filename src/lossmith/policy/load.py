@@ -27,7 +27,8 @@ _POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*_emb\w*|embed_positions|positions?_em
 
 @dataclass(eq=False)
 class Policy:
-    """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in.
+    """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in, those of
+    the head apart where `float32_head` says so.
 
     `version` counts the optimizer steps taken. The model stays in eval mode: dropout would make the ratio differ from
     1 without any update. No pad token is needed anywhere.
@@ -41,6 +42,7 @@ class Policy:
     _encoded: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
     shares: bool | None = None  # whether completions may share their prompt; None until it was tested
+    float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +151,9 @@ class Policy:
     def frozen(self) -> Policy:
         """A copy that nothing trains: the reference policy."""
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return Policy(model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares)
+        return Policy(
+            model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares, float32_head=self.float32_head
+        )
 
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
@@ -175,7 +179,11 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V], float32 or wider, from last hidden states [..., H], as the model itself makes them."""
-        logits = self.model.get_output_embeddings()(hidden)
+        if self.float32_head:
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self.model.get_output_embeddings()(hidden.float())
+        else:
+            logits = self.model.get_output_embeddings()(hidden)
         logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         config = self.model.config.get_text_config()
         if getattr(config, "logit_scale", None):  # Cohere

@@ -27,12 +27,13 @@ def load_policy(
     trainable: bool = True,
     special_tokens: SpecialTokens = "answer",
     chat_template: str | None = None,
+    float32_head: bool = False,
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
 
     dtype: what matrix products run in: auto, float32 or bfloat16; the weights themselves are float32.
     special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
-    the model has several.
+    the model has several. float32_head: logits in float32 where the other products are in bfloat16.
 
     PolicyError: what check_model finds, weights that are missing, damaged or not finite, or a model whose sampling or
     log-probabilities are not those of its plain forward pass.
@@ -44,7 +45,9 @@ def load_policy(
         keep_freed_memory()
     tokenizer, network = _read(str(model))
     network = network.to(where).eval().requires_grad_(trainable)
-    policy = Policy(network, tokenizer, find_dtype(dtype, where), special_tokens=special_tokens)
+    policy = Policy(
+        network, tokenizer, find_dtype(dtype, where), special_tokens=special_tokens, float32_head=float32_head
+    )
     if chat_template is not None:
         policy.use_template(chat_template)
     _check_parts(policy, str(model))

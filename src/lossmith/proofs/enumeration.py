@@ -27,6 +27,7 @@ __all__ = [
     "LIMIT",
     "WORLD_FIELDS",
     "Bias",
+    "Expectation",
     "GroupGradients",
     "Tree",
     "World",
@@ -169,6 +170,10 @@ class World:
         """∇(E[r] - β·KL(π‖π_ref)) at theta, of the distribution of completions, exactly. [P]"""
         return self.gradient(lambda t: self.expected_reward(t) - beta * self.tree.sequence_kl(t, self.ref))
 
+    def optimum(self, beta: float) -> Tensor:
+        """The probabilities of completions that maximize E[r] - β·KL(π‖π_ref), any policy: π_ref·exp(r/β)/Z. [S]"""
+        return (self.tree.logp(self.ref) + self.reward / beta).softmax(0)
+
     def field(self, name: str) -> Tensor:
         """A batch field of all S completions. ProofError: this world does not have it."""
         if name not in WORLD_FIELDS:
@@ -305,6 +310,46 @@ def group_gradients(
     return GroupGradients(weight, terms, exact)
 
 
+class Expectation:
+    """The expected gradient of a loss at one policy after the other, over all groups of `size`: the mean of
+    `group_gradients`, by one backward pass where the loss keeps groups apart.
+
+    What a token counts in its group (1/Z) does not depend on the policy, and is worked out once, at the first world.
+    """
+
+    def __init__(self, loss: Any, size: int) -> None:
+        self.loss, self.size = loss, size
+        self._weights: dict[str, Tensor] | None = None
+
+    def gradient(self, world: World) -> Tensor:
+        """dE[L]/dtheta, [P]. ProofError, LossError: the loss cannot be evaluated here."""
+        completions = len(world.probability)
+        if not _keeps_groups_apart(self.loss) or math.comb(completions + self.size - 1, self.size) > LIMIT:
+            return group_gradients(self.loss, world, self.size).mean()
+        groups, weight, _ = _groups(world.probability, self.size, LIMIT, 0)
+        theta = world.theta.clone().requires_grad_()
+        here = dataclasses.replace(world, theta=theta)
+        columns = {name: here.field(name) for name in batch_fields(self.loss)}
+        fields = {name: x[groups.flatten()] for name, x in columns.items()}
+        if "group" in fields:
+            fields["group"] = torch.arange(len(groups)).repeat_interleave(self.size)
+        batch = Batch(**fields)
+        credit = self.loss.credit(batch)
+        if self._weights is None:
+            self._weights = _weights_alone(self.loss, batch, credit, self.size)
+        of_rows = weight.repeat_interleave(self.size)[:, None]
+        parts: dict[str, Any] = {name: x * of_rows for name, x in self._weights.items()}
+        total = self.loss.objective(batch, dataclasses.replace(credit, **parts)).loss
+        return torch.autograd.grad(total, theta)[0] if total.requires_grad else torch.zeros_like(world.theta)
+
+
+def _weights_alone(loss: PolicyLoss, batch: Batch, credit: Any, size: int) -> dict[str, Tensor]:
+    """{name: [N, T]} of the credit's weights, each group counted as if it were alone."""
+    parts = [slice(start, start + size) for start in range(0, len(batch.valid), size)]
+    alone = [loss.as_whole(credit.rows(part), batch.rows(part)).parts for part in parts]
+    return {name: torch.cat([part[name] for part in alone]) for name in alone[0] if name.endswith("weight")}
+
+
 def _keeps_groups_apart(loss: Any) -> bool:
     """Whether it says that the rows of a group are all that their gradient depends on, but for what it divides by."""
     return isinstance(loss, PolicyLoss) and loss.separable and loss.coupling != "batch"
@@ -319,10 +364,7 @@ def _at_once(
     """
     batch, leaves = _batch(columns, groups)
     credit = loss.credit(batch)
-    parts = [slice(start, start + groups.shape[1]) for start in range(0, groups.numel(), groups.shape[1])]
-    alone = [loss.as_whole(credit.rows(part), batch.rows(part)).parts for part in parts]
-    names = [name for name in alone[0] if name.endswith("weight")]
-    weights: dict[str, Any] = {name: torch.cat([part[name] for part in alone]) for name in names}
+    weights: dict[str, Any] = _weights_alone(loss, batch, credit, groups.shape[1])
     found = _terms(loss.objective(batch, dataclasses.replace(credit, **weights)), leaves, world, groups, main)
     for i in (0, len(groups) // 2, len(groups) - 1):
         for term, gradient in _alone(loss, columns, world, groups[i], main).items():

@@ -19,9 +19,10 @@ from lossmith.settings.paths import absolute
 from lossmith.settings.unknown import instead_of
 from lossmith.settings.wanted import wanted
 
-__all__ = ["LearningRate", "MicroBatchTokens", "Schedule", "Settings", "TrainerSettings"]
+__all__ = ["LearningRate", "MicroBatchTokens", "Schedule", "Settings", "TrainerSettings", "is_live"]
 
 HUGE = 1_000_000_000  # no count of a run reaches it
+_LIVE = "python: "  # what stands in a file in the place of a Python object begins so
 
 
 class Settings(BaseModel):
@@ -127,6 +128,10 @@ class Settings(BaseModel):
             plain[key] = redacted(_plain(plain[key]), secrets)
         return {key: value for key, value in plain.items() if value is not None}
 
+    def in_memory(self) -> list[str]:
+        """Fields that hold Python objects, which no file can."""
+        return [key for key, value in self.as_toml().items() if is_live(value)]
+
     def written(self) -> dict[str, Any]:
         """As recipe.toml holds it: whoever reads it may work in another folder."""
         return self.resolved(self.as_toml(), Path.cwd())
@@ -169,6 +174,11 @@ def _at_home(field: str, value: Any) -> Any:
     return text_at_home(value, RecipeError) if isinstance(value, str) else value
 
 
+def is_live(value: Any) -> bool:
+    """Whether a recipe's file names a Python object here, which it could not hold."""
+    return str(value).startswith(_LIVE)
+
+
 def _plain(value: Any) -> Any:
     if value is None:
         return None
@@ -179,6 +189,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (list, tuple)):
-        return f"python: {len(value)} prompts in memory" if len(value) > 8 else [_plain(v) for v in value]
+        return f"{_LIVE}{len(value)} prompts in memory" if len(value) > 8 else [_plain(v) for v in value]
     name = getattr(value, "__qualname__", type(value).__qualname__)
-    return f"python: {getattr(value, '__module__', '')}.{name}"
+    return f"{_LIVE}{getattr(value, '__module__', '')}.{name}"

@@ -12,6 +12,7 @@ from lossmith.durable.inputs import Inputs, circumstances, digest, of_code, of_m
 from lossmith.errors import FinishedError, RecipeError, RunError
 from lossmith.policy import Policy
 from lossmith.prompts import PromptSet
+from lossmith.settings.base import is_live
 from lossmith.training.recipe import Recipe, RunSettings
 from lossmith.training.run import RunFolder
 
@@ -64,7 +65,7 @@ def recipe_of(folder: RunFolder, kind: type[S], objects: Mapping[str, Any], more
                 f"{command} {shlex.quote(str(folder.path))}"
             )
     for key, value in fields.items():
-        if not str(value).startswith("python: "):
+        if not is_live(value):
             continue
         if key not in given:
             raise RecipeError(

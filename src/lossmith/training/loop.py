@@ -215,7 +215,8 @@ class Run(Keeping):
         self.folder.add_rollouts("held-out-after", after.rollouts)
         self._keep_if_best(after)
         self.folder.save_policy(self.policy)
-        more = {
+        summary = {
+            "held_out": comparison(self.before, after),
             "steps": self.recipe.steps,
             "loss": str(self.learner.loss),
             "training": tally(
@@ -229,10 +230,11 @@ class Run(Keeping):
             **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
         if self.watched_before is not None:
-            more["watch"] = comparison(self.watched_before, self._watched(after))
-        self.summary = self.folder.write_summary(self.before, after, more)
-        facts = of_rollouts(self.recipe, self.summary, len(self.prompts), self.folder.metrics())
+            summary["watch"] = comparison(self.watched_before, self._watched(after))
+        facts = of_rollouts(self.recipe, summary, len(self.prompts), self.folder.metrics())
         write_card(self.folder, self.recipe, self.learner.loss, facts)
+        self.folder.write_summary(summary)
+        self.summary = summary
 
     def _best(self) -> dict[str, Any]:
         """The policy that is kept beside the last one, and how many it is the best of."""
@@ -402,8 +404,11 @@ def open_run(
     """
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
+    scorer = scorer_of(plan, recipe.scorer)
+    watch = None if recipe.watch is None else scorer_of(plan, recipe.watch)
     policy = policy_of(recipe, ranks)
-    scorer, watch = scorers_of(plan, policy)
+    for one in (scorer, watch):
+        bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
     longest = _check_lengths(policy, plan)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
@@ -424,8 +429,9 @@ def open_run(
 def work_for(plan: Plan, ranks: Ranks) -> None:
     """What another rank than the first does in a run: its share, until rank 0 has no more."""
     recipe = plan.recipe
+    scorer = scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
-    scorer, watch = scorers_of(plan, policy)
+    bind_scorer(scorer, policy)
     with quiet_traps():
         Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
     ranks.tasks["sample"] = Sampling(recipe, policy, scorer, ranks)
@@ -434,18 +440,11 @@ def work_for(plan: Plan, ranks: Ranks) -> None:
         ranks.serve()
     finally:
         close_scorer(scorer)
-        close_scorer(watch)
 
 
-def scorers_of(plan: Plan, policy: Policy) -> tuple[Scorer, Scorer | None]:
-    """The scorer of a recipe, and the one that watches."""
-    recipe, columns = plan.recipe, plan.train.columns
-    settings = recipe.scorer_settings(len(plan.train))
-    scorer = load_scorer(recipe.scorer, columns=columns, settings=settings)
-    watch = None if recipe.watch is None else load_scorer(recipe.watch, columns=columns, settings=settings)
-    for one in (scorer, watch):
-        bind_scorer(one, policy)
-    return scorer, watch
+def scorer_of(plan: Plan, spec: Any) -> Scorer:
+    """A scorer that a recipe names, as the run's prompts and settings have it."""
+    return load_scorer(spec, columns=plan.train.columns, settings=plan.recipe.scorer_settings(len(plan.train)))
 
 
 def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
@@ -457,6 +456,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         dtype=recipe.dtype,
         special_tokens=recipe.special_tokens,
         chat_template=recipe.chat_template,
+        float32_head=recipe.float32_head,
     )
 
 

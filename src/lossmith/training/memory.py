@@ -90,7 +90,8 @@ def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: in
     narrow = 2 * weights if size.width == 2 else 0
     fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
-    head = 2 * size.width * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
+    wide = 4 if policy.float32_head else size.width
+    head = 2 * wide * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
     layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width
     once = head + _attention(size, tokens)
     return MemoryEstimate(

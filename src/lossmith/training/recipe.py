@@ -31,6 +31,7 @@ class RunSettings(TrainerSettings):
     extended_by: ClassVar[str] = ""  # what gives a finished run more steps, where anything can
 
     chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
+    float32_head: bool = Field(False, description="logits in float32 under dtype = bfloat16: a smaller sampler_gap")
     allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
     memory_gb: float | None = Field(
         None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"

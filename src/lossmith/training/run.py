@@ -42,7 +42,6 @@ from lossmith.losses import Batch, Credit
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, read_rollouts, rollout_table
-from lossmith.training.evaluate import Evaluation, comparison
 
 __all__ = ["RunFolder", "check_disk", "read_metrics"]
 
@@ -246,11 +245,9 @@ class RunFolder:
             remove(place)
         return None
 
-    def write_summary(self, before: Evaluation, after: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
-        """summary.json: held-out performance before and after, the paired difference, and what else is known."""
-        summary = {"held_out": comparison(before, after), **more}
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """summary.json. The last file of a run: where it stands, everything else does too."""
         self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
 
     def finished(self, steps: int | None) -> dict[str, Any] | None:
         """summary.json of a run of so many steps (None: of any) that has come to its end; else None."""

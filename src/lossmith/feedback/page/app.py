@@ -16,7 +16,6 @@ from statistics import median
 from typing import Annotated, Any, get_args
 from urllib.parse import parse_qs
 
-import jinja2
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
@@ -28,13 +27,15 @@ from lossmith.feedback.judgement import SCALES, Judgement, Question
 from lossmith.feedback.output_set import OutputSet
 from lossmith.feedback.page.accounts import LONGEST_NAME, Throttle, clean_name, matches
 from lossmith.feedback.page.answer import Refused, read_answer, undo_of
-from lossmith.feedback.page.guard import LoginGuard, host_names
 from lossmith.feedback.page.session import Session, Sessions
-from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
 from lossmith.feedback.store import Store
 from lossmith.files import sha256
 from lossmith.prompts import message_text
+from lossmith.serving.guard import Guard, host_names
+from lossmith.serving.style import HOUSE_STYLE
+from lossmith.serving.text import visible
+from lossmith.templates import templates_of
 
 __all__ = ["DEFAULT_CRITERIA", "Page", "make_app"]
 
@@ -47,6 +48,7 @@ Where these pull apart, accuracy weighs most. Length alone is no merit."""
 LARGEST = 64 * 1024  # bytes of a request
 _HERE = Path(__file__).parent
 _STATIC = {  # fixed names, read once: no path of a request reaches the file system
+    "house.css": "text/css; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "ranking.js": "text/javascript; charset=utf-8",
@@ -76,14 +78,9 @@ class Page:
         self.hashing = ThreadPoolExecutor(2)  # passwords never take the threads that answers need
         self.file = _Watched(sets_path)
         self.cookie = "lossmith_" + hashlib.blake2b(str(store.path.resolve()).encode(), digest_size=4).hexdigest()
-        self.static = {name: (_HERE / "static" / name).read_bytes() for name in _STATIC}
-        self.templates = jinja2.Environment(
-            loader=jinja2.PackageLoader("lossmith.feedback.page"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        files = {name: _HERE / "static" / name for name in _STATIC} | {"house.css": HOUSE_STYLE}
+        self.static = {name: file.read_bytes() for name, file in files.items()}
+        self.templates = templates_of("lossmith.feedback.page")
         self.templates.filters["visible"] = visible
         self._desks: dict[str, Desk] = {}
         self._lock = threading.Lock()  # the store's one connection, and the desks
@@ -177,7 +174,7 @@ def make_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.page = Page(store, sets, question, scale, criteria, sets_path, accounts, announce)
     app.include_router(_routes)
-    app.add_middleware(LoginGuard, hosts=host_names(host), remote=accounts)
+    app.add_middleware(Guard, hosts=host_names(host), remote=accounts)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _no_such_page)
     app.add_exception_handler(ClientDisconnect, _gone)

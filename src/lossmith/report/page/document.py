@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from lossmith import __version__
@@ -25,6 +24,7 @@ from lossmith.report.page.folder import RunSeen, read_runs, short
 from lossmith.report.page.formula import mathml
 from lossmith.report.page.speed import phases
 from lossmith.report.page.story import about_all, about_run, figure, spread
+from lossmith.templates import templates_of
 
 __all__ = ["write_report"]
 
@@ -54,13 +54,7 @@ def _page(runs: list[RunSeen]) -> str:
     style, script = (
         files("lossmith.report.page").joinpath("templates", f"page.{x}").read_text("utf-8") for x in ("css", "js")
     )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lossmith.report.page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates_of("lossmith.report.page")
     environment.filters |= {"text": _text, "cell": _cell, "figure": figure, "spread": spread, "short": short}
     told = [_told(run) for run in runs]  # reads the held-out files, which may add notes
     return environment.get_template("page.html").render(

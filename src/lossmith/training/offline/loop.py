@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -209,9 +208,9 @@ class PreferenceRun(Keeping):
             "seconds": time.perf_counter() - self.started,
             **({"accepted_changes": self.going_on.accepted} if self.going_on.accepted else {}),
         }
-        self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
-        self.summary = summary
         write_card(self.folder, self.recipe, self.learner.loss, of_preferences(self.recipe, summary, verdict(summary)))
+        self.folder.write_summary(summary)
+        self.summary = summary
 
 
 def open_preferences(
@@ -224,7 +223,13 @@ def open_preferences(
     """
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
-    policy = load_policy(recipe.model, device=recipe.device, dtype=recipe.dtype, chat_template=recipe.chat_template)
+    policy = load_policy(
+        recipe.model,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        chat_template=recipe.chat_template,
+        float32_head=recipe.float32_head,
+    )
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)
     notes += plan.notes

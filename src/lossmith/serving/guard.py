@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["LoginGuard", "host_names", "is_loopback"]
+__all__ = ["Guard", "host_names", "is_loopback"]
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -42,7 +42,7 @@ def host_names(host: str) -> frozenset[str]:
     return _LOOPBACK | {host, socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
-class LoginGuard:
+class Guard:
     """Refuses a foreign Host (DNS rebinding) and a foreign Origin (forged requests); adds the headers."""
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], remote: bool = False) -> None:
