@@ -1,6 +1,7 @@
 """Started by test_ranks.py, as each rank: every loss named, trained by all ranks and by this process alone.
 
-ranks_program.py OUT DTYPE PROMPTS LOSS...: rank 0 writes the largest differences of each loss to OUT.
+ranks_program.py OUT DTYPE PROMPTS SHARD LOSS...: rank 0 writes the largest differences of each loss to OUT.
+SHARD "parts": every rank holds a part of the weights; "copies": all of them.
 """
 
 import dataclasses
@@ -18,17 +19,19 @@ from lossmith.ranks import of_environment
 from lossmith.rollouts import Distribution, Score
 from lossmith.training import Recipe
 from lossmith.training.learner import Learner
+from lossmith.training.shards import named_weights
 
 FIELDS = dict(temperature=0.8, max_tokens=9, learning_rate=1e-2, allow_traps=True, epochs=2, updates_per_step=2)
 
 
-def made(name, dtype, ranks=None):
+def made(name, dtype, ranks=None, shard=False):
     policy = tiny.policy(tiny.llama(), dtype)
-    with quiet_traps():
-        learner = Learner(policy, example_loss(name, max_length=9), Recipe.make(**FIELDS), ranks=ranks)
-    if policy.value_head is not None:
+    loss = example_loss(name, max_length=9)
+    if loss.value.active:
+        policy.add_value_head()
         torch.nn.init.normal_(policy.value_head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
-    return learner
+    with quiet_traps():
+        return Learner(policy, loss, Recipe.make(**FIELDS, shard=shard), ranks=ranks)
 
 
 def rounds(dtype, prompts):
@@ -53,14 +56,20 @@ def trained(learner, dtype, prompts):
         ]
         update, _ = tiny.update(learner, rollouts, step)
         metrics.append(update.metrics)
-    return torch.cat([p.detach().flatten().double() for p in learner._trained()]), metrics
+    return parameters(learner), metrics
+
+
+def parameters(learner):
+    shards = learner.shards
+    held = dict(named_weights(learner.policy)) if shards is None else shards.weights()
+    return torch.cat([p.flatten().double() for p in held.values()])
 
 
 def compare(name, dtype, prompts, ranks):
     ranks.call("begin", name)
     ours, together = trained(begun[name], dtype, prompts)
     alone, expected = trained(made(name, dtype), dtype, prompts)
-    start = torch.cat([p.detach().flatten().double() for p in made(name, dtype)._trained()])
+    start = parameters(made(name, dtype))
     gap = max(
         abs(a[key] - b[key]) / max(1.0, abs(b[key]))
         for a, b in zip(together, expected, strict=True)
@@ -75,9 +84,9 @@ def compare(name, dtype, prompts, ranks):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    out, dtype, prompts, *losses = sys.argv[1:]
+    out, dtype, prompts, held, *losses = sys.argv[1:]
     kind, ranks, begun = getattr(torch, dtype), of_environment(), {}
-    ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks)})
+    ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks, held == "parts")})
     if ranks.rank:
         ranks.serve()
     else:

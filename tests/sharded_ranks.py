@@ -8,31 +8,21 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
 
 import tiny
 from lossmith.policy import SamplingSettings, sample, token_outputs
-from lossmith.policy.sharded import shard, synchronizing, whole
+from lossmith.policy.sharded import shard, whole
 
 SETTINGS = SamplingSettings(temperature=0.8, max_tokens=9)
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def backward(policy, rollouts, rows, passes, last, recompute=False):
+def backward(policy, rollouts, rows, passes, recompute=False):
     """Gradients of Σ c_i log p_i over these rows, a pass for each; passes beyond them count nothing."""
     weights = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)
     for k in range(passes):
         i, there = (rows[k], 1.0) if k < len(rows) else (0, 0.0)
-        with last(k == passes - 1):
-            out = token_outputs(policy, [rollouts[i]], SETTINGS, activation_checkpointing=recompute)
-            (there * weights[i] * out.logp.sum()).backward()
+        out = token_outputs(policy, [rollouts[i]], SETTINGS, activation_checkpointing=recompute)
+        (there * weights[i] * out.logp.sum()).backward()
 
 
 def together(value):
@@ -57,7 +47,6 @@ def one_step(policy, optimizer, *work, recompute=False):
 
 def main(folder, rank, size):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    mesh = init_device_mesh("cpu", (size,))
     rollouts = tiny.rollouts()
     mine = [i for i in range(len(rollouts)) if i % 3 % size == rank]  # of two ranks, one has twice as many
     mine = mine if rank else [*mine, 0]  # and rank 0 sees the first twice
@@ -65,11 +54,11 @@ def main(folder, rank, size):
     passes = torch.tensor(len(mine))
     dist.all_reduce(passes, dist.ReduceOp.MAX)
     ours, alone = tiny.policy(dtype=torch.float64), tiny.policy(dtype=torch.float64)
-    shard(ours, mesh)
+    shard(ours)
     found = {"held": sum(p.to_local().numel() for p in ours.parameters()) / sum(p.numel() for p in alone.parameters())}
 
-    own = (rollouts, mine, int(passes), lambda last: synchronizing(ours, last))
-    theirs = (rollouts, seen, len(seen), lambda last: synchronizing(alone, last))
+    own = (rollouts, mine, int(passes))
+    theirs = (rollouts, seen, len(seen))
     backward(alone, *theirs)
     for name, recompute in (("gradient", False), ("gradient, layers run again", True)):
         backward(ours, *own, recompute)
@@ -90,19 +79,6 @@ def main(folder, rank, size):
         texts = sample(ours, prompts[rank : rank + 1], 1 + rank, SETTINGS, seed=0)
     expected = sample(alone, prompts[rank : rank + 1], 1 + rank, SETTINGS, seed=0)
     found["texts that differ"] = sum(a.completion_ids != b.completion_ids for a, b in zip(texts, expected, strict=True))
-
-    weights, moments = get_model_state_dict(ours.model, options=WHOLE), get_optimizer_state_dict(
-        ours.model, optimizer, options=WHOLE
-    )  # fmt: skip
-    again = tiny.policy(tiny.llama(seed=1), dtype=torch.float64)
-    shard(again, mesh)
-    optimizer_again = adamw(again)
-    load = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(again.model, weights, options=load)
-    set_optimizer_state_dict(again.model, optimizer_again, moments, options=load)
-    one_step(again, optimizer_again, *own[:3], lambda last: synchronizing(again, last))
-    one_step(alone, its, *theirs)
-    found["step after loading a gathered state"] = furthest(again.parameters(), alone.parameters())
     print(json.dumps(found))
     dist.destroy_process_group()
 

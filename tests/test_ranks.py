@@ -50,9 +50,9 @@ def ended(those, timeout=600):
     return [(p.communicate(timeout=timeout)[0], p.returncode) for p in those]
 
 
-def together_and_alone(tmp_path, size, dtype, prompts, losses):
+def together_and_alone(tmp_path, size, dtype, prompts, losses, held="copies"):
     out = tmp_path / "found.json"
-    said = ended(processes(size, [str(PROGRAM), str(out), dtype, str(prompts), *losses]))
+    said = ended(processes(size, [str(PROGRAM), str(out), dtype, str(prompts), held, *losses]))
     assert out.exists(), said
     return json.loads(out.read_text())
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Policy:
     special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
     shares: bool | None = None  # whether completions may share their prompt; None until it was tested
     float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
+    gather: Callable[[], dict[str, Tensor]] | None = None  # its whole state, where ranks hold it in parts
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +159,8 @@ class Policy:
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
+        state: Mapping[str, Tensor] = self.model.state_dict() if self.gather is None else self.gather()
+        for name, tensor in state.items():
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
@@ -174,7 +176,7 @@ class Policy:
         except ValueError:  # as published, and save_pretrained would refuse it: keep what says where text ends
             ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             self.model.generation_config = GenerationConfig(**ids)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **({} if self.gather is None else {"state_dict": self.gather()}))
         self.tokenizer.save_pretrained(folder)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -402,8 +402,13 @@ def open_run(
     accept_changes: go on although what decided the run is not what it was. more_steps: the recipe has more steps than
     the run had, on purpose. RunError: a change that is not accepted, each named.
     """
-    recipe = plan.recipe
+    recipe, ranks = plan.recipe, ranks or Ranks()
     folder = None if resume is None else RunFolder.existing(resume)
+    if recipe.shard and ranks.size == 1 and folder is None:
+        raise RecipeError(
+            "shard = true deals the weights out to several processes, and this run has one: start it with --ranks N or "
+            "torchrun (docs/many-processes.md), or leave shard out."
+        )
     scorer = scorer_of(plan, recipe.scorer)
     watch = None if recipe.watch is None else scorer_of(plan, recipe.watch)
     policy = policy_of(recipe, ranks)
@@ -411,15 +416,17 @@ def open_run(
         bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
     longest = _check_lengths(policy, plan)
+    now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
+    agree_on(ranks, recipe, now)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks)
     check_memory(learner.memory, learner.recompute, recipe, longest.source)
-    now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
-    agree_on(learner.ranks, recipe, now)
     if folder is None:
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
+        if recipe.shard and ranks.size == 1:
+            going_on.notes.append("shard = true has no effect in one process, which holds all of the weights.")
     guards = Guards.of(recipe, learner.loss, policy)
     run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guards, going_on)
     learner.ranks.tasks["sample"] = Sampling(recipe, policy, scorer, learner.ranks, lambda *told: run.tell(*told))
@@ -432,11 +439,11 @@ def work_for(plan: Plan, ranks: Ranks) -> None:
     scorer = scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
     bind_scorer(scorer, policy)
-    with quiet_traps():
-        Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
-    ranks.tasks["sample"] = Sampling(recipe, policy, scorer, ranks)
     try:
         agree_on(ranks, recipe, inputs_of(recipe, plan.prompts, plan.held_out, policy))
+        with quiet_traps():
+            Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
+        ranks.tasks["sample"] = Sampling(recipe, policy, scorer, ranks)
         ranks.serve()
     finally:
         close_scorer(scorer)

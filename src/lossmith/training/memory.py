@@ -82,13 +82,18 @@ class _Sizes:
         )
 
 
-def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) -> MemoryEstimate:
-    """What training this policy with this recipe takes, with prompts of at most so many tokens."""
+def estimate_memory(
+    policy: Policy, recipe: Recipe, reference: bool, longest: int = 0, parts: int = 1
+) -> MemoryEstimate:
+    """What training this policy with this recipe takes, with prompts of at most so many tokens.
+
+    parts: into which weights, gradients and optimizer state are cut, of which a rank holds one.
+    """
     size = _Sizes.of(policy)
     weights = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.parameters())
     narrow = 2 * weights if size.width == 2 else 0
-    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) + narrow + _LIBRARIES
+    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) / parts + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
     wide = 4 if policy.float32_head else size.width
     head = 2 * wide * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
@@ -96,7 +101,7 @@ def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: in
     once = head + _attention(size, tokens)
     return MemoryEstimate(
         fixed,
-        _sampling(policy, size, recipe, longest),
+        _sampling(policy, size, recipe, longest) + (4 * weights if parts > 1 else 0),  # all of them, while it lasts
         once + size.layers * layer,
         once + layer + size.layers * tokens * size.hidden * 4,
         _budget(policy, recipe),

@@ -139,6 +139,9 @@ class Recipe(RunSettings):
     compile: bool = Field(
         False, description="update through torch.compile: the first steps take longer, later ones less time and memory"
     )
+    shard: bool = Field(
+        False, description="several ranks: each holds a part of weights, gradients and optimizer state, not all of them"
+    )
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lossmith.durable.inputs import Inputs
 from lossmith.policy import Policy, sample
+from lossmith.policy.sharded import whole
 from lossmith.prompts import Prompt
 from lossmith.ranks import Ranks
 from lossmith.rollouts import Rollout
@@ -39,7 +40,7 @@ class Sampling:
         asked: dict[str, Future[list[Rollout]]] = {}
         pool = ThreadPoolExecutor(self.recipe.scorer_parallel)
         try:
-            with clock("sample"):
+            with clock("sample"), whole(self.policy):
                 rollouts = sample(
                     self.policy, mine, n, self.recipe.sampling, seed=self.recipe.seed, step=step,
                     on_group=lambda group: (
@@ -75,6 +76,6 @@ def in_order(prompts: Sequence[Prompt], parts: Iterable[Iterable[Rollout]]) -> l
 
 def agree_on(ranks: Ranks, recipe: Recipe, inputs: Inputs) -> None:
     """RunError: the ranks were given different recipes, prompts, code or models."""
-    of_its_own = {*recipe.free, "device"}
+    of_its_own = {*recipe.free, "device"} - {"shard"}
     ranks.agree("the recipe", {key: value for key, value in inputs.settings.items() if key not in of_its_own})
     ranks.agree("what decides the run", inputs.decisive)
