@@ -1,4 +1,4 @@
-"""Started by test_ranks.py, as each rank: every loss named, trained by all ranks and by this process alone.
+"""Started by test_ranks.py, becomes all ranks: every loss named, trained by all ranks and by this process alone.
 
 ranks_program.py OUT DTYPE PROMPTS SHARD LOSS...: rank 0 writes the largest differences of each loss to OUT.
 SHARD "parts": every rank holds a part of the weights; "copies": all of them.
@@ -6,6 +6,7 @@ SHARD "parts": every rank holds a part of the weights; "copies": all of them.
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,15 @@ from lossmith.training import Recipe
 from lossmith.training.learner import Learner
 from lossmith.training.shards import named_weights
 
-FIELDS = dict(temperature=0.8, max_tokens=9, learning_rate=1e-2, allow_traps=True, epochs=2, updates_per_step=2)
+FIELDS = dict(
+    temperature=0.8,
+    max_tokens=9,
+    learning_rate=1e-2,
+    allow_traps=True,
+    epochs=2,
+    updates_per_step=2,
+    micro_batch_tokens=30,
+)
 
 
 def made(name, dtype, ranks=None, shard=False):
@@ -85,6 +94,10 @@ def compare(name, dtype, prompts, ranks):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     out, dtype, prompts, held, *losses = sys.argv[1:]
+    for rank in range(1, int(os.environ["WORLD_SIZE"])):
+        if os.fork() == 0:  # what was imported is imported
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            break
     kind, ranks, begun = getattr(torch, dtype), of_environment(), {}
     ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks, held == "parts")})
     if ranks.rank:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+]
 WORKER = Path(__file__).with_name("sharded_ranks.py")
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 3])
 def found(request, tmp_path_factory):
     """What each rank has found; all are started at once."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -113,7 +113,7 @@ class Ranks:
                 raise SystemExit(1) from None
             words = _last_words()
             if words:
-                raise RunError(f"a rank has ended in the middle of a pass: {words}") from error
+                raise RunError(f"a rank has ended or does not answer: {words}") from error
             raise
 
     def most(self, count: int) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ class Policy:
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
         digest = hashlib.sha256()
-        state: Mapping[str, Tensor] = self.model.state_dict() if self.gather is None else self.gather()
+        state: Any = self.model.state_dict() if self.gather is None else self.gather()
         for name, tensor in state.items():
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
