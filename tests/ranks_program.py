@@ -1,7 +1,7 @@
 """Started by test_ranks.py, becomes all ranks: every loss named, trained by all ranks and by this process alone.
 
-ranks_program.py OUT DTYPE PROMPTS SHARD LOSS...: rank 0 writes the largest differences of each loss to OUT.
-SHARD "parts": every rank holds a part of the weights; "copies": all of them.
+ranks_program.py OUT DTYPE PROMPTS SHARD LOSS...: rank 0 writes the largest differences of each loss to OUT. LOSS+lora
+trains an adapter. SHARD "parts": every rank holds a part of the weights; "copies": all of them.
 """
 
 import dataclasses
@@ -12,13 +12,17 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import tiny
 from lossmith.errors import quiet_traps
 from lossmith.losses import example_loss
+from lossmith.policy import LoraSettings, Teacher
+from lossmith.policy.adapter import add_adapter
 from lossmith.ranks import of_environment
 from lossmith.rollouts import Distribution, Score
 from lossmith.training import Recipe
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.learner import Learner
 from lossmith.training.shards import named_weights
 
@@ -33,14 +37,29 @@ FIELDS = dict(
 )
 
 
+sent = []  # by this rank: how many numbers each sum of gradients and each copy of the weights has
+
+
+def counted(operation):
+    def call(tensor, *args, **more):
+        sent.append(tensor.numel())
+        return operation(tensor, *args, **more)
+
+    return call
+
+
 def made(name, dtype, ranks=None, shard=False):
     policy = tiny.policy(tiny.llama(), dtype)
+    name, _, lora = name.partition("+")
+    if lora:
+        policy.adapter = add_adapter(policy.model, LoraSettings(2, 8.0, ("all-linear",), seed=0), "base")
     loss = example_loss(name, max_length=9)
+    teacher = Teacher(tiny.policy(tiny.llama(seed=5), dtype)) if loss.needs & TAUGHT else None
     if loss.value.active:
         policy.add_value_head()
         torch.nn.init.normal_(policy.value_head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
     with quiet_traps():
-        return Learner(policy, loss, Recipe.make(**FIELDS, shard=shard), ranks=ranks)
+        return Learner(policy, loss, Recipe.make(**FIELDS, shard=shard), ranks=ranks, teacher=teacher)
 
 
 def rounds(dtype, prompts):
@@ -76,6 +95,7 @@ def parameters(learner):
 
 def compare(name, dtype, prompts, ranks):
     ranks.call("begin", name)
+    sent.clear()
     ours, together = trained(begun[name], dtype, prompts)
     alone, expected = trained(made(name, dtype), dtype, prompts)
     start = parameters(made(name, dtype))
@@ -88,6 +108,7 @@ def compare(name, dtype, prompts, ranks):
         "parameters": float((ours - alone).abs().max()),
         "metrics": gap,
         "moved": float((alone - start).abs().max()),
+        "sent": sum(sent),
     }
 
 
@@ -99,6 +120,7 @@ if __name__ == "__main__":
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             break
     kind, ranks, begun = getattr(torch, dtype), of_environment(), {}
+    dist.reduce, dist.broadcast = counted(dist.reduce), counted(dist.broadcast)
     ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks, held == "parts")})
     if ranks.rank:
         ranks.serve()

@@ -155,10 +155,11 @@ def test_vapo_by_hand():
     torch.testing.assert_close(gap, -0.1 * good / 40)
 
 
-def test_the_reference_gap_is_the_reverse_kl_by_policy_gradient():
+def test_the_gap_to_the_reference_or_a_teacher_is_the_reverse_kl_by_policy_gradient():
     fields = random_fields(0)
-    got = quiet_loss("opd").credit(L.Batch(**fields)).advantage
-    torch.testing.assert_close(got, (fields["ref_logp"] - fields["old_logp"]) * fields["mask"])
+    for name, anchor in (("reference_gap", "ref_logp"), ("teacher_gap", "teacher_logp")):
+        got = quiet_loss("opd", advantage=name).credit(L.Batch(**fields)).advantage
+        torch.testing.assert_close(got, (fields[anchor] - fields["old_logp"]) * fields["mask"])
 
 
 def test_potential_shaping_leaves_the_sum_as_it_was_but_for_the_start():

@@ -108,7 +108,7 @@ def test_a_model_that_attends_in_its_own_way_is_found_out_and_said_once(caplog):
 def test_the_trial_is_not_misled_by_bfloat16():
     policy = tiny.policy()
     policy.compute_dtype = torch.bfloat16
-    with policy.autocast():
+    with policy.computing():
         assert sharing_is_exact(policy)
 
 
@@ -187,7 +187,7 @@ def test_a_float32_head_is_the_plain_product_of_the_hidden_states_and_closer_to_
     rounded.compute_dtype = policy.compute_dtype = torch.bfloat16
     policy.float32_head = True
     assert policy.frozen().float32_head
-    with policy.autocast():
+    with policy.computing():
         hidden = hidden_states(policy, rollouts, "right")
     ids = torch.tensor([i for r in rollouts for i in r.completion_ids])
     plain = (hidden.float() @ model.lm_head.weight.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]

@@ -43,6 +43,11 @@ CHANGED = {
     "normalised": ("grpo", {"mismatch": "icepop", "mismatch_batch_normalize": True, "mismatch_low": 0.8}),
     "digits": ("grpo", {"clip_low": 1 / 3, "eps": 1.2345678e-5}),
     "given labels": ("cdpo", {"labels": "given"}),
+    "the teacher's likeliest": ("gkd", {"distil_top_k": 2, "distil_support": "teacher", "distil_coef": 0.3}),
+    "no others": ("skew_kl", {"distil_top_k": 3, "distil_tail": False, "skew": 0.35}),
+    "beside a policy term": ("grpo", {"extra": "jsd", "jsd_beta": 0.2, "distil_coef": 0.1}),
+    "given labels, both sides": ("apo_down", {"labels": "given"}),
+    "sorted, best and worst": ("aot", {"pairs": "best_worst"}),
     "given labels, imitation": ("orpo", {"labels": "given", "pairs": "best_worst"}),
 }
 
@@ -104,6 +109,11 @@ PLANTED = {
     "the wrong side": ("dppo_tv", "A ≥ 0 and π_θ(y_t) − π_old(y_t)", "A ≥ 0 and π_old(y_t) − π_θ(y_t)"),
     "gradient stopped where it is not": ("reinforce", "log π_θ(y_t)", "sg(log π_θ(y_t))"),
     "gradient not stopped": ("cispo", "sg(min(r, 5))", "min(r, 5)"),
+    "teacher and policy": ("reverse_kl", "log π_θ(v) − log π_T(v)", "log π_T(v) − log π_θ(v)"),
+    "shares swapped": ("skew_kl", "0.1·π_T(v) + 0.9·π_θ(v)", "0.9·π_T(v) + 0.1·π_θ(v)"),
+    "the rest left out": ("sdpo", ", rest)", ")"),
+    "the whole prefix": ("iw_opd", "Σ_{k<t}", "Σ_{k≤t}"),
+    "not in order": ("aot", "matched_P((X_w − X_l), (Y_w − Y_l))", "(Y_w − Y_l)"),
     "winner and loser": ("dpo", "(Λ_w − Λ_l)", "(Λ_l − Λ_w)"),
     "all pairs": ("online_dpo", "w = argmax_g(R), l = argmin_g(R), ", ""),
     "against another anchor": ("dpo", " − log π_ref(y_t)", " − log π_old(y_t)"),

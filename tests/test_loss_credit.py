@@ -59,7 +59,7 @@ def test_other_rows_tokens_or_order_are_refused_by_name(name):
     fewer = {
         f.name: x[:, :5]
         for f in dataclasses.fields(batch)
-        if (x := getattr(batch, f.name)) is not None and x.shape == (9, 8)
+        if (x := getattr(batch, f.name)) is not None and x.shape[:2] == (9, 8)
     }
     with pytest.raises(L.LossError, match=OTHER):
         loss.objective(batch.replace(**fewer), credit)

@@ -215,6 +215,7 @@ def sampled(theta: torch.Tensor, prompts: int = 40, size: int = 8, seed: int = 0
         "old_logp": frozen,
         "behavior_logp": frozen,
         "ref_logp": frozen,
+        "teacher_logp": frozen - 0.1,
         "full_kl": full_kl(theta, theta.detach())[y],
         "reward": REWARD[y],
         "group": torch.arange(prompts).repeat_interleave(size),
@@ -240,8 +241,9 @@ def raises_the_reward(loss: L.PolicyLoss) -> bool:
     return all(gain_of_one_step(loss, seed) > 0 for seed in range(4))
 
 
-# opd follows the reference, whatever the reward
-TRAINABLE = [name for name in NAMES if not L.CATALOGUE[name].demonstration and name != "opd"]
+# on-policy distillation follows its teacher, whatever the reward
+TAUGHT = ("opd", "iw_opd")
+TRAINABLE = [name for name in NAMES if not L.CATALOGUE[name].demonstration and name not in TAUGHT]
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -305,7 +307,7 @@ def test_raising_a_completion_needs_a_positive_advantage():
     for name in NAMES:
         loss = quiet_loss(name, beta=0)
         logp = normal(0, 4, 3).abs().neg().requires_grad_()
-        fields = dict.fromkeys(("old_logp", "behavior_logp", "ref_logp", "entropy"), logp.detach())
+        fields = dict.fromkeys(("old_logp", "behavior_logp", "ref_logp", "teacher_logp", "entropy"), logp.detach())
         fields |= {"off_policy": torch.zeros(4, dtype=torch.bool), "group": torch.zeros(4, dtype=torch.int64)}
         if loss.group_filter.option != "none":
             fields["reward"] = double([1.0, 2.0, 3.0, 4.0])

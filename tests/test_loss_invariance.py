@@ -211,8 +211,8 @@ def repacked(fields: dict, width: int, seed: int) -> dict:
         if key == "mask":
             continue
         moved[key] = x
-        if x.shape == mask.shape:
-            moved[key] = torch.full((n, width), -777.0, dtype=x.dtype)
+        if x.shape[:2] == mask.shape:
+            moved[key] = torch.full((n, width, *x.shape[2:]), -777.0, dtype=x.dtype)
             moved[key][wide] = x[mask]
     return moved
 
@@ -226,7 +226,9 @@ def test_padding_at_the_ends_does_not_matter_where_positions_count(label):
     loss, fields = build(label), random_fields(0)
     value, grads = whole(loss, fields)
     for left, right in ((3, 0), (0, 3), (2, 5)):
-        wide = {k: torch.nn.functional.pad(x, (left, right)) if x.shape == (9, 8) else x for k, x in fields.items()}
+        ends = {2: (left, right), 3: (0, 0, left, right)}  # the last dimension first
+        pad = torch.nn.functional.pad
+        wide = {k: pad(x, ends[x.ndim]) if x.shape[:2] == (9, 8) else x for k, x in fields.items()}
         wide_value, wide_grads = whole(loss, wide)
         check_same((value, grads), (wide_value, {k: g[:, left : left + 8] for k, g in wide_grads.items()}))
 
@@ -298,7 +300,9 @@ def poisoned(fields: dict, *values: float) -> dict:
         if key == "mask" or not x.is_floating_point():
             sick[key] = x
         else:
-            counts = mask if x.shape == mask.shape else mask.any(1, keepdim=x.ndim == 2)
+            counts = mask.any(1, keepdim=x.ndim == 2)
+            if x.shape[:2] == mask.shape:
+                counts = mask if x.ndim == 2 else mask[..., None]
             by_turns = torch.tensor(values, dtype=x.dtype).repeat(-(-x.numel() // len(values)))[: x.numel()]
             sick[key] = torch.where(counts, x, by_turns.view_as(x))
     return sick

@@ -308,7 +308,8 @@ def test_aggregates_of_ones(aggregate, expected):
 
 def test_dr_grpo_divides_by_a_constant_not_by_the_longest_row():
     fields = random_fields(0)
-    wide = {k: torch.nn.functional.pad(v, (0, 30)) if v.ndim == 2 else v for k, v in fields.items()}
+    ends = {2: (0, 30), 3: (0, 0, 0, 30)}
+    wide = {k: torch.nn.functional.pad(v, ends[v.ndim]) if v.ndim > 1 else v for k, v in fields.items()}
     loss = quiet_loss("dr_grpo", max_length=64)
     torch.testing.assert_close(loss(L.Batch(**fields)).loss, loss(L.Batch(**wide)).loss)
 

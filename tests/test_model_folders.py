@@ -61,7 +61,7 @@ def test_quantized_weights_are_refused_whatever_the_method(tmp_path, door, metho
     assert method is None or method in said
 
 
-@every_door
+@pytest.mark.parametrize("door", ["body", "reward model"])
 def test_an_adapter_alone_names_its_base_model_and_how_to_merge(tmp_path, door):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "me/base"})

@@ -16,7 +16,7 @@ from lossmith.proofs.finding import Finding, gap, worst
 from lossmith.proofs.random_batches import LEAVES, random_fields
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [n if "@" not in n else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
 def test_every_loss_of_the_catalogue_passes(name):
     check_loss(quiet_loss(name), seeds=(0,))
 

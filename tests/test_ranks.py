@@ -21,13 +21,13 @@ from lossmith.policy.sharded import shard
 from lossmith.training.recipe import PROVIDED
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
-AT_REST = {"opd", "kl_only"}  # they start at their minimum, where AdamW makes steps of what rounding is left
+AT_REST = {"kl_only"}  # it starts at its minimum, where AdamW makes steps of what rounding is left
 TRAINS = [n for n in CATALOGUE if n not in AT_REST and example_loss(n).needs <= PROVIDED | {"max_length"}]
 OF_ALL_TOKENS = {n for n in TRAINS if "full_kl" in example_loss(n).needs}  # the reference's too
 # One of each way of working: by token, by completion, of the whole batch, of pairs, with a critic, all vocabulary, ...
 SOME = [
     "grpo", "gspo", "ppo", "reinforce", "dapo", "online_dpo", "rloo", "drgrpo_full_kl", "m2po", "opo", "grpo@trl",
-    "grpo@verl", "kto", "full_kl", "reinforce_pp",
+    "grpo@verl", "kto", "full_kl", "reinforce_pp", "gkd", "rlsd",
 ]  # fmt: skip
 
 
@@ -83,6 +83,14 @@ def test_two_ranks_that_hold_parts_of_the_weights_train_as_one_process_does(tmp_
 def test_three_ranks_that_hold_parts_train_as_one_process_does_even_where_one_has_no_completions(tmp_path):
     losses = [name for name in [*SOME, *sorted(OF_ALL_TOKENS)] if name in TRAINS]
     hold(together_and_alone(tmp_path, 3, "float64", 2, losses, "parts"), 1e-10, 1e-9)
+
+
+@pytest.mark.slow
+def test_an_adapter_trains_on_ranks_as_in_one_process_and_is_all_that_is_sent(tmp_path):
+    pytest.importorskip("peft")
+    found = together_and_alone(tmp_path, 2, "float64", 3, ["grpo", "grpo+lora", "ppo+lora"])
+    hold(found, 1e-10, 1e-9)
+    assert 0 < found["grpo+lora"]["sent"] < found["grpo"]["sent"] / 5
 
 
 @pytest.mark.slow

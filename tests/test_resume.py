@@ -274,6 +274,7 @@ def ended(process, how, folder):
     return process.returncode, said, folder
 
 
+@pytest.mark.slow  # two processes; signals within this one are tried above
 @pytest.mark.parametrize(("how", "code"), [("SIGINT", 130), ("pipe", 141)])
 def test_a_real_process_says_the_command_that_goes_on(children, how, code):
     status, error, folder = children[how]

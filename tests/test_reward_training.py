@@ -93,6 +93,7 @@ def test_the_order_is_recovered_from_every_form(tmp_path, form):
     assert manifest["loss"] in lines[0] and "held-out accuracy" in lines[-1]
 
 
+@pytest.mark.slow
 def test_annotators_who_use_the_scale_differently_spoil_ratings_but_not_rankings(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()

@@ -55,7 +55,15 @@ if TYPE_CHECKING:
         register_loss,
     )
     from lossmith.outputs import sample_outputs
-    from lossmith.policy import Policy, SamplingSettings, load_policy, sample, token_outputs
+    from lossmith.policy import (
+        LoraSettings,
+        Policy,
+        SamplingSettings,
+        load_policy,
+        merge_adapter,
+        sample,
+        token_outputs,
+    )
     from lossmith.project import Project
     from lossmith.prompts import Prompt, PromptSet, load_prompts
     from lossmith.proofs import Audit, audit, check_loss, prove
@@ -86,6 +94,7 @@ __all__ = [
     "FinishedError",
     "LogP",
     "LogProbs",
+    "LoraSettings",
     "Loss",
     "LossError",
     "LossOutput",
@@ -127,6 +136,7 @@ __all__ = [
     "load_scorer",
     "losses",
     "measure_recipe",
+    "merge_adapter",
     "open_run",
     "plan",
     "plot_frontier",

@@ -47,7 +47,7 @@ class Side:
             drawn = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
             drawn["top_k"] = settings.top_k
         given = torch.tensor([ids], device=self.policy.device)
-        with torch.random.fork_rng(), torch.no_grad(), self.policy.autocast():
+        with torch.random.fork_rng(), torch.no_grad(), self.policy.computing():
             torch.manual_seed(seed)
             self.policy.model.generate(
                 given, attention_mask=torch.ones_like(given), streamer=heard, max_new_tokens=settings.max_tokens,

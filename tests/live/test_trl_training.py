@@ -213,7 +213,7 @@ def fitting():
 
 
 FITTING = fitting()
-STILL = {"opd", "kl_only"}  # they pull to the reference, where the policy begins
+STILL = {"kl_only"}  # it pulls to the reference, where the policy begins
 
 
 def test_fifty_losses_and_more_fit():

@@ -242,7 +242,7 @@ CREDIT = [
     ),
     (
         "reference_gap_reversed",
-        "axes/advantage/per_token.py",
+        "axes/advantage/teacher.py",
         "return ref - signal.batch.old(",
         "return -ref + signal.batch.old(",
         "the policy is pulled to the teacher, not away",

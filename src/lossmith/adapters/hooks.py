@@ -36,6 +36,7 @@ class Hook:
     per_completion: bool = False  # an advantage is one number a completion
     old_sampled: bool = False  # the old policy is the one that sampled: there is no other
     at_once: str = ""  # what to set so that the objective gets all rows of an update; "" where nothing does
+    one_field: frozenset[str] = frozenset()  # fields that are one and the same there: a loss may read one of them
     adds: Mapping[str, str] = field(default_factory=dict)  # terms that the trainer adds: {"kl": the setting that does}
 
     @property
@@ -68,6 +69,11 @@ class Hook:
         found += self._rows(loss, at_once)
         found += self._credit(loss)
         found += self._unseen("objective", loss, loss.objective_reads - self.objective)
+        read = loss.objective_reads | (loss.credit_reads if self.makes_own_credit(loss) else frozenset())
+        if len(both := sorted(read & self.one_field)) > 1:
+            found.append(
+                f"it reads {' and '.join(f'Batch.{name}' for name in both)}, and the hook has one field for them"
+            )
         if isinstance(loss, PolicyLoss) and self.carries != "credit":
             found += self._mismatch(loss)
             found += [] if self.weights == "loss" else self._weights(loss)
@@ -255,11 +261,12 @@ HOOKS: dict[str, Hook] = {
             "prime_rl",
             '[trainer.loss] type = "custom"',
             credit=None,
-            objective=_POLICIES,
+            objective=_POLICIES | {"teacher_logp"},
             rows="completion",
             carries="advantage",
             weights="tokens",
             old_sampled=True,
+            one_field=frozenset({"ref_logp", "teacher_logp"}),
         ),
         Hook(
             "nemo_rl",

@@ -18,6 +18,7 @@ import tomli_w
 from lossmith.adapters.hooks import HOOKS
 from lossmith.errors import RecipeError, quiet_traps
 from lossmith.losses import KL, Loss, PolicyLoss
+from lossmith.policy import ALL_LINEAR, adapter_base
 from lossmith.prompts import Prompt, default_prompts_path, load_prompts
 from lossmith.prompts.prompt import prompt_content
 from lossmith.scorers import check_scorer
@@ -143,6 +144,8 @@ def _check(recipe: Recipe) -> None:
             wrong[name] = "its workers are other processes: name a function by its file, 'file.py:function'"
     if isinstance(recipe.scorer, dict) and recipe.scorer.get("standardize"):
         wrong["scorer"] = "it asks for one completion at a time, and standardize compares those of a batch"
+    if adapter_base(recipe.model) is not None:
+        wrong["model"] = "it is a LoRA adapter: merge it first (lossmith merge)"
     wrong |= _terms(recipe.policy_loss())
     if wrong:
         said = "; ".join(f"{name} = {getattr(recipe, name)!r}: {why}" for name, why in wrong.items())
@@ -200,6 +203,14 @@ def _actor(recipe: Recipe, loss: Loss, tokens: int) -> tuple[dict[str, Any], dic
     return actor, algorithm
 
 
+def _lora(recipe: Recipe) -> dict[str, Any]:
+    """verl's settings of an adapter; its reference is then the base model, too."""
+    if recipe.lora is None:
+        return {}
+    targets = ALL_LINEAR if recipe.lora_targets == [ALL_LINEAR] else list(recipe.lora_targets)
+    return {"lora_rank": recipe.lora_rank, "lora_alpha": int(recipe.lora_alpha), "target_modules": targets}
+
+
 def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens: int) -> dict[str, Any]:
     """verl's configuration, over its own defaults."""
     tokens = max(recipe.micro_batch_tokens, prompt_tokens + recipe.max_tokens)
@@ -213,6 +224,9 @@ def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens
         "log_prob_micro_batch_size_per_gpu": 1,
         "seed": recipe.seed,
         "val_kwargs": {"do_sample": True, "temperature": recipe.temperature, "n": 1},
+        **(
+            {"load_format": "safetensors"} if recipe.lora_rank else {}
+        ),  # verl's vLLM takes an adapter over real weights
     }
     ref = {"log_prob_use_dynamic_bsz": True, "log_prob_max_token_len_per_gpu": tokens}
     return {
@@ -225,7 +239,10 @@ def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens
             "seed": recipe.seed,
         },
         "actor_rollout_ref": {
-            "model": {"path": DEFAULT_MODEL if recipe.model == "default" else recipe.written()["model"]},
+            "model": {
+                "path": DEFAULT_MODEL if recipe.model == "default" else recipe.written()["model"],
+                **_lora(recipe),
+            },
             "actor": actor,
             "rollout": rollout,
             "ref": {**ref, "log_prob_micro_batch_size_per_gpu": 1},

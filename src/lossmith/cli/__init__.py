@@ -35,6 +35,7 @@ _WORK: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("train", "train"),
         "prefer": ("prefer", "prefer"),
         "chat": ("chat", "chat"),
+        "merge": ("merge", "merge"),
     },
     "What a loss is and does": {
         "tour": ("explore", "tour"),

@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from lossmith.errors import LossmithError, PolicyError, nearest
-from lossmith.files import at_home, read_text
+from lossmith.files import at_home, cache_folder, read_text
+from lossmith.policy.embedded import NAME
 
-__all__ = ["check_config", "check_model", "find_config", "in_brief"]
+__all__ = [
+    "WEIGHTS_OF_ADAPTER",
+    "adapter_base",
+    "check_config",
+    "check_model",
+    "find_config",
+    "has_tokenizer",
+    "in_brief",
+]
 
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS_OF_ADAPTER = "adapter_model.safetensors"
+_ADAPTER = ("adapter_config.json", WEIGHTS_OF_ADAPTER, "adapter_model.bin")
 MOST_PARTS = 100_000  # layers, blocks or experts: transformers would build them one by one, and never end
 _OTHER_HEADS = {
     "ForSequenceClassification": "a classifier",
@@ -57,12 +67,14 @@ def check_model(model: str | Path, error: type[LossmithError] = PolicyError, wha
         raise error(f"the model folder {str(model)!r} cannot be read: {problem.strerror}.") from None
     for name in sorted(names):
         _check_ordinary(folder / name, error)
-    _check_adapter(folder, names, error)
+    if names & set(_ADAPTER):
+        _check_adapter(folder, names, error, what)
+        return
     if "config.json" not in names:
         raise error(f"{str(model)!r} holds no config.json, so it is not a model folder.")
     check_config(find_config(folder, error), str(model), error, what)
     _check_weights(folder, names, error)
-    if not names & set(_TOKENIZERS):
+    if not has_tokenizer(folder):
         raise error(f"{str(model)!r} holds no tokenizer: save it there with tokenizer.save_pretrained.")
 
 
@@ -74,31 +86,74 @@ def _check_ordinary(path: Path, error: type[LossmithError]) -> None:
         raise error(f"{str(path)!r} cannot be read: permission denied.")
 
 
-def _check_adapter(folder: Path, names: set[str], error: type[LossmithError]) -> None:
-    """An adapter is never merged here, and never ignored."""
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _TOKENIZERS)
+
+
+def adapter_base(model: str | Path, error: type[LossmithError] = PolicyError) -> str | None:
+    """The base model of a LoRA adapter's folder: a folder, a hub name, or "default"; None where it is no adapter.
+
+    `error`: the folder of the base model is not there.
+    """
+    folder = at_home(model, error)
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    base = _json_object(folder / "adapter_config.json", error).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise error(f"{str(folder)!r} is a LoRA adapter, and its adapter_config.json does not say of which base model.")
+    there = at_home(base, error)
+    if there.is_absolute() and there.name == NAME and (there.parent == cache_folder() or not there.exists()):
+        return "default"  # in this machine's cache, or in that of another
+    for place in (there, folder / base):
+        if place.is_dir():
+            return str(place.absolute())
+    if _HUB_NAME.fullmatch(base) and not base.startswith("."):
+        return base
+    raise error(
+        f"{str(folder)!r} is a LoRA adapter, and its base model {base!r} is not there: put it back, or write where it "
+        "is now into the adapter's adapter_config.json (base_model_name_or_path)."
+    )
+
+
+def _check_adapter(folder: Path, names: set[str], error: type[LossmithError], what: str) -> None:
+    """A policy may be an adapter; it is never ignored, and never taken for a whole model."""
     adapter_files = [name for name in _ADAPTER if name in names]
-    if not adapter_files:
-        return
-    base = "BASE"
-    if "adapter_config.json" in names:
-        base_name = _json_object(folder / "adapter_config.json", error).get("base_model_name_or_path")
-        base = base_name if isinstance(base_name, str) and base_name else base
-    has_model = "config.json" in names and any(n.endswith(".safetensors") and n not in _ADAPTER for n in names)
-    if has_model:
+    if "config.json" in names and any(n.endswith(".safetensors") and n not in _ADAPTER for n in names):
         raise error(
             f"{str(folder)!r} holds a whole model and a LoRA adapter beside it. If the adapter is merged into the "
             f"weights already, remove {' and '.join(adapter_files)}; if it is not, move its files to a folder of their "
-            "own, merge the two (peft.PeftModel.from_pretrained(model, its_folder).merge_and_unload()), and give the "
-            "result."
+            "own, and give that."
         )
-    merge = (
-        f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
-        ".merge_and_unload().save_pretrained(FOLDER)"
-    )
-    raise error(
-        f"{str(folder)!r} is a LoRA adapter, not a whole model; its base model is {base!r}. Merge the two, save the "
-        f"tokenizer beside them, and give that folder: {merge}."
-    )
+    if "adapter_config.json" not in names:
+        raise error(f"{str(folder)!r} is a LoRA adapter without its adapter_config.json: copy the whole folder again.")
+    if what != "policy":
+        base = _json_object(folder / "adapter_config.json", error).get("base_model_name_or_path")
+        merge = (
+            f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), "
+            f"{str(folder)!r}).merge_and_unload().save_pretrained(FOLDER)"
+        )
+        raise error(
+            f"{str(folder)!r} is a LoRA adapter, not a whole model; its base model is {base!r}. Merge the two, save "
+            f"the tokenizer beside them, and give that folder: {merge}."
+        )
+    config = _json_object(folder / "adapter_config.json", error)
+    if config.get("peft_type") != "LORA":
+        raise error(f"{str(folder)!r} is an adapter of the kind {config.get('peft_type')!r}, and LoRA alone is known.")
+    if config.get("bias", "none") != "none":
+        raise error(
+            f"the adapter {str(folder)!r} changes the biases of its base model as well (bias = {config['bias']!r}), "
+            "so that the base model cannot be had back from it: merge the two with peft, and give the result."
+        )
+    if WEIGHTS_OF_ADAPTER not in names:
+        pickled = ": its weights are pickled, which can run code" * ("adapter_model.bin" in names)
+        raise error(f"the adapter {str(folder)!r} has no {WEIGHTS_OF_ADAPTER}{pickled}. Save it with save_pretrained.")
+    base = adapter_base(folder, error)
+    if base is not None and base != "default":
+        if adapter_base(base, error) is not None:
+            raise error(
+                f"the base model {base!r} of {str(folder)!r} is an adapter itself: `lossmith merge` that first."
+            )
+        check_model(base, error, what)
 
 
 def _check_weights(folder: Path, names: set[str], error: type[LossmithError]) -> None:

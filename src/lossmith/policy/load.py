@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.errors import PolicyError, nearest
+from lossmith.policy.adapter import Adapter
 from lossmith.policy.text import SpecialTokens, answer_text, prompt_ids
 from lossmith.prompts import Prompt
 
@@ -42,6 +43,7 @@ class Policy:
     _encoded: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
     shares: bool | None = None  # whether completions may share their prompt; None until it was tested
+    adapter: Adapter | None = None  # what learns in the place of the weights
     float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
     gather: Callable[[], dict[str, Tensor]] | None = None  # its whole state, where ranks hold it in parts
 
@@ -132,9 +134,10 @@ class Policy:
         self._encoded.clear()
 
     @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Matrix products in compute_dtype, where it has fewer bits than the weights."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+    def computing(self) -> Iterator[None]:
+        """Matrix products in compute_dtype, where it has fewer bits than the weights; the adapter as it is meant."""
+        narrow = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        with narrow, self.adapter.used() if self.adapter else contextlib.nullcontext():
             yield
 
     def parameters(self) -> list[nn.Parameter]:
@@ -150,10 +153,17 @@ class Policy:
         self.value_head = head
 
     def frozen(self) -> Policy:
-        """A copy that nothing trains: the reference policy."""
-        model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        """What the policy is now, and stays: the reference policy. A copy, or the same weights beside an adapter."""
+        adapter = None if self.adapter is None else self.adapter.frozen()
+        model = copy.deepcopy(self.model).requires_grad_(False).eval() if adapter is None else self.model
         return Policy(
-            model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares, float32_head=self.float32_head
+            model,
+            self.tokenizer,
+            self.compute_dtype,
+            self.version,
+            shares=self.shares,
+            adapter=adapter,
+            float32_head=self.float32_head,
         )
 
     def checksum(self) -> str:
@@ -167,8 +177,16 @@ class Policy:
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """A Hugging Face folder: float32 safetensors, configuration, tokenizer with its chat template."""
+        """A Hugging Face folder: float32 safetensors, configuration, tokenizer with its chat template.
+
+        Of a policy with an adapter, that alone, as peft writes it.
+        """
         from transformers import GenerationConfig
+
+        if self.adapter is not None:
+            self.adapter.save(folder)
+            self.tokenizer.save_pretrained(folder)
+            return
 
         generation = self.model.generation_config
         try:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from lossmith.errors import PolicyError
+from lossmith.files import at_home
+from lossmith.policy.adapter import Adapter, LoraSettings, add_adapter, load_adapter
 from lossmith.policy.embedded import embedded_model
-from lossmith.policy.folder import check_config, check_model, in_brief
+from lossmith.policy.folder import adapter_base, check_config, check_model, has_tokenizer, in_brief
 from lossmith.policy.load import Policy, find_device, find_dtype
 from lossmith.policy.memory import keep_freed_memory
 from lossmith.policy.text import SpecialTokens, check_special_tokens
@@ -27,51 +29,86 @@ def load_policy(
     trainable: bool = True,
     special_tokens: SpecialTokens = "answer",
     chat_template: str | None = None,
+    lora: LoraSettings | None = None,
     float32_head: bool = False,
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
+
+    The folder may be that of a LoRA adapter: its base model is found by its adapter_config.json, and what is trained
+    then is the adapter. lora: train a new adapter, and leave the model's own weights as they are.
 
     dtype: what matrix products run in: auto, float32 or bfloat16; the weights themselves are float32.
     special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
     the model has several. float32_head: logits in float32 where the other products are in bfloat16.
 
-    PolicyError: what check_model finds, weights that are missing, damaged or not finite, or a model whose sampling or
-    log-probabilities are not those of its plain forward pass.
+    PolicyError: what check_model finds, weights that are missing, damaged or not finite, an adapter that does not fit,
+    or a model whose sampling or log-probabilities are not those of its plain forward pass.
     """
     check_model(model)
     check_special_tokens(special_tokens)
     where = find_device(device)
     if where.type == "cpu":
         keep_freed_memory()
-    tokenizer, network = _read(str(model))
-    network = network.to(where).eval().requires_grad_(trainable)
+    tokenizer, network, adapter = _read(str(model), where, lora)
+    if adapter is None or not trainable:
+        network.requires_grad_(trainable)
     policy = Policy(
-        network, tokenizer, find_dtype(dtype, where), special_tokens=special_tokens, float32_head=float32_head
+        network.to(where).eval(),
+        tokenizer,
+        find_dtype(dtype, where),
+        special_tokens=special_tokens,
+        adapter=adapter,
+        float32_head=float32_head,
     )
     if chat_template is not None:
         policy.use_template(chat_template)
     _check_parts(policy, str(model))
     sharing_is_exact(policy)
+    if adapter is not None and policy.compute_dtype != torch.float32:
+        adapter.narrow_base(policy.compute_dtype, but=network.get_output_embeddings() if float32_head else None)
     return policy
 
 
-def _read(model: str) -> tuple[Any, Any]:
-    """(tokenizer, model in float32) as transformers reads them, refused where a weight would be made up."""
+def _read(model: str, device: torch.device, lora: LoraSettings | None) -> tuple[Any, Any, Adapter | None]:
+    """(tokenizer, model on its device, its adapter), of an adapter's folder or of a whole model."""
+    base = adapter_base(model)
+    if base is not None and lora is not None:
+        raise PolicyError(
+            f"lora_rank = {lora.rank}, but {model!r} is a LoRA adapter already, which is trained on as it is: leave "
+            f"lora_rank = 0. For a new adapter, merge this one first: lossmith merge {model} -o FOLDER"
+        )
+    if base is None:
+        tokenizer, network, place = _read_whole(model)
+        return tokenizer, network, None if lora is None else add_adapter(network.to(device), lora, place)
+    folder = at_home(model, PolicyError)
+    tokenizer, network, place = _read_whole(base, str(folder) if has_tokenizer(folder) else None)
+    adapter = load_adapter(network.to(device), folder, place)
+    check_weights(network, model, PolicyError)
+    return tokenizer, network, adapter
+
+
+def _read_whole(model: str, tokenizer: str | None = None) -> tuple[Any, Any, str]:
+    """(tokenizer, model in float32, where it is) as transformers reads them, refused where a weight would be made up.
+
+    tokenizer: the folder of another one than the model's own.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = Path(model).expanduser()
-    place = str(embedded_model() if model == "default" else folder if folder.exists() else model)
-    tokenizer, network, missing = read_pretrained(AutoModelForCausalLM, place, model, PolicyError, "policy")
+    place = str(embedded_model() if model == "default" else folder.absolute() if folder.exists() else model)
+    text, network, missing = read_pretrained(AutoModelForCausalLM, place, model, PolicyError, "policy", tokenizer)
     if missing:
         raise PolicyError(
             f"{model!r} lacks {len(missing)} weights of {type(network).__name__} ({', '.join(missing[:3])}, ...), "
             "which would be filled with random numbers. Give a complete model with a language-model head."
         )
     check_weights(network, model, PolicyError)
-    return tokenizer, network
+    return text, network, place
 
 
-def read_pretrained(auto: Any, place: str, name: str, error: Any, what: str, **more: Any) -> tuple[Any, Any, list[str]]:
+def read_pretrained(
+    auto: Any, place: str, name: str, error: Any, what: str, tokenizer_place: str | None = None, **more: Any
+) -> tuple[Any, Any, list[str]]:
     """(tokenizer, model in float32, names of weights that were not there) of a folder or hub name.
 
     auto: a class of transformers. `error`: transformers cannot make anything of it; `name` is what the user called it.
@@ -84,7 +121,7 @@ def read_pretrained(auto: Any, place: str, name: str, error: Any, what: str, **m
         config, _ = PretrainedConfig.get_config_dict(place)
         check_config(config, name, error, what)
         # False, not absent: transformers would ask on the terminal whether to run a model's own code
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place or place, trust_remote_code=False)
         network, report = auto.from_pretrained(
             place,
             dtype=torch.float32,
@@ -101,7 +138,8 @@ def read_pretrained(auto: Any, place: str, name: str, error: Any, what: str, **m
         raise error(f"cannot load the model {name!r}: {in_brief(problem) or type(problem).__name__}") from None
     if getattr(network, "_hf_peft_config_loaded", False):
         raise error(
-            f"{name!r} is a LoRA adapter: merge it into its base model first (merge_and_unload), and give that."
+            f"{name!r} is a LoRA adapter on the hub: download it (hf download {name} --local-dir FOLDER) and give that "
+            "folder."
         )
     longest = tokenizer.model_max_length
     if not isinstance(longest, (int, float)) or not longest > 0:

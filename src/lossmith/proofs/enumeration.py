@@ -115,6 +115,10 @@ class Tree:
         states = self.states(theta)
         return self.at((states.exp() * (states - self.states(ref))).sum(1))
 
+    def vocabulary_logp(self, theta: Tensor) -> Tensor:
+        """Log-probabilities of all tokens before each token, [S, L, V], with gradient; 0 where there is no token."""
+        return torch.where(self.mask[..., None], self.states(theta)[self.state], 0.0)
+
     def sequence_kl(self, a: Tensor, b: Tensor) -> Tensor:
         """KL(a ‖ b) of the distributions of completions, nats, with gradient."""
         la, lb = self.logp(a), self.logp(b)
@@ -146,13 +150,20 @@ class World:
 
     @cached_property
     def jacobians(self) -> dict[str, Tensor]:
-        """{leaf: d leaf / d theta [S, L, P]}; a critic has parameters of its own."""
+        """{leaf: d leaf / d theta [S, L, P]}, [S, L·V, P] of a vocabulary; a critic has parameters of its own."""
         tree, functional = self.tree, torch.autograd.functional
         return {
             "logp": functional.jacobian(tree.token_logp, self.theta),
             "entropy": functional.jacobian(tree.entropy, self.theta),
             "full_kl": functional.jacobian(lambda theta: tree.full_kl(theta, self.ref), self.theta),
+            "divergence": functional.jacobian(lambda theta: tree.full_kl(theta, self.teacher), self.theta),
+            "vocab_logp": functional.jacobian(tree.vocabulary_logp, self.theta).flatten(1, 2),
         }
+
+    @property
+    def teacher(self) -> Tensor:
+        """[P], a teacher: as far from the policy as the reference, on the other side."""
+        return 2 * self.theta - self.ref
 
     def gradient(self, value: Callable[[Tensor], Tensor]) -> Tensor:
         """d value(theta) / d theta, [P]."""
@@ -242,6 +253,10 @@ WORLD_FIELDS: dict[str, Callable[[World], Tensor]] = {
     "behavior_logp": lambda w: w.tree.token_logp(w.behavior),
     "ref_logp": lambda w: w.tree.token_logp(w.ref),
     "full_kl": lambda w: w.tree.full_kl(w.theta, w.ref),
+    "teacher_logp": lambda w: w.tree.token_logp(w.teacher),
+    "vocab_logp": lambda w: w.tree.vocabulary_logp(w.theta),
+    "teacher_vocab_logp": lambda w: w.tree.vocabulary_logp(w.teacher),
+    "divergence": lambda w: w.tree.full_kl(w.theta, w.teacher),
     "entropy": lambda w: w.tree.entropy(w.theta),
     "reward": lambda w: w.reward,
     "group": lambda w: torch.zeros(len(w.reward), dtype=torch.int64),
@@ -400,7 +415,7 @@ def _terms(output: Any, leaves: dict[str, Tensor], world: World, groups: Tensor,
             slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
             for leaf, slope in zip(leaves, slopes, strict=True):
                 if slope is not None and leaf in world.jacobians:
-                    of_groups = slope.view(*groups.shape, -1)
+                    of_groups = slope.reshape(*groups.shape, -1)
                     gradient = gradient + torch.einsum("mgl,mglp->mp", of_groups, world.jacobians[leaf][groups])
         found[term] = gradient
     return found | ({"policy": found["loss"]} if "policy" in output.terms and "policy" not in found else {})

@@ -12,6 +12,7 @@ from typing import Any
 from lossmith import __version__
 from lossmith.intervals import in_words
 from lossmith.losses import Loss
+from lossmith.policy import adapter_base
 from lossmith.policy.embedded import NAME
 from lossmith.training.evaluate import sentences
 from lossmith.training.guards import kl_of_completion
@@ -108,7 +109,8 @@ def write_card(folder: RunFolder, recipe: Any, loss: Loss, facts: Facts) -> None
 
 
 def _base_model(model: str) -> str:
-    """A name that others can make something of: a hub name, or the last part of a folder's."""
+    """A name that others can make something of: a hub name, or a folder's last part. Of an adapter, its base's."""
+    model = adapter_base(model) or model
     if model == "default":
         return _EMBEDDED
     return model if _HUB.fullmatch(model) and not os.path.exists(model) else Path(model).name
@@ -149,6 +151,14 @@ def _table(figures: Sequence[_Figure]) -> str:
 def _use(name: str, base: str, adapter: bool) -> str:
     served = f"vllm serve {base} --enable-lora --lora-modules {name}=." if adapter else "vllm serve ."
     needs = " and peft, which loads the base model too" if adapter else ""
+    more = ""
+    if adapter:
+        own = ", a copy of which the run had made from a 4-bit file" if base == _EMBEDDED else ""
+        more = (
+            f"\n\nThis is a LoRA adapter. Its `adapter_config.json` has the base model where the run had it "
+            f"(`base_model_name_or_path`): elsewhere, write `{base}` there{own}. `lossmith merge . -o FOLDER` writes "
+            "base and adapter as one model."
+        )
     return f"""## Use
 
 In this folder, with transformers{needs}:
@@ -163,4 +173,4 @@ asked = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**asked, max_new_tokens=200)[0, asked["input_ids"].shape[1] :]))
 ```
 
-With vLLM: `{served}`. To a hub, once you have read this card: `hf upload YOU/{name} .`"""
+With vLLM: `{served}`. To a hub, once you have read this card: `hf upload YOU/{name} .`{more}"""

@@ -26,6 +26,7 @@ from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import (
     Layout,
     Policy,
+    Teacher,
     TokenOutputs,
     bfloat16_weights,
     can_checkpoint_activations,
@@ -37,9 +38,10 @@ from lossmith.policy import (
 from lossmith.policy.sharded import shard, whole
 from lossmith.ranks import Ranks
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
-from lossmith.training.output_gradients import OutputGradients, added, metrics_of
+from lossmith.training.output_gradients import OutputGradients, added, credit_to, metrics_of, on_cpu
 from lossmith.training.recipe import Recipe
 from lossmith.training.rewards import rewards_of
 from lossmith.training.sampler_gap import OF_SAMPLER, against_sampler, sampler_metrics
@@ -49,6 +51,7 @@ from lossmith.training.weights import WeightWatch
 __all__ = ["Learner", "Update"]
 
 _log = logging.getLogger("lossmith")
+_Pass = tuple[Tensor, bool]  # row numbers, and whether they count
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,16 @@ class Learner:
     """Holds the optimizer, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
     def __init__(
-        self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0, ranks: Ranks | None = None
+        self,
+        policy: Policy,
+        loss: Loss,
+        recipe: Recipe,
+        longest: int = 0,
+        ranks: Ranks | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        """longest: tokens of the longest prompt there will be, for the estimate of memory.
+        """longest: tokens of the longest prompt there will be, for the estimate of memory. teacher: of a loss that
+        learns from one.
 
         ranks: the processes that share the work. Every rank has a learner; that of rank 0 makes the batch, the credit
         and the optimizer's step, and the others' forward and backward passes are of the prompts that are theirs.
@@ -75,7 +85,9 @@ class Learner:
             policy.add_value_head()
         if "value" in loss.needs and not loss.value.active:
             raise RunError(f"{loss.name} reads a critic that nothing trains: give it value_coef > 0, for example 0.5.")
-        self.policy, self.loss, self.recipe = policy, loss, recipe
+        if loss.needs & TAUGHT and teacher is None:
+            raise RunError(f"{loss.name} learns from a teacher: give the learner one.")
+        self.policy, self.loss, self.recipe, self.teacher = policy, loss, recipe, teacher
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
         self.reference = policy.frozen() if needed else None
         if not policy.parameters():
@@ -83,16 +95,16 @@ class Learner:
         self.ranks = ranks or Ranks()
         sharded = recipe.shard and self.ranks.size > 1
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        self.memory = estimate_memory(
-            policy, recipe, self.reference is not None, longest, self.ranks.size if sharded else 1
-        )
+        others = (self.reference, None if teacher is None else teacher.policy)
+        frozen = [p for p in others if p is not None and p.model is not policy.model]
+        self.memory = estimate_memory(policy, recipe, frozen, longest, self.ranks.size if sharded else 1)
         self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
         self.compiled = recipe.compile and not self.recompute and not sharded and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
             why = "layers are run again in the backward pass" if self.recompute else "the model's layers are not known"
-            _log.warning("compile = true has no effect: %s.", "ranks hold weights in parts" if sharded else why)
+            _log.warning("compile = true has no effect: %s.", "ranks hold the weights in parts" if sharded else why)
         if self.compiled:
-            for each in filter(None, (policy, self.reference)):
+            for each in filter(None, (policy, *frozen)):
                 compile_layers(each)
         if sharded:
             for each in filter(None, (policy, self.reference)):
@@ -103,7 +115,8 @@ class Learner:
         self.optimizer = make_optimizer(trained, recipe)
         self.shards = Shards(policy, self.optimizer, self.ranks) if sharded else None
         self.weights = WeightWatch(
-            trained[0][0], [] if self.reference is None else list(self.reference.model.parameters())
+            trained[0][0],
+            [] if self.reference is None else [p for p in self.reference.model.parameters() if not p.requires_grad],
         )
         self._clock = Clock()
         self.ranks.tasks |= {
@@ -131,14 +144,18 @@ class Learner:
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
-        in_reward = loss.kl.in_reward
-        if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp", "old_logp"}:
+        at_once = "old_logp" in loss.credit_reads  # the credit half has no forward pass of its own
+        if (several and loss.uses_old) or at_once or loss.needs & {"value", "behavior_logp", "old_logp"}:
             now = self.outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
                 fields["old_value"] = fields["value"] = now.value
         if self.reference is not None and ("ref_logp" in loss.needs or recipe.tracks_kl):
             fields["ref_logp"] = self.outputs(self.reference, rollouts, frozenset()).logp
+        if "teacher_logp" in loss.needs:
+            assert self.teacher is not None
+            taught = self.teacher.sees(rollouts)
+            fields["teacher_logp"] = self.outputs(self.teacher.policy, taught, frozenset()).logp
         if "mismatched_log_ratio" in loss.needs:
             fields["mismatched_log_ratio"] = self._mismatched(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
@@ -188,7 +205,8 @@ class Learner:
 
     def outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
-        parts = self.ranks.call("outputs", policy is self.reference, rollouts, want)
+        who = "policy" if policy is self.policy else "reference" if policy is self.reference else "teacher"
+        parts = self.ranks.call("outputs", who, rollouts, want)
         width = max([len(r.completion_ids) for r in rollouts] + [1])
         outs = [out for part in parts for _, out in part]
         device, dtype = policy.device, outs[0].logp.dtype if outs else torch.float32
@@ -206,10 +224,11 @@ class Learner:
 
     @torch.no_grad()
     def _outputs(
-        self, of_reference: bool, rollouts: Sequence[Rollout], want: frozenset[str]
+        self, who: str, rollouts: Sequence[Rollout], want: frozenset[str]
     ) -> list[tuple[Tensor, TokenOutputs]]:
         """Of this rank's rows: (their numbers, their outputs), a micro-batch each."""
-        policy = self.reference if of_reference else self.policy
+        models = {"policy": self.policy, "reference": self.reference}
+        policy = models[who] if who in models or self.teacher is None else self.teacher.policy
         assert policy is not None
         found = []
 
@@ -220,12 +239,12 @@ class Learner:
                         policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
                     )
                 if counts:
-                    found.append((rows, out if self.ranks.size == 1 else _on_cpu(out)))
+                    found.append((rows, out if self.ranks.size == 1 else on_cpu(out)))
 
         self.ranks.in_step(measure) if self.shards else measure()
         return found
 
-    def _passes(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[Tensor, bool]]:
+    def _passes(self, rollouts: Sequence[Rollout]) -> Iterator[_Pass]:
         """The rows of each of this rank's passes through the model, and whether they count.
 
         Ranks that hold parts of the weights make the same number: one with fewer rows ends with some that do not.
@@ -282,7 +301,7 @@ class Learner:
         if self.ranks.size == 1:
             return self._accumulate(rollouts, batch, credit)
         kl = self.loss.kl if isinstance(self.loss, PolicyLoss) else None
-        plain = _credit_to(dataclasses.replace(credit, compute_metrics=no_metrics), "cpu")
+        plain = credit_to(dataclasses.replace(credit, compute_metrics=no_metrics), "cpu")
         given = {name: x.cpu() for name, x in batch.given.items()}
         metrics: dict[str, float] = {}
         for share in self.ranks.call("accumulate", rollouts, given, plain, kl):
@@ -297,15 +316,14 @@ class Learner:
         if kl is not None and isinstance(self.loss, PolicyLoss) and self.loss.kl != kl:
             self.loss = self.loss.replace(kl=kl)
         batch = Batch(**given).to(device)
-        metrics = self._accumulate(rollouts, batch, _credit_to(credit, device))
+        metrics = self._accumulate(rollouts, batch, credit_to(credit, device))
         if not self.shards:
             with self._clock("gradients"):
                 self.ranks.add_gradients(self._trained())
         return metrics
 
     def _trained(self) -> list[torch.nn.Parameter]:
-        head = self.policy.value_head
-        return [*self.policy.parameters(), *([] if head is None else head.parameters())]
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def share_weights(self) -> None:
         """Every rank's policy, as rank 0's has become; a rank that holds its part has it already."""
@@ -322,8 +340,8 @@ class Learner:
 
         def backward() -> dict[str, float]:
             total = {} if of_all is None or self.ranks.rank else of_all.metrics
-            for rows, counts in self._passes(rollouts):
-                total = added(total, self._backward(rollouts, batch, credit, rows, of_all, counts))
+            for one in self._passes(rollouts):
+                total = added(total, self._backward(rollouts, batch, credit, one, of_all))
             return total
 
         with (
@@ -335,15 +353,10 @@ class Learner:
         return found
 
     def _backward(
-        self,
-        rollouts: Sequence[Rollout],
-        batch: Batch,
-        credit: Credit,
-        rows: Tensor,
-        of_all: OutputGradients | None,
-        counts: bool,
+        self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, one: _Pass, of_all: OutputGradients | None
     ) -> dict[str, float]:
         """Add the gradient of these rows, if they count; returns their share of the metrics."""
+        rows, counts = one
         with torch.enable_grad():
             with self._clock("forward"):
                 graded = self._graded([rollouts[i] for i in rows], batch)
@@ -365,6 +378,7 @@ class Learner:
     def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
         """The outputs that the loss needs from a forward pass, padded to the batch's width."""
         want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
+        want |= {"divergence"} if self.loss.divergence is not None else set()
         out = token_outputs(
             self.policy,
             rollouts,
@@ -372,6 +386,8 @@ class Learner:
             layout=self.layout,
             want=want,
             reference=self.reference if "full_kl" in want else None,
+            teacher=self.teacher,
+            divergence=self.loss.divergence,
             activation_checkpointing=self.recompute,
         )
         width = batch.valid.shape[1]
@@ -481,15 +497,3 @@ class Learner:
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
-
-
-def _on_cpu(out: TokenOutputs) -> TokenOutputs:
-    return dataclasses.replace(
-        out, logp=out.logp.cpu(), mask=out.mask.cpu(), value=None if out.value is None else out.value.cpu()
-    )
-
-
-def _credit_to(credit: Credit, device: torch.device | str) -> Credit:
-    """The credit there."""
-    parts: dict[str, Any] = {name: x.to(device) for name, x in credit.parts.items()}
-    return dataclasses.replace(credit, **parts, given={name: x.to(device) for name, x in credit.given.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,25 +84,30 @@ class _Sizes:
 
 
 def estimate_memory(
-    policy: Policy, recipe: Recipe, reference: bool, longest: int = 0, parts: int = 1
+    policy: Policy, recipe: Recipe, frozen: Sequence[Policy], longest: int = 0, parts: int = 1
 ) -> MemoryEstimate:
     """What training this policy with this recipe takes, with prompts of at most so many tokens.
 
+    frozen: the models beside it that nothing trains, a reference and a teacher, where they have weights of their own.
     parts: into which weights, gradients and optimizer state are cut, of which a rank holds one.
     """
     size = _Sizes.of(policy)
-    weights = sum(p.numel() for p in policy.model.parameters())
+    weights = list(policy.model.parameters())
+    held = sum(p.numel() * p.element_size() for p in weights)  # beside an adapter, some of them in the compute type
     trained = sum(p.numel() for p in policy.parameters())
-    narrow = 2 * weights if size.width == 2 else 0
-    fixed = 4 * (weights * (2 if reference else 1) + 3 * trained) / parts + narrow + _LIBRARIES
+    narrow = sum(2 * p.numel() for p in weights) if size.width == 2 else 0
+    beside = sum(p.numel() * p.element_size() for one in frozen for p in one.model.parameters())
+    fixed = (held + beside + 3 * 4 * trained) / parts + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
     wide = 4 if policy.float32_head else size.width
-    head = 2 * wide * _HEAD_ROWS * size.vocabulary + 3 * 4 * size.vocabulary * size.hidden
+    head = 2 * wide * _HEAD_ROWS * size.vocabulary
+    if policy.model.get_output_embeddings().weight.requires_grad:
+        head += 3 * 4 * size.vocabulary * size.hidden
     layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width
     once = head + _attention(size, tokens)
     return MemoryEstimate(
         fixed,
-        _sampling(policy, size, recipe, longest) + (4 * weights if parts > 1 else 0),  # all of them, while it lasts
+        _sampling(policy, size, recipe, longest) + (held if parts > 1 else 0),  # all of them, while it lasts
         once + size.layers * layer,
         once + layer + size.layers * tokens * size.hidden * 4,
         _budget(policy, recipe),

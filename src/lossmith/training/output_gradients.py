@@ -1,15 +1,18 @@
-"""A loss of a whole batch through its micro-batches: what each is given of dL/d(outputs), and metrics that add up."""
+"""What goes between a loss and the passes it is computed in: dL/d(outputs) of a whole batch, metrics that add up."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossmith.losses import LossOutput
+from lossmith.losses import Credit, LossOutput
+from lossmith.policy import TokenOutputs
 
-__all__ = ["OutputGradients", "added", "metrics_of"]
+__all__ = ["OutputGradients", "added", "credit_to", "metrics_of", "on_cpu"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,3 +37,15 @@ def metrics_of(result: LossOutput) -> dict[str, float]:
 def added(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
     """Metrics that are shares of a whole."""
     return {k: a.get(k, 0.0) + b.get(k, 0.0) for k in {**a, **b}}
+
+
+def on_cpu(out: TokenOutputs) -> TokenOutputs:
+    return dataclasses.replace(
+        out, logp=out.logp.cpu(), mask=out.mask.cpu(), value=None if out.value is None else out.value.cpu()
+    )
+
+
+def credit_to(credit: Credit, device: torch.device | str) -> Credit:
+    """The credit there."""
+    parts: dict[str, Any] = {name: x.to(device) for name, x in credit.parts.items()}
+    return dataclasses.replace(credit, **parts, given={name: x.to(device) for name, x in credit.given.items()})

@@ -1,4 +1,4 @@
-"""The rewards of a round as a tensor."""
+"""The scores of a round as the tensor that a loss reads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["rewards_of"]
 
 
 def rewards_of(rollouts: Sequence[Rollout], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[N], or [N, T] where any scorer gave rewards by token; a score of the whole then stands at the last token.
+    """Rewards in this type; in float64, as they come, where the narrower one would lose their size or order.
 
-    In this type; in float64 where the narrower one would lose their size or order. RunError: that has no float64.
+    [N], or [N, T] where any scorer gave rewards by token. RunError: the device has no float64, and they need it.
     """
-    rewards = _in_float64(rollouts)
+    rewards = _as_scored(rollouts)
     narrow = rewards.to(dtype)
     if bool(narrow.isfinite().all()) and len(narrow.unique()) == len(rewards.unique()):
         return narrow.to(device)
@@ -30,7 +30,8 @@ def rewards_of(rollouts: Sequence[Rollout], device: torch.device, dtype: torch.d
     return rewards.to(device)
 
 
-def _in_float64(rollouts: Sequence[Rollout]) -> Tensor:
+def _as_scored(rollouts: Sequence[Rollout]) -> Tensor:
+    """[N], or [N, T] where any scorer gave rewards by token; a score of the whole then stands at the last token."""
     scores = [r.score for r in rollouts if r.score is not None]
     if all(score.per_token is None for score in scores):
         return torch.tensor([score.value for score in scores], dtype=torch.float64)

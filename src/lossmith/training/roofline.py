@@ -35,14 +35,18 @@ class Work:
 def count_work(policy: Policy, rollouts: Sequence[Rollout]) -> Work:
     """What these completions cost: a prompt counts once, whatever the number of its completions."""
     head = policy.model.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for p in policy.model.base_model.parameters() if p.dim() == 2) - _embeddings(policy)
+    matrices = [p for p in policy.model.base_model.parameters() if p.dim() == 2]
+    body = sum(p.numel() for p in matrices) - _embeddings(policy)
+    # of weights that are not trained there is no gradient, only one through them
+    learning = body if policy.adapter is None else sum(p.numel() for p in matrices if p.requires_grad)
+    learning_head = head if policy.adapter is None else 0
     responses = sum(len(r.completion_ids) for r in rollouts)
     prompts = sum(len(ids) for ids in {r.prompt_ids for r in rollouts})
     fed = responses - len(rollouts)  # the last token of a completion is fed to nothing
     return Work(
         sample=2.0 * (body * (prompts + fed) + head * responses),
         forward=2.0 * (body * (prompts + fed) + head * responses),
-        backward=4.0 * body * (prompts + fed) + 4.0 * head * responses,
+        backward=2.0 * ((body + learning) * (prompts + fed) + (head + learning_head) * responses),
     )
 
 

@@ -92,7 +92,8 @@ class Shards:
 
 def named_weights(policy: Policy) -> list[tuple[str, Tensor]]:
     """What a checkpoint holds of the policy, by name."""
-    named = [("policy." + n, p.detach()) for n, p in policy.model.named_parameters()]
+    trained = {id(p) for p in policy.parameters()}  # beside an adapter, the model is what it was
+    named = [("policy." + n, p.detach()) for n, p in policy.model.named_parameters() if id(p) in trained]
     head = policy.value_head
     return named + ([] if head is None else [("value_head." + n, p.detach()) for n, p in head.named_parameters()])
 

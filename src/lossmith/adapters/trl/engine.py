@@ -26,7 +26,7 @@ from lossmith.adapters.trl.trainer import GRPOConfig, LossmithGRPOTrainer, batch
 from lossmith.errors import RecipeError, RunError, ScorerError, nearest
 from lossmith.losses import Batch, Credit, PolicyLoss
 from lossmith.optimization import rate_factor
-from lossmith.policy import Policy, distribution_of
+from lossmith.policy import Policy, adapter_base, distribution_of
 from lossmith.rollouts import Distribution, FinishReason, LogProbs, Rollout
 from lossmith.scorers import score_rollouts
 from lossmith.training import Recipe, Run, Step, Update
@@ -54,12 +54,14 @@ def check_recipe(recipe: Recipe) -> None:
         wrong["updates_per_step"] = f"it cuts the {completions} completions of a step into equal parts"
     elif whole and parts > 1:
         wrong["updates_per_step"] = f"it parts the completions of a prompt, which {loss.name} compares"
+    if recipe.lora_rank:
+        wrong["lora_rank"] = "it is given the whole model to train"
+    elif adapter_base(recipe.model) is not None:
+        wrong["model"] = "it is a LoRA adapter, and TRL is given a whole model to train"
     if recipe.compile:
         wrong["compile"] = "it computes with the model as it is"
     if recipe.float32_head:
         wrong["float32_head"] = "it has cast_lm_head_to_fp32 among its own settings (engine_options)"
-    if recipe.shard:
-        wrong["shard"] = "accelerate deals its model out, as engine_options say"
     if recipe.evaluate_every:
         wrong["evaluate_every"] = "between two of its steps the model is as its trainer wraps it"
     if recipe.device not in ("auto", "cpu", "cuda", "mps"):

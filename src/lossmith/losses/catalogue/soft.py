@@ -2,13 +2,16 @@
 
 from lossmith.losses.axes.advantage import Group, GroupStd
 from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
-from lossmith.losses.axes.extra import SquareLogRatio
+from lossmith.losses.axes.extra.terms import SquareLogRatio
 from lossmith.losses.axes.ratio import TokenRatio
 from lossmith.losses.axes.trust import (
     Band,
     KLMask,
     Luffy,
     Quadratic,
+    RecOneSide,
+    RecRing,
+    RecTwoSide,
     ScaledLogP,
     SgClip,
     Sigmoid,
@@ -48,6 +51,27 @@ ENTRIES = [
         paper="arXiv:2511.20347",
         summary="A sigmoid gate around ratio 1 instead of a clip; steeper for bad actions.",
         build=lambda: _scaled(Sigmoid(1.0, 1.05), aggregate=SeqMeanTokenMean()),
+    ),
+    Entry(
+        name="rec_one_side",
+        year=2025,
+        paper="arXiv:2509.24203, after Trinity-RFT 0.6.0",
+        summary="REINFORCE weighted by the ratio, without tokens past the bound that their advantage pushes to.",
+        build=lambda: _centred(RecOneSide()),
+    ),
+    Entry(
+        name="rec_two_side",
+        year=2025,
+        paper="arXiv:2509.24203, after Trinity-RFT 0.6.0",
+        summary="REINFORCE weighted by the ratio, without tokens outside its bounds.",
+        build=lambda: _centred(RecTwoSide()),
+    ),
+    Entry(
+        name="rec_ring",
+        year=2025,
+        paper="arXiv:2509.24203, after Trinity-RFT 0.6.0",
+        summary="REINFORCE weighted by the ratio, without tokens in two rings beside its bounds.",
+        build=lambda: _centred(RecRing()),
     ),
     Entry(
         name="dppo_tv",

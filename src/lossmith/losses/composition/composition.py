@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from lossmith.losses.axes.advantage import BatchMean, Estimator, NoScale, Scale
 from lossmith.losses.axes.aggregate import Aggregate, TokenMean
-from lossmith.losses.axes.extra import Extra, NoExtra
+from lossmith.losses.axes.extra import Extra
+from lossmith.losses.axes.extra.terms import NoExtra
 from lossmith.losses.axes.kl import KL
 from lossmith.losses.axes.masks import GroupFilter, Mask, NoFilter, NoMask
 from lossmith.losses.axes.mismatch import Mismatch, NoMismatch

@@ -251,6 +251,9 @@ FOREIGN: dict[str, Word] = {
     "grad_clip": _of_recipe("verl", "max_grad_norm"),
     "lr_scheduler_type": _of_recipe("TRL", "schedule"),
     "num_train_epochs": _of_recipe("TRL", "steps"),
+    "lora_r": _of_recipe("TRL", "lora_rank"),
+    "lora_target_modules": _of_recipe("TRL", "lora_targets"),
+    "target_modules": _of_recipe("peft and verl", "lora_targets"),
 }  # fmt: skip
 
 

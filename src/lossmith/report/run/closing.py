@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lossmith.errors import printable
 from lossmith.intervals import in_words, verdict
+from lossmith.policy import adapter_base
 from lossmith.rollouts import Rollout
 from lossmith.terminal import put_table
 from lossmith.training import Run
@@ -52,10 +53,17 @@ def what_next(folder: Path) -> str:
         "all figures": run,
         "talk to it": f"lossmith chat {run}   (before and after, side by side)",
         "one prompt": f'lossmith sample --prompt "..." --model {policy}',
-        "elsewhere": f"AutoModelForCausalLM.from_pretrained({str(folder / 'policy')!r}), vllm serve {policy}",
+        **_elsewhere(folder, run, policy),
         "to a hub": f"hf upload YOU/{shlex.quote(folder.name)} {policy}   (its model card is README.md in there)",
     }
     return "\n".join(f"{what:<13}{how}" for what, how in lines.items())
+
+
+def _elsewhere(folder: Path, run: str, policy: str) -> dict[str, str]:
+    loads = f"AutoModelForCausalLM.from_pretrained({str(folder / 'policy')!r})"
+    if adapter_base(folder / "policy") is None:
+        return {"elsewhere": f"{loads}, vllm serve {policy}"}
+    return {"elsewhere": f"{loads}, with peft", "one model": f"lossmith merge {run} -o FOLDER, vllm serve FOLDER"}
 
 
 def _table(held_out: dict[str, Any], title: str) -> Table:

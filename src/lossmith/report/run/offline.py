@@ -11,6 +11,7 @@ from lossmith.durable.stopping import Stopping
 from lossmith.intervals import in_words
 from lossmith.report.run.closing import what_next
 from lossmith.report.run.live import step_line
+from lossmith.report.run.opening import about_adapter
 from lossmith.report.run.prompts import who_reads
 from lossmith.report.run.tracking import Tracking
 from lossmith.report.run.waiting import Busy
@@ -74,6 +75,7 @@ def _opening(run: PreferenceRun) -> str:
         *([block("fields", "\n".join(fields))] if fields else []),
         *(block("note", note) for note in run.notes),
         block("batch", f"{len(run.batches)} steps of about {run.recipe.preferences_per_step} {run.train.form}"),
+        *([] if run.policy.adapter is None else [block("adapter", about_adapter(run.policy))]),
         block("loss", str(run.learner.loss)),
         block("run", str(run.folder.path)),
     ]

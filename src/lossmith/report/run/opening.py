@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from lossmith.policy import Policy
 from lossmith.report.run.prompts import who_reads
 from lossmith.training import Learner, Plan, Recipe, Run
 
-__all__ = ["batch_arithmetic", "memory_estimate", "opening"]
+__all__ = ["about_adapter", "batch_arithmetic", "memory_estimate", "opening"]
 
 
 def opening(plan: Plan, run: Run) -> str:
@@ -17,6 +18,7 @@ def opening(plan: Plan, run: Run) -> str:
         "prompts   " + "\n          ".join([*plan.report.split("\n"), *read_by]),
         f"          {len(plan.train)} to train on, {len(plan.held_out)} held out",
         "batch     " + "\n          ".join(batch_arithmetic(recipe, len(plan.train))),
+        *([] if run.policy.adapter is None else ["adapter   " + about_adapter(run.policy)]),
         "memory    " + memory_estimate(run.learner),
         "figures   reward: mean score; KL: nats a completion from the untrained policy; entropy: nats a token",
         "loss      " + str(run.learner.loss).replace("\n", "\n          "),
@@ -37,11 +39,25 @@ def batch_arithmetic(recipe: Recipe, train_prompts: int) -> list[str]:
     ]
 
 
+def about_adapter(policy: Policy) -> str:
+    """What is trained of a policy with an adapter, in a line."""
+    assert policy.adapter is not None
+    trained, all_of_it = (sum(p.numel() for p in ps) for ps in (policy.parameters(), policy.model.parameters()))
+    reference = "the base model" if policy.adapter.new else "the adapter as it was given"
+    return (
+        f"LoRA of rank {policy.adapter.rank} on {policy.adapter.layers} layers: {trained / 1e6:.2f} million of "
+        f"{all_of_it / 1e6:.1f} million weights are trained; the untrained policy is {reference}"
+    )
+
+
 def memory_estimate(learner: Learner) -> str:
     """Weights, gradients and optimizer exactly; sampling and the activations of one micro-batch by rules of thumb."""
     memory, recompute = learner.memory, learner.recompute
     activations = memory.recomputed if recompute else memory.activations
-    held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
+    teacher = None if learner.teacher is None else learner.teacher.policy
+    others = {"reference": learner.reference, "teacher": teacher}
+    beside = [name for name, one in others.items() if one is not None and one.model is not learner.policy.model]
+    held = " and ".join(["policy, gradients and AdamW", *beside])
     total = memory.total(recompute)
     text = f"about {total / 1e9:.1f} GB: {held} {memory.fixed / 1e9:.1f} GB, and then "
     text += f"sampling {memory.sampling / 1e9:.1f} GB or activations {activations / 1e9:.1f} GB"

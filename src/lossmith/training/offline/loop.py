@@ -29,7 +29,6 @@ from lossmith.training.clock import Clock
 from lossmith.training.going_on import GoingOn, go_on, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
 from lossmith.training.learner import Learner
-from lossmith.training.loop import disk_needed
 from lossmith.training.metrics import in_completions
 from lossmith.training.offline.examples import JudgedRollouts, JudgedSet, judged_rollouts
 from lossmith.training.offline.preference_scores import (
@@ -40,8 +39,8 @@ from lossmith.training.offline.preference_scores import (
     score_of,
     verdict,
 )
-from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, checked_loss
-from lossmith.training.run import RunFolder, check_disk
+from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, check_lora, checked_loss
+from lossmith.training.run import RunFolder, check_disk, disk_needed
 
 __all__ = [
     "PreferencePlan",
@@ -90,6 +89,7 @@ class PreferenceRecipe(RunSettings):
         if recipe.preferences is None:
             raise RecipeError(f"{source}: which preferences? Give a file or a database of judgements.")
         check_optimizer(source, recipe)
+        check_lora(source, recipe)
         recipe.policy_loss()
         return recipe
 
@@ -228,6 +228,7 @@ def open_preferences(
         device=recipe.device,
         dtype=recipe.dtype,
         chat_template=recipe.chat_template,
+        lora=recipe.lora,
         float32_head=recipe.float32_head,
     )
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))

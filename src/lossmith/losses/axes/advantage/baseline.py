@@ -19,6 +19,7 @@ __all__ = [
     "GPG",
     "LOO",
     "OPO",
+    "Asymmetric",
     "Baseline",
     "BatchMean",
     "Given",
@@ -69,6 +70,33 @@ class BatchMean(Estimator):
 
     def code(self) -> list[str]:
         return ["A = R - R.mean()"]
+
+
+@dataclass(frozen=True)
+class Asymmetric(Estimator):
+    """A = R - (mean of the prompt's group + shift): with a shift below 0 good completions teach more than bad ones
+    (AsymRE, arXiv:2506.20520). Where all rewards of a group are equal, A is -shift.
+    """
+
+    option: ClassVar[str] = "asymmetric"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+    coupling: ClassVar[str] = "group"
+    compares: ClassVar[str] = "group"
+    compared_to: ClassVar[str] = "its group's mean, shifted"
+    shift_invariant: ClassVar[bool] = True
+    homogeneous: ClassVar[bool] = False
+    shift: float = param("baseline_shift", -0.1, "added to the group's mean, in the reward's units")
+
+    def sequence(self, signal: Signal) -> Tensor:
+        groups = signal.groups("advantage='asymmetric'")
+        centred = torch.where(groups.constant, torch.zeros_like(groups.reward), groups.reward - groups.mean)
+        return centred - self.shift
+
+    def formula(self) -> str:
+        return f"R − (mean_g(R) {'−' if self.shift < 0 else '+'} {number(abs(self.shift))})"
+
+    def code(self) -> list[str]:
+        return [f"A = R - (mean_g(R) + {self.shift})"]
 
 
 class _OverGroup(Estimator):

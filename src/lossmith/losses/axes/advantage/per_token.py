@@ -19,7 +19,6 @@ __all__ = [
     "VAPO",
     "Critic",
     "ReMax",
-    "ReferenceGap",
     "Return",
 ]
 
@@ -212,27 +211,6 @@ class OTB(Estimator):
             "same = (group[:, None] == group).to(W.dtype)",
             f"A = (adv - same @ (adv * W) / (same @ W + {self.eps})) * mask",
         ]
-
-
-@dataclass(frozen=True)
-class ReferenceGap(Estimator):
-    """A_t = log π_ref - log π_old: the reverse KL to a teacher by policy gradient (on-policy distillation)."""
-
-    option: ClassVar[str] = "reference_gap"
-    reads_old: ClassVar[bool] = True
-    homogeneous: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
-    per_token: ClassVar[bool] = True
-
-    def __call__(self, signal: Signal) -> Tensor:
-        ref = signal.batch.require("ref_logp", "advantage='reference_gap'").detach()
-        return ref - signal.batch.old("advantage='reference_gap'")
-
-    def formula(self) -> str:
-        return "log π_ref(y_t) − log π_old(y_t)"
-
-    def code(self) -> list[str]:
-        return ["A = ref_logp - old_logp"]
 
 
 def discounted(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Extra terms: what some losses add to every token besides policy, KL and entropy."""
+"""Extra terms of the sampled token's log-probability."""
 
 from __future__ import annotations
 
@@ -8,30 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lossmith.losses.axes.extra.base import Extra
 from lossmith.losses.batch import Batch
-from lossmith.losses.piece import Piece, number, options, param, pieces_in
+from lossmith.losses.piece import number, param
 
-__all__ = ["EXTRA", "SFT", "Extra", "NLLPositive", "NoExtra", "SquareLogRatio"]
-
-
-class Extra(Piece):
-    """A term [N, T] of the loss; masks and mismatch weights do not touch it."""
-
-    def value(self, batch: Batch, advantage: Tensor) -> Tensor:
-        """With gradient into logp."""
-        raise NotImplementedError
-
-    def slope(self, batch: Batch, advantage: Tensor) -> Tensor:
-        """d value/dlogp in closed form."""
-        raise NotImplementedError
-
-    def formula(self) -> str | None:
-        """The term with its coefficient; None: no term."""
-        return None
-
-    def code(self) -> list[str]:
-        """Lines of plain torch that add the term to `loss`."""
-        return []
+__all__ = ["SFT", "NLLPositive", "NoExtra", "SquareLogRatio"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +87,3 @@ class SFT(Extra):
 
     def code(self) -> list[str]:
         return [f"loss = loss - {self.coef} * logp"]
-
-
-EXTRA: dict[str, type[Extra]] = options(*pieces_in(Extra, globals()))
