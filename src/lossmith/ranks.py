@@ -112,8 +112,8 @@ class Ranks:
                 traceback.print_exc()
                 raise SystemExit(1) from None
             words = _last_words()
-            if words:
-                raise RunError(f"a rank has ended or does not answer: {words}") from error
+            if words or isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
+                raise RunError(f"a rank has ended or does not answer: {words or error}") from error
             raise
 
     def most(self, count: int) -> int:
