@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Policy:
     shares: bool | None = None  # whether completions may share their prompt; None until it was tested
     adapter: Adapter | None = None  # what learns in the place of the weights
     float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
+    gather: Callable[[], dict[str, Tensor]] | None = None  # its whole state, where ranks hold it in parts
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +169,8 @@ class Policy:
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
+        state: Any = self.model.state_dict() if self.gather is None else self.gather()
+        for name, tensor in state.items():
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
@@ -192,7 +194,7 @@ class Policy:
         except ValueError:  # as published, and save_pretrained would refuse it: keep what says where text ends
             ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             self.model.generation_config = GenerationConfig(**ids)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **({} if self.gather is None else {"state_dict": self.gather()}))
         self.tokenizer.save_pretrained(folder)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
+from lossmith.policy.sharded import gathered
 from lossmith.policy.teacher import Teacher
 from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import Distribution, Rollout
@@ -79,7 +80,12 @@ def token_outputs(
         raise PolicyError("divergence needs a teacher, and the function that is wanted of both.")
     if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
-    with policy.computing():
+    ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
+    sets = [each for r in rollouts for each in r.kept or ()]
+    kept = sets if len(sets) == len(ids) else None
+    head = _Head(policy, reference, settings, want, None if teacher is None else teacher.policy, divergence)
+
+    def forward() -> list[Tensor]:
         with checkpoint_activations(policy.model) if activation_checkpointing else contextlib.nullcontext():
             hidden = hidden_states(policy, rollouts, layout)
         ref_hidden = teacher_hidden = None
@@ -90,14 +96,12 @@ def token_outputs(
             with torch.no_grad(), teacher.policy.computing():
                 shares = sharing_is_exact(teacher.policy)
                 teacher_hidden = hidden_states(teacher.policy, teacher.sees(rollouts), layout if shares else "right")
-        ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
-        sets = [each for r in rollouts for each in r.kept or ()]
-        kept = sets if len(sets) == len(ids) else None
-        head = _Head(policy, reference, settings, want, None if teacher is None else teacher.policy, divergence)
         if head.names == ["logp"] and head_is_plain(policy, settings):
-            flat = [chosen_log_probs(policy, hidden, ids, settings, chunk)]
-        else:
-            flat = head.in_chunks(hidden, ids, (ref_hidden, teacher_hidden), chunk, kept)
+            return [hidden, chosen_log_probs(policy, hidden, ids, settings, chunk)]
+        return [hidden, *head.in_chunks(hidden, ids, (ref_hidden, teacher_hidden), chunk, kept)]
+
+    with policy.computing():
+        hidden, *flat = gathered(policy.model, forward)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
     columns = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lossmith.policy import Policy, SamplingSettings, sample
+from lossmith.policy.sharded import whole
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout
 
@@ -56,9 +57,10 @@ class TorchSampler:
         on_progress: Callable[[int, int], None] | None = None,
         on_group: Callable[[list[Rollout]], None] | None = None,
     ) -> list[Rollout]:
-        return sample(
-            self.policy, prompts, n, self.settings, seed=seed, step=step, on_progress=on_progress, on_group=on_group
-        )
+        with whole(self.policy):
+            return sample(
+                self.policy, prompts, n, self.settings, seed=seed, step=step, on_progress=on_progress, on_group=on_group
+            )
 
     def close(self) -> None:
         pass

@@ -39,7 +39,7 @@ from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import BEST, RunFolder, check_disk, disk_needed
-from lossmith.training.sharing import Sampling, agree_on, check_sampler, in_order, sampler_of
+from lossmith.training.sharing import Sampling, agree_on, check_ranks, in_order, sampler_of
 from lossmith.training.teaching import check_told, shown_to_teacher, teacher_of
 
 __all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored", "work_for"]
@@ -412,8 +412,8 @@ def open_run(
     accept_changes: go on although what decided the run is not what it was. more_steps: the recipe has more steps than
     the run had, on purpose. RunError: a change that is not accepted, each named.
     """
-    recipe = plan.recipe
-    check_sampler(recipe, ranks)
+    recipe, ranks = plan.recipe, ranks or Ranks()
+    check_ranks(recipe, ranks, resume is not None)
     folder = None if resume is None else RunFolder.existing(resume)
     scorer = scorer_of(plan, recipe.scorer)
     watch = None if recipe.watch is None else scorer_of(plan, recipe.watch)
@@ -423,15 +423,17 @@ def open_run(
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
     teacher = teacher_of(recipe, policy, plan.train)
     longest = _check_lengths(policy, plan)
+    now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
+    agree_on(ranks, recipe, now)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks, teacher)
     check_memory(learner.memory, learner.recompute, recipe, longest.source)
-    now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
-    agree_on(learner.ranks, recipe, now)
     if folder is None:
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
+        if recipe.shard and ranks.size == 1:
+            going_on.notes.append("shard = true has no effect in one process, which holds all of the weights.")
     guards = Guards.of(recipe, learner.loss, policy)
     sampler = sampler_of(recipe, policy, folder, min(plan.train, key=lambda p: len(policy.encode(p))), longest)
     run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, sampler, watch, guards, going_on)
@@ -442,17 +444,17 @@ def open_run(
 def work_for(plan: Plan, ranks: Ranks) -> None:
     """What another rank than the first does in a run: its share, until rank 0 has no more."""
     recipe = plan.recipe
-    check_sampler(recipe, ranks)
+    check_ranks(recipe, ranks, False)
     scorer = scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
     bind_scorer(scorer, policy)
     teacher = teacher_of(recipe, policy, plan.train)
-    with quiet_traps():
-        # it brings the tasks that are its own
-        Learner(policy, recipe.policy_loss(), recipe, ranks=ranks, teacher=teacher)
-    ranks.tasks["sample"] = Sampling(recipe, TorchSampler(policy, recipe.sampling), scorer, ranks)
     try:
         agree_on(ranks, recipe, inputs_of(recipe, plan.prompts, plan.held_out, policy))
+        with quiet_traps():
+            # it brings the tasks that are its own
+            Learner(policy, recipe.policy_loss(), recipe, ranks=ranks, teacher=teacher)
+        ranks.tasks["sample"] = Sampling(recipe, TorchSampler(policy, recipe.sampling), scorer, ranks)
         ranks.serve()
     finally:
         close_scorer(scorer)

@@ -83,10 +83,13 @@ class _Sizes:
         )
 
 
-def estimate_memory(policy: Policy, recipe: Recipe, frozen: Sequence[Policy], longest: int = 0) -> MemoryEstimate:
+def estimate_memory(
+    policy: Policy, recipe: Recipe, frozen: Sequence[Policy], longest: int = 0, parts: int = 1
+) -> MemoryEstimate:
     """What training this policy with this recipe takes, with prompts of at most so many tokens.
 
     frozen: the models beside it that nothing trains, a reference and a teacher, where they have weights of their own.
+    parts: into which weights, gradients and optimizer state are cut, of which a rank holds one.
     """
     size = _Sizes.of(policy)
     weights = list(policy.model.parameters())
@@ -94,7 +97,7 @@ def estimate_memory(policy: Policy, recipe: Recipe, frozen: Sequence[Policy], lo
     trained = sum(p.numel() for p in policy.parameters())
     narrow = sum(2 * p.numel() for p in weights) if size.width == 2 else 0
     beside = sum(p.numel() * p.element_size() for one in frozen for p in one.model.parameters())
-    fixed = held + beside + 3 * 4 * trained + narrow + _LIBRARIES
+    fixed = (held + beside + 3 * 4 * trained) / parts + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
     wide = 4 if policy.float32_head else size.width
     head = 2 * wide * _HEAD_ROWS * size.vocabulary
@@ -104,7 +107,7 @@ def estimate_memory(policy: Policy, recipe: Recipe, frozen: Sequence[Policy], lo
     once = head + _attention(size, tokens)
     return MemoryEstimate(
         fixed,
-        _sampling(policy, size, recipe, longest),
+        _sampling(policy, size, recipe, longest) + (held if parts > 1 else 0),  # all of them, while it lasts
         once + size.layers * layer,
         once + layer + size.layers * tokens * size.hidden * 4,
         _budget(policy, recipe),

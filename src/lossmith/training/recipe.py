@@ -173,6 +173,9 @@ class Recipe(RunSettings):
     compile: bool = Field(
         False, description="update through torch.compile: the first steps take longer, later ones less time and memory"
     )
+    shard: bool = Field(
+        False, description="several ranks: each holds a part of weights, gradients and optimizer state, not all of them"
+    )
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
@@ -190,6 +193,8 @@ class Recipe(RunSettings):
         check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
         check_optimizer(source, recipe)
         check_lora(source, recipe)
+        if recipe.shard and recipe.engine == "trl":
+            raise RecipeError(f"{source}: shard = true is of engine = 'lossmith': TRL's trainer shards by accelerate.")
         if recipe.engine_options and recipe.engine == "lossmith":
             raise RecipeError(
                 f"{source}: engine_options are of another engine: give engine = 'trl' too, or leave them out."

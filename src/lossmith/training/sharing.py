@@ -22,7 +22,7 @@ from lossmith.training.clock import Clock
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder
 
-__all__ = ["Sampling", "agree_on", "check_sampler", "in_order", "sampler_of"]
+__all__ = ["Sampling", "agree_on", "check_ranks", "in_order", "sampler_of"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,14 @@ class Sampling:
         return score_rollouts(self.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
 
 
-def check_sampler(recipe: Recipe, ranks: Ranks | None) -> None:
-    """RecipeError: one server for several ranks, whose weights lie in parts."""
-    if recipe.sampler == "vllm" and ranks is not None and ranks.size > 1:
+def check_ranks(recipe: Recipe, ranks: Ranks, resumed: bool) -> None:
+    """RecipeError: one server for several ranks; weights in parts, and a new run of one process."""
+    if recipe.shard and ranks.size == 1 and not resumed:
+        raise RecipeError(
+            "shard = true deals the weights out to several processes, and this run has one: start it with --ranks N or "
+            "torchrun (docs/many-processes.md), or leave shard out."
+        )
+    if recipe.sampler == "vllm" and ranks.size > 1:
         raise RecipeError(
             f"sampler = 'vllm' takes its weights from one process, and this run has {ranks.size} ranks: train with "
             "one, or with sampler = 'torch'."
@@ -105,6 +110,6 @@ def in_order(prompts: Sequence[Prompt], parts: Iterable[Iterable[Rollout]]) -> l
 
 def agree_on(ranks: Ranks, recipe: Recipe, inputs: Inputs) -> None:
     """RunError: the ranks were given different recipes, prompts, code or models."""
-    of_its_own = {*recipe.free, "device"}
+    of_its_own = {*recipe.free, "device"} - {"shard"}
     ranks.agree("the recipe", {key: value for key, value in inputs.settings.items() if key not in of_its_own})
     ranks.agree("what decides the run", inputs.decisive)
