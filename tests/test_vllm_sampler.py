@@ -27,7 +27,7 @@ from lossmith.samplers import VllmSampler, open_vllm
 from lossmith.samplers.push import Checksums, digests, write_weights
 from lossmith.training import Recipe
 from lossmith.training.recipe import corrected
-from lossmith.training.sharing import check_sampler
+from lossmith.training.sharing import check_ranks
 from test_training import even_bytes, metrics, settings
 from vllm_server import FakeVllm
 
@@ -363,9 +363,9 @@ def test_a_correction_is_on_unless_the_loss_has_one_or_is_told_otherwise():
 
 def test_several_ranks_are_refused_before_the_model_is_loaded(tmp_path):
     recipe = Recipe.make(sampler="vllm", model=str(tmp_path / "none"))
-    check_sampler(recipe, Ranks())
+    check_ranks(recipe, Ranks(), False)
     with pytest.raises(RecipeError, match=r"2 ranks: train with one, or with sampler = 'torch'"):
-        check_sampler(recipe, Ranks(rank=0, size=2))
+        check_ranks(recipe, Ranks(rank=0, size=2), False)
 
 
 @pytest.mark.parametrize(
