@@ -129,6 +129,7 @@ def numbers(folder):
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one_and_ends_as_one_that_never_stopped(tmp_path):
     """What is sampled is the same to the letter, and so is what is learned, to rounding."""
     alone = ls.train(**ls.Recipe.read(recipe(tmp_path, name="alone")), quiet=True)

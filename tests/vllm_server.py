@@ -25,7 +25,7 @@ class FakeVllm:
         self.policy, self.fault, self.checker = policy or tiny.loaded(), fault, checker
         self.policy.model.load_state_dict(copy.deepcopy(self.policy.model.state_dict()))
         self.version, self.pushes, self.salts, self.requests = "default", 0, set(), []
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -35,8 +35,10 @@ class FakeVllm:
         return self
 
     def __exit__(self, *_):
+        self._closed = True
         self._http.shutdown()
-        self._http.server_close()
+        with self._lock:  # what is being written would meet the next test's model: attention is hooked for the process
+            self._http.server_close()
 
     def _handler(fake):
         class Handler(BaseHTTPRequestHandler):
@@ -133,6 +135,8 @@ class FakeVllm:
         )
         (prompt,) = load_prompts(["x"])
         with self._lock:
+            if self._closed:
+                raise ConnectionError("the server is closed")
             self.requests.append(wished["seed"])
             self.policy._encoded[prompt.id] = tuple(body["token_ids"])
             (rollout,) = sample(self.policy, [prompt], 1, settings, seed=wished["seed"])

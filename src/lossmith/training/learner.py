@@ -95,16 +95,17 @@ class Learner:
         self.ranks = ranks or Ranks()
         sharded = recipe.shard and self.ranks.size > 1
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        others = (self.reference, None if teacher is None else teacher.policy)
-        frozen = [p for p in others if p is not None and p.model is not policy.model]
-        self.memory = estimate_memory(policy, recipe, frozen, longest, self.ranks.size if sharded else 1)
+        taught = None if teacher is None else teacher.policy
+        parts = self.ranks.size if sharded else 1
+        self.memory = estimate_memory(policy, recipe, self.reference, taught, longest=longest, parts=parts)
         self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
         self.compiled = recipe.compile and not self.recompute and not sharded and sharing_is_exact(policy)
         if recipe.compile and not self.compiled:
             why = "layers are run again in the backward pass" if self.recompute else "the model's layers are not known"
             _log.warning("compile = true has no effect: %s.", "ranks hold the weights in parts" if sharded else why)
         if self.compiled:
-            for each in filter(None, (policy, *frozen)):
+            models = [p for p in (policy, self.reference, taught) if p is not None]
+            for each in {id(p.model): p for p in models}.values():  # a model may stand for two of them
                 compile_layers(each)
         if sharded:
             for each in filter(None, (policy, self.reference)):

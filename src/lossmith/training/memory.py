@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,20 +83,25 @@ class _Sizes:
 
 
 def estimate_memory(
-    policy: Policy, recipe: Recipe, frozen: Sequence[Policy], longest: int = 0, parts: int = 1
+    policy: Policy,
+    recipe: Recipe,
+    reference: Policy | None,
+    teacher: Policy | None = None,
+    *,
+    longest: int = 0,
+    parts: int = 1,
 ) -> MemoryEstimate:
     """What training this policy with this recipe takes, with prompts of at most so many tokens.
 
-    frozen: the models beside it that nothing trains, a reference and a teacher, where they have weights of their own.
-    parts: into which weights, gradients and optimizer state are cut, of which a rank holds one.
+    parts: into which weights, the reference's too, gradients and optimizer state are cut, of which a rank holds one.
     """
     size = _Sizes.of(policy)
     weights = list(policy.model.parameters())
     held = sum(p.numel() * p.element_size() for p in weights)  # beside an adapter, some of them in the compute type
     trained = sum(p.numel() for p in policy.parameters())
     narrow = sum(2 * p.numel() for p in weights) if size.width == 2 else 0
-    beside = sum(p.numel() * p.element_size() for one in frozen for p in one.model.parameters())
-    fixed = (held + beside + 3 * 4 * trained) / parts + narrow + _LIBRARIES
+    copied, taught = (_own_bytes(one, policy) for one in (reference, teacher))
+    fixed = (held + copied + 3 * 4 * trained) / parts + taught + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
     wide = 4 if policy.float32_head else size.width
     head = 2 * wide * _HEAD_ROWS * size.vocabulary
@@ -113,6 +117,13 @@ def estimate_memory(
         _budget(policy, recipe),
         longest,
     )
+
+
+def _own_bytes(one: Policy | None, policy: Policy) -> int:
+    """Of another model's weights; a reference may be the policy's own with its adapter off, a teacher the policy."""
+    if one is None or one.model is policy.model:
+        return 0
+    return sum(p.numel() * p.element_size() for p in one.model.parameters())
 
 
 def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> int:
