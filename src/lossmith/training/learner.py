@@ -76,10 +76,8 @@ class Learner:
         teacher: Teacher | None = None,
     ) -> None:
         """longest: tokens of the longest prompt there will be, for the estimate of memory. teacher: of a loss that
-        learns from one.
-
-        ranks: the processes that share the work. Every rank has a learner; that of rank 0 makes the batch, the credit
-        and the optimizer's step, and the others' forward and backward passes are of the prompts that are theirs.
+        learns from one. ranks: the processes that share the work. Every rank has a learner; that of rank 0 makes the
+        batch, the credit and the optimizer's step, and the others' forward and backward passes are of their prompts.
         """
         if loss.value.active and policy.value_head is None:
             policy.add_value_head()
