@@ -102,9 +102,8 @@ class Learner:
             why = "layers are run again in the backward pass" if self.recompute else "the model's layers are not known"
             _log.warning("compile = true has no effect: %s.", "ranks hold the weights in parts" if sharded else why)
         if self.compiled:
-            models = [p for p in (policy, self.reference, taught) if p is not None]
-            for each in {id(p.model): p for p in models}.values():  # a model may stand for two of them
-                compile_layers(each)
+            for each in {id(p.model): p for p in (policy, self.reference, taught) if p is not None}.values():
+                compile_layers(each)  # once, where a model stands for two of them
         if sharded:
             for each in filter(None, (policy, self.reference)):
                 shard(each)
