@@ -432,7 +432,7 @@ def far_out(base: dict, shifts: list[tuple]) -> dict:
 
 
 @with_the_catalogue
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_log_ratios_of_forty_stay_finite(label, dtype):
     """Every combination in every group; for losses that look at the whole batch, each combination alone too."""
     loss = build(label)

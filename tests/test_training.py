@@ -157,7 +157,7 @@ def test_the_micro_batch_budget_changes_no_result(tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["grpo(beta=0.1, kl_control='adaptive')", "ppo"])
-@pytest.mark.parametrize("stop_at", [1, 2, 3])
+@pytest.mark.parametrize("stop_at", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(tmp_path, monkeypatch, loss, stop_at):
     scorer = tmp_path / "scorer.py"
     scorer.write_text(
