@@ -165,3 +165,21 @@ def test_odd_arguments_are_used_or_refused_ten_thousand_times(trial):
 def test_complex_numbers_in_a_list_are_refused():
     with pytest.raises(L.LossError, match=r"Batch\.reward must be a tensor, or nested lists of numbers"):
         L.Batch(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), reward=[1 + 2j])
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e16), (torch.float64, 1e150)])
+def test_numbers_whose_squares_would_overflow_are_refused_where_they_enter(dtype, largest):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    logp = torch.full((2, 3), -1.0, dtype=dtype)
+    far = logp * largest
+    assert L.Batch(logp, mask, ref_logp=far).ref_logp.equal(far)
+    far[1, 2] *= 1e6
+    with pytest.raises(L.LossError, match=r"ref_logp is -1e\+\d+ at row 1, token 2, .* beyond ±.* squares overflow"):
+        L.Batch(logp, mask, ref_logp=far)
+    mask[1, 2] = False
+    assert L.Batch(logp, mask, ref_logp=far).ref_logp[1, 2] == 0
+
+
+def test_the_term_of_a_loss_over_completions_is_changed_by_its_name_alone():
+    with pytest.raises(L.LossError, match="another is another loss"):
+        L.get_loss("dpo", completion=np.zeros(2))

@@ -189,18 +189,26 @@ class Batch:
         object.__setattr__(self, name, clean)
 
     def _check_finite(self, names: Collection[str]) -> None:
-        """One question for all fields, since on a GPU each waits for the device: is the sum of all sums finite?"""
-        if math.isfinite(sum(getattr(self, name).detach().sum() for name in names)):
+        """One question for all fields, since on a GPU each waits for the device: is the sum of all sums finite?
+
+        Where a loss may square the numbers, it is the sum of their squares.
+        """
+        given = {name: getattr(self, name).detach().flatten() for name in names}
+        squared = {name for name in names if FIELDS[name].kind in ("logp", "number")}
+        if math.isfinite(sum(x.dot(x) if name in squared else x.sum() for name, x in given.items())):
             return
         for name in names:  # finite numbers too may have a sum that is not
             clean = getattr(self, name).detach()
-            bad = (~torch.isfinite(clean)).nonzero().tolist()
+            largest = torch.finfo(clean.dtype).max ** 0.5 / 1e3 if name in squared else torch.inf
+            bad = (~(torch.isfinite(clean) & (clean.abs() <= largest))).nonzero().tolist()
             if bad:
                 at = f"row {bad[0][0]}" + (f", token {bad[0][1]}" if clean.ndim > 1 else "")
                 at += f", number {bad[0][2]} of its vocabulary" if clean.ndim > 2 else ""
+                value = float(clean[tuple(bad[0])])
+                why = f", and beyond ±{largest:.2g} squares overflow" if math.isfinite(value) else ""
                 raise LossError(
-                    f"Batch.{name} is {float(clean[tuple(bad[0])])} at {at}, a valid position "
-                    f"({len(bad)} such values). Drop that rollout or mask it; a loss over it would be meaningless."
+                    f"Batch.{name} is {value:g} at {at}, a valid position ({len(bad)} such values){why}. "
+                    "Drop that rollout or mask it; a loss over it would be meaningless."
                 )
 
     @property

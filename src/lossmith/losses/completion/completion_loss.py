@@ -216,7 +216,8 @@ class CompletionLoss(Loss):
         name = changes.pop("name", self.name)
         if not isinstance(name, str):
             raise LossError(f"the name of a loss is text, not {shown(name)}.")
-        if changes.pop("completion", self.term.option) != self.term.option:
+        option = changes.pop("completion", self.term.option)
+        if not isinstance(option, str) or option != self.term.option:
             raise LossError(f"{self.name} is a loss of completion={self.term.option!r}: another is another loss.")
         term = changes.pop("term", self.term)
         known = type(term).flat_names()
