@@ -815,10 +815,11 @@ def clicking(link, seed, acknowledged, until):
         pass
 
 
-def test_kill_9_at_twenty_moments_loses_no_acknowledged_answer(tmp_path):
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_at_any_moment_loses_no_acknowledged_answer(tmp_path, times):
     path, acknowledged, moments = tmp_path / "j.db", {}, random.Random(20)
     sets = [a_set(f"q{k}", [f"{k} {n}" for n in range(8)]) for k in range(60)]
-    for k in range(20):
+    for k in range(times):
         server, enough = Server(path, sets), len(acknowledged) + moments.randint(1, 12)
         clicks = threading.Thread(target=clicking, args=(server.link, k, acknowledged, time.monotonic() + 120))
         clicks.start()
@@ -831,7 +832,7 @@ def test_kill_9_at_twenty_moments_loses_no_acknowledged_answer(tmp_path):
             written = {j.id: j.value for j in store.judgements()}
             assert acknowledged.items() <= written.items()
             assert len(written) <= len(acknowledged) + k + 1  # and at most the click in flight besides
-    assert len(acknowledged) > 100
+    assert len(acknowledged) > 5 * times
 
 
 @pytest.mark.slow

@@ -86,10 +86,10 @@ def rollout(prompt, text):
 # -- what is learned --------------------------------------------------------------------------------------------------
 
 
-SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("rankings", "labels")]
+SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("ratings", "rankings", "labels")]
 
 
-@pytest.mark.parametrize("form", ["pairs", "ratings", *SLOW])
+@pytest.mark.parametrize("form", ["pairs", *SLOW])
 def test_the_order_is_recovered_from_every_form(tmp_path, form):
     manifest, lines = train(tmp_path, judged(form))
     accuracy = manifest["held_out"]["accuracy"]
