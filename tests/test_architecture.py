@@ -48,6 +48,8 @@ ORDER = [
     "outputs",
     "chat",
     "explorer",
+    "running",
+    "cluster",
     "api",
     "cli",
     "__main__",

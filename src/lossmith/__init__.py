@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `import lossmith.losses` must load torch and nothing more.
 if TYPE_CHECKING:
     from lossmith import losses
-    from lossmith.api import prefer, resume, resume_preferences, train
+    from lossmith.api import prefer, resume, resume_on_cluster, resume_preferences, train, train_on_cluster
+    from lossmith.cluster import ClusterRun, Placement
     from lossmith.errors import (
         AddressError,
         FeedbackError,
@@ -86,6 +87,7 @@ __all__ = [
     "Audit",
     "Batch",
     "Clip",
+    "ClusterRun",
     "Comparison",
     "CompletionLoss",
     "Credit",
@@ -102,6 +104,7 @@ __all__ = [
     "Measurement",
     "NoTrust",
     "Normalizer",
+    "Placement",
     "Policy",
     "PolicyError",
     "PolicyLoss",
@@ -146,12 +149,14 @@ __all__ = [
     "read_rollouts",
     "register_loss",
     "resume",
+    "resume_on_cluster",
     "resume_preferences",
     "sample",
     "sample_outputs",
     "score_rollouts",
     "token_outputs",
     "train",
+    "train_on_cluster",
     "train_reward_model",
     "write_report",
 ]

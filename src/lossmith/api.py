@@ -7,37 +7,43 @@ The other commands are functions too: `sample_outputs`, `lossmith.feedback` (ann
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from rich.console import Console
 
+from lossmith.cluster import ClusterRun, Placement, supervise
 from lossmith.durable.inputs import Inputs
 from lossmith.durable.stopping import Stopping
-from lossmith.errors import LossmithError, RecipeError, RunError
+from lossmith.errors import RecipeError, RunError
 from lossmith.files import at_home
 from lossmith.project import check_recipe_order
 from lossmith.ranks import Ranks, of_environment, started
-from lossmith.report.run.closing import closing
 from lossmith.report.run.code import show_code
-from lossmith.report.run.live import LiveView
 from lossmith.report.run.offline import show_preference_run
-from lossmith.report.run.opening import opening
-from lossmith.report.run.tracking import Tracking, check_tracker
+from lossmith.report.run.tracking import check_tracker
+from lossmith.running import GoOn, kept, make_run
 from lossmith.terminal import Terminal
-from lossmith.training import Plan, Recipe, Run, Step, learn, open_run, plan
+from lossmith.training import Recipe, Run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
-from lossmith.training.keeping import Keeping
 from lossmith.training.loop import work_for
 from lossmith.training.offline import loop as offline
 from lossmith.training.offline.loop import PreferenceRecipe, PreferenceRun
 from lossmith.training.run import RunFolder
 
-__all__ = ["kept", "prefer", "resume", "resume_preferences", "run_preferences", "run_recipe", "train"]
+__all__ = [
+    "prefer",
+    "resume",
+    "resume_on_cluster",
+    "resume_preferences",
+    "run_on_cluster",
+    "run_preferences",
+    "run_recipe",
+    "train",
+    "train_on_cluster",
+]
 
 
 def train(*, quiet: bool = False, **settings: Any) -> Run:
@@ -73,20 +79,21 @@ def resume(
         return run_recipe(recipe_of(RunFolder(at_home(folder)), Recipe, objects, more), ranks=ranks)
     there = RunFolder.existing(at_home(folder))
     try:
-        recipe = recipe_of(there, Recipe, objects, more)
-        _check_more(there, recipe)
-        known = Inputs.read(there.path)
-        return run_recipe(
-            recipe,
-            folder=there.path,
-            held_out_ids=None if known is None else known.known.get("held_out"),
-            console=console,
-            accept_changes=accept_changes,
-            more_steps=steps is not None,
-            processes=processes,
-        )
+        recipe, resume = _resumed(there, objects, more, accept_changes)
+        return run_recipe(recipe, resume=resume, console=console, processes=processes)
     finally:
         there.close()
+
+
+def _resumed(
+    there: RunFolder, objects: dict[str, Any], more: dict[str, Any], accept_changes: bool
+) -> tuple[Recipe, GoOn]:
+    """The recipe of a run that stopped, and how it is gone on with."""
+    recipe = recipe_of(there, Recipe, objects, more)
+    _check_more(there, recipe)
+    known = Inputs.read(there.path)
+    held_out_ids = None if known is None else known.known.get("held_out")
+    return recipe, GoOn(there.path, held_out_ids, accept_changes, bool(more))
 
 
 def _check_more(folder: RunFolder, recipe: Recipe) -> None:
@@ -101,30 +108,29 @@ def _check_more(folder: RunFolder, recipe: Recipe) -> None:
 def run_recipe(
     recipe: Recipe,
     *,
-    folder: Path | None = None,
-    held_out_ids: list[str] | None = None,
+    resume: GoOn | None = None,
     console: Console | None = None,
-    accept_changes: bool = False,
-    more_steps: bool = False,
     processes: int = 1,
     ranks: Ranks | None = None,
 ) -> Run:
-    """Do all that a recipe asks, showing it on the console; `folder` is a run to go on with.
+    """Do all that a recipe asks, showing it on the console.
 
-    processes: ranks that share the work on this machine, this one among them. ranks: those that this process is one
-    of; by default those that torchrun has started. On any other than rank 0 the call does that rank's share and ends
-    the process with it (SystemExit).
+    resume: a run to go on with. processes: ranks that share the work on this machine, this one among them. ranks: those
+    that this process is one of; by default those that torchrun has started. On any other than rank 0 the call does that
+    rank's share and ends the process with it (SystemExit).
     """
     if processes > 1:
         with tempfile.TemporaryDirectory() as place, started(processes, ["train", _written(recipe, place)]) as those:
-            return run_recipe(
-                recipe, folder=folder, held_out_ids=held_out_ids, console=console, accept_changes=accept_changes,
-                more_steps=more_steps, ranks=those,
-            )  # fmt: skip
+            return run_recipe(recipe, resume=resume, console=console, ranks=those)
     ranks = ranks or of_environment()
     console = console or Terminal()
-    check_recipe_order(recipe)
-    check_tracker(recipe.track)
+    if recipe.max_staleness:
+        raise RecipeError(
+            f"max_staleness = {recipe.max_staleness} lets samplers run ahead of the learner, and in one process the "
+            "model that learns writes the completions itself. Train on a cluster (--cluster ray; train_on_cluster in "
+            "Python), or set it to 0."
+        )
+    _check_first(recipe)
     if recipe.engine == "trl":
         from lossmith.adapters.trl import engine
 
@@ -133,12 +139,52 @@ def run_recipe(
         work_for(plan(recipe), ranks)
         raise SystemExit(0)
     show_code(console, scorer=recipe.scorer, watch=recipe.watch, loss=recipe.loss)
-    checked = plan(recipe, held_out_ids)
-    with Stopping() as stop:
-        run = open_run(checked, resume=folder, accept_changes=accept_changes, more_steps=more_steps, ranks=ranks)
-        with kept(run, stop):
-            _show_run(checked, run, console, stop)
-    return run
+    checked = plan(recipe, None if resume is None else resume.held_out_ids)
+    return make_run(checked, console, resume=resume, ranks=ranks)
+
+
+def _check_first(recipe: Recipe) -> None:
+    """What can be refused before anything is read."""
+    check_recipe_order(recipe)
+    check_tracker(recipe.track)
+
+
+def train_on_cluster(placement: Placement | None = None, *, quiet: bool = False, **settings: Any) -> ClusterRun:
+    """Train a policy with samplers, scorers and learner in processes of their own, placed by Ray (pip install ray).
+
+    placement: how many of each. settings: those of `train`, none of them a live Python object. The cluster is the one
+    that RAY_ADDRESS names, or one of this machine alone. RecipeError, RunError: as `train`; also, there is no Ray, or
+    too little for the placement.
+    """
+    recipe = Recipe.make("train_on_cluster()", **settings)
+    return run_on_cluster(recipe, placement or Placement(), console=Terminal(quiet=quiet))
+
+
+def resume_on_cluster(
+    folder: str | Path,
+    placement: Placement | None = None,
+    *,
+    steps: int | None = None,
+    accept_changes: bool = False,
+    console: Console | None = None,
+) -> ClusterRun:
+    """Go on with a run that stopped, on a cluster or not, with samplers, scorers and learner placed by Ray."""
+    there = RunFolder.existing(at_home(folder))
+    try:
+        recipe, resume = _resumed(there, {}, {} if steps is None else {"steps": steps}, accept_changes)
+    finally:
+        there.close()  # the learner works in it
+    return run_on_cluster(recipe, placement or Placement(), resume=resume, console=console)
+
+
+def run_on_cluster(
+    recipe: Recipe, placement: Placement, *, resume: GoOn | None = None, console: Console | None = None
+) -> ClusterRun:
+    """Do all that a recipe asks on a cluster, showing it on the console."""
+    console = console or Terminal()
+    _check_first(recipe)
+    show_code(console, scorer=recipe.scorer, watch=recipe.watch, loss=recipe.loss)
+    return supervise(plan(recipe, None if resume is None else resume.held_out_ids), placement, console, resume)
 
 
 def _written(recipe: Recipe, place: str) -> str:
@@ -152,38 +198,6 @@ def _written(recipe: Recipe, place: str) -> str:
     file = Path(place) / "recipe.toml"
     file.write_text(tomli_w.dumps(recipe.written()), encoding="utf-8")
     return str(file)
-
-
-def _show_run(checked: Plan, run: Run, console: Console, stop: Stopping) -> None:
-    """The run from its opening to its closing words."""
-    console.print(opening(checked, run), highlight=False, soft_wrap=True, markup=False)
-    with LiveView(run, console) as view:
-        run.start()
-        for note in run.going_on.notes:
-            console.print("note      " + note, highlight=False, soft_wrap=True, markup=False)
-        with Tracking(run, console) as tracking:
-            _show_steps(run, view, tracking, stop)
-            view.end()
-            run.finish()
-            tracking.end(run.summary["held_out"])
-    closing(run, run.summary, console)
-
-
-def _show_steps(run: Run, view: LiveView, tracking: Tracking, stop: Stopping) -> None:
-    view.begin()
-
-    def shown(step: Step) -> None:
-        view.show(step)
-        tracking.step(step.record)
-        stop.check()
-
-    if run.recipe.engine == "trl":
-        from lossmith.adapters.trl import engine
-
-        engine.learn(run, shown)
-    else:
-        for step in learn(run):
-            shown(step)
 
 
 def prefer(preferences: Any = None, *, quiet: bool = False, **settings: Any) -> PreferenceRun:
@@ -223,38 +237,3 @@ def run_preferences(recipe: PreferenceRecipe, console: Console) -> PreferenceRun
         with kept(run, stop):
             show_preference_run(run, console, stop)
     return run
-
-
-@contextlib.contextmanager
-def kept(run: Keeping, stop: Stopping) -> Iterator[None]:
-    """Whatever ends the block early, a signal or an error, the run is saved, and a note of it says how to go on."""
-    stop.busy = lambda: run.busy
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(_rescue(run, stop))
-        raise
-    finally:
-        run.close()
-
-
-def _rescue(run: Keeping, stop: Stopping) -> str:
-    """Save what can be saved; what there is to go on with, in words."""
-    failed = ""
-    if run.learner.settled and not stop.at_once:
-        try:
-            run.save()
-        except (LossmithError, KeyboardInterrupt) as error:
-            failed = str(error) or "It was not saved: you left at once."
-    if run.summary:
-        return f"The run is finished: {run.folder.path}"
-    where = f"saved after step {run.saved} of {run.steps}" if run.saved else "no step saved: it begins with the first"
-    return " ".join(filter(None, [failed, f"The run is {where}. Go on with: {how_to_go_on(run)}"]))
-
-
-def how_to_go_on(run: Keeping) -> str:
-    """The command; where a file cannot hold all of the run, the call."""
-    live = run.recipe.in_memory()
-    if live:
-        return f"{run.recipe.resumed_in_python}({str(run.folder.path)!r}, {', '.join(f'{key}=...' for key in live)})"
-    return command_of(run.recipe, run.folder)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from lossmith.api import resume as resume_run
-from lossmith.api import run_recipe
+from lossmith.api import resume_on_cluster, run_on_cluster, run_recipe
 from lossmith.cli.completion import A_LOSS
 from lossmith.cli.streams import RunConsole, print_json
 from lossmith.cli.words import settings_of
+from lossmith.cluster import ClusterRun, Placement
 from lossmith.errors import FinishedError, RecipeError
-from lossmith.training import Recipe
+from lossmith.training import Recipe, Run
 
 __all__ = ["train"]
 
@@ -26,6 +27,9 @@ def train(
     resume: Path | None = None,
     accept_changes: Annotated[bool, Parameter(negative="")] = False,
     ranks: int = 1,
+    cluster: Literal["ray"] | None = None,
+    samplers: int = 1,
+    scorers: int = 1,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train a policy on prompts without gold answers, and show that held-out performance rose.
@@ -44,12 +48,22 @@ def train(
         Processes on this machine that share the work, each with a copy of the model (or, with --shard, its part of
         one): on its own GPU, or its share of the processor's cores. Over several machines: torchrun
         (docs/many-processes.md).
+    cluster
+        Samplers, scorers and the learner as processes of a Ray cluster: that of RAY_ADDRESS, or one of this machine
+        (docs/cluster.md). --ranks is then how many learners there are.
+    samplers
+        With --cluster: processes that write completions, each with a copy of the model.
+    scorers
+        With --cluster: processes that score completions.
     as_json
         Print the summary as JSON on standard output, everything else on standard error.
     """
     console = RunConsole(stderr=as_json)
     if ranks < 1:
         raise RecipeError(f"--ranks {ranks}: a run has at least one process.")
+    if cluster is None and (samplers, scorers) != (1, 1):
+        raise RecipeError("--samplers and --scorers are processes of a cluster: give --cluster ray too.")
+    placement = Placement(samplers, scorers, ranks)
     if resume is not None:
         given = set() if settings is None else settings.model_fields_set
         if recipe is not None or given - {"steps"}:
@@ -59,7 +73,12 @@ def train(
             )
         try:
             steps = settings.steps if settings is not None and given else None
-            run = resume_run(resume, steps=steps, accept_changes=accept_changes, console=console, processes=ranks)
+            more: dict[str, Any] = {"steps": steps, "accept_changes": accept_changes, "console": console}
+            run: Run | ClusterRun = (
+                resume_run(resume, processes=ranks, **more)
+                if cluster is None
+                else resume_on_cluster(resume, placement, **more)
+            )
         except FinishedError as done:
             console.print(str(done), soft_wrap=True, highlight=False, markup=False)
             if as_json:
@@ -67,7 +86,9 @@ def train(
             return
     elif accept_changes:
         raise RecipeError("--accept-changes goes with --resume: a new run has nothing that could have changed.")
-    else:
+    elif cluster is None:
         run = run_recipe(settings_of(Recipe, recipe, settings), console=console, processes=ranks)
+    else:
+        run = run_on_cluster(settings_of(Recipe, recipe, settings), placement, console=console)
     if as_json:
         print_json(run.summary | {"folder": str(run.folder.path)})

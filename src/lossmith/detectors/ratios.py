@@ -98,6 +98,8 @@ def _ess(evidence: Evidence) -> Sign | None:
 
 
 def _gap(evidence: Evidence) -> Sign | None:
+    if evidence.settings.get("max_staleness"):
+        return None  # the sampler is to have older weights
     series = evidence.series("sampler_gap")
     first = begun(series)
     step, most = max(windows(series, min(WINDOW, len(series))), key=lambda pair: pair[1])

@@ -16,7 +16,7 @@ from lossmith.durable.checkpoint import Checkpoint, optimizer_state, save
 from lossmith.errors import RunError
 from lossmith.losses import loss_from_dict
 from lossmith.training.learner import Learner
-from lossmith.training.shards import named_weights, set_optimizer
+from lossmith.training.shards import named_weights, set_optimizer, whole_weights
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -26,9 +26,9 @@ def save_checkpoint(
 ) -> Checkpoint:
     """The state after `step` finished steps, with the lines of metrics.jsonl up to it and what else the loop keeps."""
     tensors, numbers = optimizer_state(learner.optimizer)
-    weights, shards = dict(named_weights(learner.policy)), learner.shards
-    if shards is not None:
-        weights, tensors = shards.weights(), shards.optimizer_tensors()
+    weights = whole_weights(learner.policy, learner.shards)
+    if learner.shards is not None:
+        tensors = learner.shards.optimizer_tensors()
     state = {
         "step": step,
         "policy_version": learner.policy.version,

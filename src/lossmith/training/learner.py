@@ -137,7 +137,7 @@ class Learner:
         """Scored rollouts -> everything the loss needs about them, except the gradient-carrying forward pass.
 
         given: fields of the batch that the caller knows and rollouts do not say, rows as in `rollouts`.
-        Where the sampler's log-probabilities are unknown (NaN: texts that were imported) there is no behavior_logp.
+        Where the sampler's log-probabilities are unknown (NaN: imported texts) there is no behavior_logp, nor lag.
         """
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
@@ -157,9 +157,11 @@ class Learner:
         if "mismatched_log_ratio" in loss.needs:
             fields["mismatched_log_ratio"] = self._mismatched(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
+        lag = [0] * len(rollouts)
         if not bool(behavior.isnan().any()):
             self._check_distribution(rollouts)
             fields["behavior_logp"] = behavior.to(self.policy.device)
+            lag = [self.policy.version - r.behavior_logp.distribution.policy_version for r in rollouts]
         names = {key: i for i, key in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
         fields |= {
@@ -167,7 +169,7 @@ class Learner:
             "reward": rewards_of(rollouts, device, dtype),
             "group": torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             "truncated": torch.tensor([r.truncated for r in rollouts], device=device),
-            "lag": torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
+            "lag": torch.tensor(lag, device=device),
         }
         return Batch(**fields | {name: x.to(device) for name, x in (given or {}).items()})
 

@@ -36,10 +36,10 @@ from lossmith.training.guards import Guards, prompt_means
 from lossmith.training.keeping import Keeping
 from lossmith.training.learner import Learner, Update
 from lossmith.training.memory import check_memory
-from lossmith.training.metrics import aliases, in_completions
+from lossmith.training.metrics import aliases, in_completions, of_lag, of_scorer, of_watch
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import BEST, RunFolder, check_disk, disk_needed
-from lossmith.training.sharing import Sampling, agree_on, check_ranks, in_order, sampler_of
+from lossmith.training.sharing import Elsewhere, Sampling, agree_on, check_ranks, in_order, sampler_of
 from lossmith.training.teaching import check_told, shown_to_teacher, teacher_of
 
 __all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored", "work_for"]
@@ -84,32 +84,15 @@ class Step:
             "skipped_updates": self.update.skipped,
             **in_completions(self.update.metrics),
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
-            **_watch(self.watched),
+            **of_watch(self.watched),
             **self.held_out,
             **self.pushed,
-            **_logged(self.rollouts),
+            **of_scorer(self.rollouts),
+            **of_lag(self.batch),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
             **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
         }
         return figures | {k: v for k, v in self.seen[0].items() if k not in figures} | aliases(figures)
-
-
-def _watch(means: list[float]) -> dict[str, float]:
-    """The mean of the prompts' means, and the variance of that mean."""
-    if not means:
-        return {}
-    variance = statistics.variance(means) / len(means) if len(means) > 1 else 0.0
-    return {"watch": statistics.fmean(means), "watch_variance": variance}
-
-
-def _logged(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The numbers that the scorer logged beside its scores, averaged: `scorer/NAME`."""
-    numbers: dict[str, list[float]] = {}
-    for r in rollouts:
-        for name, value in (r.score.logged if r.score else {}).items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                numbers.setdefault(f"scorer/{name}", []).append(value)
-    return {name: statistics.fmean(values) for name, values in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -176,6 +159,7 @@ class Run(Keeping):
     def _evaluate(self) -> Evaluation:
         """One completion of each held-out prompt, scored."""
         prompts = list(self.held_out)
+        self.sampler.push()
         parts = self.learner.ranks.call("sample", prompts, 1, EVALUATION_STEP)
         return Evaluation(in_order(prompts, [rollouts for rollouts, _ in parts]))
 
@@ -406,16 +390,18 @@ def open_run(
     accept_changes: bool = False,
     more_steps: bool = False,
     ranks: Ranks | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Run:
     """Load the model and open the run: new, or exactly where the last checkpoint of `resume` stopped.
 
     accept_changes: go on although what decided the run is not what it was. more_steps: the recipe has more steps than
-    the run had, on purpose. RunError: a change that is not accepted, each named.
+    the run had, on purpose. elsewhere: where completions are written and scored, if not here.
+    RunError: a change that is not accepted, each named.
     """
     recipe, ranks = plan.recipe, ranks or Ranks()
-    check_ranks(recipe, ranks, resume is not None)
+    check_ranks(recipe, ranks, resume is not None, elsewhere is not None)
     folder = None if resume is None else RunFolder.existing(resume)
-    scorer = scorer_of(plan, recipe.scorer)
+    scorer = scorer_of(plan, recipe.scorer) if elsewhere is None else elsewhere.scorer()
     watch = None if recipe.watch is None else scorer_of(plan, recipe.watch)
     policy = policy_of(recipe, ranks)
     for one in (scorer, watch):
@@ -435,17 +421,33 @@ def open_run(
         if recipe.shard and ranks.size == 1:
             going_on.notes.append("shard = true has no effect in one process, which holds all of the weights.")
     guards = Guards.of(recipe, learner.loss, policy)
-    sampler = sampler_of(recipe, policy, folder, min(plan.train, key=lambda p: len(policy.encode(p))), longest)
+    probe = min(plan.train, key=lambda p: len(policy.encode(p)))
+    context = len(policy.encode(longest)) + recipe.max_tokens
+    try:
+        sampler = (
+            sampler_of(recipe, policy, folder.path / "sampler", probe, context)
+            if elsewhere is None
+            else elsewhere.sampler(learner, probe, context)
+        )
+    except BaseException:
+        folder.close()  # it is there to be resumed
+        raise
     run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, sampler, watch, guards, going_on)
-    learner.ranks.tasks["sample"] = Sampling(recipe, sampler, scorer, learner.ranks, lambda *told: run.tell(*told))
+    sampling = Sampling(recipe, sampler, scorer, ranks if elsewhere is None else Ranks(), lambda *told: run.tell(*told))
+    ranks.tasks["sample"] = (
+        sampling if elsewhere is None else elsewhere.sampling(sampling, plan.train, folder, going_on)
+    )
     return run
 
 
-def work_for(plan: Plan, ranks: Ranks) -> None:
-    """What another rank than the first does in a run: its share, until rank 0 has no more."""
+def work_for(plan: Plan, ranks: Ranks, elsewhere: bool = False) -> None:
+    """What another rank than the first does in a run: its share, until rank 0 has no more.
+
+    elsewhere: completions are written and scored by processes that rank 0 asks.
+    """
     recipe = plan.recipe
-    check_ranks(recipe, ranks, False)
-    scorer = scorer_of(plan, recipe.scorer)
+    check_ranks(recipe, ranks, False, elsewhere)
+    scorer = None if elsewhere else scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
     bind_scorer(scorer, policy)
     teacher = teacher_of(recipe, policy, plan.train)
@@ -454,7 +456,11 @@ def work_for(plan: Plan, ranks: Ranks) -> None:
         with quiet_traps():
             # it brings the tasks that are its own
             Learner(policy, recipe.policy_loss(), recipe, ranks=ranks, teacher=teacher)
-        ranks.tasks["sample"] = Sampling(recipe, TorchSampler(policy, recipe.sampling), scorer, ranks)
+        ranks.tasks["sample"] = (
+            (lambda *asked: ([], {}))
+            if scorer is None
+            else Sampling(recipe, TorchSampler(policy, recipe.sampling), scorer, ranks)
+        )
         ranks.serve()
     finally:
         close_scorer(scorer)

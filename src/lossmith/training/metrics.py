@@ -5,11 +5,16 @@ docs/metrics.md is this list; a test holds it against what losses and runs write
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["METRICS", "SECTIONS", "aliases", "documented", "in_completions"]
+from lossmith.losses import Batch
+from lossmith.rollouts import Rollout
+
+__all__ = ["METRICS", "SECTIONS", "aliases", "documented", "in_completions", "of_lag", "of_scorer", "of_watch"]
 
 SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "sampling": (
@@ -43,6 +48,11 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "odd_prompts": ("prompts with control characters, or with U+FFFD", "prompts"),
             "scorer/*": ("what the scorer logged under that name, averaged over the completions", "of the scorer"),
             "watch_variance": ("variance of that mean", "squared"),
+            "lag": (
+                "optimizer steps between the weights that wrote a completion and those that learn from it, on average "
+                "(where samplers run ahead: docs/cluster.md)", "steps",
+            ),
+            "lag_most": ("the largest of them", "steps"),
         },
     ),
     "distance": (
@@ -170,3 +180,28 @@ def aliases(record: Mapping[str, Any]) -> dict[str, float]:
     if "ended" in record:
         found["completions/clipped_ratio"] = 1 - record["ended"]
     return found
+
+
+def of_watch(means: Sequence[float]) -> dict[str, float]:
+    """The mean of the prompts' means, and the variance of that mean."""
+    if not means:
+        return {}
+    variance = statistics.variance(means) / len(means) if len(means) > 1 else 0.0
+    return {"watch": statistics.fmean(means), "watch_variance": variance}
+
+
+def of_scorer(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The numbers that the scorer logged beside its scores, averaged: `scorer/NAME`."""
+    numbers: dict[str, list[float]] = {}
+    for r in rollouts:
+        for name, value in (r.score.logged if r.score else {}).items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                numbers.setdefault(f"scorer/{name}", []).append(value)
+    return {name: statistics.fmean(values) for name, values in numbers.items()}
+
+
+def of_lag(batch: Batch | None) -> dict[str, float]:
+    """Mean and largest lag of the completions; nothing where the policy itself wrote all of them."""
+    if batch is None or batch.lag is None or not bool(batch.lag.any()):
+        return {}
+    return {"lag": float(batch.lag.double().mean()), "lag_most": float(batch.lag.max())}

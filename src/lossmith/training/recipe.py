@@ -147,6 +147,9 @@ class Recipe(RunSettings):
     sampler_url: str | None = Field(
         None, description="http address of a vLLM server that runs; without one, Lossmith starts and ends its own"
     )
+    max_staleness: int = Field(
+        0, ge=0, description="rounds that samplers of a cluster may be ahead of the learner (docs/cluster.md); 0: none"
+    )
     sampler_timeout: float = Field(
         600.0, gt=0, description="seconds that a vLLM server has for one answer, or to start"
     )
@@ -269,7 +272,7 @@ class Recipe(RunSettings):
         that it would compare and that there are none of.
         """
         loss = checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
-        if self.sampler == "vllm":
+        if self.sampler == "vllm" or self.max_staleness:
             loss = corrected(loss, self.loss)
         check_loss(loss, self.samples_per_prompt, self.prompts_per_step)
         check_taught(loss, self.teacher, self.sampling)
@@ -292,7 +295,8 @@ def check_lora(source: str, recipe: RunSettings) -> None:
 
 
 def corrected(loss: Loss, spec: Any) -> Loss:
-    """With truncated importance sampling where another engine samples: its numbers are never quite the learner's.
+    """With truncated importance sampling where another engine or an older policy samples: its numbers are never quite
+    the learner's.
 
     Left alone is a loss that has a correction, holds the ratio to the sampler itself, is told which it is to have
     (mismatch='none' too), or takes none.

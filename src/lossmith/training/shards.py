@@ -18,7 +18,7 @@ from lossmith.policy import Policy
 from lossmith.policy.sharded import dealt_out, whole_tensor
 from lossmith.ranks import Ranks
 
-__all__ = ["Shards", "named_weights", "set_optimizer"]
+__all__ = ["Shards", "named_weights", "set_optimizer", "whole_weights"]
 
 
 class Shards:
@@ -96,6 +96,11 @@ def named_weights(policy: Policy) -> list[tuple[str, Tensor]]:
     named = [("policy." + n, p.detach()) for n, p in policy.model.named_parameters() if id(p) in trained]
     head = policy.value_head
     return named + ([] if head is None else [("value_head." + n, p.detach()) for n, p in head.named_parameters()])
+
+
+def whole_weights(policy: Policy, shards: Shards | None) -> dict[str, Tensor]:
+    """`named_weights`, put together where the ranks hold them in parts."""
+    return dict(named_weights(policy)) if shards is None else shards.weights()
 
 
 def set_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:

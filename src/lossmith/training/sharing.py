@@ -9,20 +9,27 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from lossmith.durable.inputs import Inputs
 from lossmith.errors import RecipeError
 from lossmith.policy import Policy
-from lossmith.prompts import Prompt
+from lossmith.prompts import Prompt, PromptSet
 from lossmith.ranks import Ranks
 from lossmith.rollouts import Rollout
 from lossmith.samplers import Sampler, TorchSampler, open_vllm
 from lossmith.scorers import Scorer, score_rollouts
 from lossmith.training.clock import Clock
+from lossmith.training.going_on import GoingOn
+from lossmith.training.learner import Learner
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder
 
-__all__ = ["Sampling", "agree_on", "check_ranks", "in_order", "sampler_of"]
+__all__ = ["Elsewhere", "Sampling", "agree_on", "check_ranks", "in_order", "sampler_of"]
+
+
+Task = Callable[[Sequence[Prompt], int, int], tuple[list[Rollout], dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -67,36 +74,45 @@ class Sampling:
         return score_rollouts(self.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
 
 
-def check_ranks(recipe: Recipe, ranks: Ranks, resumed: bool) -> None:
+class Elsewhere(Protocol):
+    """Processes that write and score a run's completions, where those of the learner do not."""
+
+    def scorer(self) -> Scorer:
+        """The recipe's, as it stands there."""
+
+    def sampler(self, learner: Learner, probe: Prompt, context: int) -> Sampler:
+        """That writes with the learner's weights as of the last push; the rest as in `sampler_of`."""
+
+    def sampling(self, own: Sampling, prompts: PromptSet, folder: RunFolder, going_on: GoingOn) -> Task:
+        """The task "sample" of the run."""
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks, resumed: bool, elsewhere: bool = False) -> None:
     """RecipeError: one server for several ranks; weights in parts, and a new run of one process."""
     if recipe.shard and ranks.size == 1 and not resumed:
         raise RecipeError(
             "shard = true deals the weights out to several processes, and this run has one: start it with --ranks N or "
             "torchrun (docs/many-processes.md), or leave shard out."
         )
-    if recipe.sampler == "vllm" and ranks.size > 1:
+    if recipe.sampler == "vllm" and ranks.size > 1 and not elsewhere:
         raise RecipeError(
             f"sampler = 'vllm' takes its weights from one process, and this run has {ranks.size} ranks: train with "
             "one, or with sampler = 'torch'."
         )
 
 
-def sampler_of(recipe: Recipe, policy: Policy, folder: RunFolder, probe: Prompt, longest: Prompt) -> Sampler:
-    """The recipe's. RunError: its server does not answer or is of another model; the folder is there to be resumed.
+def sampler_of(recipe: Recipe, policy: Policy, place: Path, probe: Prompt, context: int) -> Sampler:
+    """The recipe's. RunError: its server does not answer or is of another model.
 
-    probe: whose completions are compared after a push. longest: the prompt that decides how much room there must be.
+    place: a folder for what goes to a server. probe: whose completions are compared after a push. context: tokens of
+    the longest prompt and completion.
     """
     if recipe.sampler == "torch":
         return TorchSampler(policy, recipe.sampling)
-    context = len(policy.encode(longest)) + recipe.max_tokens
-    try:
-        return open_vllm(
-            policy, recipe.sampling, url=recipe.sampler_url, timeout=recipe.sampler_timeout,
-            folder=folder.path / "sampler", probe=probe, context=context,
-        )  # fmt: skip
-    except BaseException:
-        folder.close()
-        raise
+    return open_vllm(
+        policy, recipe.sampling, url=recipe.sampler_url, timeout=recipe.sampler_timeout,
+        folder=place, probe=probe, context=context,
+    )  # fmt: skip
 
 
 def in_order(prompts: Sequence[Prompt], parts: Iterable[Iterable[Rollout]]) -> list[Rollout]:
