@@ -11,14 +11,16 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow.parquet
 
-from lossmith.cluster.remote import RemoteSampler
 from lossmith.errors import RunError
 from lossmith.files import replace_atomically
+from lossmith.policy import Policy
 from lossmith.prompts import Prompt, PromptSet
 from lossmith.rollouts import Rollout, read_rollouts, rollout_table
+from lossmith.samplers import Sampler
 from lossmith.training.clock import Clock
 from lossmith.training.sharing import Sampling
 
@@ -27,11 +29,19 @@ __all__ = ["Ahead", "Buffer"]
 Round = tuple[list[Rollout], dict[str, float]]
 
 
+class Keeps(Sampler, Protocol):
+    """A sampler that can keep the weights of a moment."""
+
+    def as_of_now(self) -> Sampler:
+        """One that goes on writing with the weights of the last push."""
+
+
 class Ahead:
     """The task "sample" of a run whose samplers may be `max_staleness` rounds ahead."""
 
-    def __init__(self, own: Sampling, prompts: PromptSet, buffer: Buffer) -> None:
-        self.own, self.prompts, self.buffer = own, prompts, buffer
+    def __init__(self, own: Sampling, sampler: Keeps, policy: Policy, prompts: PromptSet, buffer: Buffer) -> None:
+        """own: how a round is sampled and scored. policy: the one that learns."""
+        self.own, self.sampler, self.policy, self.prompts, self.buffer = own, sampler, policy, prompts, buffer
         self._begun: dict[int, Future[Round]] = {}
         self._pool = ThreadPoolExecutor(own.recipe.max_staleness + 1)
 
@@ -53,20 +63,15 @@ class Ahead:
 
     def _in_bounds(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether all were written by the policy as it is, or as it was at most max_staleness rounds ago."""
-        recipe, now = self.own.recipe, self._sampler.learner.policy.version
+        recipe, now = self.own.recipe, self.policy.version
         updates = recipe.epochs * min(recipe.updates_per_step, recipe.prompts_per_step)
         versions = {r.behavior_logp.distribution.policy_version for r in rollouts}
         return all(0 <= now - version <= recipe.max_staleness * updates for version in versions)
 
-    @property
-    def _sampler(self) -> RemoteSampler:
-        assert isinstance(self.own.sampler, RemoteSampler)
-        return self.own.sampler
-
     def _begin(self, step: int, quiet: bool) -> Future[Round]:
         recipe = self.own.recipe
         prompts = self.prompts.batch(step, recipe.prompts_per_step, recipe.seed)
-        own = dataclasses.replace(self.own, sampler=self._sampler.as_of_now())
+        own = dataclasses.replace(self.own, sampler=self.sampler.as_of_now())
         if quiet:
             own = dataclasses.replace(own, tell=lambda what, done, total: None)
 

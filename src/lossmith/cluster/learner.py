@@ -49,8 +49,12 @@ class Others:
         return RemoteSampler(self.samplers, learner, probe, context)
 
     def sampling(self, own: Sampling, prompts: PromptSet, folder: RunFolder, going_on: GoingOn) -> Task:
+        sampler = own.sampler
+        assert isinstance(sampler, RemoteSampler)
         first = 0 if going_on.checkpoint is None else going_on.checkpoint.step
-        return Ahead(own, prompts, Buffer(folder.path, first, fresh=bool(going_on.changed)))
+        return Ahead(
+            own, sampler, sampler.learner.policy, prompts, Buffer(folder.path, first, fresh=bool(going_on.changed))
+        )
 
 
 @dataclass(frozen=True)
