@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,12 +29,13 @@ def asked(what: str, processes: Sequence[Any], calls: Sequence[Callable[[Any], A
             answer = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
             raise as_ours(error, what) from None
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             if tries == TRIES:
                 raise RunError(
-                    f"{what} was lost {TRIES} times over the same work, and nothing more is tried: {error}. Out of "
-                    "memory? Ray's logs of it say more (/tmp/ray/session_latest/logs)."
+                    f"{what} was lost {TRIES} times over the same work, and nothing more is tried. Out of memory? Ray's "
+                    f"logs say more (/tmp/ray/session_latest/logs). The last time: {error}"
                 ) from None
+            time.sleep(min(0.1 * tries**2, 10))  # all of them may be on their way back
             waiting[calls[k](processes[(k + tries) % len(processes)])] = (k, tries + 1)
             continue
         yield k, answer

@@ -18,6 +18,8 @@ from lossmith.cluster.learner import LearnerProcess, Others, Outcome
 from lossmith.cluster.placement import Placement, Rooms, connected, import_ray, rooms
 from lossmith.cluster.workers import SamplerProcess, ScorerProcess
 from lossmith.durable.checkpoint import newest
+from lossmith.durable.inputs import Inputs
+from lossmith.durable.stopping import Stopped, Stopping
 from lossmith.errors import RecipeError, RunError
 from lossmith.running import GoOn
 from lossmith.training import Plan, Recipe
@@ -43,7 +45,7 @@ def supervise(plan: Plan, placement: Placement, console: Console, resume: GoOn |
     recipe = _named(plan)
     folder = resume.folder if resume is not None else Path(recipe.runs) / str(recipe.name)
     written, here = recipe.written(), os.getcwd()
-    with connected(placement), rooms(placement) as places:
+    with Stopping(busy=lambda: True) as stop, connected(placement), rooms(placement) as places:
         remote = import_ray().remote
         again = {"max_restarts": -1, "max_task_retries": 0}
         others = Others(
@@ -53,8 +55,10 @@ def supervise(plan: Plan, placement: Placement, console: Console, resume: GoOn |
         for _ in asked("a scorer", others.scorers[:1], [lambda process: process.about.remote()]):
             pass  # a scorer that does not load is heard of before the model is
         furthest, lost = -1, 0
-        while (outcome := _learn(written, resume, others, places, console, folder, recipe)) is None:
+        while (outcome := _learn(written, resume, others, places, console, stop)) is None:
             resume, furthest, lost = _after_loss(folder, resume, furthest, lost, console)
+        if outcome.signal:
+            stop.signal_number = None  # it has been done
     return _ended(outcome, folder)
 
 
@@ -83,8 +87,7 @@ def _learn(
     others: Others,
     places: Rooms,
     console: Console,
-    folder: Path,
-    recipe: Recipe,
+    stop: Stopping,
 ) -> Outcome | None:
     """How the learner ended; None where it was lost."""
     ray = import_ray()
@@ -103,41 +106,36 @@ def _learn(
             )
             for rank, one in enumerate(learners)
         ]  # fmt: skip
-        return _followed(first, ends, console)
-    except ray.exceptions.RayActorError:
+        return _followed(first, ends, console, stop)
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
         return None
-    except KeyboardInterrupt:
-        end = KeyboardInterrupt()
-        end.add_note(f"The run was left at once. Go on with: {command_of(recipe, RunFolder(folder))} --cluster ray")
-        raise end from None
+    except Stopped as end:
+        folder = Path(written["runs"]) / written["name"] if resume is None else resume.folder
+        end.add_note(f"It was left at once. Go on with: {command_of(Recipe, RunFolder(folder))} --cluster ray")
+        raise
     finally:
         for one in learners:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(one)
 
 
-def _followed(first: Any, ends: list[Any], console: Console) -> Outcome:
-    """The outcome of rank 0, and meanwhile what it says. The first Ctrl-C asks it to end; the second is raised."""
-    ray, asked_to_end = import_ray(), False
+def _followed(first: Any, ends: list[Any], console: Console, stop: Stopping) -> Outcome:
+    """The outcome of rank 0, and meanwhile what it says. It is told of the first signal; a second ends the waiting."""
+    ray, told = import_ray(), False
     while True:
-        try:
-            ray.wait(ends, num_returns=1, timeout=LOOK)
-            done, _ = ray.wait(ends[:1], timeout=0)
-            text = ray.get(first.said.remote())
-            if text:
-                console.out(text, end="", highlight=False)
-            if done:
-                outcome: Outcome = ray.get(done[0])
-                for other in ends[1:]:
-                    if outcome.error is not None and ray.wait([other], timeout=LOOK)[0]:
-                        ray.get(other)  # RayActorError: it was lost, and that is why
-                return outcome
-        except KeyboardInterrupt:
-            if asked_to_end:
-                raise
-            asked_to_end = True
-            console.print("stopping: finishing the step, and saving; once more leaves at once")
-            first.stop.remote(signal.SIGINT)
+        ray.wait(ends, num_returns=1, timeout=LOOK)
+        done, _ = ray.wait(ends[:1], timeout=0)
+        if text := ray.get(first.said.remote()):
+            console.out(text, end="", highlight=False)
+        if stop.signal_number is not None and not told:
+            told = True
+            first.stop.remote(stop.signal_number)
+        if done:
+            outcome: Outcome = ray.get(done[0])
+            for other in ends[1:]:
+                if outcome.error is not None and ray.wait([other], timeout=LOOK)[0]:
+                    ray.get(other)  # RayActorError: it was lost, and that is why
+            return outcome
 
 
 def _after_loss(
@@ -159,8 +157,6 @@ def _after_loss(
     if not begun:
         return resume, max(done, furthest), lost
     if resume is None:
-        from lossmith.durable.inputs import Inputs
-
         known = Inputs.read(folder)
         resume = GoOn(folder, None if known is None else known.known.get("held_out"))
     return replace(resume, folder=folder), max(done, furthest), lost
