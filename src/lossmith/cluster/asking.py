@@ -32,8 +32,8 @@ def asked(what: str, processes: Sequence[Any], calls: Sequence[Callable[[Any], A
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             if tries == TRIES:
                 raise RunError(
-                    f"{what} was lost {TRIES} times over the same work, and nothing more is tried. Out of memory? Ray's "
-                    f"logs say more (/tmp/ray/session_latest/logs). The last time: {error}"
+                    f"{what} was lost {TRIES} times over the same work, and nothing more is tried. Out of memory? "
+                    f"Ray's logs say more (/tmp/ray/session_latest/logs). The last time: {error}"
                 ) from None
             time.sleep(min(0.1 * tries**2, 10))  # all of them may be on their way back
             waiting[calls[k](processes[(k + tries) % len(processes)])] = (k, tries + 1)
