@@ -277,8 +277,9 @@ def learn(run: Run) -> Iterator[Step]:
     for index in run.remaining_steps():
         held_out = run.look_at_held_out(clock)
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
-        with clock("push"):
-            pushed = run.sampler.push()  # the weights, to where the completions are written
+        started = time.perf_counter()
+        if pushed := run.sampler.push():  # the weights, to where the completions are written
+            clock.add({"push": time.perf_counter() - started})
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         watched = watch(run, rollouts, clock)
         with clock("update"):
