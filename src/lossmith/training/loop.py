@@ -319,10 +319,9 @@ def those_scored(rollouts: Sequence[Rollout], index: int) -> list[Rollout]:
 
 def with_advantages(rollouts: Sequence[Rollout], credit: Credit) -> list[Rollout]:
     """The rollouts in their order, those with a score now with the mean advantage of their tokens."""
-    rows = iter(credit.advantage)
+    sums = iter(credit.advantage.sum(1).tolist())
     return [
-        dataclasses.replace(r, advantage=float(next(rows).sum()) / len(r.completion_ids) if r.scored else None)
-        for r in rollouts
+        dataclasses.replace(r, advantage=next(sums) / len(r.completion_ids) if r.scored else None) for r in rollouts
     ]
 
 
