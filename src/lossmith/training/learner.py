@@ -35,6 +35,7 @@ from lossmith.policy import (
     sharing_is_exact,
     token_outputs,
 )
+from lossmith.policy.distribution import accumulation_dtype
 from lossmith.policy.sending import sent
 from lossmith.policy.sharded import shard, whole
 from lossmith.ranks import Ranks
@@ -163,7 +164,7 @@ class Learner:
             self._check_distribution(rollouts)
             fields["behavior_logp"] = behavior.to(self.policy.device)
         names = {key: i for i, key in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
-        device, dtype = self.policy.device, self.policy.parameters()[0].dtype
+        device, dtype = self.policy.device, accumulation_dtype(self.policy.parameters()[0].dtype)
         fields |= {
             "mask": mask.to(device),
             "reward": rewards_of(rollouts, device, dtype),
@@ -392,7 +393,7 @@ class Learner:
         self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, together: Callable[[Callable[[], None]], None]
     ) -> OutputGradients:
         """dL/d(outputs) of all rows at once, on every rank: each makes the outputs of its own."""
-        dtype = self.policy.parameters()[0].dtype
+        dtype = accumulation_dtype(self.policy.parameters()[0].dtype)
         names = ["logp", *sorted({"entropy", "full_kl", "value"} & self.loss.needs)]
         leaves = {name: torch.zeros(batch.valid.shape, dtype=dtype, device=self.policy.device) for name in names}
 

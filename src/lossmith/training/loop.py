@@ -20,6 +20,7 @@ import torch
 from lossmith.detectors import Completion, Finding, Place, action_of, measure
 from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.losses import Batch, Credit
+from lossmith.optimization import check_kahan
 from lossmith.policy import Policy, check_compiler, check_model, load_policy
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.ranks import Ranks, local_rank
@@ -367,6 +368,8 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
     recipe.policy_loss()
     if recipe.compile:
         check_compiler()
+    if recipe.weights == "bfloat16":
+        check_kahan()
     source = (
         default_prompts_path() if isinstance(recipe.prompts, str) and recipe.prompts == "default" else recipe.prompts
     )
@@ -476,6 +479,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         chat_template=recipe.chat_template,
         lora=recipe.lora,
         float32_head=recipe.float32_head,
+        weights=recipe.weights,
     )
 
 
