@@ -12,7 +12,7 @@ from batches import evaluate, quiet_loss, random_fields
 from lossmith.detectors.signal import without_signal
 from lossmith.report.run.metrics_page import page
 from lossmith.training.guards import kl_of_completion
-from lossmith.training.metrics import METRICS, documented, in_completions
+from lossmith.training.metrics import METRICS, documented, in_completions, of_lag
 from lossmith.training.offline.loop import PreferenceRecipe, learn_preferences, open_preferences, plan_preferences
 from vllm_server import FakeVllm
 
@@ -92,6 +92,8 @@ def test_what_is_documented_is_what_is_written_and_no_more(tmp_path):
     taught = {"teacher": str(tiny.folder("gpt2")), "temperature": 1.0, "name": "taught"}
     for record in records(train(tmp_path, "opd(extra='reverse_kl')", **taught)):
         seen |= record.keys()
+    lagging = ls.Batch(torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool), lag=torch.tensor([0, 2]))
+    seen |= of_lag(lagging).keys()  # of samplers that run ahead: tests/test_cluster.py
     assert {name for name in METRICS if "*" not in name} <= seen
     assert "loss_policy" in seen and "seconds_update_backward" in seen
 

@@ -120,6 +120,10 @@ def test_the_first_step_is_on_policy(finished):
     assert metrics(finished)[-1]["kl"] > 0
 
 
+def test_the_models_own_sampler_is_sent_nothing_and_no_time_is_written_down_for_it(finished):
+    assert not any("push" in name for record in metrics(finished) for name in record)
+
+
 def test_training_raises_the_held_out_score(tmp_path):
     run = ls.train(**settings(tmp_path, steps=12, samples_per_prompt=8, prompts_per_step=4, prompts=PROMPTS * 1))
     assert run.summary["held_out"]["difference"]["mean"] > 0.1

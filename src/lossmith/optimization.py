@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lossmith.errors import RecipeError
 from lossmith.settings.base import TrainerSettings
 
-__all__ = ["check_optimizer", "clip_gradients", "make_optimizer", "optimizer_step", "rate_factor"]
+__all__ = ["check_kahan", "check_optimizer", "clip_gradients", "make_optimizer", "optimizer_step", "rate_factor"]
+
+
+# In bfloat16 an average over 1000 squared gradients stands still: what one update changes of it is less than its last
+# bit. Over 100 it moves.
+_KAHAN_BETAS = (0.9, 0.99)
 
 
 def make_optimizer(
     groups: Sequence[tuple[Sequence[nn.Parameter], float]], settings: TrainerSettings
-) -> torch.optim.AdamW:
-    """AdamW over groups of (parameters, their learning rate once it has risen)."""
+) -> torch.optim.Optimizer:
+    """AdamW over groups of (parameters, their learning rate once it has risen).
+
+    Where some are held in bfloat16 it is optimi's, which carries along what is rounded away (Kahan summation): a step
+    of 1e-6 would else change no weight above 0.0005.
+    """
     made = [{"params": list(parameters), "base_lr": rate} for parameters, rate in groups]
-    return torch.optim.AdamW(made, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    if not any(p.dtype == torch.bfloat16 for parameters, _ in groups for p in parameters):
+        return torch.optim.AdamW(made, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    from optimi import AdamW
+
+    rate, decay = settings.learning_rate, settings.weight_decay
+    found: torch.optim.Optimizer = AdamW(made, lr=rate, weight_decay=decay, betas=_KAHAN_BETAS, eps=1e-8)
+    return found
+
+
+def check_kahan() -> None:
+    """RecipeError: what weights in bfloat16 are trained with is not installed."""
+    if importlib.util.find_spec("optimi") is None:
+        raise RecipeError(
+            "weights = 'bfloat16' needs torch-optimi, whose AdamW carries along what bfloat16 rounds away: "
+            "pip install lossmith[bfloat16], or leave weights at 'float32'."
+        )
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, settings: TrainerSettings) -> float:
@@ -29,8 +54,17 @@ def clip_gradients(optimizer: torch.optim.Optimizer, settings: TrainerSettings) 
     Of parameters that ranks hold in parts it is the length of all: every rank must call this.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    norm: Any = _norm(parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, settings.max_grad_norm, norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The length of all gradients together. Of those in bfloat16 it is computed in float32."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not any(g.dtype == torch.bfloat16 for g in grads):
+        return torch.nn.utils.get_total_norm(grads)
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, settings: TrainerSettings, step: int, steps: int) -> None:

@@ -70,7 +70,7 @@ def test_the_run_folder_is_that_of_any_run(tmp_path):
     assert prompts["trl"] == prompts["lossmith"]
     missing = {k for k in metrics["lossmith"][0] if not k.startswith("seconds_update_")} - metrics["trl"][0].keys()
     # TRL samples by itself, and says no log-probabilities
-    assert missing == {"sampler_gap", "sampler_outside", "ess", "seconds_push"}
+    assert missing == {"sampler_gap", "sampler_outside", "ess"}
     assert [x["reference_moved"] for x in metrics["trl"]] == [0, 0]
     assert runs["trl"].summary.keys() == runs["lossmith"].summary.keys()
     assert runs["trl"].summary["held_out"]["before"] == runs["lossmith"].summary["held_out"]["before"]

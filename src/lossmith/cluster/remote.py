@@ -31,12 +31,13 @@ class RemoteSampler:
         self.measured: dict[str, float] = {}
 
     def push(self) -> dict[str, float]:
-        """Put the weights where the samplers take them from, with the calls that come; what the last take measured."""
+        """Put the weights where the samplers take them from, with the calls that come."""
         policy = self.learner.policy
         if self.weights is None or self.weights.version != policy.version:
             tensors = {name: x.cpu() for name, x in whole_weights(policy, self.learner.shards).items()}
             held = import_ray().put(tensors)  # a copy: the learner goes on changing its own
             self.weights = Weights(policy.version, (held,), policy.checksum())
+            self.measured = {"push_tensors": float(len(tensors))}
         return self.measured
 
     def as_of_now(self) -> RemoteSampler:
@@ -69,7 +70,7 @@ class RemoteSampler:
                     f"{checksum[:12]}, and the learner's {weights.checksum[:12]}. Is it another version of Lossmith, "
                     "or another model?"
                 )
-            self.measured = measured
+            self.measured |= measured
             for start in range(0, len(rollouts), n):
                 group = rollouts[start : start + n]
                 written[group[0].prompt.id] = group

@@ -159,19 +159,26 @@ def _all(folder: Path) -> list[Checkpoint]:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, everything else), for a checkpoint."""
     state = optimizer.state_dict()
-    tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
-    return tensors, {"param_groups": state["param_groups"]}
+    entries = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
+    tensors = {name: value for name, value in entries.items() if value is not None}
+    groups = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]]
+    numbers: dict[str, Any] = {"param_groups": groups}
+    absent = sorted(entries.keys() - tensors.keys())  # optimi's: what a weight in float32 has nothing to carry along
+    return tensors, numbers | ({"absent": absent} if absent else {})
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]
 ) -> None:
     """As `optimizer_state` gave it."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
+    state: dict[int, dict[str, torch.Tensor | None]] = {}
+    for name, tensor in [*tensors.items(), *((name, None) for name in numbers.get("absent", []))]:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
+    for group in optimizer.param_groups:
+        if "step" in group:  # optimi counts a group's steps, in a tensor
+            group["step"] = torch.tensor(group["step"], dtype=torch.int32)
 
 
 class Pace:

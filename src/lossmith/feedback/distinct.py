@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lossmith.feedback.output_set import OutputSet, set_of_rollouts
 from lossmith.policy import Policy, SamplingSettings, sample
+from lossmith.policy.sampling import OnProgress
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout
 
@@ -53,7 +54,7 @@ def sample_sets(
     resample: int = 3,
     same: float = SAME,
     checksum: str | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[OutputSet]:
     """A set of up to n different outputs for each prompt.
 

@@ -78,10 +78,10 @@ class Credit:
                     f"{loss.name}: the credit is of other rows than the batch: its {name} has shape {list(x.shape)}, "
                     f"the batch {list(batch.valid.shape)}. {cure}"
                 )
-        for name, mine in self.given.items():
-            theirs = getattr(batch, name)
-            if theirs is not None and not _same(mine, theirs):
-                raise LossError(f"{loss.name}: the credit is of other rows than the batch: {name} differs. {cure}")
+        differs = {n: d for n, x in self.given.items() if (d := _differs(x, getattr(batch, n))) is not None}
+        if differs and bool(torch.stack(list(differs.values())).any()):  # asked once: on a GPU each question waits
+            name = next(name for name, found in differs.items() if found)
+            raise LossError(f"{loss.name}: the credit is of other rows than the batch: {name} differs. {cure}")
         if not loss.separable and self.whole not in (None, len(batch.valid)):
             raise LossError(
                 f"{loss.name} looks at all rows of a batch at once, and was given {len(batch.valid)} of {self.whole}. "
@@ -89,14 +89,20 @@ class Credit:
             )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal numbers; where one is of a narrower type, equal in that."""
-    if a is b:
-        return True
+def _differs(a: Tensor, b: Tensor | None) -> Tensor | None:
+    """Whether the numbers do; where one is of a narrower type, in that. None: there is nothing to compare."""
+    if b is None or a is b:
+        return None
     if a.shape != b.shape or a.device != b.device:
-        return False
+        return torch.ones((), dtype=torch.bool, device=a.device)
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(a.to(narrow), b.to(narrow))
+    return (a.to(narrow) != b.to(narrow)).any()
+
+
+def as_floats(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers of Python, in one transfer: on a GPU each one alone would wait for the device."""
+    values = [x.detach() for x in tensors.values()]
+    return dict(zip(tensors, torch.stack(values).tolist(), strict=True)) if values else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +130,17 @@ def distance_metrics(batch: Batch, tokens: float) -> dict[str, float]:
 
     tokens: of the whole batch, so that micro-batches add up.
     """
-    found: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     for name, anchor in (("kl_old", batch.old_logp), ("kl_ref", batch.ref_logp)):
         if anchor is not None and batch.logp is not None:
-            found[name] = float(kl_estimate(batch.logp - anchor, "k3").sum()) / max(tokens, 1)
+            sums[name] = kl_estimate(batch.logp - anchor, "k3").sum()
     if batch.teacher_logp is not None and batch.logp is not None:
-        found["kl_teacher"] = float((batch.logp - batch.teacher_logp).sum()) / max(tokens, 1)
+        sums["kl_teacher"] = (batch.logp - batch.teacher_logp).sum()
     if batch.divergence is not None:
-        found["divergence"] = float(batch.divergence.sum()) / max(tokens, 1)
+        sums["divergence"] = batch.divergence.sum()
     if batch.entropy is not None:
-        found["entropy"] = float(batch.entropy.sum()) / max(tokens, 1)
-    return found
+        sums["entropy"] = batch.entropy.sum()
+    return {name: total / max(tokens, 1) for name, total in as_floats(sums).items()}
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lossmith.errors import PolicyError
 from lossmith.policy.distribution import accumulation_dtype
+from lossmith.policy.sending import sent
 
 __all__ = ["AttentionPlan", "PrefixTree", "TreeAttention", "attending", "current_plan", "follow", "scaled_product"]
 
@@ -118,8 +119,8 @@ class PrefixTree:
             prompts.append(slice(start, end))
             shape += [len(prompt), len(completions), *map(len, completions)]
         return cls(
-            torch.tensor(ids, device=device),
-            torch.tensor(positions, device=device),
+            sent(ids, device),
+            sent(positions, device),
             tuple(prompts),
             tuple(rows),
             tuple(before),
@@ -181,8 +182,9 @@ class _Segments:
         steps = torch.arange(self.width)
         valid = steps < lengths[:, None]
         # A padded slot repeats the stretch's last place; it comes after all valid ones, so those never see it.
-        self._places = (starts[:, None] + steps.minimum(lengths[:, None] - 1)).to(device)
-        self._valid = None if bool(valid.all()) else valid.to(device)
+        self._places = sent(starts[:, None] + steps.minimum(lengths[:, None] - 1), device)
+        self._valid = None if bool(valid.all()) else valid
+        self._there = None if self._valid is None else sent(valid, device)  # to ask the device for places is a wait
         self._length = length
         self._cache: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
@@ -200,8 +202,8 @@ class _Segments:
         index, _ = self._index(rep)
         flat = x.reshape(x.shape[0] // rep, rep * self._length, *x.shape[2:])
         gathered = flat.index_select(1, index).view(flat.shape[0], -1, rep, self.width, *x.shape[2:])
-        if zero_padding and self._valid is not None:
-            gathered *= self._valid[:, None].view(1, -1, 1, self.width, *[1] * (x.dim() - 2))
+        if zero_padding and self._there is not None:
+            gathered *= self._there[:, None].view(1, -1, 1, self.width, *[1] * (x.dim() - 2))
         return gathered.flatten(0, 1)
 
     def scatter(self, into: Tensor, x: Tensor, rep: int) -> None:
@@ -219,7 +221,7 @@ class _Segments:
             heads = torch.arange(rep, device=self._places.device)[None, :, None] * self._length
             index = (self._places[:, None] + heads).flatten()
             valid = None if self._valid is None else self._valid[:, None].expand(-1, rep, -1).flatten()
-            self._cache[rep] = (index, None if valid is None else valid.nonzero()[:, 0])
+            self._cache[rep] = (index, None if valid is None else sent(valid.nonzero()[:, 0], index.device))
         return self._cache[rep]
 
 

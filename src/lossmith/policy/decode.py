@@ -18,6 +18,7 @@ from lossmith.policy.attention import PrefixTree, TreeAttention, follow, scaled_
 from lossmith.policy.distribution import accumulation_dtype
 from lossmith.policy.forward import encode_prompts, select_rows
 from lossmith.policy.load import Policy
+from lossmith.policy.sending import sent
 
 __all__ = ["Cache", "PlainCache", "SharedCache"]
 
@@ -128,7 +129,7 @@ class SharedCache:
 
     def step(self, ids: Tensor) -> Tensor:
         lengths = [self._lengths[g] + t for g, t in zip(self._owner, self._fed, strict=True)]
-        positions = torch.tensor(lengths, device=ids.device)[:, None]
+        positions = sent(lengths, ids.device)[:, None]
         hidden = follow(self.policy.model, _Step(self, self._fed, ids.device), ids[:, None], positions)[:, -1]
         self._fed = [t + 1 for t in self._fed]
         return hidden
@@ -233,8 +234,8 @@ class _Arrangement:
         there = members[:, None] * heads + head[:, None]  # [G, H_kv, n]
         back = (group[:, None] * heads + head) * width + at[:, None]  # [N, H_kv]
         beyond = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-        mask = _minus_infinity(beyond.to(device), heads, dtype) if bool(beyond.any()) else None
-        return cls(there.flatten().to(device), back.flatten().to(device), mask)
+        mask = _minus_infinity(sent(beyond, device), heads, dtype) if bool(beyond.any()) else None
+        return cls(sent(there.flatten(), device), sent(back.flatten(), device), mask)
 
 
 def _minus_infinity(where: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -253,7 +254,7 @@ class _Step:
     def __init__(self, cache: SharedCache, fed: list[int], device: torch.device) -> None:
         self.cache, self.reach = cache, cache.make_room(max(fed) + 1)
         self.rows = torch.arange(len(fed), device=device)
-        self.at = torch.tensor(fed, device=device)
+        self.at = sent(fed, device)
         self.later = torch.arange(self.reach, device=device) > self.at[:, None]  # places that are not filled yet
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self._calls = 0

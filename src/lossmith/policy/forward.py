@@ -15,6 +15,7 @@ from torch import Tensor
 from lossmith.errors import PolicyError
 from lossmith.policy.attention import PrefixTree, TreeAttention, follow
 from lossmith.policy.load import Policy
+from lossmith.policy.sending import sent
 from lossmith.rollouts import Rollout
 
 __all__ = ["Layout", "encode_prompts", "hidden_states", "select_rows"]
@@ -80,7 +81,7 @@ def _shared(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     places = [j for k in order for j in (tree.before[k], *range(tree.rows[k][0], sum(tree.rows[k])))]
     # Not hidden[0, places]: a prompt's last state stands there once for each completion, and the backward pass of such
     # an index adds up in whatever order the threads come, so that two runs of one recipe would part in the last bits.
-    return hidden[0].index_select(0, torch.tensor(places, device=policy.device))
+    return hidden[0].index_select(0, sent(places, policy.device))
 
 
 def _padded(policy: Policy, rollouts: Sequence[Rollout], side: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lossmith.errors import PolicyError, nearest
 from lossmith.policy.adapter import Adapter
+from lossmith.policy.distribution import accumulation_dtype
 from lossmith.policy.text import SpecialTokens, answer_text, prompt_ids
 from lossmith.prompts import Prompt
 
@@ -28,8 +29,8 @@ _POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*_emb\w*|embed_positions|positions?_em
 
 @dataclass(eq=False)
 class Policy:
-    """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in, those of
-    the head apart where `float32_head` says so.
+    """A model with its tokenizer. Master weights are float32, or bfloat16 where asked for; `compute_dtype` is what
+    matrix products run in, those of the head apart where `float32_head` says so.
 
     `version` counts the optimizer steps taken. The model stays in eval mode: dropout would make the ratio differ from
     1 without any update. No pad token is needed anywhere.
@@ -147,7 +148,7 @@ class Policy:
     def add_value_head(self) -> None:
         """A critic: a linear layer on the last hidden states, detached so that it does not disturb the policy."""
         hidden = self.model.get_output_embeddings().weight.shape[1]
-        head = nn.Linear(hidden, 1, device=self.device, dtype=next(self.model.parameters()).dtype)
+        head = nn.Linear(hidden, 1, device=self.device, dtype=accumulation_dtype(next(self.model.parameters()).dtype))
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.value_head = head
@@ -177,7 +178,7 @@ class Policy:
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """A Hugging Face folder: float32 safetensors, configuration, tokenizer with its chat template.
+        """A Hugging Face folder: safetensors of the weights as they are, configuration, tokenizer with chat template.
 
         Of a policy with an adapter, that alone, as peft writes it.
         """

@@ -22,6 +22,7 @@ from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
+from lossmith.policy.sending import sent
 from lossmith.policy.sharded import gathered
 from lossmith.policy.teacher import Teacher
 from lossmith.policy.trial import sharing_is_exact
@@ -80,7 +81,7 @@ def token_outputs(
         raise PolicyError("divergence needs a teacher, and the function that is wanted of both.")
     if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
-    ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
+    ids = sent([i for r in rollouts for i in r.completion_ids], policy.device)
     sets = [each for r in rollouts for each in r.kept or ()]
     kept = sets if len(sets) == len(ids) else None
     head = _Head(policy, reference, settings, want, None if teacher is None else teacher.policy, divergence)
@@ -102,8 +103,8 @@ def token_outputs(
 
     with policy.computing():
         hidden, *flat = gathered(policy.model, forward)
-    lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
-    mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
+    lengths = [len(r.completion_ids) for r in rollouts]
+    mask = torch.arange(max(lengths), device=policy.device)[None] < sent(lengths, policy.device)[:, None]
     columns = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
     if "value" in want and policy.value_head is not None:
         detached = hidden.detach().to(policy.value_head.weight.dtype)

@@ -15,6 +15,7 @@ from lossmith.policy.embedded import embedded_model
 from lossmith.policy.folder import adapter_base, check_config, check_model, has_tokenizer, in_brief
 from lossmith.policy.load import Policy, find_device, find_dtype
 from lossmith.policy.memory import keep_freed_memory
+from lossmith.policy.narrow import hold_in_bfloat16
 from lossmith.policy.text import SpecialTokens, check_special_tokens
 from lossmith.policy.trial import sharing_is_exact
 
@@ -31,15 +32,17 @@ def load_policy(
     chat_template: str | None = None,
     lora: LoraSettings | None = None,
     float32_head: bool = False,
+    weights: str = "float32",
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
 
     The folder may be that of a LoRA adapter: its base model is found by its adapter_config.json, and what is trained
     then is the adapter. lora: train a new adapter, and leave the model's own weights as they are.
 
-    dtype: what matrix products run in: auto, float32 or bfloat16; the weights themselves are float32.
+    dtype: what matrix products run in: auto, float32 or bfloat16.
     special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
-    the model has several. float32_head: logits in float32 where the other products are in bfloat16.
+    the model has several. float32_head: logits in float32 where the other products are in bfloat16. weights: what the
+    model is held in: float32 or bfloat16; then dtype is auto or bfloat16, which are the same.
 
     PolicyError: what check_model finds, weights that are missing, damaged or not finite, an adapter that does not fit,
     or a model whose sampling or log-probabilities are not those of its plain forward pass.
@@ -55,7 +58,7 @@ def load_policy(
     policy = Policy(
         network.to(where).eval(),
         tokenizer,
-        find_dtype(dtype, where),
+        find_dtype("bfloat16" if (dtype, weights) == ("auto", "bfloat16") else dtype, where),
         special_tokens=special_tokens,
         adapter=adapter,
         float32_head=float32_head,
@@ -66,6 +69,8 @@ def load_policy(
     sharing_is_exact(policy)
     if adapter is not None and policy.compute_dtype != torch.float32:
         adapter.narrow_base(policy.compute_dtype, but=network.get_output_embeddings() if float32_head else None)
+    if weights == "bfloat16":
+        hold_in_bfloat16(policy)
     return policy
 
 

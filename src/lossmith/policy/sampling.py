@@ -11,6 +11,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +27,13 @@ from lossmith.policy.writing import OpenCompletion, make_cache, write
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Distribution, LogProbs, Rollout
 
-__all__ = ["as_rollout", "check_samples", "encode_within", "holds_stop", "key_of", "sample", "uniforms"]
+__all__ = [
+    "Groups", "OnGroup", "OnProgress", "as_rollout", "check_samples", "encode_within", "holds_stop", "key_of", "sample",
+    "uniforms",
+]  # fmt: skip
+
+OnProgress: TypeAlias = Callable[[int, int], None]  # told (done, of) as completions end
+OnGroup: TypeAlias = Callable[[list[Rollout]], None]  # given all completions of a prompt once the last has ended
 
 
 def sample(
@@ -38,8 +45,8 @@ def sample(
     seed: int,
     step: int = 0,
     batch_rows: int = 128,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_group: Callable[[list[Rollout]], None] | None = None,
+    on_progress: OnProgress | None = None,
+    on_group: OnGroup | None = None,
 ) -> list[Rollout]:
     """n completions of each prompt, prompt by prompt.
 
@@ -62,7 +69,7 @@ def sample(
     )
     total = sum(map(len, pending))
     distribution = distribution_of(policy, settings)
-    written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
+    groups = Groups(prompts, n, on_group)
     done = 0
     cache = make_cache(policy, pending, settings, batch_rows, sharing_is_exact(policy))
     finish = partial(_finish, policy, policy.eos_ids, settings)
@@ -70,15 +77,30 @@ def sample(
         for ended in write(policy, cache, pending, settings, finish):
             done += len(ended)
             for row in ended:
-                group = written[row.prompt.id]
-                group.append(as_rollout(policy, row, settings, distribution))
-                if len(group) == n:
-                    group.sort(key=lambda r: r.sample)
-                    if on_group is not None:
-                        on_group(group)
+                groups.add(as_rollout(policy, row, settings, distribution))
             if on_progress is not None:
                 on_progress(done, total)
-    return [rollout for prompt in prompts for rollout in written[prompt.id]]
+    return groups.in_order()
+
+
+class Groups:
+    """Completions as they end, in whatever order: the n of each prompt are one group, from its first sample on."""
+
+    def __init__(self, prompts: Sequence[Prompt], n: int, on_group: OnGroup | None = None) -> None:
+        self.prompts, self.n, self.on_group = prompts, n, on_group
+        self._written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
+
+    def add(self, rollout: Rollout) -> None:
+        group = self._written[rollout.prompt.id]
+        group.append(rollout)
+        if len(group) == self.n:
+            group.sort(key=lambda r: r.sample)
+            if self.on_group is not None:
+                self.on_group(group)
+
+    def in_order(self) -> list[Rollout]:
+        """Prompt by prompt as they were given."""
+        return [rollout for prompt in self.prompts for rollout in self._written[prompt.id]]
 
 
 def check_samples(n: int, settings: SamplingSettings) -> None:

@@ -14,12 +14,13 @@ from lossmith.errors import PolicyError
 from lossmith.policy.decode import Cache, PlainCache, SharedCache
 from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.load import Policy
+from lossmith.policy.sending import sent
 from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason
 
 __all__ = ["OpenCompletion", "inverse_of_cumulative", "make_cache", "write"]
 
-_CACHED = 32  # rows whose probabilities are worked on at a time: few enough to stay in the processor's cache
+_CACHED = 32  # rows whose probabilities a processor works on at a time: few enough to stay in its cache
 
 
 @dataclass
@@ -106,8 +107,9 @@ def _choose(logits: Tensor, rows: list[OpenCompletion], settings: SamplingSettin
         ids = logits.argmax(-1)
         logp = torch.zeros(len(ids))  # the greedy choice has probability 1
     else:
-        u = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float64, device=logits.device)
-        pieces = [_drawn(x, v, settings) for x, v in zip(logits.split(_CACHED), u.split(_CACHED), strict=True)]
+        u = sent([row.uniforms[len(row.ids)] for row in rows], logits.device, torch.float64)
+        size = _CACHED if logits.device.type == "cpu" else len(rows)  # elsewhere each piece would be waited for
+        pieces = [_drawn(x, v, settings) for x, v in zip(logits.split(size), u.split(size), strict=True)]
         ids, logp = (torch.cat(column) for column in zip(*pieces, strict=True))
     for row, token, value in zip(rows, ids.tolist(), logp.tolist(), strict=True):
         row.ids.append(token)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from lossmith.policy import Policy, SamplingSettings, sample
+from lossmith.policy.sampling import OnGroup, OnProgress
 from lossmith.policy.sharded import whole
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout
@@ -17,7 +18,8 @@ class Sampler(Protocol):
     """Writes completions with the policy as it was at the last `push`."""
 
     def push(self) -> dict[str, float]:
-        """Give it the policy's weights as they are now, where it does not have them; returns what was measured."""
+        """Give it the policy's weights as they are now, where it does not have them; returns what was measured,
+        nothing where there is nothing to send."""
 
     def sample(
         self,
@@ -26,8 +28,8 @@ class Sampler(Protocol):
         *,
         seed: int,
         step: int,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_group: Callable[[list[Rollout]], None] | None = None,
+        on_progress: OnProgress | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Rollout]:
         """n completions of each prompt, prompt by prompt, a function of (seed, step, prompt, sample) and weights.
 
@@ -54,8 +56,8 @@ class TorchSampler:
         *,
         seed: int,
         step: int,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_group: Callable[[list[Rollout]], None] | None = None,
+        on_progress: OnProgress | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Rollout]:
         with whole(self.policy):
             return sample(

@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ import torch
 
 from lossmith.errors import RunError
 from lossmith.policy import Policy, SamplingSettings, distribution_of, token_outputs
-from lossmith.policy.sampling import as_rollout, check_samples, encode_within, holds_stop, key_of
+from lossmith.policy.sampling import (
+    Groups,
+    OnGroup,
+    OnProgress,
+    as_rollout,
+    check_samples,
+    encode_within,
+    holds_stop,
+    key_of,
+)
 from lossmith.policy.writing import OpenCompletion
 from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason, Rollout
@@ -213,13 +222,13 @@ class VllmSampler:
         *,
         seed: int,
         step: int,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_group: Callable[[list[Rollout]], None] | None = None,
+        on_progress: OnProgress | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Rollout]:
         check_samples(n, self.settings)
         self.push()
         encoded = [encode_within(self.policy, prompt, self.settings) for prompt in prompts]
-        written: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
+        groups = Groups(prompts, n, on_group)
         distinct = {prompt.id: (prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True)}
         total = len(distinct) * n
         pool = ThreadPoolExecutor(min(AT_ONCE, total))
@@ -230,18 +239,12 @@ class VllmSampler:
                 for k in range(n)
             ]
             for done, answer in enumerate(as_completed(asked), start=1):
-                rollout = answer.result()
-                group = written[rollout.prompt.id]
-                group.append(rollout)
-                if len(group) == n:
-                    group.sort(key=lambda r: r.sample)
-                    if on_group is not None:
-                        on_group(group)
+                groups.add(answer.result())
                 if on_progress is not None:
                     on_progress(done, total)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return [rollout for prompt in prompts for rollout in written[prompt.id]]
+        return groups.in_order()
 
     def _written(
         self, prompt: Prompt, ids: tuple[int, ...], k: int, seed: int, step: int, settings: SamplingSettings

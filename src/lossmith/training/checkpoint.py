@@ -54,6 +54,11 @@ def load_checkpoint(found: Checkpoint, learner: Learner, changed: Collection[str
             f"{found.path} was written for another model: its tensors are not this policy's. Put the model, and a loss "
             "with the same parts, back into the recipe."
         )
+    if {k: t.dtype for k, t in saved.items()} != {k: t.dtype for k, t in current.items()}:
+        raise RunError(
+            f"{found.path} holds weights and optimizer state of another type than this recipe's: put the setting "
+            "weights back to what it was."
+        )
     tensors, numbers = found.tensors("optimizer"), state["optimizer"]
     if learner.shards is not None:
         learner.shards.restore(saved, tensors, numbers, state["policy_version"])

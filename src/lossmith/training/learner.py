@@ -35,6 +35,8 @@ from lossmith.policy import (
     sharing_is_exact,
     token_outputs,
 )
+from lossmith.policy.distribution import accumulation_dtype
+from lossmith.policy.sending import sent
 from lossmith.policy.sharded import shard, whole
 from lossmith.ranks import Ranks
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
@@ -46,6 +48,7 @@ from lossmith.training.recipe import Recipe
 from lossmith.training.rewards import rewards_of
 from lossmith.training.sampler_gap import OF_SAMPLER, against_sampler, sampler_metrics
 from lossmith.training.shards import Shards
+from lossmith.training.swapped import swapped_completions
 from lossmith.training.weights import WeightWatch
 
 __all__ = ["Learner", "Update"]
@@ -163,7 +166,7 @@ class Learner:
             fields["behavior_logp"] = behavior.to(self.policy.device)
             lag = [self.policy.version - r.behavior_logp.distribution.policy_version for r in rollouts]
         names = {key: i for i, key in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
-        device, dtype = self.policy.device, self.policy.parameters()[0].dtype
+        device, dtype = self.policy.device, accumulation_dtype(self.policy.parameters()[0].dtype)
         fields |= {
             "mask": mask.to(device),
             "reward": rewards_of(rollouts, device, dtype),
@@ -180,16 +183,7 @@ class Learner:
         """
         assert self.reference is not None
         log_ratio = torch.zeros(len(rollouts), device=self.policy.device)
-        rows, swapped = [], []
-        order = sorted(range(len(rollouts)), key=lambda i: (rollouts[i].prompt.id, rollouts[i].completion_ids))
-        for at, i in enumerate(order):
-            mine = rollouts[i]
-            room = self.policy.context_length - len(mine.prompt_ids)
-            for other in (rollouts[j] for j in (*order[at + 1 :], *order[:at])):
-                if other.prompt.id != mine.prompt.id and len(other.completion_ids) <= room:
-                    rows.append(i)
-                    swapped.append(dataclasses.replace(other, prompt=mine.prompt, prompt_ids=mine.prompt_ids))
-                    break
+        rows, swapped = swapped_completions(rollouts, self.policy.context_length)
         if not rows:
             return log_ratio
         nothing: frozenset[str] = frozenset()
@@ -214,7 +208,7 @@ class Learner:
         mask = torch.zeros(len(rollouts), width, dtype=torch.bool, device=device)
         value = torch.zeros_like(logp) if "value" in want else None
         for rows, out in (one for part in parts for one in part):
-            t = out.logp.shape[1]
+            t, rows = out.logp.shape[1], sent(rows, device)
             logp[rows, :t], mask[rows, :t] = out.logp.to(device), out.mask.to(device)
             if value is not None and out.value is not None:
                 value[rows, :t] = out.value.to(device, dtype)
@@ -277,7 +271,8 @@ class Learner:
         skipped = 0
         self._everywhere("look")
         for rows in self._parts(batch, step):
-            part, share = batch.rows(rows), credit.rows(rows)
+            there = sent(rows, self.policy.device)  # once, not for every tensor of the batch
+            part, share = batch.rows(there), credit.rows(there)
             if len(rows) < len(rollouts):
                 share = self.loss.as_whole(share, part)
             of_loss = self.accumulate([rollouts[i] for i in rows], part, share)
@@ -357,6 +352,8 @@ class Learner:
     ) -> dict[str, float]:
         """Add the gradient of these rows, if they count; returns their share of the metrics."""
         rows, counts = one
+        there = sent(rows, self.policy.device)
+        mine, owed = batch.rows(there), credit.rows(there)
         with torch.enable_grad():
             with self._clock("forward"):
                 graded = self._graded([rollouts[i] for i in rows], batch)
@@ -364,16 +361,16 @@ class Learner:
                 if not counts:
                     share, total = {}, torch.zeros((), device=self.policy.device)
                 elif of_all is None:
-                    result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
+                    result = self.loss.objective(mine.replace(**graded), owed)
                     share, total = metrics_of(result), result.loss
                 else:
-                    share, total = {}, of_all.surrogate_loss(graded, rows)
+                    share, total = {}, of_all.surrogate_loss(graded, there)
                 if self.shards:  # a backward pass through every weight, on every rank
                     total = total + torch.stack([(0 * x).sum() for x in graded.values()]).sum()
             if total.requires_grad:
                 with self._clock("backward"):
                     total.backward()
-        return share | (against_sampler(graded["logp"], batch.rows(rows), credit.rows(rows)) if counts else {})
+        return share | (against_sampler(graded["logp"], mine, owed) if counts else {})
 
     def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
         """The outputs that the loss needs from a forward pass, padded to the batch's width."""
@@ -398,7 +395,7 @@ class Learner:
         self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, together: Callable[[Callable[[], None]], None]
     ) -> OutputGradients:
         """dL/d(outputs) of all rows at once, on every rank: each makes the outputs of its own."""
-        dtype = self.policy.parameters()[0].dtype
+        dtype = accumulation_dtype(self.policy.parameters()[0].dtype)
         names = ["logp", *sorted({"entropy", "full_kl", "value"} & self.loss.needs)]
         leaves = {name: torch.zeros(batch.valid.shape, dtype=dtype, device=self.policy.device) for name in names}
 
@@ -407,7 +404,7 @@ class Learner:
                 for rows, counts in self._passes(rollouts):
                     for name, x in self._graded([rollouts[i] for i in rows], batch).items():
                         if counts:
-                            leaves[name][rows] = x.to(dtype)
+                            leaves[name][sent(rows, x.device)] = x.to(dtype)
 
         together(fill)
         leaves = {name: self.ranks.add_up(x).requires_grad_() for name, x in leaves.items()}

@@ -20,6 +20,7 @@ import torch
 from lossmith.detectors import Completion, Finding, Place, action_of, measure
 from lossmith.errors import RecipeError, RunError, quiet_traps
 from lossmith.losses import Batch, Credit
+from lossmith.optimization import check_kahan
 from lossmith.policy import Policy, check_compiler, check_model, load_policy
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.ranks import Ranks, local_rank
@@ -261,8 +262,9 @@ def learn(run: Run) -> Iterator[Step]:
     for index in run.remaining_steps():
         held_out = run.look_at_held_out(clock)
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
-        with clock("push"):
-            pushed = run.sampler.push()  # the weights, to where the completions are written
+        started = time.perf_counter()
+        if pushed := run.sampler.push():  # the weights, to where the completions are written
+            clock.add({"push": time.perf_counter() - started})
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         watched = watch(run, rollouts, clock)
         with clock("update"):
@@ -302,10 +304,9 @@ def those_scored(rollouts: Sequence[Rollout], index: int) -> list[Rollout]:
 
 def with_advantages(rollouts: Sequence[Rollout], credit: Credit) -> list[Rollout]:
     """The rollouts in their order, those with a score now with the mean advantage of their tokens."""
-    rows = iter(credit.advantage)
+    sums = iter(credit.advantage.sum(1).tolist())
     return [
-        dataclasses.replace(r, advantage=float(next(rows).sum()) / len(r.completion_ids) if r.scored else None)
-        for r in rollouts
+        dataclasses.replace(r, advantage=next(sums) / len(r.completion_ids) if r.scored else None) for r in rollouts
     ]
 
 
@@ -351,6 +352,8 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
     recipe.policy_loss()
     if recipe.compile:
         check_compiler()
+    if recipe.weights == "bfloat16":
+        check_kahan()
     source = (
         default_prompts_path() if isinstance(recipe.prompts, str) and recipe.prompts == "default" else recipe.prompts
     )
@@ -482,6 +485,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         chat_template=recipe.chat_template,
         lora=recipe.lora,
         float32_head=recipe.float32_head,
+        weights=recipe.weights,
     )
 
 

@@ -98,10 +98,13 @@ def estimate_memory(
     size = _Sizes.of(policy)
     weights = list(policy.model.parameters())
     held = sum(p.numel() * p.element_size() for p in weights)  # beside an adapter, some of them in the compute type
-    trained = sum(p.numel() for p in policy.parameters())
-    narrow = sum(2 * p.numel() for p in weights) if size.width == 2 else 0
+    # copies in the type of the products: weights that are in it need none, but on a CPU sampling packs those too
+    narrow = sum(2 * p.numel() for p in weights if p.element_size() > 2 or policy.device.type == "cpu")
+    narrow = narrow if size.width == 2 else 0
+    # gradient, AdamW's two averages and, in bfloat16, what it carries along: each in the type of its weight
+    learned = sum(p.numel() * p.element_size() * (3 if p.element_size() > 2 else 4) for p in policy.parameters())
     copied, taught = (_own_bytes(one, policy) for one in (reference, teacher))
-    fixed = (held + copied + 3 * 4 * trained) / parts + taught + narrow + _LIBRARIES
+    fixed = (held + copied + learned) / parts + taught + narrow + _LIBRARIES
     tokens = _micro_batch(policy, recipe, longest)
     wide = 4 if policy.float32_head else size.width
     head = 2 * wide * _HEAD_ROWS * size.vocabulary

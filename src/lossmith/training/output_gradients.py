@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmith.losses import Credit, LossOutput
+from lossmith.losses.loss import as_floats
 from lossmith.policy import TokenOutputs
 
 __all__ = ["OutputGradients", "added", "credit_to", "metrics_of", "on_cpu"]
@@ -30,8 +31,8 @@ class OutputGradients:
 
 def metrics_of(result: LossOutput) -> dict[str, float]:
     """The loss, its terms, and what it measures, as numbers."""
-    terms = {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
-    return {"loss": float(result.loss.detach())} | terms | result.metrics
+    terms = {f"loss_{name}": term for name, term in result.terms.items()}
+    return as_floats({"loss": result.loss, **terms}) | result.metrics
 
 
 def added(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:

@@ -176,6 +176,9 @@ class Recipe(RunSettings):
     compile: bool = Field(
         False, description="update through torch.compile: the first steps take longer, later ones less time and memory"
     )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what weights, gradients and optimizer are held in; bfloat16 for big models: half of it"
+    )
     shard: bool = Field(
         False, description="several ranks: each holds a part of weights, gradients and optimizer state, not all of them"
     )
@@ -203,6 +206,7 @@ class Recipe(RunSettings):
                 f"{source}: engine_options are of another engine: give engine = 'trl' too, or leave them out."
             )
         _check_sampler(source, recipe)
+        _check_weights(source, recipe)
         if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
             raise RecipeError(
                 f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "
@@ -322,6 +326,31 @@ def _check_sampler(source: str, recipe: Recipe) -> None:
         raise RecipeError(
             f"{source}: sampler = 'vllm' is of Lossmith's own engine. With engine = 'trl', TRL samples: give "
             "engine_options = {use_vllm = true} instead."
+        )
+
+
+def _check_weights(source: str, recipe: Recipe) -> None:
+    """RecipeError: something that weights held in bfloat16 do not go with."""
+    if recipe.weights == "float32":
+        return
+    named = f"{source}: weights = 'bfloat16'"
+    if recipe.dtype == "float32":
+        raise RecipeError(f"{named} and dtype = 'float32': they are multiplied in bfloat16. Leave dtype at 'auto'.")
+    if recipe.lora_rank or adapter_base(recipe.model) is not None:
+        raise RecipeError(
+            f"{named} is for weights that are trained, and here a LoRA adapter is: what stands beside it is held in "
+            "dtype already. Leave weights at 'float32'."
+        )
+    if recipe.shard:
+        raise RecipeError(
+            f"{named} and shard = true: FSDP2 holds a layer in one type, and norms stay in float32. Choose one of them."
+        )
+    if recipe.engine == "trl":
+        raise RecipeError(f"{named} is of engine = 'lossmith': TRL's trainer has an optimizer of its own.")
+    if recipe.weight_decay:
+        raise RecipeError(
+            f"{named} and weight_decay = {recipe.weight_decay:g}: what that takes of a weight in one update is rounded "
+            "away. Leave weight_decay at 0."
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lossmith.detectors.measuring import BAND
 from lossmith.losses import Batch, Credit
+from lossmith.losses.loss import as_floats
 
 __all__ = ["OF_SAMPLER", "against_sampler", "sampler_metrics"]
 
@@ -23,14 +24,15 @@ def against_sampler(logp: Tensor, batch: Batch, credit: Credit) -> dict[str, flo
     """
     if batch.behavior_logp is None:
         return {}
-    gap = (logp - batch.behavior_logp)[batch.valid].double()
+    counts = batch.valid.double()  # 0 at masked positions, where gaps are 0 too: choosing the others would be a wait
+    gap = torch.where(batch.valid, logp - batch.behavior_logp, 0.0).double()
     ratio = gap.clamp(-20, 20).exp()
     low, high = BAND
     sums = {
-        "gap": gap.abs(), "outside": ((ratio < low) | (ratio > high)).double(), "ratio": ratio,
-        "squared": ratio.square(), "tokens": torch.ones_like(ratio),
+        "gap": gap.abs(), "outside": ((ratio < low) | (ratio > high)) * counts, "ratio": ratio * counts,
+        "squared": ratio.square() * counts, "tokens": counts,
     }  # fmt: skip
-    return {OF_SAMPLER + name: float(x.sum()) for name, x in sums.items()}
+    return as_floats({OF_SAMPLER + name: x.sum() for name, x in sums.items()})
 
 
 def sampler_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -88,7 +88,12 @@ class Elsewhere(Protocol):
 
 
 def check_ranks(recipe: Recipe, ranks: Ranks, resumed: bool, elsewhere: bool = False) -> None:
-    """RecipeError: one server for several ranks; weights in parts, and a new run of one process."""
+    """RecipeError: one server for several ranks, or weights in bfloat16; weights in parts, and a run of one process."""
+    if recipe.weights == "bfloat16" and ranks.size > 1:
+        raise RecipeError(
+            f"weights = 'bfloat16' is of one process, and this run has {ranks.size} ranks, which add up gradients in "
+            "float32: train with one, or with weights = 'float32'."
+        )
     if recipe.shard and ranks.size == 1 and not resumed:
         raise RecipeError(
             "shard = true deals the weights out to several processes, and this run has one: start it with --ranks N or "

@@ -33,7 +33,7 @@ from lossmith.losses.composition.flat import to_flat, with_flat
 from lossmith.losses.composition.formula import render
 from lossmith.losses.composition.legality import check_legal
 from lossmith.losses.composition.listing import listing
-from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, distance_metrics, reward_metrics
+from lossmith.losses.loss import Credit, Loss, LossOutput, OnlyCredit, as_floats, distance_metrics, reward_metrics
 
 __all__ = ["PolicyLoss"]
 
@@ -290,15 +290,15 @@ class PolicyLoss(Composition, Loss):
     def _metrics(self, batch: Batch, credit: Credit, at: Tokens | None) -> dict[str, float]:
         # means over all valid tokens, whatever the aggregation
         weight = batch.valid.to(credit.weight.dtype) / max(credit.tokens, 1)
-        metrics: dict[str, float] = {}
+        means: dict[str, Tensor] = {}
         if at is not None and self.needs_ratio:
-            metrics["ratio"] = float((weight * at.ratio).sum())
+            means["ratio"] = (weight * at.ratio).sum()
             stopped = (self.trust.weight(at) == 0) | (self._factor(batch, credit) == 0)
-            metrics["clip_fraction"] = float((weight * stopped).sum())
+            means["clip_fraction"] = (weight * stopped).sum()
             clipped = (self.trust.weight(at) == 0) & (self.trust.weight(at.on_policy()) != 0)
-            metrics["clipped_above"] = float((weight * (clipped & (at.ratio > 1))).sum())
-            metrics["clipped_below"] = float((weight * (clipped & (at.ratio < 1))).sum())
-        return metrics | distance_metrics(batch, credit.tokens)
+            means["clipped_above"] = (weight * (clipped & (at.ratio > 1))).sum()
+            means["clipped_below"] = (weight * (clipped & (at.ratio < 1))).sum()
+        return as_floats(means) | distance_metrics(batch, credit.tokens)
 
     # -- closed forms -----------------------------------------------------------------------------------------------
 

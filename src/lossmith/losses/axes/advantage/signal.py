@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -33,10 +34,15 @@ class Groups:
         index = torch.unique(group, return_inverse=True)[1]
         return cls(index, live, torch.where(live, reward, torch.zeros_like(reward)))
 
+    @cached_property
+    def count(self) -> int:
+        """How many groups there are."""
+        return int(self.index.max()) + 1 if len(self.index) else 0
+
     def total(self, x: Tensor) -> Tensor:
         """[N] -> [N]: the sum of x over the live rows of each row's group."""
         x = torch.where(self.live, x, torch.zeros_like(x))
-        sums = torch.zeros(int(self.index.max()) + 1 if len(x) else 0, dtype=x.dtype, device=x.device)
+        sums = torch.zeros(self.count, dtype=x.dtype, device=x.device)
         return sums.index_add(0, self.index, x)[self.index]
 
     @property
@@ -76,7 +82,7 @@ class Groups:
     def _extreme(self, x: Tensor, reduce: str) -> Tensor:
         """[N] -> [N]: the smallest or largest x over the live rows of each row's group ("amin" or "amax")."""
         gone = torch.full_like(x, torch.inf if reduce == "amin" else -torch.inf)
-        start = gone[:1].expand(int(self.index.max()) + 1 if len(x) else 0)
+        start = gone[:1].expand(self.count)
         found = start.scatter_reduce(0, self.index, torch.where(self.live, x, gone), reduce)
         return found[self.index]
 

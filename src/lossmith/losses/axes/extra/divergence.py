@@ -262,10 +262,9 @@ class JSD(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewKL(Divergence):
-    """KL(p‖αp + (1 - α)q): the forward KL with some of the teacher mixed into the policy (arXiv:2402.03898)."""
+class _Skewed(Divergence):
+    """With a share α of one distribution mixed into the other."""
 
-    option: ClassVar[str] = "skew_kl"
     coef: float = _coef()
     skew: float = param("skew", 0.1, "share that is mixed in, above 0 and below 1", above=0, high=1)
     top_k: int = _top_k()
@@ -274,7 +273,15 @@ class SkewKL(Divergence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _below_one(self.skew)
+        if self.skew == 1:
+            raise LossError("skew is 1, but must be below 1: with 1 both sides are the same distribution.")
+
+
+@dataclass(frozen=True)
+class SkewKL(_Skewed):
+    """KL(p‖αp + (1 - α)q): the forward KL with some of the teacher mixed into the policy (arXiv:2402.03898)."""
+
+    option: ClassVar[str] = "skew_kl"
 
     def between(self, q: Tensor, p: Tensor) -> Tensor:
         return (p.exp() * (p - _mixed(q, p, self.skew))).sum(-1)
@@ -293,19 +300,10 @@ class SkewKL(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(Divergence):
+class SkewReverseKL(_Skewed):
     """KL(q‖(1 - α)p + αq): the reverse KL with some of the policy mixed into the teacher (arXiv:2402.03898)."""
 
     option: ClassVar[str] = "skew_reverse_kl"
-    coef: float = _coef()
-    skew: float = param("skew", 0.1, "share that is mixed in, above 0 and below 1", above=0, high=1)
-    top_k: int = _top_k()
-    support: str = _support()
-    tail: bool = _tail()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _below_one(self.skew)
 
     def between(self, q: Tensor, p: Tensor) -> Tensor:
         return (q.exp() * (q - _mixed(p, q, self.skew))).sum(-1)
@@ -321,8 +319,3 @@ class SkewReverseKL(Divergence):
     def between_code(self) -> str:
         a = self.skew
         return f"log_q.exp() * (log_q - torch.log((1 - {a}) * log_p.exp() + {a} * log_q.exp()))"
-
-
-def _below_one(skew: float) -> None:
-    if skew == 1:
-        raise LossError("skew is 1, but must be below 1: with 1 both sides are the same distribution.")
