@@ -85,11 +85,9 @@ def kill(run: subprocess.Popen, folder: Path, kind: str, times: int, seed: int) 
 
 def learned(folder: Path) -> list[dict]:
     """metrics.jsonl without what took how long, and what was sent."""
+    others = ("seconds_", "push_", "tokens_per_second")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("seconds_", "push_")) and k != "tokens_per_second"}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if not k.startswith(others)} for line in lines]
 
 
 def rollouts(folder: Path) -> list[tuple]:

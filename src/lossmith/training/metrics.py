@@ -82,7 +82,7 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             ),
             "push_gap_most": ("the largest of them", "nats a token"),
             "push_tokens": ("tokens of that text", "tokens"),
-            "push_tensors": ("tensors of the server, or a cluster's samplers, whose checksum is that of ours", "tensors"),
+            "push_tensors": ("tensors whose checksum there is ours: of the server, or a cluster's samplers", "tensors"),
             "push_tensors_unknown": ("those that it keeps in a form that cannot be told", "tensors"),
             "weights_moved": ("share of weights that bfloat16 tells from those at the start", "0 to 1"),
             "reference_moved": ("share of the reference's weights that are not what they were", "0 to 1"),
