@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,11 +16,12 @@ from lossmith.training.recipe import Recipe
 
 __all__ = ["MemoryEstimate", "check_memory", "estimate_memory"]
 
-# Measured on the default model in bfloat16 with 512 to 2048 tokens: libraries and what the allocator leaves unused take
-# 1.3 GB, and a layer keeps so many numbers of the hidden size a token for its backward pass; layers that are run again
-# keep their input (in float32), and one of them at a time all.
-_LIBRARIES = 1.3e9
-_KEPT_PER_TOKEN = 32
+# A layer keeps so many numbers of the hidden size a token for its backward pass, by the bytes of one: in bfloat16
+# measured on the default model with 512 to 2048 tokens, where some of them are float32; in float32, and libraries with
+# what the allocator leaves unused, by benchmarks/planned_memory.py. Layers that are run again keep their input (in
+# float32), and one of them at a time all.
+_LIBRARIES = 0.55e9
+_KEPT_PER_TOKEN = {2: 32, 4: 20}
 _HEAD_ROWS = 512  # response positions whose logits exist at one time
 _SIDE_BY_SIDE = 128  # completions that are written at one time
 _SCORE_COPIES = 3  # scores, their softmax, and that in the type of the values
@@ -35,6 +37,7 @@ class MemoryEstimate:
     recomputed: float  # activations where layers are run again
     budget: float | None  # what the recipe allows, or the machine has
     longest: int = 0  # tokens of the longest prompt
+    parts: Mapping[str, float] = field(default_factory=dict)  # of `fixed`
 
     @property
     def recompute(self) -> bool:
@@ -85,25 +88,31 @@ class _Sizes:
 def estimate_memory(policy: Policy, recipe: Recipe, reference: bool, longest: int = 0) -> MemoryEstimate:
     """What training this policy with this recipe takes, with prompts of at most so many tokens."""
     size = _Sizes.of(policy)
-    weights = list(policy.model.parameters())
-    held = sum(p.numel() * p.element_size() for p in weights)  # beside an adapter, some of them in the compute type
-    copied = reference and policy.adapter is None
+    weights = sum(p.numel() for p in policy.model.parameters())
+    held = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.parameters())
-    narrow = sum(2 * p.numel() for p in weights) if size.width == 2 else 0
-    fixed = held * (2 if copied else 1) + 3 * 4 * trained + narrow + _LIBRARIES
+    parts = {
+        "weights": float(held),
+        "gradients": 4.0 * trained,
+        "optimizer": 8.0 * trained,
+        "reference": float(held) if reference and policy.adapter is None else 0.0,
+        "copies in the compute type": 2.0 * weights if size.width == 2 else 0.0,
+        "libraries": _LIBRARIES,
+    }
     tokens = _micro_batch(policy, recipe, longest)
     head = 2 * size.width * _HEAD_ROWS * size.vocabulary
-    if policy.model.get_output_embeddings().weight.requires_grad:
-        head += 3 * 4 * size.vocabulary * size.hidden
-    layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width
+    if policy.model.get_output_embeddings().weight.requires_grad:  # its gradient, before it is added to what is there
+        head += 2 * 4 * size.vocabulary * size.hidden
+    layer = tokens * size.hidden * _KEPT_PER_TOKEN[size.width] * size.width
     once = head + _attention(size, tokens)
     return MemoryEstimate(
-        fixed,
+        sum(parts.values()),
         _sampling(policy, size, recipe, longest),
         once + size.layers * layer,
         once + layer + size.layers * tokens * size.hidden * 4,
         _budget(policy, recipe),
         longest,
+        parts,
     )
 
 

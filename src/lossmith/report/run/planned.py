@@ -1,0 +1,72 @@
+"""What `lossmith plan` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lossmith.training.hardware import REACHED, READ, HardwarePlan, Split
+
+__all__ = ["as_record", "show_plan"]
+
+
+def show_plan(plan: HardwarePlan) -> str:
+    """The plan as text: a table of memory by part, the split, what crosses, the time, and what they rest on."""
+    recipe, gpus = plan.recipe, plan.gpus
+    lines = [
+        f"model     {recipe.model}: {plan.weights / 1e9:.3f} billion weights, {plan.trained / 1e9:.3f} trained",
+        f"round     {recipe.prompts_per_step} prompts of at most {plan.prompt_tokens} tokens x "
+        f"{recipe.samples_per_prompt} completions of {recipe.max_tokens}; {recipe.micro_batch_tokens} tokens a pass",
+        "",
+        *_table(plan.splits, gpus.memory_gb),
+        "",
+    ]
+    if plan.chosen is None:
+        lines.append(f"Nothing of this fits {gpus.count} x {gpus.memory_gb:g} GB. What would, alone:")
+        return "\n".join([*lines, *(f"  {name}: {_gb(size)} GB a GPU" for name, size in plan.instead)])
+    lines.append(f"split     {plan.chosen.name}")
+    if gpus.count > 1:
+        lines.append(f"between   {_gb(plan.crossing)} GB sent by each GPU in a step")
+    phases = ", ".join(f"{name} {value:.2g}" for name, value in plan.seconds.items() if value)
+    lines.append(f"time      {sum(plan.seconds.values()):.2g} s a step ({phases})")
+    lines.append(
+        f"          a model of it, not a measurement: {REACHED:.0%} of {gpus.tflops:g} TFLOP/s in products, {READ:.0%} "
+        f"of {gpus.bandwidth_gb:g} GB/s of memory, {gpus.link_gb:g} GB/s between GPUs; scoring apart"
+    )
+    if plan.idle:
+        lines.append(
+            f"! {plan.idle} of {gpus.count} GPUs have no prompt: raise prompts_per_step, or take fewer of them."
+        )
+    return "\n".join(lines)
+
+
+def as_record(plan: HardwarePlan) -> dict[str, Any]:
+    """For --json; bytes and seconds."""
+    splits = [dataclasses.asdict(s) | {"name": s.name, "total": s.total} for s in plan.splits]
+    return {
+        "weights": plan.weights, "trained": plan.trained, "gpus": dataclasses.asdict(plan.gpus), "splits": splits,
+        "chosen": None if plan.chosen is None else plan.chosen.name, "seconds": plan.seconds,
+        "crossing": plan.crossing, "idle": plan.idle, "instead": dict(plan.instead),
+    }  # fmt: skip
+
+
+def _table(splits: list[Split], memory_gb: float) -> list[str]:
+    parts = [*splits[0].parts, "sampling", "update", "in all"]
+    head = [f"GB a GPU, of {memory_gb:g}", *parts, ""]
+    rows = [head]
+    for split in splits:
+        numbers = [*split.parts.values(), split.sampling, split.update, split.total]
+        fits = "fits" if split.total <= memory_gb * 1e9 else "does not fit"
+        rows.append([split.name, *map(_gb, numbers), fits])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: list[str]) -> str:
+        name, *numbers, fits = row
+        aligned = (x.rjust(width) for x, width in zip(numbers, widths[1:-1], strict=True))
+        return "  ".join([name.ljust(widths[0]), *aligned, fits]).rstrip()
+
+    return [line(row) for row in rows]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.2g}"
