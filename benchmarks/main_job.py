@@ -61,12 +61,14 @@ def figures(seed: int, options: list[str]) -> dict[str, Any]:
     print(
         f"seed {seed}: {before['mean']:.3f} ({before['ended']:.0%} ended) to {after['mean']:.3f} "
         f"({after['ended']:.0%}), {difference['mean']:+.3f} ({difference['ci95_low']:+.3f} to "
-        f"{difference['ci95_high']:+.3f}); {found['seconds']:.0f} s, {found['peak_gb']:.1f} GB",
+        f"{difference['ci95_high']:+.3f}); {found['seconds']:.0f} s, {found['peak_gb']:.1f} GB; "
+        + ", ".join(f"{f['level']} {f['detector']}" for f in found["findings"]),
         flush=True,
     )
     return {"seed": seed, "seconds": found["seconds"], "peak_gb": found["peak_gb"], "held_out": held_out} | {
         "around": found["inputs"].get("around"),
         "last_step": found["records"][-1],
+        "findings": found["findings"],
     }
 
 
@@ -97,13 +99,14 @@ def run(runs: str, options: list[str], environment: dict[str, str] | None = None
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{(Path(runs) / f'{name}.log').read_text()[-2000:]}")
     folder = Path(runs) / name
-    inputs = folder / "inputs.json"
+    inputs, findings = folder / "inputs.json", folder / "findings.jsonl"
     return {
         "seconds": time.perf_counter() - started,
         "peak_gb": used.ru_maxrss * 1024 / 1e9,
         "summary": json.loads((folder / "summary.json").read_text()),
         "records": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         "inputs": json.loads(inputs.read_text()) if inputs.exists() else {},
+        "findings": [json.loads(line) for line in findings.read_text().splitlines()] if findings.exists() else [],
     }
 
 

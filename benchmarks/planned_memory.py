@@ -2,8 +2,8 @@
 
     python benchmarks/planned_memory.py     # on the CPU; some minutes, 10 GB
 
-Models of random weights and the default model's tokenizer; of each, two GRPO steps with a reference in a process of its
-own, whose greatest resident size (VmHWM) is the measurement. Writes benchmarks/results/planned_memory.json.
+Models of random weights and the default model's tokenizer; of each, three GRPO steps with a reference in a process of
+its own, whose greatest resident size (VmHWM) is the measurement. Writes benchmarks/results/planned_memory.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ SIZES = {
     "90M": (640, 1664, 14, 10, 5),
     "135M": (576, 1536, 30, 9, 3),  # the default model's shape
 }
-ROUND = {"prompts_per_step": 4, "samples_per_prompt": 8, "max_tokens": 32}
+ROUND = {
+    "prompts_per_step": 8,
+    "samples_per_prompt": 4,
+    "max_tokens": 64,
+    "dtype": "float32",
+    "loss": "grpo(beta=0.04)",
+}
 
 
 def main() -> None:
@@ -85,16 +91,16 @@ def make(folder: Path, hidden: int, inner: int, layers: int, heads: int, key_hea
 
 
 def work(folder: str, rank: int) -> dict[str, Any]:
-    """Two steps; the most that this process has held, and what was planned."""
+    """Three steps; the most that this process has held, and what was planned."""
     recipe = Recipe.make(model=folder, lora_rank=rank, **ROUND)
-    policy = ls.load_policy(folder, lora=recipe.lora)
-    prompts = list(ls.load_prompts([f"What is {i} good for, and why?" for i in range(4)]))
+    policy = ls.load_policy(folder, lora=recipe.lora, dtype=recipe.dtype)
+    prompts = list(ls.load_prompts([f"What is {i} good for, and why?" for i in range(8)]))
     longest = max(len(policy.encode(p)) for p in prompts)
     learner = Learner(policy, recipe.policy_loss(), recipe, longest)
     loaded = held("VmRSS")
-    for step in range(2):
+    for step in range(3):
         worked = time.process_time()
-        rollouts = ls.sample(policy, prompts, 8, recipe.sampling, seed=0, step=step)
+        rollouts = ls.sample(policy, prompts, recipe.samples_per_prompt, recipe.sampling, seed=0, step=step)
         scored = ls.score_rollouts(ls.load_scorer(length), rollouts)
         batch = learner.make_batch(scored)
         learner.update(scored, batch, learner.credit(batch), step)
@@ -106,8 +112,8 @@ def work(folder: str, rank: int) -> dict[str, Any]:
         "planned_gb": memory.total(learner.recompute) / 1e9,
         "peak_gb": held("VmHWM"),
         "loaded_gb": loaded,
-        "step_processor_seconds": time.process_time() - worked,  # of the second step: other work may run beside it
-        "parts_gb": {k: v / 1e9 for k, v in memory.parts.items()}
+        "step_processor_seconds": time.process_time() - worked,  # of the last step: other work may run beside it
+        "parts_gb": {k: v / 1e9 for k, v in memory.held.items()}
         | {"sampling": memory.sampling / 1e9, "update": memory.activations / 1e9},
     }
 

@@ -17,9 +17,10 @@ torch.set_num_threads(1)  # the tensors are tiny
 
 EVERY = list(CATALOGUE)  # presets and losses of whole completions included
 COMPLETION = [name for name in EVERY if "@" not in name and not isinstance(example_loss(name), PolicyLoss)]
-TERMS = ["kl_only", "value_clipped"]  # terms that stand alone: no policy term, no reward
+# Terms that stand alone, without a policy term and without rewards: a KL, a critic's loss, divergences from a teacher.
+TERMS = [name for name in EVERY if "@" not in name and name not in COMPLETION and not example_loss(name).advantage.acts]
 NAMES = [name for name in EVERY if "@" not in name and name not in (*COMPLETION, *TERMS)]
-LEAVES = ("logp", "value", "entropy", "full_kl")  # what carries gradient
+LEAVES = ("logp", "value", "entropy", "full_kl", "vocab_logp")  # what carries gradient
 LENGTHS = (7, 1, 3, 7, 0, 4, 2, 6, 5)  # a full row, a single token, and a row without a token
 GROUPS = (5, 2, 5, 9, 2, 5, 2, 9, 7)  # interleaved and uneven; 9 is a pair, 7 is alone; row 4 is empty
 
@@ -55,7 +56,7 @@ def quiet_loss(name: str, **changes: Any) -> Loss:
 
 
 def random_fields(seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Every field of a Batch but `advantage` and `returns`, N = 9, T = 8, valid tokens anywhere in their row.
+    """Every field of a Batch but those that stand in for others, N = 9, T = 8, valid tokens anywhere in their row.
 
     drift: spread of the log-probabilities of the old policy, the sampler and the reference around the policy's.
     """
@@ -96,7 +97,13 @@ def random_fields(seed: int = 0, drift: float = 0.3, dtype: torch.dtype = torch.
         "pair_probability": 0.5 + 0.5 * torch.sigmoid(normal(n)),
         "pair_weight": torch.sigmoid(normal(n)),
     }
-    missing = {f.name for f in dataclasses.fields(Batch)} - set(fields) - {"advantage", "returns"}
+    fields |= {
+        "teacher_logp": near(),
+        "vocab_logp": normal(n, t, 7).log_softmax(-1)[..., :5],
+        "teacher_vocab_logp": normal(n, t, 7).log_softmax(-1)[..., :5],
+    }
+    given = {"advantage", "returns", "divergence"}  # each stands in for what a loss computes from other fields
+    missing = {f.name for f in dataclasses.fields(Batch)} - set(fields) - given
     assert not missing, f"Batch has new fields; give random values for {missing} here, so that every test sees them"
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in fields.items()}
 

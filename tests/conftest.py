@@ -15,3 +15,8 @@ torch.set_num_threads(1)
 def no_recipe_before():
     """Commands are given in this process, and a new process knows of no recipe that another was given."""
     words._IN_RECIPE.clear()
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than the cores: many tests wait, for a process, a page or a time limit, and use no core meanwhile."""
+    return (os.cpu_count() or 1) + 1

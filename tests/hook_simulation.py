@@ -28,7 +28,10 @@ def through(hook: Hook, loss: Loss, *, at_once: bool = False, seed: int = 0) -> 
         fields["behavior_logp"] = fields["old_logp"]
     want = evaluate(loss, fields).gradients
     leaves, batch = make(fields)
-    seen = Batch(logp=batch.logp, mask=batch.mask, **_given(batch, hook.objective))
+    given = _given(batch, hook.objective)
+    read = sorted(hook.one_field & loss.needs)
+    given |= dict.fromkeys(read, given.get(read[0])) if read else {}  # one tensor for all of them
+    seen = Batch(logp=batch.logp, mask=batch.mask, **given)
     objective = _half(hook, loss, fields, batch)
     pieces = [torch.tensor(piece) for piece in PIECES["all" if at_once else hook.rows]]
     got = gradients(torch.stack([objective(seen.rows(piece), piece) for piece in pieces]).sum(), leaves)

@@ -1,11 +1,12 @@
-"""Started by test_ranks.py, as each rank: every loss named, trained by all ranks and by this process alone.
+"""Started by test_ranks.py, becomes all ranks: every loss named, trained by all ranks and by this process alone.
 
-ranks_program.py OUT DTYPE PROMPTS LOSS...: rank 0 writes the largest differences of each loss to OUT. LOSS+lora trains
-an adapter.
+ranks_program.py OUT DTYPE PROMPTS SHARD LOSS...: rank 0 writes the largest differences of each loss to OUT. LOSS+lora
+trains an adapter. SHARD "parts": every rank holds a part of the weights; "copies": all of them.
 """
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,14 +17,24 @@ import torch.distributed as dist
 import tiny
 from lossmith.errors import quiet_traps
 from lossmith.losses import example_loss
-from lossmith.policy import LoraSettings
+from lossmith.policy import LoraSettings, Teacher
 from lossmith.policy.adapter import add_adapter
 from lossmith.ranks import of_environment
 from lossmith.rollouts import Distribution, Score
 from lossmith.training import Recipe
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.learner import Learner
+from lossmith.training.shards import named_weights
 
-FIELDS = dict(temperature=0.8, max_tokens=9, learning_rate=1e-2, allow_traps=True, epochs=2, updates_per_step=2)
+FIELDS = dict(
+    temperature=0.8,
+    max_tokens=9,
+    learning_rate=1e-2,
+    allow_traps=True,
+    epochs=2,
+    updates_per_step=2,
+    micro_batch_tokens=30,
+)
 
 
 sent = []  # by this rank: how many numbers each sum of gradients and each copy of the weights has
@@ -37,16 +48,18 @@ def counted(operation):
     return call
 
 
-def made(name, dtype, ranks=None):
+def made(name, dtype, ranks=None, shard=False):
     policy = tiny.policy(tiny.llama(), dtype)
     name, _, lora = name.partition("+")
     if lora:
         policy.adapter = add_adapter(policy.model, LoraSettings(2, 8.0, ("all-linear",), seed=0), "base")
-    with quiet_traps():
-        learner = Learner(policy, example_loss(name, max_length=9), Recipe.make(**FIELDS), ranks=ranks)
-    if policy.value_head is not None:
+    loss = example_loss(name, max_length=9)
+    teacher = Teacher(tiny.policy(tiny.llama(seed=5), dtype)) if loss.needs & TAUGHT else None
+    if loss.value.active:
+        policy.add_value_head()
         torch.nn.init.normal_(policy.value_head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
-    return learner
+    with quiet_traps():
+        return Learner(policy, loss, Recipe.make(**FIELDS, shard=shard), ranks=ranks, teacher=teacher)
 
 
 def rounds(dtype, prompts):
@@ -71,7 +84,13 @@ def trained(learner, dtype, prompts):
         ]
         update, _ = tiny.update(learner, rollouts, step)
         metrics.append(update.metrics)
-    return torch.cat([p.detach().flatten().double() for p in learner._trained()]), metrics
+    return parameters(learner), metrics
+
+
+def parameters(learner):
+    shards = learner.shards
+    held = dict(named_weights(learner.policy)) if shards is None else shards.weights()
+    return torch.cat([p.flatten().double() for p in held.values()])
 
 
 def compare(name, dtype, prompts, ranks):
@@ -79,7 +98,7 @@ def compare(name, dtype, prompts, ranks):
     sent.clear()
     ours, together = trained(begun[name], dtype, prompts)
     alone, expected = trained(made(name, dtype), dtype, prompts)
-    start = torch.cat([p.detach().flatten().double() for p in made(name, dtype)._trained()])
+    start = parameters(made(name, dtype))
     gap = max(
         abs(a[key] - b[key]) / max(1.0, abs(b[key]))
         for a, b in zip(together, expected, strict=True)
@@ -95,10 +114,14 @@ def compare(name, dtype, prompts, ranks):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    out, dtype, prompts, *losses = sys.argv[1:]
+    out, dtype, prompts, held, *losses = sys.argv[1:]
+    for rank in range(1, int(os.environ["WORLD_SIZE"])):
+        if os.fork() == 0:  # what was imported is imported
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            break
     kind, ranks, begun = getattr(torch, dtype), of_environment(), {}
     dist.reduce, dist.broadcast = counted(dist.reduce), counted(dist.broadcast)
-    ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks)})
+    ranks.tasks["begin"] = lambda name: begun.update({name: made(name, kind, ranks, held == "parts")})
     if ranks.rank:
         ranks.serve()
     else:

@@ -9,6 +9,7 @@ import torch
 import lossmith.losses as L
 from batches import quiet_loss
 from lossmith.adapters import nemo_rl, openrlhf, prime_rl, skyrl, slime, tinker, verl
+from lossmith.adapters.hooks import HOOKS
 from lossmith.errors import LossError
 from lossmith.proofs.random_batches import evaluate, random_fields
 
@@ -65,7 +66,7 @@ def test_verl_gives_the_whole_batchs_gradient(name):
     close(by_verl(loss, fields, ranks=1), want)
 
 
-def test_verl_carries_a_normaliser_of_prompts_in_the_advantage_and_refuses_it_where_that_is_wrong():
+def test_verl_carries_a_normalizer_of_prompts_in_the_advantage_and_refuses_it_where_that_is_wrong():
     loss = quiet_loss("cispo", aggregate="prompt_mean")
     fields, want = drawn(loss)
     close(by_verl(loss, fields), want)
@@ -196,7 +197,7 @@ def test_skyrl_trains_its_critic_towards_the_losss_returns():
         )
 
 
-@pytest.mark.parametrize("name", ["dppo@prime_rl", "ipo@prime_rl", "dppo_tv", "opd", "cispo@trl_vllm"])
+@pytest.mark.parametrize("name", ["dppo@prime_rl", "ipo@prime_rl", "dppo_tv", "opd", "iw_opd", "cispo@trl_vllm"])
 def test_prime_rl_gives_the_whole_batchs_gradient(name):
     loss = quiet_loss(name, **({"advantage_scale": "none"} if "trl" in name else {}))
     fields, _ = drawn(loss)
@@ -204,13 +205,19 @@ def test_prime_rl_gives_the_whole_batchs_gradient(name):
     advantage, _ = credit(loss, fields)
 
     def call(rows, logp):
-        names = {"inference_logprobs": "old_logp", "ref_logprobs": "ref_logp", "loss_mask": "mask"}
+        scored = "teacher_logp" if "opd" in name else "ref_logp"
+        names = {"inference_logprobs": "old_logp", "ref_logprobs": scored, "loss_mask": "mask"}
         inputs = {k: fields[v][rows][0] if v in fields else None for k, v in names.items()}
         inputs |= {"trainer_logprobs": logp[0], "advantages": advantage[rows][0], "loss_weights": None}
         found = prime_rl.loss_fn(SimpleNamespace(**inputs), loss, outputs=SimpleNamespace)
         return found.loss / int(fields["mask"].sum())
 
     close(pulled(fields, call, [[i] for i in range(8)]), want)
+
+
+def test_prime_rl_has_one_model_beside_the_policy():
+    with pytest.raises(LossError, match=r"reads Batch.ref_logp and Batch.teacher_logp, and the hook has one field"):
+        HOOKS["prime_rl"].check(quiet_loss("opd", beta=0.1))
 
 
 def test_prime_rls_own_weights_multiply_the_tokens():

@@ -309,8 +309,8 @@ def test_it_can_be_read_in_the_light_and_in_the_dark(chromium, served, scheme):
     page.context.close()
 
 
-def luminance(colour):
-    parts = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
+def luminance(color):
+    parts = [int(x) / 255 for x in re.findall(r"\d+", color)[:3]]
     r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 

@@ -29,12 +29,13 @@ from fastapi.testclient import TestClient
 from lossmith.errors import FeedbackError
 from lossmith.feedback.judgement import Judgement
 from lossmith.feedback.output_set import OutputSet, named, write_sets
-from lossmith.feedback.page import accounts, add_account, connections, make_app, serve
+from lossmith.feedback.page import accounts, add_account, make_app, serve
 from lossmith.feedback.page.accounts import Throttle, matches
-from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
 from lossmith.feedback.store import Store
 from lossmith.prompts import Prompt
+from lossmith.serving import connections
+from lossmith.serving.text import visible
 
 HOST = "http://127.0.0.1:8000"
 

@@ -32,8 +32,8 @@ def lines(name):
     return {(s.title, line.label): (line.number, line.text) for s in sections(page(name)) for line in s.lines}
 
 
-OPTIMISES, SPREAD, LENGTH, PENALTY = (
-    "What it optimises", "Easy and hard prompts", "Length", "What the penalty pushes to"
+OPTIMIZES, SPREAD, LENGTH, PENALTY = (
+    "What it optimizes", "Easy and hard prompts", "Length", "What the penalty pushes to"
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_grpo_divides_by_a_deviation_and_by_the_length():
     found, said = page("grpo"), lines("grpo")
     assert (
         found.on_policy.residual > 0.1
-        and "not the gradient of it: cosine 0.98" in said[OPTIMISES, "on-policy, without KL"][1]
+        and "not the gradient of it: cosine 0.98" in said[OPTIMIZES, "on-policy, without KL"][1]
     )
     assert found.unscaled.residual < found.on_policy.residual / 2
     ratio, text = said[SPREAD, "even against hard"]
@@ -57,7 +57,7 @@ def test_grpo_divides_by_a_deviation_and_by_the_length():
 
 def test_dr_grpo_has_neither_bias():
     found, said = page("dr_grpo"), lines("dr_grpo")
-    number, text = said[OPTIMISES, "on-policy, without KL"]
+    number, text = said[OPTIMIZES, "on-policy, without KL"]
     assert number == "0" and "0.09375·∇E[r] exactly: (G−1)/G, divided by the constant 8" in text
     assert said[SPREAD, "even against hard"][0] == "1" and said[LENGTH, "1 token against 8"][0] == "1"
     assert found.notes == ("max_length = 8 was filled in",)
@@ -66,8 +66,8 @@ def test_dr_grpo_has_neither_bias():
 
 def test_rloo_is_unbiased_and_takes_its_penalty_seriously():
     said = lines("rloo")
-    assert said[OPTIMISES, "on-policy, without KL"] == ("0", "expected gradient = 1·∇E[r] exactly: unbiased")
-    assert "= 1·∇(E[r] − 0.05·KL) exactly" in said[OPTIMISES, "on-policy, with its KL"][1]
+    assert said[OPTIMIZES, "on-policy, without KL"] == ("0", "expected gradient = 1·∇E[r] exactly: unbiased")
+    assert "= 1·∇(E[r] − 0.05·KL) exactly" in said[OPTIMIZES, "on-policy, with its KL"][1]
     assert said[SPREAD, "even against hard"][0] == "1"
 
 
@@ -82,10 +82,10 @@ def test_the_books_ppo_pushes_away_from_the_reference():
 
 def test_what_biases_a_token_mean():
     said = lines("rloo_token")
-    assert float(said[OPTIMISES, "completions of 1 to 6 tokens"][0]) > 0.1
-    number, text = said[OPTIMISES, "the same, divided by a constant"]
+    assert float(said[OPTIMIZES, "completions of 1 to 6 tokens"][0]) > 0.1
+    number, text = said[OPTIMIZES, "the same, divided by a constant"]
     assert number == "0" and "exactly" in text
-    assert (OPTIMISES, "the same, divided by a constant") not in lines("grpo")
+    assert (OPTIMIZES, "the same, divided by a constant") not in lines("grpo")
 
 
 def test_scores_that_the_loss_changes_are_said_to_be_changed():
@@ -227,7 +227,7 @@ def test_one_row_of_the_table_is_redone_alone(monkeypatch):
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("lossmith.cli.audit.audit", audited)
     shown = lossmith("audit", "book_ppo_clip").stdout
-    for piece in ("trap", "What it optimises", "pushes away from the reference", "No check fails.", "needs logp, mask"):
+    for piece in ("trap", "What it optimizes", "pushes away from the reference", "No check fails.", "needs logp, mask"):
         assert piece in shown
     path = tmp_path / "page.html"
     result = lossmith("audit", "grpo", "--json", "--html", path)

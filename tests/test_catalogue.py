@@ -155,10 +155,11 @@ def test_vapo_by_hand():
     torch.testing.assert_close(gap, -0.1 * good / 40)
 
 
-def test_the_reference_gap_is_the_reverse_kl_by_policy_gradient():
+def test_the_gap_to_the_reference_or_a_teacher_is_the_reverse_kl_by_policy_gradient():
     fields = random_fields(0)
-    got = quiet_loss("opd").credit(L.Batch(**fields)).advantage
-    torch.testing.assert_close(got, (fields["ref_logp"] - fields["old_logp"]) * fields["mask"])
+    for name, anchor in (("reference_gap", "ref_logp"), ("teacher_gap", "teacher_logp")):
+        got = quiet_loss("opd", advantage=name).credit(L.Batch(**fields)).advantage
+        torch.testing.assert_close(got, (fields[anchor] - fields["old_logp"]) * fields["mask"])
 
 
 def test_potential_shaping_leaves_the_sum_as_it_was_but_for_the_start():
@@ -235,7 +236,7 @@ def test_the_random_share_of_clip_cov_is_seeded_and_of_the_right_size():
     assert torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[0], dropped[2])
 
 
-def test_covariance_does_not_depend_on_the_normaliser():
+def test_covariance_does_not_depend_on_the_normalizer():
     """Chosen by unscaled advantages: the same tokens under any aggregation (losses.md, section 9, 2 and 3)."""
     fields = random_fields(0) | {"advantage": normal(1, 9, 8)}
     for name in ("clip_cov", "kl_cov"):
@@ -251,10 +252,10 @@ def test_top_entropy_takes_its_quantile_over_valid_tokens():
     entropy = fields["entropy"][fields["mask"]]
     bound = torch.quantile(entropy, 0.7)
     assert torch.equal(grad != 0, fields["mask"] & (fields["entropy"] >= bound))
-    assert torch.allclose(grad[grad != 0], double(-1 / len(entropy)))  # the normaliser keeps all tokens
+    assert torch.allclose(grad[grad != 0], double(-1 / len(entropy)))  # the normalizer keeps all tokens
 
 
-def test_staleness_and_opsm_keep_the_normaliser():
+def test_staleness_and_opsm_keep_the_normalizer():
     fields = random_fields(0) | {"advantage": -torch.ones(9).double()}
     fresh = evaluate(quiet_loss("reinforce", **TOKEN_MEAN, sequence_mask="staleness", max_lag=0), fields)[1]["logp"]
     rows = (fields["lag"] == 0)[:, None] & fields["mask"]

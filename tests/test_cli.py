@@ -39,7 +39,7 @@ def test_losses_list_and_show():
     data = json.loads(lossmith("losses", "show", "ppo", "--json").stdout)
     assert data["weights"]["A < 0"] == pytest.approx([0, 0, 0.9, 1, 1.15, 1.5, 2.5, 10])
     assert r"\min\left(" in lossmith("losses", "show", "ppo", "--latex").stdout
-    assert "regularises nothing" in lossmith("losses", "show", "book_ppo_clip").stdout
+    assert "regularizes nothing" in lossmith("losses", "show", "book_ppo_clip").stdout
 
 
 def test_train_from_a_recipe_with_options_that_win(tmp_path):

@@ -62,7 +62,7 @@ MISTAKES = {
     "padding in the mean": (function(lambda x, m: (x * m).mean()), "divides by all positions (42), where 25 are valid"),
     "no mask": (function(lambda x, m: x.mean()), "divides by all positions (42), where 25 are valid"),
     "half a mask": (function(lambda x, m: x.sum() / m.sum()), "14 masked positions get a gradient, the first at row 1"),
-    "another mean": (function(row_mean), "the normaliser. Its numbers are those of aggregate='seq_mean_token_mean'"),
+    "another mean": (function(row_mean), "the normalizer. Its numbers are those of aggregate='seq_mean_token_mean'"),
     "a wider clip": (function(high=0.28), "the side of the clip. Its numbers are those of clip_high=0.28"),
     "clips exchanged": (
         function(low=0.3, high=0.1),
@@ -213,9 +213,9 @@ HOOKS = {"verl": verl, "openrlhf": openrlhf, "skyrl": skyrl, "prime_rl": prime_r
 
 
 @pytest.mark.parametrize("convention", HOOKS)
-def test_a_function_in_a_trainers_signature_conforms_or_is_told_its_normaliser(convention):
+def test_a_function_in_a_trainers_signature_conforms_or_is_told_its_normalizer(convention):
     assert_conforms(HOOKS[convention](mistake=False), "grpo@trl", convention)
-    assert "the normaliser" in said(HOOKS[convention](mistake=True), "grpo@trl", convention)
+    assert "the normalizer" in said(HOOKS[convention](mistake=True), "grpo@trl", convention)
 
 
 def test_every_convention_is_tried():

@@ -18,7 +18,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 # Blocks of Python that are not run here: (page, something in it): why not.
 ELSEWHERE = {
-    ("README.md", "register_loss"): "test_user_losses.py runs it and holds it against a composition",
     ("your-own-loss.md", ""): "test_user_losses.py runs all of them",
     ("your-own-loop.md", ""): "test_own_loop.py runs it, and compares its steps with the learner's",
     ("scorers.md", "serve_forever"): "it serves for ever; test_http_scorer.py has servers that answer so",

@@ -9,6 +9,7 @@ import lossmith as ls
 from lossmith.files import sha256
 from lossmith.policy import load_policy
 from lossmith.ranks import Ranks
+from lossmith.samplers import TorchSampler
 from lossmith.training.evaluate import EVALUATION_STEP, Evaluation, sentences
 from lossmith.training.sharing import Sampling
 from test_resume import begin, metrics, result, resume, settings
@@ -55,7 +56,7 @@ def test_the_policy_that_is_kept_is_the_best_of_all_that_were_looked_at(looking)
     assert best["mean"] == max(means.values()) and best["of"] == 4 and best["n"] == 4
     assert best["after_steps"] == min(step for step, mean in means.items() if mean == best["mean"])
     kept = load_policy(str(looking.folder.path / "policy-best"), dtype="float32", device="cpu")
-    sampling = Sampling(looking.recipe, kept, looking.scorer, Ranks())
+    sampling = Sampling(looking.recipe, TorchSampler(kept, looking.recipe.sampling), looking.scorer, Ranks())
     again = Evaluation(sampling(list(looking.held_out), 1, EVALUATION_STEP)[0])
     assert EVALUATION_STEP == -1 and again.mean == pytest.approx(best["mean"], abs=1e-12)
     assert any("kept in policy-best/" in said and "best of 4 looks" in said for said in sentences(looking.summary))

@@ -225,7 +225,7 @@ def test_a_sampler_that_differs_is_what_a_mismatch_correction_is_for():
     assert by[0].worst == pytest.approx(1)
 
 
-def test_rloo_climbs_the_regularised_objective_exactly():
+def test_rloo_climbs_the_regularized_objective_exactly():
     loss = quiet_loss("rloo")
     check_exact(found("rloo", beta=loss.kl.beta), 1)
     assert found("rloo").residual > 0.01  # it is not that of E[r] alone
@@ -275,8 +275,8 @@ def test_what_dividing_by_the_deviation_does_to_easy_and_hard_prompts():
 STATES = "reverse KL(π‖π_ref) at sampled states"
 
 
-def test_what_each_kl_term_regularises():
-    assert {row.term: row.regularises for row in kl_table()} == {
+def test_what_each_kl_term_regularizes():
+    assert {row.term: row.regularizes for row in kl_table()} == {
         "k1 in the loss": "nothing",
         "k2 in the loss": STATES,
         "k3 in the loss": "forward KL(π_ref‖π) at sampled states",

@@ -143,6 +143,30 @@ def test_the_pull_is_the_gradient_that_was_applied(tmp_path):
     assert float(norm) == pytest.approx(run.folder.metrics()[0]["grad_norm"], rel=1e-5)
 
 
+def test_at_another_model_the_ratio_is_its_own_and_the_trust_region_acts(tmp_path):
+    """As the run's learner saw it after its step: a plain forward pass of the saved policy against what was sampled."""
+    run = ls.train(**settings(tmp_path, loss="grpo(clip_low=0.02, clip_high=0.02)", steps=1, learning_rate=3e-2))
+    saved = ls.load_policy(run.folder.path / "policy", dtype="float32", device="cpu")
+    rollouts = ls.read_rollouts(run.folder.path / "rollouts" / "step-00000.parquet")
+    told, cut = [explain(run.folder.path, model=run.folder.path / "policy", prompt=0, sample=k) for k in range(4)], 0
+    for one in told:
+        assert one.gap < 1e-9 and str(run.folder.path / "policy") in one.notes[-1]
+        (row,) = (r for r in rollouts if r.prompt.key == rollouts[0].prompt.key and r.sample == one.sample)
+        ids = torch.tensor([row.prompt_ids + row.completion_ids])
+        at = slice(len(row.prompt_ids) - 1, -1)
+        with torch.no_grad():
+            logps = (saved.model(input_ids=ids).logits[0, at] / run.recipe.temperature).log_softmax(-1)
+        mine = logps.gather(1, torch.tensor(row.completion_ids)[:, None])[:, 0]
+        for token, logp, old in zip(one.tokens, mine.tolist(), row.behavior_logp.values.tolist(), strict=True):
+            of = {n.name: n.value for n in (*token.ratio, *token.credit)}
+            assert of["ratio"] == pytest.approx(math.exp(logp - old), rel=1e-4)
+            out = of["ratio"] > 1.02 if of["advantage"] > 0 else of["ratio"] < 0.98
+            pull = next(term.pull for term in token.terms if term.name == "policy")
+            assert (pull == 0) == out or of["advantage"] == 0
+            cut += out
+    assert cut > 0
+
+
 def test_tokens_have_their_texts_and_the_group_its_scores(tmp_path):
     run = ls.train(**settings(tmp_path, loss="grpo", steps=1))
     record, found = everything(run, 0)

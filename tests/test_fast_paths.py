@@ -16,6 +16,7 @@ from lossmith.policy import attention as attention_module
 from lossmith.policy import decode as decode_module
 from lossmith.policy import head as head_module
 from lossmith.policy.attention import PrefixTree, TreeAttention
+from lossmith.policy.forward import hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.memory import available_bytes, keep_freed_memory
 from lossmith.policy.packed import packed_weights
@@ -118,7 +119,7 @@ def test_the_trial_is_not_misled_by_bfloat16():
 @pytest.mark.parametrize("chunk", [1, 7, 33, 512])
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(temperature, chunk, kept, monkeypatch):
-    monkeypatch.setattr(head_module, "_STORED_BYTES", kept)
+    monkeypatch.setattr(head_module, "STORED_BYTES", kept)
     policy = tiny.policy(dtype=torch.float64)
     torch.manual_seed(0)
     count, weight = 70, policy.model.get_output_embeddings().weight
@@ -135,7 +136,7 @@ def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(tempe
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_a_head_with_a_bias(kept, monkeypatch):
     monkeypatch.setattr(head_module, "_ROWS", 4)
-    monkeypatch.setattr(head_module, "_STORED_BYTES", kept)
+    monkeypatch.setattr(head_module, "STORED_BYTES", kept)
     policy = tiny.policy(dtype=torch.float64)
     head = torch.nn.Linear(32, 264, dtype=torch.float64)
     policy.model.lm_head = head
@@ -179,6 +180,37 @@ def test_bfloat16_log_probabilities_are_near_those_of_float32():
     assert 0 < float(gap.max()) < 0.2 and float(gap.mean()) < 0.03
 
 
+def test_a_float32_head_is_the_plain_product_of_the_hidden_states_and_closer_to_float32():
+    model, rollouts = tiny.llama(), tiny.rollouts()
+    exact = token_outputs(tiny.policy(model), rollouts, PLAIN).logp
+    rounded, policy = tiny.policy(model), tiny.policy(model)
+    rounded.compute_dtype = policy.compute_dtype = torch.bfloat16
+    policy.float32_head = True
+    assert policy.frozen().float32_head
+    with policy.computing():
+        hidden = hidden_states(policy, rollouts, "right")
+    ids = torch.tensor([i for r in rollouts for i in r.completion_ids])
+    plain = (hidden.float() @ model.lm_head.weight.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    found = chosen_log_probs(policy, hidden, ids, PLAIN, 16)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+    slopes = [torch.autograd.grad(x.sum(), model.lm_head.weight, retain_graph=True)[0] for x in (found, plain)]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-4)
+    gaps = [(token_outputs(p, rollouts, PLAIN).logp - exact).detach().abs().mean() for p in (policy, rounded)]
+    assert 0 < float(gaps[0]) < float(gaps[1])
+
+
+def test_sampler_and_learner_agree_better_with_a_float32_head():
+    def gap(float32_head):
+        policy = tiny.policy(tiny.llama())
+        policy.compute_dtype, policy.float32_head = torch.bfloat16, float32_head
+        rollouts = sample(policy, tiny.prompts(), 4, SamplingSettings(max_tokens=12), seed=0, step=0)
+        outputs = token_outputs(policy, rollouts, SamplingSettings(max_tokens=12))
+        drawn = torch.cat([r.behavior_logp.values for r in rollouts])
+        return float((outputs.logp[outputs.mask] - drawn).detach().abs().mean())
+
+    assert gap(True) < 0.9 * gap(False)
+
+
 # -- compiled layers, packed and bfloat16 weights ----------------------------------------------------------------------
 
 
@@ -208,6 +240,7 @@ def accumulated(compile_, dtype=torch.float64, compute=None, model=None):
     return [p.grad for p in own]
 
 
+@pytest.mark.slow  # the compiler's first use takes 12 s of a core
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiled_layers_give_the_same_gradients():
     for eager, compiled in zip(accumulated(False), accumulated(True), strict=True):
@@ -298,7 +331,7 @@ def test_rows_that_end_make_room_and_nothing_changes(rows):
     assert drawn(policy, chosen, n=5, rows=rows) == whole
 
 
-def test_behaviour_log_probabilities_after_a_refill_are_the_learners():
+def test_behavior_log_probabilities_after_a_refill_are_the_learners():
     policy = tiny.policy(dtype=torch.float64)
     policy.model.generation_config.eos_token_id = list(range(0, 264, 3))
     rollouts = sample(policy, tiny.prompts(), 4, SamplingSettings(max_tokens=12), seed=0, step=0, batch_rows=6)

@@ -11,9 +11,10 @@ import torch
 import tiny
 from lossmith.errors import PolicyError, RunError, TrapWarning
 from lossmith.losses import CATALOGUE, example_loss, parse_loss
-from lossmith.policy import sample
+from lossmith.policy import Teacher, sample
 from lossmith.rollouts import Distribution, LogProbs, Score
 from lossmith.training import Learner, Recipe
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.recipe import PROVIDED
 
 # Everything that training can provide for, with values where there is no agreed default.
@@ -23,7 +24,17 @@ SPECS = {
     if "@" not in name and example_loss(name).needs <= PROVIDED
 }
 NAMES = sorted(SPECS.values())
-AT_REST = {"opd", "kl_only"}
+
+
+def asked(name):
+    """What of a loss decides the learner's way: what it reads, and of which rows it needs all."""
+    loss = example_loss(name)
+    return loss.needs, loss.coupling, loss.separable, loss.uses_old
+
+
+# One loss of each way, the first by name; the slow tests have them all.
+ONE_OF_EACH = [SPECS[name] for name in {asked(name): name for name in sorted(SPECS, reverse=True)}.values()]
+AT_REST = {"kl_only"}
 MEASURE = Distribution(0, temperature=0.8, dtype="float64")
 VARIANTS = [
     "grpo(kl_estimator='full')",
@@ -56,7 +67,9 @@ def learner(spec, dtype=torch.float64, seed=0, **fields):
     policy = tiny.policy(tiny.llama(seed=seed), dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrapWarning)
-        made = Learner(policy, quiet_loss(spec), recipe(**fields))
+        loss = quiet_loss(spec)
+        teacher = Teacher(tiny.policy(tiny.llama(seed=7), dtype)) if loss.needs & TAUGHT else None
+        made = Learner(policy, loss, recipe(**fields), teacher=teacher)
     if policy.value_head is not None:
         torch.nn.init.normal_(policy.value_head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
     return made
@@ -104,6 +117,7 @@ def rounds(spec, forms):
 def by_hand(made, rollouts, batch):
     """What the loss needs of a forward pass, one rollout after the other."""
     wanted = {"logp"} | ({"entropy", "full_kl", "value"} & made.loss.needs)
+    wanted |= {"divergence"} if made.loss.divergence is not None else set()
     fields = {name: torch.zeros(batch.valid.shape, dtype=torch.float64) for name in wanted}
     for row, r in enumerate(rollouts):
         ids = torch.tensor([r.prompt_ids + r.completion_ids])
@@ -117,6 +131,11 @@ def by_hand(made, rollouts, batch):
         if "full_kl" in wanted:
             theirs = (made.reference.model(input_ids=ids).logits[0, at] / 0.8).log_softmax(-1).detach()
             fields["full_kl"][span] = (logps.exp() * (logps - theirs)).sum(-1)
+        if "divergence" in wanted:
+            [seen] = made.teacher.sees([r])
+            theirs = made.teacher.policy.model(input_ids=torch.tensor([seen.prompt_ids + r.completion_ids])).logits
+            theirs = (theirs[0, len(seen.prompt_ids) - 1 : -1] / 0.8).log_softmax(-1).detach()
+            fields["divergence"][span] = made.loss.divergence(logps, theirs)
         if "value" in wanted:
             fields["value"][span] = made.policy.value_head(hidden.detach())[:, 0]
     return fields
@@ -129,16 +148,16 @@ ORDER = ("shared", 4096, [4, 8, 1, 0, 6, 3, 7, 2, 5])
 
 
 def forms_of(spec):
-    """Every form where a loss reads more of the forward pass than logp; of the others, two by turns, and the order."""
-    every = [*LAYOUTS, *SPLITS]
+    """Every form where a loss reads more of the forward pass than logp; of the others, two by turns."""
+    every = [*LAYOUTS, *SPLITS, ORDER]
     turn = 0 if spec in VARIANTS else NAMES.index(spec)
-    return [WHOLE, *(every if spec in VARIANTS else (every[turn % 7], every[(turn + 3) % 7])), ORDER]
+    return [WHOLE, *(every if spec in VARIANTS else (every[turn % 8], every[(turn + 3) % 8]))]
 
 
 def check_forms(spec, forms):
     (expected, wanted), found = rounds(spec, forms)
     # the made-up sampler of these rollouts lies outside every band, and the old policy is the reference
-    silent = spec.split("(")[0] in ("m2po", "opd", "rollout_is")
+    silent = spec.split("(")[0] in ("m2po", "rollout_is")
     assert silent or any(g.abs().max() > 1e-6 for g in wanted)
     for metrics, gradient in found:
         assert abs(metrics["loss"] - float(expected.loss.detach())) < 1e-10
@@ -146,7 +165,7 @@ def check_forms(spec, forms):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("spec", NAMES + VARIANTS)
+@pytest.mark.parametrize("spec", sorted(ONE_OF_EACH) + VARIANTS)
 def test_loss_and_gradient_are_the_same_in_every_form(spec):
     """Shared, padded, packed and one-by-one; any split; any order; against a plain evaluation of the whole batch."""
     check_forms(spec, forms_of(spec))
@@ -190,8 +209,15 @@ def test_step_0_identities():
         assert abs(float(credit.advantage[rows, 0].sum())) < 1e-5
 
 
-# opd and kl_only pull to the reference, which is where the first step starts
-@pytest.mark.parametrize("spec", [SPECS[n] for n in sorted(SPECS) if not CATALOGUE[n].demonstration | (n in AT_REST)])
+# kl_only pulls to the reference, which is where the first step starts
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(SPECS[n], marks=() if SPECS[n] in ONE_OF_EACH else pytest.mark.slow)
+        for n in sorted(SPECS)
+        if not CATALOGUE[n].demonstration | (n in AT_REST)
+    ],
+)
 def test_after_one_step_the_trained_moved_and_the_frozen_did_not(spec):
     made = learner(spec, torch.float32)
     reference = None if made.reference is None else made.reference.checksum()
@@ -245,7 +271,7 @@ def test_the_sign_of_the_whole_path(flip):
 # -- several updates, dropped rollouts, bad gradients -----------------------------------------------------------------
 
 
-def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch(monkeypatch):
+def test_each_part_of_a_round_is_normalized_by_itself_and_seen_once_an_epoch(monkeypatch):
     made = learner("dapo(group_filter='none')", torch.float32, updates_per_step=3, epochs=2)
     rollouts = sampled(made)
     batch = made.make_batch(rollouts)
@@ -266,7 +292,7 @@ def test_each_part_of_a_round_is_normalised_by_itself_and_seen_once_an_epoch(mon
 
 
 def test_a_rollout_without_a_score_leaves_no_trace():
-    """Its group's statistics, the gradient and the normaliser are those of a round that never had it."""
+    """Its group's statistics, the gradient and the normalizer are those of a round that never had it."""
     spec = "grpo"
     with_hole, without = learner(spec), learner(spec)
     rollouts = scored(tiny.rollouts(measure=MEASURE))

@@ -117,7 +117,7 @@ def test_the_critic_reads_the_state_before_each_token_and_leaves_the_policy_alon
 
 @pytest.mark.parametrize("settings", [SamplingSettings(0.6, 0.9, 20), SamplingSettings(2.0), SamplingSettings(top_k=3)])
 def test_the_measure_against_enumeration_by_hand(settings):
-    """Temperature, then top-k, then top-p, then renormalise; written out with sorted lists."""
+    """Temperature, then top-k, then top-p, then renormalize; written out with sorted lists."""
     logits = torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
     ours = log_softmax_under(logits, settings).exp()
     for row in range(4):
@@ -157,7 +157,7 @@ def test_log_probs_measured_differently_cannot_be_subtracted():
 @pytest.mark.parametrize("room", [0, 1 << 16, 1 << 20])
 def test_of_vocabulary_sized_tensors_no_more_than_the_room_for_slopes_outlives_its_chunk(room, monkeypatch):
     """What autograd keeps for the backward pass: slopes in the logits where they fit the room, else none."""
-    monkeypatch.setattr(head_module, "_STORED_BYTES", room)
+    monkeypatch.setattr(head_module, "STORED_BYTES", room)
     policy, rollouts = tiny.policy(), tiny.rollouts(samples=6)
     kept = []
 

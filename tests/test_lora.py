@@ -182,6 +182,17 @@ def test_compiled_layers_give_the_adapter_the_same_gradients(compute):
     assert gap < (1e-5 if compute == torch.float32 else 0.1)
 
 
+def test_a_head_in_float32_keeps_its_weights_beside_a_narrowed_base(tmp_path):
+    tiny.llama(tie_word_embeddings=False).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    more = {"device": "cpu", "dtype": "bfloat16", "lora": settings()}
+    wide, narrow = (load_policy(tmp_path, **more, float32_head=wanted) for wanted in (True, False))
+    head = AutoModelForCausalLM.from_pretrained(tmp_path).get_output_embeddings().weight
+    assert torch.equal(wide.model.get_output_embeddings().weight, head)
+    assert narrow.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert wide.frozen().float32_head
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +251,7 @@ def test_a_run_that_stopped_goes_on_to_the_bit(finished, tmp_path):
     assert more.summary["policy_checksum"] == finished.summary["policy_checksum"]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_adapter_that_one_process_does(finished, tmp_path):
     """What is sampled is the same to the letter, and so is what is learned, to rounding."""
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in recipe(tmp_path)["prompts"]))
@@ -460,6 +472,7 @@ def test_a_new_adapter_on_an_adapter_is_refused_with_the_way_out(adapter):
         ({"lora_targets": ["q_proj"]}, "is for a new adapter: give lora_rank too"),
         ({"lora_rank": 4, "lora_targets": []}, "names no layer"),
         ({"lora_rank": 4, "lora_targets": ["all-linear", "q_proj"]}, "stands alone"),
+        ({"lora_rank": 4, "sampler": "vllm"}, "sampler = 'vllm' is sent whole models"),
         ({"lora_r": 4}, "It is TRL's name for lora_rank here"),
     ],
 )

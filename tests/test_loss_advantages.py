@@ -113,18 +113,18 @@ def by_hand(rewards: list[float], ids: list[int], i: int, advantage: str, scale:
     others = [r for j, (r, g) in enumerate(zip(rewards, ids, strict=True)) if g == ids[i] and j != i]
     if len(own) < 2 or len(set(own)) == 1:
         return 0.0
-    centred = rewards[i] - (statistics.mean(own) if advantage == "group" else statistics.mean(others))
+    centered = rewards[i] - (statistics.mean(own) if advantage == "group" else statistics.mean(others))
     if scale == "none":
-        return centred
+        return centered
     if scale == "loo_std":
         spread = statistics.stdev(others) if len(others) > 1 else 0.0
-        return centred / (spread + 1e-6) if spread > 1e-9 else centred
+        return centered / (spread + 1e-6) if spread > 1e-9 else centered
     deviation = {
         "group_std": lambda: statistics.stdev(own),
         "group_std_biased": lambda: statistics.pstdev(own),
         "batch_std": lambda: statistics.stdev(rewards),
     }[scale]()
-    return centred / (deviation + 1e-6)
+    return centered / (deviation + 1e-6)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -281,13 +281,13 @@ def test_truncated_keep_mask_zero():
         for t in ("keep", "mask", "zero")
     }
     assert [float(c.advantage[0, 0]) for c in credits.values()] == [1, 1, 0]
-    # masked: no loss, still counted by the normaliser
+    # masked: no loss, still counted by the normalizer
     assert credits["keep"].weight.tolist() == credits["zero"].weight.tolist() == [[0.25] * 3, [0.25, 0, 0]]
     assert credits["mask"].weight.tolist() == [[0, 0, 0], [0.25, 0, 0]]
 
 
 def test_zero_variance_groups_are_left_out_and_reported():
-    """DAPO: groups without a signal are dropped, and the tokens that stay are the normaliser."""
+    """DAPO: groups without a signal are dropped, and the tokens that stay are the normalizer."""
     loss = quiet_loss("dapo", shaping=[])
     batch = L.Batch(
         logp=-torch.ones(5, 2).double(),

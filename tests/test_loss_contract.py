@@ -135,7 +135,7 @@ def test_errors_are_value_errors_of_the_package():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("grpo", {"kl_estimator": "k1"}, "k1 in the loss regularises nothing"),
+        ("grpo", {"kl_estimator": "k1"}, "k1 in the loss regularizes nothing"),
         ("reinforce", {"beta": 0.1, "kl_estimator": "k1"}, "k1 in the loss"),
         ("cispo", {"cap": 0.2}, "cap of 0.2 < 1"),
         ("reinforce", {"trust": "truncate", "cap": 0.9}, "cap of 0.9 < 1"),
@@ -178,7 +178,7 @@ def test_defaults_do_not_warn(name):
         {"trust": "truncate"},
     ],
 )
-def test_what_regularises_does_not_warn(changes):
+def test_what_regularizes_does_not_warn(changes):
     assert L.get_loss("grpo", **changes).traps == ()
 
 
@@ -274,11 +274,12 @@ def test_non_finite_numbers_at_masked_positions_are_no_error():
     assert batch.logp.tolist() == [[-1, -1], [-1, 0]]
 
 
-def test_only_four_fields_carry_gradient():
+def test_only_what_a_forward_pass_of_the_policy_makes_carries_gradient():
     fields = random_fields(0) | {"advantage": normal(0, 9), "returns": normal(1, 9, 8)}
     leaves = {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in fields.items()}
     batch = L.Batch(**leaves)
-    carries = {f.name for f in dataclasses.fields(batch) if getattr(batch, f.name).requires_grad}
+    present = {f.name: x for f in dataclasses.fields(batch) if (x := getattr(batch, f.name)) is not None}
+    carries = {name for name, x in present.items() if x.requires_grad}
     assert carries == set(LEAVES)
 
 
@@ -706,7 +707,7 @@ def test_names_of_axes_do_not_collide():
 def test_every_field_says_what_it_holds_and_that_is_the_only_list():
     """A field added to Batch is drawn, cleaned and sliced without another line."""
     for name, field in FIELDS.items():
-        assert field.provider and set(field.shapes) <= {"N", "NT", "NK"}, name
+        assert field.provider and set(field.shapes) <= {"N", "NT", "NK", "NTV"}, name
         assert f"{name}" in (L.Batch.__doc__ or ""), name
     source = Path(L.__file__).parent
     rare = ("mismatched_log_ratio", "reference_reward", "pair_probability")

@@ -82,7 +82,7 @@ def test_a_critic_leaves_the_expected_gradient_true():
         assert close(got, truth), (advantage, changes)
 
 
-def test_mean_over_tokens_is_biased_by_length_only_through_its_normaliser():
+def test_mean_over_tokens_is_biased_by_length_only_through_its_normalizer():
     """Both completions have two tokens here, so a token mean is half the gradient of the sum."""
     loss = quiet_loss("reinforce", advantage="raw", aggregate="token_mean")
     truth = -gradient(expected_reward(THETA, REWARD), THETA)
@@ -104,7 +104,7 @@ def test_leave_one_out_is_unbiased_and_a_group_mean_shrinks(group_size):
         assert close(got, factor * truth)
 
 
-# -- KL: what each choice regularises (losses.md, section 7) ---------------------------------------------------------
+# -- KL: what each choice regularizes (losses.md, section 7) ---------------------------------------------------------
 
 
 def kl_gradient(ref=REF, **kl) -> torch.Tensor:
@@ -130,7 +130,7 @@ def forward() -> torch.Tensor:
     return gradient(state_kl(THETA, REF, THETA), THETA)
 
 
-def test_k1_in_the_loss_regularises_nothing():
+def test_k1_in_the_loss_regularizes_nothing():
     assert close(kl_gradient(kl_estimator="k1"), torch.zeros(12).double())
 
 
@@ -184,7 +184,7 @@ def test_k1_weighted_by_the_trajectory_ratio_is_the_reverse_kl_of_completions():
 
 @pytest.mark.parametrize("advantage", ["return", "raw"])
 def test_k1_in_the_reward_is_the_reverse_kl_of_completions(advantage):
-    """Per token with reward-to-go, or per completion; and reward and penalty add up to the regularised objective."""
+    """Per token with reward-to-go, or per completion; and reward and penalty add up to the regularized objective."""
     loss = quiet_loss(
         "reinforce",
         advantage=advantage,
@@ -215,6 +215,7 @@ def sampled(theta: torch.Tensor, prompts: int = 40, size: int = 8, seed: int = 0
         "old_logp": frozen,
         "behavior_logp": frozen,
         "ref_logp": frozen,
+        "teacher_logp": frozen - 0.1,
         "full_kl": full_kl(theta, theta.detach())[y],
         "reward": REWARD[y],
         "group": torch.arange(prompts).repeat_interleave(size),
@@ -240,8 +241,9 @@ def raises_the_reward(loss: L.PolicyLoss) -> bool:
     return all(gain_of_one_step(loss, seed) > 0 for seed in range(4))
 
 
-# opd follows the reference, whatever the reward
-TRAINABLE = [name for name in NAMES if not L.CATALOGUE[name].demonstration and name != "opd"]
+# on-policy distillation follows its teacher, whatever the reward
+TAUGHT = ("opd", "iw_opd")
+TRAINABLE = [name for name in NAMES if not L.CATALOGUE[name].demonstration and name not in TAUGHT]
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -273,7 +275,7 @@ def test_a_planted_sign_flip_is_caught(name, planted):
 
 
 def test_the_penalty_alone_brings_the_policy_nearer():
-    """KL with no reward: a step lowers it, for every way that regularises; k1 in the loss is not among them."""
+    """KL with no reward: a step lowers it, for every way that regularizes; k1 in the loss is not among them."""
     ways = [
         {"kl_estimator": "k2"},
         {"kl_estimator": "k3"},
@@ -305,7 +307,7 @@ def test_raising_a_completion_needs_a_positive_advantage():
     for name in NAMES:
         loss = quiet_loss(name, beta=0)
         logp = normal(0, 4, 3).abs().neg().requires_grad_()
-        fields = dict.fromkeys(("old_logp", "behavior_logp", "ref_logp", "entropy"), logp.detach())
+        fields = dict.fromkeys(("old_logp", "behavior_logp", "ref_logp", "teacher_logp", "entropy"), logp.detach())
         fields |= {"off_policy": torch.zeros(4, dtype=torch.bool), "group": torch.zeros(4, dtype=torch.int64)}
         if loss.group_filter.option != "none":
             fields["reward"] = double([1.0, 2.0, 3.0, 4.0])

@@ -67,7 +67,7 @@ def storages(x: torch.Tensor, rng: random.Random) -> object:
 def odd_batch(seed: int) -> None:
     rng = random.Random(seed)
     fields = random_fields(seed % 7, dtype=rng.choice((torch.float32, torch.float64)))
-    plain = {**fields, "advantage": fields["reward"], "returns": fields["value"]}
+    plain = {**fields, "advantage": fields["reward"], "returns": fields["value"], "divergence": fields["value"]}
     for name in rng.sample(FIELDS, rng.randint(1, 3)):
         fields[name] = storages(plain[name], rng)
     if rng.random() < 0.1:
@@ -85,9 +85,9 @@ def odd_batch(seed: int) -> None:
         assert (x is None) == (kept is None) or name == "reward"
         if isinstance(x, torch.Tensor):
             told = x.detach().to(kept.dtype)
-            valid = (
-                batch.live if kept.ndim == 1 else batch.live[:, None] if kept.shape != batch.mask.shape else batch.mask
-            )
+            valid = batch.live if kept.ndim == 1 else batch.live[:, None]
+            if kept.shape[:2] == batch.mask.shape:
+                valid = batch.mask.view(*batch.mask.shape, *[1] * (kept.ndim - 2))
             assert torch.equal(torch.where(valid, kept.detach(), 0), torch.where(valid, told, 0)), name
     name = rng.choice(list(L.CATALOGUE))
     with no_trap_warnings():

@@ -50,7 +50,7 @@ COMPOSITIONS |= {
     **{f"extra {x}": ("dr_grpo", {"extra": x}) for x in EXTRA},
     **{f"filter {f}": ("grpo", {"group_filter": f}) for f in GROUP_FILTER},
     **{f"sequence mask {m}": ("grpo", {"sequence_mask": m}) for m in SEQUENCE_MASK},
-    "normalised weights": ("grpo", {"mismatch": "tis", "mismatch_batch_normalize": True}),
+    "normalized weights": ("grpo", {"mismatch": "tis", "mismatch_batch_normalize": True}),
     "kl to the sampler": ("grpo", {"kl_target": "behavior", "kl_estimator": "square"}),
     "kl capped": ("grpo", {"kl_straight_through": True, "kl_is_cap": 1.1}),
     "kl masked": ("grpo", {"mask_kl": True, "mismatch": "icepop", "sequence_mask": "opsm"}),
@@ -211,8 +211,8 @@ def repacked(fields: dict, width: int, seed: int) -> dict:
         if key == "mask":
             continue
         moved[key] = x
-        if x.shape == mask.shape:
-            moved[key] = torch.full((n, width), -777.0, dtype=x.dtype)
+        if x.shape[:2] == mask.shape:
+            moved[key] = torch.full((n, width, *x.shape[2:]), -777.0, dtype=x.dtype)
             moved[key][wide] = x[mask]
     return moved
 
@@ -226,7 +226,9 @@ def test_padding_at_the_ends_does_not_matter_where_positions_count(label):
     loss, fields = build(label), random_fields(0)
     value, grads = whole(loss, fields)
     for left, right in ((3, 0), (0, 3), (2, 5)):
-        wide = {k: torch.nn.functional.pad(x, (left, right)) if x.shape == (9, 8) else x for k, x in fields.items()}
+        ends = {2: (left, right), 3: (0, 0, left, right)}  # the last dimension first
+        pad = torch.nn.functional.pad
+        wide = {k: pad(x, ends[x.ndim]) if x.shape[:2] == (9, 8) else x for k, x in fields.items()}
         wide_value, wide_grads = whole(loss, wide)
         check_same((value, grads), (wide_value, {k: g[:, left : left + 8] for k, g in wide_grads.items()}))
 
@@ -298,7 +300,9 @@ def poisoned(fields: dict, *values: float) -> dict:
         if key == "mask" or not x.is_floating_point():
             sick[key] = x
         else:
-            counts = mask if x.shape == mask.shape else mask.any(1, keepdim=x.ndim == 2)
+            counts = mask.any(1, keepdim=x.ndim == 2)
+            if x.shape[:2] == mask.shape:
+                counts = mask if x.ndim == 2 else mask[..., None]
             by_turns = torch.tensor(values, dtype=x.dtype).repeat(-(-x.numel() // len(values)))[: x.numel()]
             sick[key] = torch.where(counts, x, by_turns.view_as(x))
     return sick
@@ -428,7 +432,7 @@ def far_out(base: dict, shifts: list[tuple]) -> dict:
 
 
 @with_the_catalogue
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_log_ratios_of_forty_stay_finite(label, dtype):
     """Every combination in every group; for losses that look at the whole batch, each combination alone too."""
     loss = build(label)

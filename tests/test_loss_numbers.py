@@ -136,7 +136,7 @@ def test_without_an_old_policy_the_gradient_is_that_of_reinforce(label):
     torch.testing.assert_close(plain[1]["logp"] * factor, evaluate(loss, fields)[1]["logp"], rtol=1e-12, atol=1e-14)
 
 
-def test_leave_one_out_is_the_centred_reward_rescaled():
+def test_leave_one_out_is_the_centered_reward_rescaled():
     reward = normal(0, 6).tolist()
     batch = L.Batch(mask=[[1]] * 6, reward=reward, group=[0, 0, 1, 1, 1, 1])
     loo, group = (quiet_loss("reinforce", advantage=a).credit(batch).advantage[:, 0] for a in ("loo", "group"))
@@ -254,7 +254,7 @@ RHO = [[0.6, 1.0, 3.0, 8.0], [1.2, 0.9, 1.0, 1.0]]
     ],
 )
 def test_mismatch_weights(changes, expected):
-    """Dropped tokens stay in the normaliser."""
+    """Dropped tokens stay in the normalizer."""
     old = torch.full((2, 4), -4.0).double()
     batch = L.Batch(
         logp=old, mask=[[1] * 4, [1] * 4], old_logp=old, behavior_logp=old - double(RHO).log(), advantage=[1.0, 1.0]
@@ -308,12 +308,13 @@ def test_aggregates_of_ones(aggregate, expected):
 
 def test_dr_grpo_divides_by_a_constant_not_by_the_longest_row():
     fields = random_fields(0)
-    wide = {k: torch.nn.functional.pad(v, (0, 30)) if v.ndim == 2 else v for k, v in fields.items()}
+    ends = {2: (0, 30), 3: (0, 0, 0, 30)}
+    wide = {k: torch.nn.functional.pad(v, ends[v.ndim]) if v.ndim > 1 else v for k, v in fields.items()}
     loss = quiet_loss("dr_grpo", max_length=64)
     torch.testing.assert_close(loss(L.Batch(**fields)).loss, loss(L.Batch(**wide)).loss)
 
 
-def test_local_normalisers_would_break_micro_batches_and_the_shared_one_does_not():
+def test_local_normalizers_would_break_micro_batches_and_the_shared_one_does_not():
     fields = random_fields(0)
     loss = quiet_loss("dapo", shaping=[], group_filter="none")
     full = float(loss(L.Batch(**fields)).loss)

@@ -26,6 +26,7 @@ def changed(name: str, **changes: object) -> L.PolicyLoss | None:
         return None
 
 
+@pytest.mark.slow  # every preset with every option of every axis
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_keeps_its_numbers_when_an_axis_changes(name, axis):

@@ -428,6 +428,8 @@ def test_ppo_by_hand(aggregate):
 STOP_GRADIENT = {
     *("cispo", "tis_pg", "topr", "vespo", "dppo_tv", "dppo_kl", "rollout_is", "gppo", "ce_gppo", "fipo"),
     "gspo_token",
+    *("rec_one_side", "rec_two_side", "rec_ring"),
+    *("sdar", "up_grpo", "aspo"),
 }
 
 
@@ -461,10 +463,9 @@ def test_gradient_is_the_derivative_of_the_value_unless_gradients_are_stopped(na
     smooth = steady(loss, fields)
     if name not in STOP_GRADIENT:
         assert gap(numeric[smooth], grad[smooth]) < 1e-7
-    elif (
-        drift == 0.3 and name != "gspo_token"
-    ):  # with one advantage a completion, gspo_token's gradient is a derivative
-        assert gap(numeric, grad) > 1e-3
+    # with one advantage a completion, gspo_token's gradient is a derivative
+    elif drift == 0.3 and name != "gspo_token":
+        assert gap(numeric, grad) > 1e-4
 
 
 def steady(loss: L.PolicyLoss, fields: dict, h: float = 1e-5) -> torch.Tensor:

@@ -19,14 +19,14 @@ def test_a_long_prompt_counts_in_the_estimate_of_memory():
     """8 prompts of 100,000 tokens on a model of 2 layers: once said to be 1.3 GB, and killed at 20.9."""
     policy = tiny.policy(tiny.llama(max_position_embeddings=1 << 18))
     recipe = Recipe.make(prompts_per_step=8, samples_per_prompt=4, max_tokens=16)
-    needs = [estimate_memory(policy, recipe, True, longest) for longest in (10, 1000, 100_000)]
+    needs = [estimate_memory(policy, recipe, policy, longest=longest) for longest in (10, 1000, 100_000)]
     assert needs[0].sampling < needs[1].sampling < needs[2].sampling
     row = 100_000 + 16  # keys and values of every prompt, and a backward pass over one of them
     assert needs[2].sampling > 8 * 100_000 * 2 * 2 * 16 * 4
     assert needs[2].activations > row * 2 * 32 * 4 * 10 > needs[1].activations
     plain = tiny.policy(tiny.llama(max_position_embeddings=1 << 18))
     plain.shares = False  # a copy of its prompt for each completion
-    assert estimate_memory(plain, recipe, True, 100_000).sampling > 2 * needs[2].sampling
+    assert estimate_memory(plain, recipe, plain, longest=100_000).sampling > 2 * needs[2].sampling
 
 
 def test_a_run_that_takes_more_memory_than_there_is_is_refused():

@@ -14,6 +14,7 @@ from lossmith.report.run.metrics_page import page
 from lossmith.training.guards import kl_of_completion
 from lossmith.training.metrics import METRICS, documented, in_completions
 from lossmith.training.offline.loop import PreferenceRecipe, learn_preferences, open_preferences, plan_preferences
+from vllm_server import FakeVllm
 
 GIVEN = {"ppo@rlax": "advantage", "value_clipped": "returns"}  # what a user computes for these
 PROMPTS = [f"Prompt number {i}?" for i in range(12)]
@@ -23,7 +24,7 @@ def records(run):
     return [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def train(tmp_path, loss, **changes):
+def train(tmp_path, loss="grpo", **changes):
     fixed = dict(
         model=str(tiny.folder()), device="cpu", dtype="float32", prompts=PROMPTS, held_out=4, steps=2, quiet=True,
         prompts_per_step=2, samples_per_prompt=4, max_tokens=8, learning_rate=3e-3, runs=str(tmp_path),
@@ -84,6 +85,12 @@ def test_what_is_documented_is_what_is_written_and_no_more(tmp_path):
     """Each name of the list is measured by something: the catalogue, or one of these runs."""
     seen = set().union(*map(measured, ls.losses.CATALOGUE))
     for record in records(train(tmp_path, "ppo(beta=0.1)", watch="length", max_tokens=16, evaluate_every=1)):
+        seen |= record.keys()
+    with FakeVllm() as server:
+        for record in records(train(tmp_path, sampler="vllm", sampler_url=server.url)):
+            seen |= record.keys()
+    taught = {"teacher": str(tiny.folder("gpt2")), "temperature": 1.0, "name": "taught"}
+    for record in records(train(tmp_path, "opd(extra='reverse_kl')", **taught)):
         seen |= record.keys()
     assert {name for name in METRICS if "*" not in name} <= seen
     assert "loss_policy" in seen and "seconds_update_backward" in seen

@@ -59,9 +59,13 @@ def run(preferences, tmp_path, **fields):
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "loss", ["dpo", "ipo(beta=0.02)", "simpo", "orpo", "cpo", "slic", "cdpo", "ipo@trl", "dpo_hinge"]
-)
+SLOW = [
+    pytest.param(loss, marks=pytest.mark.slow)
+    for loss in ("ipo(beta=0.02)", "cpo", "slic", "cdpo", "ipo@trl", "dpo_hinge")
+]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo", *SLOW])
 def test_held_out_accuracy_rises(loss, tmp_path):
     settings = dict(learning_rate=5e-3, epochs=6) if "ref_logp" not in get_loss(loss.split("(")[0]).needs else {}
     made, steps = run(pairs(), tmp_path, loss=loss, **settings)

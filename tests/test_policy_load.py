@@ -84,7 +84,7 @@ def test_an_incomplete_folder_is_refused_before_weights_are_read(tmp_path, remov
         check_model(broken(tmp_path, *remove, add=add))
 
 
-def test_a_missing_folder_names_its_neighbours(tmp_path):
+def test_a_missing_folder_names_its_neighbors(tmp_path):
     (tmp_path / "smol-model").mkdir()
     with pytest.raises(PolicyError, match="Did you mean 'smol-model'"):
         check_model(tmp_path / "smol-mode")

@@ -166,7 +166,7 @@ def test_labels_that_are_wrong_half_the_time_are_refused(name, key):
 
 
 def fitted(name, reward, ref, probability, **changes):
-    """The policy [S] that minimises the loss over all pairs of S completions, each as likely as under ref."""
+    """The policy [S] that minimizes the loss over all pairs of S completions, each as likely as under ref."""
     pairs = list(itertools.combinations(range(len(ref)), 2))
     rows = torch.tensor(pairs).flatten()
     fields = {

@@ -24,7 +24,7 @@ from lossmith.prompts.content import NOTHING, is_blank
 
 ROWS = [
     {"prompt": "What is 2 + 2?", "topic": "numbers"},
-    {"prompt": "Name a colour, with an é.", "topic": "words"},
+    {"prompt": "Name a color, with an é.", "topic": "words"},
     {"prompt": 'Say "hi", please', "topic": "words"},
 ]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -44,7 +44,7 @@ def jsonl(tmp_path, rows, name="p.jsonl"):
 
 
 def every_format(tmp_path):
-    csv = 'prompt,topic\n"What is 2 + 2?",numbers\n"Name a colour, with an é.",words\n"Say ""hi"", please",words\n'
+    csv = 'prompt,topic\n"What is 2 + 2?",numbers\n"Name a color, with an é.",words\n"Say ""hi"", please",words\n'
     yield jsonl(tmp_path, ROWS)
     yield jsonl(tmp_path, ROWS, "p.ndjson")
     yield written(tmp_path, "p.json", json.dumps(ROWS))
@@ -65,7 +65,7 @@ def test_every_format_gives_the_same_prompts(tmp_path):
         found = load_prompts(source)
         expected = ROWS[:2] if str(source).endswith(".tsv") else ROWS
         assert [(p.content, dict(p.columns)) for p in found] == [(r["prompt"], {"topic": r["topic"]}) for r in expected]
-    lines = load_prompts(written(tmp_path, "p.txt", "What is 2 + 2?\n\n  Name a colour, with an é.  \n"))
+    lines = load_prompts(written(tmp_path, "p.txt", "What is 2 + 2?\n\n  Name a color, with an é.  \n"))
     assert [p.content for p in lines] == [r["prompt"] for r in ROWS[:2]]
     assert [p.source for p in lines] == ["p.txt:1", "p.txt:3"]
 

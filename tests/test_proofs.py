@@ -16,7 +16,7 @@ from lossmith.proofs.finding import Finding, gap, worst
 from lossmith.proofs.random_batches import LEAVES, random_fields
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [n if "@" not in n else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
 def test_every_loss_of_the_catalogue_passes(name):
     check_loss(quiet_loss(name), seeds=(0,))
 
@@ -183,7 +183,7 @@ def test_a_stop_gradient_is_found_or_believed_or_refuted():
     assert status("closed_form", Broken(capped, closed_form_gradient=opaque)) == "not applicable"
 
 
-def test_mask_dropped_and_wrong_normaliser():
+def test_mask_dropped_and_wrong_normalizer():
     unmasked = changed(lambda x, b: x + (-b.logp.where(b.mask, -torch.ones(()).double())).mean(), "reinforce")
     assert {"padding", "all_masked", "empty_rows"} <= {f.check for f in prove(unmasked, (0,)) if f.status == "failed"}
 

@@ -11,24 +11,28 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
+from safetensors.torch import load_file
 
 import lossmith as ls
 import tiny
 from lossmith.losses import CATALOGUE, example_loss
+from lossmith.policy.sharded import shard
 from lossmith.training.recipe import PROVIDED
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
-AT_REST = {"opd", "kl_only"}  # they start at their minimum, where AdamW makes steps of what rounding is left
+AT_REST = {"kl_only"}  # it starts at its minimum, where AdamW makes steps of what rounding is left
 TRAINS = [n for n in CATALOGUE if n not in AT_REST and example_loss(n).needs <= PROVIDED | {"max_length"}]
+OF_ALL_TOKENS = {n for n in TRAINS if "full_kl" in example_loss(n).needs}  # the reference's too
 # One of each way of working: by token, by completion, of the whole batch, of pairs, with a critic, all vocabulary, ...
 SOME = [
     "grpo", "gspo", "ppo", "reinforce", "dapo", "online_dpo", "rloo", "drgrpo_full_kl", "m2po", "opo", "grpo@trl",
-    "grpo@verl", "kto", "full_kl", "reinforce_pp",
+    "grpo@verl", "kto", "full_kl", "reinforce_pp", "gkd", "rlsd",
 ]  # fmt: skip
 
 
-def processes(size, command):
-    """The command as every rank, as torchrun starts it."""
+def processes(size, command, started=None):
+    """The command as every rank, as torchrun starts it; as the first so many, if it starts the others itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,7 +46,7 @@ def processes(size, command):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(size)
+        for rank in range(started or size)
     ]
 
 
@@ -50,9 +54,9 @@ def ended(those, timeout=600):
     return [(p.communicate(timeout=timeout)[0], p.returncode) for p in those]
 
 
-def together_and_alone(tmp_path, size, dtype, prompts, losses):
+def together_and_alone(tmp_path, size, dtype, prompts, losses, held="copies"):
     out = tmp_path / "found.json"
-    said = ended(processes(size, [str(PROGRAM), str(out), dtype, str(prompts), *losses]))
+    said = ended(processes(size, [str(PROGRAM), str(out), dtype, str(prompts), held, *losses], started=1))
     assert out.exists(), said
     return json.loads(out.read_text())
 
@@ -63,12 +67,25 @@ def hold(found, parameters, metrics):
     assert sum(f["moved"] > 1e-3 for f in found.values()) > 0.8 * len(found)
 
 
+@pytest.mark.slow
 def test_ranks_train_as_one_process_does_even_where_one_has_no_completions(tmp_path):
     losses = [name for name in SOME if name in TRAINS]
     assert len(losses) > 8
     hold(together_and_alone(tmp_path, 3, "float64", 2, losses), 1e-10, 1e-9)
 
 
+def test_two_ranks_that_hold_parts_of_the_weights_train_as_one_process_does(tmp_path):
+    """Rank 0 has two prompts' completions and rank 1 one's, so that it makes passes that count nothing."""
+    hold(together_and_alone(tmp_path, 2, "float64", 3, ["grpo"], "parts"), 1e-10, 1e-9)
+
+
+@pytest.mark.slow
+def test_three_ranks_that_hold_parts_train_as_one_process_does_even_where_one_has_no_completions(tmp_path):
+    losses = [name for name in [*SOME, *sorted(OF_ALL_TOKENS)] if name in TRAINS]
+    hold(together_and_alone(tmp_path, 3, "float64", 2, losses, "parts"), 1e-10, 1e-9)
+
+
+@pytest.mark.slow
 def test_an_adapter_trains_on_ranks_as_in_one_process_and_is_all_that_is_sent(tmp_path):
     pytest.importorskip("peft")
     found = together_and_alone(tmp_path, 2, "float64", 3, ["grpo", "grpo+lora", "ppo+lora"])
@@ -81,7 +98,8 @@ def test_an_adapter_trains_on_ranks_as_in_one_process_and_is_all_that_is_sent(tm
 def test_every_loss_trains_on_ranks_as_in_one_process(tmp_path, size):
     found = together_and_alone(tmp_path, size, "float64", 3, TRAINS)
     assert found.keys() == set(TRAINS)
-    hold(found, 1e-10, 1e-9)
+    # nearly all are within 1e-12; where a gradient is nearly 0, AdamW divides rounding by rounding (1.2e-10 was seen)
+    hold(found, 1e-9, 1e-9)
 
 
 PROMPTS = [f"Question number {i}?" for i in range(12)]
@@ -111,6 +129,7 @@ def numbers(folder):
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one_and_ends_as_one_that_never_stopped(tmp_path):
     """What is sampled is the same to the letter, and so is what is learned, to rounding."""
     alone = ls.train(**ls.Recipe.read(recipe(tmp_path, name="alone")), quiet=True)
@@ -128,6 +147,43 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_ends_as_one_that_never_stopped(
 
 
 @pytest.mark.slow
+def test_a_run_in_parts_goes_on_with_one_rank_and_with_three_and_ends_as_one_that_never_stopped(tmp_path):
+    more = dict(keep_best=True, evaluate_every=2, loss="grpo(beta=0.1)", weight_decay=0.1)
+    alone = ls.train(**ls.Recipe.read(recipe(tmp_path, name="alone", steps=4, **more)), quiet=True)
+    done = lossmith("train", recipe(tmp_path, name="parts", steps=2, shard=True, **more), "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    for steps, ranks in ((3, 1), (4, 3)):
+        again = lossmith("train", "--resume", tmp_path / "parts", "--steps", steps, "--ranks", ranks)
+        assert again.returncode == 0, again.stderr
+        assert ("shard = true has no effect in one process" in again.stdout) == (ranks == 1)
+    for a, b in zip(numbers(alone.folder.path), numbers(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx({k: b[k] for k in a}, rel=1e-4, abs=1e-6)
+    for kept in ("policy", "policy-best"):
+        ours, theirs = (
+            load_file(folder / kept / "model.safetensors") for folder in (alone.folder.path, tmp_path / "parts")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(x, theirs[name], atol=1e-5) for name, x in ours.items())
+
+
+def test_one_process_has_nobody_to_share_the_weights_with(tmp_path):
+    with pytest.raises(
+        ls.RecipeError, match="shard = true deals the weights out to several processes, and this run has"
+    ):
+        ls.train(**ls.Recipe.read(recipe(tmp_path, shard=True)), quiet=True)
+
+
+def test_a_model_that_cannot_be_dealt_out_is_refused_in_words(monkeypatch):
+    policy = tiny.policy()
+    next(policy.model.parameters()).requires_grad_(False)
+    with pytest.raises(ls.PolicyError, match="of LlamaForCausalLM only some are"):
+        shard(policy)
+    monkeypatch.setattr("lossmith.policy.sharded.model_layers", lambda model: [])
+    with pytest.raises(ls.PolicyError, match="LlamaForCausalLM is not made of layers as transformers has them"):
+        shard(tiny.policy())
+
+
+@pytest.mark.slow
 def test_ranks_that_were_given_different_recipes_are_told_which_field_differs(tmp_path):
     files = [recipe(tmp_path, name="a"), recipe(tmp_path, name="b", learning_rate=0.02)]
     code = "import sys, os; sys.argv = ['lossmith', 'train', sys.argv[1 + int(os.environ['RANK'])]]; "
@@ -137,8 +193,9 @@ def test_ranks_that_were_given_different_recipes_are_told_which_field_differs(tm
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_run_which_is_saved_and_goes_on(tmp_path):
-    file = recipe(tmp_path, name="killed", steps=30)
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_rank_that_is_killed_ends_the_run_which_is_saved_and_goes_on(tmp_path, in_parts):
+    file = recipe(tmp_path, name="killed", steps=30, shard=in_parts)
     run = subprocess.Popen(
         [sys.executable, "-m", "lossmith", "train", str(file), "--ranks", "2"], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -167,7 +167,7 @@ def test_what_was_dropped_is_said_with_its_share_and_what_the_interval_rests_on(
 
 
 def test_a_hostile_completion_is_shown_and_never_obeyed(run):
-    """Escape sequences that would clear the screen or set its title, and markup that would colour it."""
+    """Escape sequences that would clear the screen or set its title, and markup that would color it."""
     hostile = "\x1b[2J\x1b]0;owned\x07[bold red]fine[/]\r"
     evil = [dataclasses.replace(r, completion=hostile) for r in run.after.rollouts]
     text = printed(run, after=ls.training.Evaluation(evil))

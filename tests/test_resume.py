@@ -101,7 +101,7 @@ def kill_points(*arguments):
 
 
 def test_a_run_hit_at_a_system_call_ends_equal_to_the_run_that_nothing_hit():
-    kill_points("--count", "2", "--seed", "7")
+    kill_points("--count", "2", "--seed", "7", "--kinds", "kill")  # the slow test has the signals and full disks too
 
 
 @pytest.mark.slow
@@ -274,6 +274,7 @@ def ended(process, how, folder):
     return process.returncode, said, folder
 
 
+@pytest.mark.slow  # two processes; signals within this one are tried above
 @pytest.mark.parametrize(("how", "code"), [("SIGINT", 130), ("pipe", 141)])
 def test_a_real_process_says_the_command_that_goes_on(children, how, code):
     status, error, folder = children[how]

@@ -107,7 +107,7 @@ def test_gradients_against_finite_differences(loss):
 
 
 def fitted(loss_of, rows, count):
-    """Free scores, one an output, that minimise the mean loss."""
+    """Free scores, one an output, that minimize the mean loss."""
     scores = torch.zeros(count, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([scores], max_iter=200, line_search_fn="strong_wolfe")
 

@@ -24,6 +24,7 @@ from lossmith.rollouts import Rollout, Score
 from lossmith.scorers import load_scorer, score_rollouts
 from lossmith.scorers.combine import Ensemble
 from lossmith.scorers.reward_model import RewardModel
+from lossmith.scorers.seal import Seal
 
 SMALL = dict(model=str(tiny.folder()), device="cpu", dtype="float32", epochs=10, learning_rate=5e-3)
 
@@ -85,7 +86,10 @@ def rollout(prompt, text):
 # -- what is learned --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["pairs", "rankings", "ratings", "labels"])
+SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("rankings", "labels")]
+
+
+@pytest.mark.parametrize("form", ["pairs", "ratings", *SLOW])
 def test_the_order_is_recovered_from_every_form(tmp_path, form):
     manifest, lines = train(tmp_path, judged(form))
     accuracy = manifest["held_out"]["accuracy"]
@@ -93,6 +97,7 @@ def test_the_order_is_recovered_from_every_form(tmp_path, form):
     assert manifest["loss"] in lines[0] and "held-out accuracy" in lines[-1]
 
 
+@pytest.mark.slow
 def test_annotators_who_use_the_scale_differently_spoil_ratings_but_not_rankings(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
@@ -217,6 +222,12 @@ def test_a_changed_file_is_noticed_when_loading_and_while_running(trained, tmp_p
     (folder / "model.safetensors").unlink()
     with pytest.raises(ScorerError, match=r"safetensors"):
         RewardModel(folder)
+
+
+def test_a_manifest_of_an_earlier_version_is_refused_with_what_to_write(tmp_path):
+    (tmp_path / "reward_model.json").write_text(json.dumps({"files": {}, "normalise": True}))
+    with pytest.raises(ScorerError, match=r'earlier version\. Write "normalize" for "normalise"'):
+        Seal.of(tmp_path)
 
 
 def test_nothing_is_overwritten_and_nothing_half_done_is_left(trained, tmp_path):

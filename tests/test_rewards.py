@@ -215,9 +215,9 @@ def test_a_function_written_for_trl_gets_what_trl_gives():
         seen.update(prompts=prompts, completions=completions, ids=completion_ids, answer=answer, rest=kwargs)
         return [float(str(a) in c) for a, c in zip(answer, completions, strict=True)]
 
-    rollouts = [rollout("It is 4.", prompt="2+2?", answer="4"), rollout("Red it is", prompt="Colour?", difficulty=2)]
+    rollouts = [rollout("It is 4.", prompt="2+2?", answer="4"), rollout("Red it is", prompt="Color?", difficulty=2)]
     assert ask(reward, rollouts, columns=COLUMNS)[0] == Score(value=1.0)
-    assert seen["prompts"] == ["2+2?", "Colour?"]
+    assert seen["prompts"] == ["2+2?", "Color?"]
     assert seen["completions"] == ["It is 4.", "Red it is"]
     assert seen["ids"] == [[1, 2, 3], [1, 2, 3]]
     assert seen["answer"] == ["4", None]
@@ -472,7 +472,7 @@ def test_a_scorer_object_that_works():
 
 SCORER_FILE = """
 import math, os, signal, sys, time
-import neighbour
+import neighbor
 
 def words(prompts, completions, **kwargs):
     print("printed by the scorer")
@@ -493,7 +493,7 @@ def abstains(completions):
     from lossmith.scorers import ABSTAIN
     return [ABSTAIN] * len(completions)
 
-def beside(completions): return [neighbour.VALUE] * len(completions)
+def beside(completions): return [neighbor.VALUE] * len(completions)
 def column(completions, answer): return [float(a is not None) for a in answer]
 
 def raises(completions): raise KeyError("gold")
@@ -530,7 +530,7 @@ counter = Counter()
 def scorer_file(tmp_path) -> Path:
     file = tmp_path / "random.py"  # named like a module of the standard library, which must not matter
     file.write_text(SCORER_FILE)
-    (tmp_path / "neighbour.py").write_text("VALUE = 0.125\n")
+    (tmp_path / "neighbor.py").write_text("VALUE = 0.125\n")
     return file
 
 
@@ -584,8 +584,8 @@ def test_one_completion_that_breaks_a_worker_costs_itself(scorer_file, function,
 
 
 POOL = """
-import multiprocessing, os, neighbour
-def one(text): return float(len(text) + neighbour.VALUE)
+import multiprocessing, os, neighbor
+def one(text): return float(len(text) + neighbor.VALUE)
 def score(completions, **_):
     with multiprocessing.get_context("METHOD").Pool(1) as pool:
         return pool.map(one, completions)
@@ -920,7 +920,7 @@ def test_weighted_sum():
     assert combined.name == "0.5 x + 0.1 y"
 
 
-def test_standardised_members_count_alike_and_a_constant_one_counts_nothing():
+def test_standardized_members_count_alike_and_a_constant_one_counts_nothing():
     members = [fixed("x", 1.0, 2.0, 3.0), fixed("big", 1000.0, 3000.0, 2000.0), fixed("constant", 0.1, 0.1, 0.1)]
     scores = ask(WeightedScorers(members, [1.0, 1.0, 5.0], standardize=True), THREE)
     assert values(scores) == pytest.approx([-2.0, 1.0, 1.0])

@@ -86,7 +86,7 @@ def test_columns_are_headed_by_what_was_changed(tmp_path, capsys, monkeypatch):
     assert "mine(beta=0.1)" in text and "mine(beta=0.3)" in text
 
 
-def test_the_same_composition_is_recognised():
+def test_the_same_composition_is_recognized():
     found = compare([quiet_loss("reinforce"), quiet_loss("reinforce").replace(name="again"), quiet_loss("opo")])
     assert found.same == (("reinforce", "again"),)
     with pytest.raises(L.LossError, match="at least two"):

@@ -17,8 +17,8 @@ from lossmith.proofs.slopes import DRIFTS, closed_form
 
 # Pairs of parameters that mistakes swap; each region gets numbers under which the two differ.
 PAIRS = (
-    ("low", "high"), ("delta_low", "delta_high"), ("beta_low", "beta_high"), ("tau_pos", "tau_neg"),
-    ("k_pos", "k_neg"), ("lam_pos", "lam_neg"),
+    ("low", "high"), ("delta_low", "delta_high"), ("far_low", "far_high"), ("beta_low", "beta_high"),
+    ("tau_pos", "tau_neg"), ("k_pos", "k_neg"), ("lam_pos", "lam_neg"),
 )  # fmt: skip
 UNLIKE = {
     "clip": {"low": 0.1, "high": 0.3, "dual": 1.6},
@@ -36,6 +36,13 @@ UNLIKE = {
     "sg_clip": {"low": 0.1, "cap": 1.2},
     "taper": {"cap": 0.9},
     "band": {"low": 0.1, "high": 0.3},
+    "rec_one_side": {"low": 0.1, "high": 0.3},
+    "rec_two_side": {"low": 0.1, "high": 0.3},
+    "rec_ring": {"low": 0.1, "high": 0.2, "far_low": 0.25, "far_high": 0.4},
+    "unbounded": {"low": 0.1, "dual": 1.6},
+    "reciprocal": {"low": 0.1, "high": 0.3, "dual": 1.2},
+    "quadratic_penalty": {"width": 0.3},
+    "prefix_budget": {"delta": 0.03, "budget": 0.01, "floor": 0.5},
     "gamma": {"lam_neg": 1.5},
     "sigmoid": {"tau_neg": 1.6},
     "quadratic": {"tau": 0.4},

@@ -1,4 +1,4 @@
-"""A chatbot optimised for engagement: the proxy that a product team might choose, and two more with other blind spots.
+"""A chatbot optimized for engagement: the proxy that a product team might choose, and two more with other blind spots.
 
 None of them knows whether an answer helps. `helpfulness`, the built-in scorer, plays what was really wanted (gold).
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +24,13 @@ def make_optimizer(
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, settings: TrainerSettings) -> float:
-    """Scale gradients down to max_grad_norm; returns their length before, not finite where they are not."""
+    """Scale gradients down to max_grad_norm; returns their length before, not finite where they are not.
+
+    Of parameters that ranks hold in parts it is the length of all: every rank must call this.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
+    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, settings: TrainerSettings, step: int, steps: int) -> None:

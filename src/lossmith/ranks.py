@@ -35,11 +35,18 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
         self.tasks: dict[str, Callable[..., Any]] = {}
+        self.at_work = False  # what was asked for is not done
+        self._torn = False  # ... and never will be: the others wait in the middle of it
 
     def call(self, task: str, *given: Any) -> list[Any]:
         """What the task gives on each rank, in their order; called on rank 0 alone. Raises what it raised on any."""
         if self.size == 1:
             return [self.tasks[task](*given)]
+        if self.at_work:
+            raise RunError(
+                "the ranks were stopped in the middle of work that they share: nothing more can be asked of them."
+            )
+        self.at_work = True
         self._say((task, given))
         return self._do(task, given)
 
@@ -64,9 +71,12 @@ class Ranks:
         """On rank 0, what the task gives on each rank."""
         result, error = _attempt(lambda: self.tasks[task](*given))
         said = None if error is None else (_portable(error), "".join(traceback.format_exception(error)))
+        if error is not None and self._torn:
+            raise error
         outcomes: list[Any] | None = None if self.rank else [None] * self.size
         with _in_words(self.rank):
             dist.gather_object((result, said), outcomes, dst=0)
+        self.at_work = False
         if error is not None and not isinstance(error, _OtherRankError):
             raise error
         for rank, (_, wrong) in enumerate(outcomes or ()):
@@ -88,6 +98,30 @@ class Ranks:
         if any(failed_on):
             raise _OtherRankError(f"rank {failed_on.index(True)} failed")
         return result
+
+    def in_step(self, work: Callable[[], Any]) -> Any:
+        """work(), in which the ranks meet again and again: where one fails, the others wait in the middle of it.
+
+        So it cannot be told: the rank ends, with its own traceback, which the others notice at once.
+        """
+        try:
+            return work()
+        except Exception as error:
+            self._torn = True
+            if self.rank:
+                traceback.print_exc()
+                raise SystemExit(1) from None
+            words = _last_words()
+            if words or isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
+                raise RunError(f"a rank has ended or does not answer: {words or error}") from error
+            raise
+
+    def most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        box = torch.tensor(count)
+        if self.size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
 
     def add_up(self, x: Tensor) -> Tensor:
         """The sum of the ranks' tensors of one shape, the same on every rank."""

@@ -106,6 +106,7 @@ class Rollout:
     finish_reason: FinishReason
     score: Score | None = None
     advantage: float | None = None  # mean over its tokens, filled once the loss has assigned credit
+    kept: tuple[tuple[int, ...], ...] | None = None  # ids that top-k and top-p left at each token, if the sampler says
 
     @property
     def scored(self) -> bool:

@@ -1,7 +1,7 @@
 """Code that a person names: `"path/file.py:name"` or `"package.module:name"`, loaded by the same rules everywhere.
 
 Losses are loaded here in this process, scorers in a process of their own, which reads this file by itself: standard
-library only. Neighbours of a file can be imported, and processes that the code starts find its functions again.
+library only. Neighbors of a file can be imported, and processes that the code starts find its functions again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _import_file(file: Path, as_main: bool) -> ModuleType:
         beside = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise LoadFailure(f"there is no file {str(file)!r} (looked from {Path.cwd()}).", str(file), beside)
     file = file.resolve()
-    # Its neighbours can be imported, but none of them, nor itself, hides a module of the standard library.
+    # Its neighbors can be imported, but none of them, nor itself, hides a module of the standard library.
     library = {str(Path(os.__file__).parent), str(Path(os.__file__).parent / "lib-dynload")}
     after = max((k for k, entry in enumerate(sys.path) if entry in library), default=-1) + 1
     if str(file.parent) not in sys.path:

@@ -1,4 +1,4 @@
-"""rlax's clipped surrogate and its generalised advantage estimation, in JAX on the CPU."""
+"""rlax's clipped surrogate and its generalized advantage estimation, in JAX on the CPU."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_trl_bnpo_depends_on_how_the_batch_is_cut():
     assert sum(float(loss(ls.Batch(**part), shared).loss) for part in parts) == pytest.approx(-0.5)
 
 
-def test_verl_gmpo_ignores_the_shared_normaliser():
+def test_verl_gmpo_ignores_the_shared_normalizer():
     whole = rows([1.1, 1.1], [0.9], advantage=[1.0, 1.0])
     parts = [{name: value[i : i + 1] for name, value in whole.items()} for i in range(2)]
     shared = {"global_batch_info": {"dp_size": 1, "batch_num_tokens": 3, "global_batch_size": 2}}
@@ -202,7 +202,7 @@ def test_verl_k3_is_cut_at_10():
 
 
 def test_verl_gives_a_group_of_one_its_raw_reward_in_some_estimators():
-    """grpo, opo, gpg: the reward; vectorised rloo: 0. Lossmith: 0 in all, unless singleton="raw" is asked for."""
+    """grpo, opo, gpg: the reward; vectorized rloo: 0. Lossmith: 0 in all, unless singleton="raw" is asked for."""
     require("verl")
     fields = {"reward": torch.tensor([3.0]).double(), "group": torch.tensor([0]), "mask": torch.tensor([[True]])}
     found = {}

@@ -213,7 +213,7 @@ def fitting():
 
 
 FITTING = fitting()
-STILL = {"opd", "kl_only"}  # they pull to the reference, where the policy begins
+STILL = {"kl_only"}  # it pulls to the reference, where the policy begins
 
 
 def test_fifty_losses_and_more_fit():
@@ -364,7 +364,7 @@ def test_the_example_of_the_page_trains(tmp_path, monkeypatch):
 
 
 def test_a_known_trap_is_told():
-    with pytest.warns(TrapWarning, match="local normaliser"):
+    with pytest.warns(TrapWarning, match="local normalizer"):
         runs.trainer("bnpo", args=config())
 
 

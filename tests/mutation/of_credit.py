@@ -28,7 +28,7 @@ CREDIT = [
         "batch.py",
         "group[rows].unique()",
         "group.unique()",
-        "a prompt without a valid token is counted by the normaliser",
+        "a prompt without a valid token is counted by the normalizer",
     ),
     (
         "ranks_do_not_add_up",
@@ -114,8 +114,8 @@ CREDIT = [
     (
         "batch_mean_not_subtracted",
         "axes/advantage/baseline.py",
-        "centred = everyone.reward - everyone.mean",
-        "centred = everyone.reward",
+        "centered = everyone.reward - everyone.mean",
+        "centered = everyone.reward",
         "the baseline is missing",
     ),
     (
@@ -128,8 +128,8 @@ CREDIT = [
     (
         "singleton_raw_ignored",
         "axes/advantage/baseline.py",
-        "return torch.where(groups.singleton, self.alone(groups), centred)",
-        "return centred",
+        "return torch.where(groups.singleton, self.alone(groups), centered)",
+        "return centered",
         "singleton='raw' keeps the reward of a group of one",
     ),
     (
@@ -184,8 +184,8 @@ CREDIT = [
     (
         "nemo_loo_not_scaled",
         "axes/advantage/baseline.py",
-        "centred / torch.where(std > 0, std, torch.ones_like(std))",
-        "centred",
+        "centered / torch.where(std > 0, std, torch.ones_like(std))",
+        "centered",
         "the deviation of the others divides",
     ),
     # -- one number a token
@@ -242,7 +242,7 @@ CREDIT = [
     ),
     (
         "reference_gap_reversed",
-        "axes/advantage/per_token.py",
+        "axes/advantage/teacher.py",
         "return ref - signal.batch.old(",
         "return -ref + signal.batch.old(",
         "the policy is pulled to the teacher, not away",
@@ -273,8 +273,8 @@ CREDIT = [
     (
         "whiten_biased",
         "axes/advantage/scale.py",
-        "(centred**2).sum() / (count - 1)",
-        "(centred**2).sum() / count",
+        "(centered**2).sum() / (count - 1)",
+        "(centered**2).sum() / count",
         "the variance is unbiased",
     ),
     (

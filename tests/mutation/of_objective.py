@@ -106,14 +106,14 @@ OBJECTIVE = [
     # -- extra terms
     (
         "imitates_zero_advantage",
-        "axes/extra.py",
+        "axes/extra/terms.py",
         "return -self.coef * (advantage > 0).to(logp.dtype) * logp",
         "return -self.coef * (advantage >= 0).to(logp.dtype) * logp",
         "only what went well is imitated",
     ),
     (
         "square_log_ratio_halved",
-        "axes/extra.py",
+        "axes/extra/terms.py",
         "return self.coef * self._gap(batch) ** 2",
         "return 0.5 * self.coef * self._gap(batch) ** 2",
         "the square is not halved",
@@ -308,7 +308,7 @@ OBJECTIVE = [
         "axes/trust/selective.py",
         "sort(descending=True, stable=True).indices[: _how_many",
         "sort(descending=False, stable=True).indices[: _how_many",
-        "the highest covariances are penalised",
+        "the highest covariances are penalized",
     ),
     (
         "luffy_swapped",

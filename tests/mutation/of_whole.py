@@ -127,7 +127,7 @@ WHOLE = [
         "completion/completion_loss.py",
         "        return normalizer.units\n",
         "        return self.term.units(at)\n",
-        "the normaliser counts over all ranks",
+        "the normalizer counts over all ranks",
     ),
     # -- how it is put together
     (
@@ -149,10 +149,10 @@ WHOLE = [
         "composition/policy_loss.py",
         "Normalizer.of(self._counted(batch).valid, batch.group)",
         "Normalizer.of(batch.valid, batch.group)",
-        "what a filter drops is gone from the normaliser too",
+        "what a filter drops is gone from the normalizer too",
     ),
     (
-        "normaliser_always_local",
+        "normalizer_always_local",
         "composition/policy_loss.py",
         "norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer",
         "norm = self.counts(batch)",
@@ -247,7 +247,7 @@ WHOLE = [
         "composition/policy_loss.py",
         "return dataclasses.replace(super().as_whole(credit, batch), **self._other_weights(batch, None))",
         "return super().as_whole(credit, batch)",
-        "a KL term with an aggregation of its own is normalised over the part, too",
+        "a KL term with an aggregation of its own is normalized over the part, too",
     ),
     (
         "huge_rewards_are_squared",

@@ -36,6 +36,7 @@ class Hook:
     per_completion: bool = False  # an advantage is one number a completion
     old_sampled: bool = False  # the old policy is the one that sampled: there is no other
     at_once: str = ""  # what to set so that the objective gets all rows of an update; "" where nothing does
+    one_field: frozenset[str] = frozenset()  # fields that are one and the same there: a loss may read one of them
     adds: Mapping[str, str] = field(default_factory=dict)  # terms that the trainer adds: {"kl": the setting that does}
 
     @property
@@ -68,6 +69,11 @@ class Hook:
         found += self._rows(loss, at_once)
         found += self._credit(loss)
         found += self._unseen("objective", loss, loss.objective_reads - self.objective)
+        read = loss.objective_reads | (loss.credit_reads if self.makes_own_credit(loss) else frozenset())
+        if len(both := sorted(read & self.one_field)) > 1:
+            found.append(
+                f"it reads {' and '.join(f'Batch.{name}' for name in both)}, and the hook has one field for them"
+            )
         if isinstance(loss, PolicyLoss) and self.carries != "credit":
             found += self._mismatch(loss)
             found += [] if self.weights == "loss" else self._weights(loss)
@@ -129,35 +135,35 @@ class Hook:
         """Why 1/Z is not right: neither of the trainer's counts, nor as a factor of A."""
         if self.weights == "tokens" and (not loss.counted or loss.aggregate.option != "token_mean"):
             yield (
-                f"its normaliser is not the number of tokens (aggregate='{loss.aggregate.option}'"
+                f"its normalizer is not the number of tokens (aggregate='{loss.aggregate.option}'"
                 f"{', with completions left out' if not loss.counted else ''}), by which the trainer divides"
             )
         if self.weights == "counts" and not loss.counted and not self.own_credit:
             cure = "" if not loss.group_filter.acts else " (build it with group_filter='none'; the trainer may filter)"
             yield (
-                "its normaliser does not follow from counts of tokens and completions, and the trainer makes the "
+                "its normalizer does not follow from counts of tokens and completions, and the trainer makes the "
                 f"advantages{cure}"
             )
         if not self.folds(loss):
             return
         if not loss.homogeneous:
             yield (
-                "its normaliser comes as a factor of the advantage, and "
+                "its normalizer comes as a factor of the advantage, and "
                 f"trust='{loss.trust.option}' is not homogeneous in A"
             )
         beside = {"a KL term": loss.kl.in_loss, "an entropy bonus": loss.entropy_coef > 0}
         beside |= {f"extra='{loss.extra.option}'": loss.extra.acts, "a critic": loss.value.active}
         for term in (name for name, there in beside.items() if there):
-            yield f"it has {term}, and its normaliser comes as a factor of the advantage, which that does not have"
+            yield f"it has {term}, and its normalizer comes as a factor of the advantage, which that does not have"
 
     def _other_weights(self, loss: PolicyLoss) -> Iterator[str]:
-        """Why the normaliser of a term that has one of its own is not right: it is made of counts."""
+        """Why the normalizer of a term that has one of its own is not right: it is made of counts."""
         for term, how in (("KL term", loss.kl_aggregate), ("entropy bonus", loss.entropy_aggregate)):
             if how == "same":
                 continue
             counts = loss.counted and AGGREGATE[how].coupling == "token"
             if not (how == "token_mean" if self.weights == "tokens" else counts):
-                yield f"its {term} has a normaliser of its own (aggregate='{how}'), not given by the trainer's counts"
+                yield f"its {term} has a normalizer of its own (aggregate='{how}'), not given by the trainer's counts"
 
     def folds(self, loss: PolicyLoss) -> bool:
         """Whether 1/Z is a factor of the advantage."""
@@ -255,11 +261,12 @@ HOOKS: dict[str, Hook] = {
             "prime_rl",
             '[trainer.loss] type = "custom"',
             credit=None,
-            objective=_POLICIES,
+            objective=_POLICIES | {"teacher_logp"},
             rows="completion",
             carries="advantage",
             weights="tokens",
             old_sampled=True,
+            one_field=frozenset({"ref_logp", "teacher_logp"}),
         ),
         Hook(
             "nemo_rl",

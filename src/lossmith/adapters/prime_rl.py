@@ -45,6 +45,7 @@ def loss_fn(inputs: Any, loss: Any, algorithm: str = "grpo", outputs: Any = None
     given = {
         "logp": inputs.trainer_logprobs, "old_logp": inputs.inference_logprobs,
         "behavior_logp": inputs.inference_logprobs, "ref_logp": inputs.ref_logprobs, "advantage": inputs.advantages,
+        "teacher_logp": inputs.ref_logprobs,  # whichever model its algorithm lets score the tokens
     }  # fmt: skip
     mask = inputs.loss_mask.bool()[None]
     batch = Batch(mask=mask, **{name: wide(x)[None] for name, x in given.items() if x is not None})

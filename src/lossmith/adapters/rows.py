@@ -95,7 +95,7 @@ def check_estimator(hook: Hook, loss: Loss, name: str, known: Mapping[str, tuple
 def objective_half(hook: Hook, loss: Loss) -> Loss:
     """The loss as its objective half runs in this hook: on advantages that are given, under the trainer's 1/Z.
 
-    A local normaliser means all rows of an update here, as it does in Lossmith's own loop.
+    A local normalizer means all rows of an update here, as it does in Lossmith's own loop.
     """
     if not isinstance(loss, PolicyLoss):
         return loss

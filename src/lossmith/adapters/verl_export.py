@@ -43,6 +43,7 @@ _NOT_CARRIED = {
     "memory_gb": "its memory is set by its own settings",
     "device": "it runs on the GPUs that Ray gives it",
     "dtype": "its types are set by its own settings (actor.fsdp_config, rollout.dtype)",
+    "float32_head": "its types are set by its own settings (actor.fsdp_config, rollout.dtype)",
     "compile": "actor.use_torch_compile is its own",
     "value_learning_rate": "its critic is set by its own settings",
     "engine": "the folder is for verl",

@@ -38,6 +38,7 @@ _WORK: dict[str, dict[str, tuple[str, str]]] = {
         "merge": ("merge", "merge"),
     },
     "What a loss is and does": {
+        "tour": ("explore", "tour"),
         "explore": ("explore", "explore"),
         "losses list": ("losses", "list_"),
         "losses show": ("losses", "show"),

@@ -72,7 +72,7 @@ def _differences(console: Console, found: Comparison) -> None:
 
 
 def _marked(value: str, first: str) -> str:
-    """What is not as in the first loss stands out, without colour too."""
+    """What is not as in the first loss stands out, without color too."""
     return escape(value) if value == first else f"[yellow]≠ {escape(value)}[/]"
 
 

@@ -27,7 +27,7 @@ __all__ = ["A_LOSS", "answer", "installer", "script"]
 Shell = Literal["bash", "zsh", "fish"]
 
 _OF_SETTINGS = ("train", "prefer", "bench")  # commands whose options are the fields of a recipe
-_OF_LOSSES = (("losses", "show"), ("losses", "compare"), ("audit",), ("explore",))
+_OF_LOSSES = (("losses", "show"), ("losses", "compare"), ("audit",), ("explore",), ("tour",))
 
 # Marks a value for which the script asks; what it is answered is `answer`'s.
 A_LOSS = Parameter(completer=lambda context: ())

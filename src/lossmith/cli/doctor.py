@@ -21,7 +21,7 @@ def doctor_(
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     fail_on: Literal["warn", "stop", "never"] = "never",
 ) -> None:
-    """What is wrong with a run: no signal, collapse, over-optimisation, a sampler that is not the learner, and more.
+    """What is wrong with a run: no signal, collapse, over-optimization, a sampler that is not the learner, and more.
 
     Looks at metrics.jsonl and rollouts/ of a run that is finished, dead or under way, and runs none of its code.
     docs/doctor.md says what each detector looks for, and how often it is wrong.

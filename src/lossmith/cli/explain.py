@@ -25,6 +25,8 @@ def explain(
     sample: int | None = None,
     token: int | None = None,
     loss: str | None = None,
+    model: str | None = None,
+    device: str = "auto",
     map: str = "",
     html: Path | None = None,
     as_json: Json = False,
@@ -48,6 +50,11 @@ def explain(
         Show the whole chain of this token, counted from 0. Otherwise that of the most pushed.
     loss
         The loss to explain it by, as in --loss "grpo@trl(beta=0.04)". Otherwise the run's own.
+    model
+        A policy to explain it at (a folder, such as the run's policy/, or a hub name): ratios and trust region are then
+        of that policy against the recorded ones. Otherwise the policy that the update began with, whose ratio is 1.
+    device
+        Where that model is computed.
     map
         Which column is which field, for a file of your own: reward=score,completion=text,group=question.
     html
@@ -59,7 +66,7 @@ def explain(
         html = check_writable(html)
     found = explained(
         path, step=step, prompt=prompt, sample=sample, loss=None if loss is None else example(loss),
-        mapping=mapping_of(map),
+        mapping=mapping_of(map), model=model, device=device,
     )  # fmt: skip
     if html is not None:
         write_atomically(html, explanation_page(found))

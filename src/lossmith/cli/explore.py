@@ -1,54 +1,73 @@
-"""`lossmith explore`: a window into a loss."""
+"""`lossmith explore` and `lossmith tour`: losses on a local page."""
 
 from __future__ import annotations
 
+import contextlib
 import webbrowser
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlencode
 
 from cyclopts import Parameter
 from rich.console import Console
 
-__all__ = ["explore"]
+__all__ = ["explore", "tour"]
+
+Open = Annotated[bool, Parameter(name="--browser", negative="--no-browser")]
 
 
-def explore(
-    *losses: str,
-    port: int = 0,
-    browser: Annotated[bool, Parameter(name="--browser", negative="--no-browser")] = True,
-    export: Path | None = None,
-) -> None:
-    """See a loss on a local page: its formula, its weight, what it tells a group, the steps it takes.
+def explore(*losses: str, port: int = 0, browser: Open = True, export: Path | None = None, view: str = "") -> None:
+    """See what a loss does: its formula, its weight, a group, a step, and the truth, on a local page.
 
     Parameters
     ----------
     losses
-        Up to four, to look at side by side: grpo "dapo(clip_high=0.4)" grpo@trl my.py:loss. grpo and dapo if not given.
+        Up to four to begin with: "grpo", "rloo(beta=0.1)", "grpo@trl", "my.py:mine".
     port
-        Port of the page; 0 takes a free one.
+        Port of the page on this machine; 0 takes a free one.
     browser
         Open the page in the browser.
     export
-        Write the view to this HTML file instead, which needs no server.
+        Write the view to this HTML file instead of serving it.
+    view
+        With --export: the address of the view, or what stands after its question mark.
     """
-    from lossmith.explorer import export_view, serve
-    from lossmith.explorer.chosen import build
-    from lossmith.losses.catalogue.call import read_call
+    from lossmith.errors import LossError
+    from lossmith.explorer import export_view
 
-    query = urlencode([("loss", call) for call in losses])
-    own = {name for name in (read_call(call)[0] for call in losses) if ":" in name}
-    for call in losses:
-        build(call)  # refused here, before there is a page to say it on
+    if view and export is None:
+        raise LossError("--view says what to --export FILE; no file is given.")
     if export is not None:
-        path = export_view(query, export, own)
-        Console().print(f"the view is in {path}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"wrote {export_view(export, losses, view)}")
         return
+    _serve(list(losses), port, browser, walk=False)
+
+
+def tour(loss: str = "grpo", /, *, port: int = 0, browser: Open = True) -> None:
+    """A guided walk through RLHF in ten pages, for whoever has never seen it; every page can be changed.
+
+    Parameters
+    ----------
+    loss
+        The loss to walk with.
+    port
+        Port of the page on this machine; 0 takes a free one.
+    browser
+        Open the page in the browser.
+    """
+    _serve([loss], port, browser, walk=True)
+
+
+def _serve(losses: list[str], port: int, browser: bool, *, walk: bool) -> None:
+    from lossmith.explorer import serve
 
     def ready(link: str) -> None:
-        text = f"the explorer is at {link}\nCtrl+C stops it. The address holds the view: keep it, or share it."
-        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+        _say(f"the page is at {link}\nCtrl+C stops it. The address holds the view: keep it, or share it.")
         if browser:
             webbrowser.open(link)
 
-    serve(query, port=port, own=own, on_ready=ready)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(losses, tour=walk, port=port, on_ready=ready)
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -41,8 +41,9 @@ def train(
     accept_changes
         With --resume: go on although the recipe, the prompts, the scorer or the model are not what they were.
     ranks
-        Processes on this machine that share the work, each with a copy of the model: on its own GPU, or its share of
-        the processor's cores. Over several machines: torchrun (docs/many-processes.md).
+        Processes on this machine that share the work, each with a copy of the model (or, with --shard, its part of
+        one): on its own GPU, or its share of the processor's cores. Over several machines: torchrun
+        (docs/many-processes.md).
     as_json
         Print the summary as JSON on standard output, everything else on standard error.
     """

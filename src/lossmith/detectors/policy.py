@@ -87,7 +87,7 @@ def _watched(evidence: Evidence) -> Sign | None:
         return None
     best, now = fell
     sentence = (
-        f"over-optimised: the watched score fell from {best:.3f} to {now:.3f} by step {known[end - 1][0] + 1} while "
+        f"over-optimized: the watched score fell from {best:.3f} to {now:.3f} by step {known[end - 1][0] + 1} while "
         f"the reward was trained on (means over {window} steps; more than {ASKED if asked else UNASKED:g} standard "
         "errors)"
     )

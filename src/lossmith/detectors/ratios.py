@@ -176,7 +176,7 @@ DETECTORS: Sequence[Detector] = (
         ("sampler_gap",),
         _gap,
         "the sampler computes in another precision or with other kernels than the learner (bfloat16: about 0.03)",
-        "correct it in the loss, as grpo(mismatch='tis') or mismatch='icepop' do, or compute in float32 (dtype)",
+        "correct it in the loss, as grpo(mismatch='tis') or mismatch='icepop' do; round less: float32_head or dtype",
         "arXiv:2510.26788",
     ),
 )  # fmt: skip

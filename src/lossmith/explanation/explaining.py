@@ -19,7 +19,9 @@ from lossmith.files import at_home
 from lossmith.losses import Loss, PolicyLoss, parse_loss
 from lossmith.losses.anatomy import Link, Pull
 from lossmith.losses.batch import FIELDS
+from lossmith.policy import load_policy
 from lossmith.replay import Recorded, read_recorded
+from lossmith.replay.model import at_model
 from lossmith.replay.through import Prepared, prepare
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import read_metrics
@@ -36,16 +38,22 @@ def explain(
     loss: Loss | str | Mapping[str, Any] | None = None,
     mapping: Mapping[str, str] | None = None,
     tokenizer: Any | None = None,
+    model: str | Path | None = None,
+    device: str = "auto",
 ) -> Explanation:
     """Why the tokens of a recorded completion were pushed, in numbers that add up to -dL/dlogp, and in words.
 
     path: a run's folder, or rollouts of any trainer that `read_recorded` reads. step: as the file numbers it, the last
     if not given. prompt: its number in the step from 0, its id, or a part of its text. sample: which of the prompt's
     completions; the most pushed if not given. loss: the run's own if not given. tokenizer: for the tokens' texts, that
-    of the run's model if not given. RunError: there is no such step, prompt or sample, or no loss is known.
+    of the run's model if not given. model: a policy to explain it at, such as the run's after the step, whose ratios
+    are not 1, so that a trust region acts; the policy that the update began with if not given. RunError: there is no
+    such step, prompt or sample, no loss is known, or the file has no token ids for the model.
     """
     place = at_home(path)
     record = _step(read_recorded(place, mapping), step)
+    if model is not None:
+        record = at_model(record, load_policy(str(model), device=device, trainable=False))
     recipe = _recipe(place)
     chosen = parse_loss(loss) if loss is not None else _own_loss(place, recipe, record)
     width = record.fields["mask"].shape[1]
@@ -55,7 +63,7 @@ def explain(
     numbers = numbers_of(record, ready)
     row, keys = _choose(record, numbers, prompt, sample)
     tokenizer = tokenizer or find_tokenizer(place, str(recipe.get("model", "")))
-    notes = [*record.notes, *ready.notes, *_cautions(recipe, loss is None)]
+    notes = [*record.notes, *ready.notes, *_cautions(recipe, loss is None, model)]
     reads = chosen.needs | ({"old_logp"} if chosen.uses_old and record.source != "Lossmith" else set())
     unknown = tuple(sorted((reads | {"reward", "group"}) & FIELDS.keys() - record.fields.keys()))
     texts = token_texts(record.rows[row], tokenizer)
@@ -96,7 +104,11 @@ def _own_loss(place: Path, recipe: Mapping[str, Any], record: Recorded) -> Loss:
     return loss
 
 
-def _cautions(recipe: Mapping[str, Any], own: bool) -> list[str]:
+def _cautions(recipe: Mapping[str, Any], own: bool, model: str | Path | None) -> list[str]:
+    if model is not None:
+        return [
+            f"the numbers are those at the policy {model}: of an update that it would make next on these completions"
+        ]
     counts = [recipe.get("updates_per_step", 1), recipe.get("epochs", 1)]
     updates = math.prod(n for n in counts if isinstance(n, int))
     if not own or updates == 1:

@@ -48,6 +48,8 @@ class Numbers:
 
 
 def _logp_words(record: Recorded) -> str:
+    if "logp" in record.fields:
+        return "log π_θ, under the model that was named"
     if "old_logp" in record.fields:
         return "log π_θ, where the update began"
     return "log π_θ, for which the sampler's stands in" if "behavior_logp" in record.fields else "log π_θ"

@@ -1,8 +1,8 @@
-"""A window into a loss: a page on this machine that shows what a loss says, weighs and does. `view` has its numbers."""
+"""A window into the losses: a local page on which one is looked at, turned, tried, and held against the truth.
 
-from lossmith.explorer.export import export_view
-from lossmith.explorer.server import serve
-from lossmith.explorer.shown import view
-from lossmith.explorer.state import State, read_state
+Every number is computed here, with the library; the browser draws.
+"""
 
-__all__ = ["State", "export_view", "read_state", "serve", "view"]
+from lossmith.explorer.app import export_view, make_app, serve
+
+__all__ = ["export_view", "make_app", "serve"]

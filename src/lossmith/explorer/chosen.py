@@ -1,154 +1,192 @@
-"""A chosen loss: the value of its text, its text after a change, and the controls that its parameters ask for."""
+"""The losses of a view: read from an address that nobody vouches for, and written as short as they can be."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from lossmith.errors import LossError, quiet_traps
-from lossmith.losses import KL, CompletionLoss, Loss, PolicyLoss, ValueLoss, describe, find_entry, get_loss
-from lossmith.losses.axes.aggregate import AGGREGATE
+from lossmith.explorer.address import State
+from lossmith.losses import Loss, PolicyLoss, example_loss, find_entry, get_loss
 from lossmith.losses.catalogue.call import read_call
-from lossmith.losses.composition.flat import AXES, pieces_of
-from lossmith.losses.piece import Piece, number
+from lossmith.losses.catalogue.entry import Entry
+from lossmith.losses.composition.flat import AXES
+from lossmith.losses.loss import together
 
-__all__ = ["MAX_LENGTH", "build", "changed", "controls", "spelled"]
+__all__ = ["MOST", "ByParameters", "Chosen", "Own", "chosen_losses", "literal", "load_own", "spec_of", "value_text"]
 
-MAX_LENGTH = 8  # tokens, for losses that divide by the token limit: as `lossmith losses show` has them
-_WORDS = {
-    "truncated": ("keep", "mask", "zero"),
-    "masked": ("leave", "keep"),
-    "kl_aggregate": ("same", *AGGREGATE),
-    "entropy_aggregate": ("same", *AGGREGATE),
-}
+MOST = 4  # losses side by side
+Own = Mapping[str, Entry]  # of somebody's own code, by what the command line said
 
 
-@lru_cache(maxsize=256)
-def build(call: str) -> Loss:
-    """The loss of a call, to be looked at: parameters without an agreed default have their example values.
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A loss of the view. asked: what stands in the address. error: why it, or a change of it, is refused."""
 
-    LossError: as `get_loss`.
-    """
-    name, given = read_call(call)
-    if "name" in given:  # it would be looked up again by that name, which may be code
-        raise LossError(f"{name} is shown under its own name: leave name={given['name']!r} out.")
-    with quiet_traps():
-        loss = get_loss(name, **{**find_entry(name).example, **given})
-        return loss.replace(max_length=MAX_LENGTH) if "max_length" in loss.needs else loss
+    place: int
+    asked: str
+    loss: Loss | None
+    entry: Entry | None
+    spec: str
+    error: str = ""
+    refused: tuple[str, str] = ("", "")  # the parameter and the value that were refused
 
-
-def changed(call: str, name: str, value: Any) -> str:
-    """The call of the same loss with one choice or parameter changed. LossError: as the loss refuses it."""
-    with quiet_traps():
-        loss = build(call).replace(**{name: value})
-        if "max_length" in loss.needs:
-            loss = loss.replace(max_length=MAX_LENGTH)
-    text = spelled(loss, read_call(call)[0])
-    build(text)  # what the loss may not be called by this name is refused here
-    return text
+    @property
+    def letter(self) -> str:
+        return "ABCD"[self.place]
 
 
-def spelled(loss: Loss, name: str) -> str:
-    """The shortest call by which `get_loss` gives this loss: the choices that are not the entry's, then numbers."""
-    flat = {key: value for key, value in loss.to_dict().items() if key not in ("name", "completion", "function")}
-    with quiet_traps():
-        usual = get_loss(name).to_dict()
-        choices = {key: flat[key] for key in ("shaping", *AXES) if key in flat and flat[key] != usual.get(key)}
+@dataclass(frozen=True)
+class ByParameters:
+    """A loss as the key of what was computed of it; its own pieces and functions need not be hashable."""
+
+    flat: str
+    loss: Loss = field(compare=False)
+
+    @classmethod
+    def of(cls, loss: Loss) -> ByParameters:
+        return cls(repr(loss.to_dict()), loss)
+
+
+def load_own(specs: list[str]) -> dict[str, Entry]:
+    """The entries of those that name code of one's own: only what the command line says is ever loaded."""
+    names = [read_call(spec)[0] for spec in specs]
+    return {name: find_entry(name) for name in names if ":" in name}
+
+
+def chosen_losses(state: State, own: Own) -> list[Chosen]:
+    """Up to four; of more the first four, and a problem."""
+    asked = state.all("loss")
+    if len(asked) > MOST:
+        state.problems.append(f"{len(asked)} losses are asked for; the first {MOST} are shown.")
+    found = []
+    for place, spec in enumerate(asked[:MOST]):
+        changes = {key[2:]: value for key, value in state.pairs if key.startswith(f"{place}.")}
+        found.append(_chosen(place, spec, changes, own))
+    return found
+
+
+def _chosen(place: int, asked: str, changes: dict[str, str], own: Own) -> Chosen:
+    try:
+        loss, entry = _read(asked, own)
+    except LossError as error:
+        return Chosen(place, asked, None, None, asked, str(error))
+    spec = spec_of(loss, entry, own)
+    now = loss.to_dict()
+    for key, text in changes.items():
+        if key in now and value_text(now[key]) == text:
+            continue  # a form without scripts sends what nobody touched too
         try:
-            usual = get_loss(name, **choices).to_dict()
-        except LossError:  # these choices go together with a number only
-            usual |= choices
-    rest = {key: value for key, value in flat.items() if usual.get(key, ...) != value}
-    if rest.get("max_length") == MAX_LENGTH and usual.get("max_length", ...) is None:
-        del rest["max_length"]
-    given = ", ".join(f"{key}={_literal(value)}" for key, value in (choices | rest).items())
-    return f"{name}({given})" if given else name
+            with quiet_traps():
+                changed = loss.replace(**{key: literal(text, now.get(key))})
+            spec = spec_of(changed, entry, own)
+            loss, now = _read(spec, own)[0], changed.to_dict()  # what the entry fixes is refused here
+        except LossError as error:
+            return Chosen(place, asked, loss, entry, spec_of(loss, entry, own), str(error), (key, text))
+    return Chosen(place, asked, loss, entry, spec)
 
 
-def _literal(value: Any) -> str:
-    """As a call can say it: infinity has no name there."""
-    if isinstance(value, float) and math.isinf(value):
-        return "1e999" if value > 0 else "-1e999"
-    return repr(value)
-
-
-# -- controls ---------------------------------------------------------------------------------------------------------
-
-
-def controls(loss: Loss, name: str) -> list[dict[str, Any]]:
-    """One for each choice and parameter, in the order of `describe`; those that act come as `main`."""
+def _read(spec: str, own: Own) -> tuple[Loss, Entry]:
+    """LossError: as the library says it, or code that the command line did not name."""
+    if len(spec) > 2000:
+        raise LossError("the loss is longer than 2000 characters.")
+    name, called = read_call(spec)
+    if ":" not in name:
+        return _of_catalogue(spec), find_entry(name)
+    if name not in own:
+        raise LossError(
+            f"{name!r} is somebody's own code, which an address does not load. "
+            f"Name it on the command line: lossmith explore {name}"
+        )
     with quiet_traps():
-        usual = get_loss(name).to_dict()
+        entry = own[name]
+        return entry.build(**together(entry.example, {})).replace(**called), entry
+
+
+def _as_training_does(spec: str, own: Own) -> Loss:
+    """Without values for what has no agreed default; max_length alone is filled in by whoever trains."""
+    if ":" in read_call(spec)[0]:
+        return _read(spec, own)[0]
+    with quiet_traps():
+        loss = get_loss(spec)
+        return loss.replace(max_length=8) if "max_length" in loss.needs else loss
+
+
+@lru_cache(maxsize=2000)
+def _of_catalogue(spec: str) -> Loss:
+    return example_loss(spec)
+
+
+@lru_cache(maxsize=500)
+def _defaults(name: str) -> Loss:
+    """The entry as it is, without values for what has no agreed default."""
+    with quiet_traps():
+        return find_entry(name).build().replace(name=name)
+
+
+def spec_of(loss: Loss, entry: Entry, own: Own = {}) -> str:  # noqa: B006 - never changed
+    """The loss as a recipe would ask for it, with nothing in it that follows from the rest."""
+    name = next((said for said, known in own.items() if known is entry), entry.name)
+    with quiet_traps():
+        usual = entry.build().to_dict() if entry.origin else _defaults(entry.name).to_dict()
+    flat = {k: v for k, v in loss.to_dict().items() if k not in ("name", "function", "completion")}
+    changed = {k: v for k, v in flat.items() if k not in usual or usual[k] != v}
     if isinstance(loss, PolicyLoss):
-        fields = {key: (piece, field) for piece in pieces_of(loss).values() for key, field in _fields(piece)}
-        return [_control(key, value, doc, usual, *fields.get(key, (None, None))) for key, value, doc in describe(loss)]
-    if isinstance(loss, CompletionLoss):
-        own = {key: (loss.term, field) for key, field in _fields(loss.term)}
-        flat = loss.to_dict()
-        return [_control(key, flat[key], f.metadata["doc"], usual, p, f) for key, (p, f) in own.items()]
-    flat = {key: value for key, value in loss.to_dict().items() if key not in ("name", "function")}
-    return [_control(key, value, "a parameter of the function", usual, None, None) for key, value in flat.items()]
+        for key in [k for k in changed if k not in AXES]:
+            fewer = {k: v for k, v in changed.items() if k != key}
+            try:
+                if _as_training_does(_written(name, fewer), own) == loss:
+                    changed = fewer
+            except LossError:  # without it, it would be refused
+                continue
+    return _written(name, changed)
 
 
-def _fields(piece: Piece) -> Iterator[tuple[str, dataclasses.Field]]:
-    for field in dataclasses.fields(piece):
-        yield field.metadata["flat"], field
+def _written(name: str, changed: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{k}={_python(v)}' for k, v in changed.items())})" if changed else name
 
 
-def _control(
-    key: str, value: Any, doc: str, usual: dict[str, Any], piece: Piece | None, field: dataclasses.Field | None
-) -> dict[str, Any]:
-    meta: dict[str, Any] = dict(field.metadata) if field is not None else {}
-    choices = meta.get("choices") or _WORDS.get(key) or tuple(AXES.get(key, ()))
-    default = field.default if field is not None else usual.get(key, value)
-    control = {"name": key, "doc": doc, "main": _acts(key, piece), "optional": key == "advantage_clip"}
-    if choices:
-        options = list(choices) if value in choices else [value, *choices]
-        return control | {"kind": "choice", "value": value, "choices": options}
-    if isinstance(value, bool) or isinstance(default, bool):
-        return control | {"kind": "flag", "value": value}
-    if isinstance(value, (list, tuple, str)):
-        items = [value] if isinstance(value, str) else value
-        return control | {"kind": "list", "text": ", ".join(map(str, items)), "value": None}
-    control["optional"] = key == "advantage_clip" or default is None or bool(meta.get("optional"))
-    whole = str(field.type).startswith("int") if field is not None else isinstance(value, int)
-    span = _span(usual.get(key), default, value, meta, whole)
-    return control | {"kind": "number", "value": _plain(value), "text": _text(value), **span}
+def _python(value: Any) -> str:
+    """As `read_call` reads it: that knows literals only, and infinity is none."""
+    if isinstance(value, float) and math.isinf(value):
+        return "-1e999" if value < 0 else "1e999"
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _acts(key: str, piece: Piece | None) -> bool:
-    """Whether the parameter belongs to a part that does something, or switches one on."""
-    if key in AXES or piece is None:
-        return key in ("trust", "advantage", "advantage_scale", "aggregate")
-    if isinstance(piece, (KL, ValueLoss)):  # always there, with much that few losses set
-        return key == "beta"
-    return piece.acts and key != "eps"
+def value_text(value: Any) -> str:
+    """A parameter as its field shows it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(value_text, value))
+    return repr(value) if isinstance(value, float) else str(value)
 
 
-def _span(usual: Any, default: Any, value: Any, meta: dict[str, Any], whole: bool) -> dict[str, Any]:
-    """The slider's ends and step: the parameter's own range; where that is open, four times the usual value."""
-    low, above, high = meta.get("low"), meta.get("above"), meta.get("high")
-    known = [abs(x) for x in (usual, default) if isinstance(x, (int, float)) and x and math.isfinite(x)]
-    scale = known[0] if known else (1.0 if default is None else 0.25)
-    start = low if low is not None else above if above is not None else 0.0
-    end = high if high is not None else start + 4 * scale
-    finite = [x for x in (value,) if isinstance(x, (int, float)) and math.isfinite(x)]
-    start, end = min([start, *finite]), max([end, *finite])
-    step = 1.0 if whole else 10.0 ** math.floor(math.log10(max((end - start) / 50, 1e-9)))
-    if whole:
-        end = max(math.ceil(end), start + 8) if high is None else end
-    elif above is not None and low is None and start == above:
-        start += step
-    return {"low": start, "high": end, "step": step, "whole": whole}
+def literal(text: str, now: Any) -> Any:
+    """What was typed into a field whose value is `now`. What cannot be read stays text: the library says why not."""
+    text = text.strip()
+    if isinstance(now, bool):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if isinstance(now, (list, tuple)):
+        parts = [x for x in re.split(r"[,;\s]+", text) if x and x != "none"]
+        return [literal(x, 0.0) for x in parts] if all(map(_is_number, parts)) else parts
+    if text.lower() in ("none", ""):
+        return None
+    if isinstance(now, str):
+        return text
+    if re.fullmatch(r"[+-]?\d{1,15}", text):
+        return int(text)
+    return float(text) if _is_number(text) else text
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else "inf" if value == math.inf else number(value)
+def _is_number(text: str) -> bool:
+    try:
+        return not math.isnan(float(text))
+    except ValueError:
+        return False

@@ -15,16 +15,22 @@ from lossmith.losses.axes.advantage.baseline import *
 from lossmith.losses.axes.advantage.per_token import *
 from lossmith.losses.axes.advantage.scale import *
 from lossmith.losses.axes.advantage.signal import *
+from lossmith.losses.axes.advantage.teacher import *
 from lossmith.losses.axes.aggregate import *
-from lossmith.losses.axes.extra import *
+from lossmith.losses.axes.extra.base import *
+from lossmith.losses.axes.extra.divergence import *
+from lossmith.losses.axes.extra.teacher import *
+from lossmith.losses.axes.extra.terms import *
 from lossmith.losses.axes.kl import *
 from lossmith.losses.axes.masks import *
 from lossmith.losses.axes.mismatch import *
 from lossmith.losses.axes.ratio import *
 from lossmith.losses.axes.shaping import *
+from lossmith.losses.axes.trust.asymmetric import *
 from lossmith.losses.axes.trust.base import *
 from lossmith.losses.axes.trust.clipped import *
 from lossmith.losses.axes.trust.completion import *
+from lossmith.losses.axes.trust.rec import *
 from lossmith.losses.axes.trust.selective import *
 from lossmith.losses.axes.trust.soft import *
 from lossmith.losses.axes.value import *
@@ -34,6 +40,7 @@ from lossmith.losses.catalogue import CATALOGUE, get_loss
 from lossmith.losses.catalogue.parse import *
 from lossmith.losses.catalogue.user import register_loss as register_loss
 from lossmith.losses.completion.completion_loss import *
+from lossmith.losses.completion.kin import *
 from lossmith.losses.completion.preferences import *
 from lossmith.losses.completion.regressions import *
 from lossmith.losses.composition.flat import all_parameters as all_parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import LossError
+from lossmith.losses.piece import shown
 
 __all__ = ["as_bool", "as_numbers", "as_whole_numbers", "wide"]
 
@@ -33,7 +33,7 @@ def as_whole_numbers(name: str, given: Any) -> Tensor:
     """Integers as int64."""
     found = _usable(name, given) if isinstance(given, Tensor) else _read(name, given)
     if found.is_floating_point() or found.dtype == torch.bool:
-        what = found.dtype if isinstance(given, Tensor) else reprlib.repr(given)
+        what = found.dtype if isinstance(given, Tensor) else shown(given)
         raise LossError(f"Batch.{name} must hold whole numbers, not {what}.")
     return found.long()
 
@@ -66,7 +66,7 @@ def _read(name: str, given: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):  # whatever torch says of what it cannot read
         raise LossError(
             f"Batch.{name} must be a tensor, or nested lists of numbers whose rows are equally long, "
-            f"not {reprlib.repr(given)}."
+            f"not {shown(given)}."
         ) from None
 
 

@@ -22,9 +22,10 @@ __all__ = ["FIELDS", "Batch", "Field", "Normalizer"]
 class Field:
     """What is true of a field of Batch, said where the field stands; whatever lists fields reads it from FIELDS.
 
-    shapes: of N completions, T tokens, K scores; provider: who fills it in when a loss needs it and it is missing;
-    trained: `lossmith train` does. kind: "logp" (nats), "number" (any), "amount" (at least 0), "share" (0 to 1),
-    "score" (whole numbers and bool are accepted), "flag" (bool) or "whole" (integers). gradient: it may carry one.
+    shapes: of N completions, T tokens, K scores, V tokens of the vocabulary; provider: who fills it in when a loss
+    needs it and it is missing; trained: `lossmith train` does. kind: "logp" (nats), "number" (any), "amount" (at least
+    0), "share" (0 to 1), "score" (whole numbers and bool are accepted), "flag" (bool) or "whole" (integers). gradient:
+    it may carry one.
     """
 
     shapes: tuple[str, ...]
@@ -40,12 +41,14 @@ def _field(shapes: str, provider: str, kind: str = "number", *, trained: bool = 
 
 
 _POLICY, _BOTH, _YOU = "a forward pass of the policy", "a forward pass of the policy and the reference", "you"
+_TEACHER = "a forward pass of the teacher"
 _JUDGES = "whoever judged the pairs (`lossmith prefer` reads it from the preferences)"
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """N completions of at most T response tokens. Only `logp`, `value`, `entropy` and `full_kl` carry gradients.
+    """N completions of at most T response tokens. Only `logp`, `value`, `entropy`, `full_kl`, `vocab_logp` and
+    `divergence` carry gradients.
 
     logp [N, T]           log-probability (nats) of each response token under the policy being trained
     mask [N, T] bool      True on response tokens, the end token included; prompt and padding are False
@@ -53,6 +56,11 @@ class Batch:
     behavior_logp [N, T]  under the distribution really sampled from
     ref_logp [N, T]       under the reference policy (the KL anchor)
     full_kl [N, T]        KL(policy || reference) over the full vocabulary at each position
+    teacher_logp [N, T]   of each response token under a teacher: another policy, or this one that was told more
+    vocab_logp, teacher_vocab_logp [N, T, V]  of every token of the vocabulary at each position, under the policy and
+                          the teacher; or of the same V tokens of it, a top-k say
+    divergence [N, T]     the loss's own divergence of policy and teacher at each position, where whoever has the models
+                          computed it in chunks; the two fields of V tokens are not needed then
     reward [N] or [N, T]  score of each completion, or of each token
     group [N] int         the prompt's number
     advantage [N] or [N, T]  given: the estimator and its scale are bypassed
@@ -80,6 +88,12 @@ class Batch:
     behavior_logp: Tensor | None = _field("NT", "the sampler", "logp", trained=True)
     ref_logp: Tensor | None = _field("NT", "a forward pass of the reference policy", "logp", trained=True)
     full_kl: Tensor | None = _field("NT", f"{_BOTH} over the full vocabulary", "amount", trained=True, gradient=True)
+    teacher_logp: Tensor | None = _field("NT", _TEACHER, "logp", trained=True)
+    vocab_logp: Tensor | None = _field("NTV", f"{_POLICY} over the vocabulary", "logp", trained=True, gradient=True)
+    teacher_vocab_logp: Tensor | None = _field("NTV", f"{_TEACHER} over the vocabulary", "logp", trained=True)
+    divergence: Tensor | None = _field(
+        "NT", f"{_POLICY} and the teacher, over the vocabulary in chunks", trained=True, gradient=True
+    )
     reward: Tensor | None = _field("N NT", "the scorer", "score", trained=True)
     group: Tensor | None = _field(
         "N", "the loop (number the prompts, so that completions of one prompt share a number)", "whole", trained=True
@@ -149,6 +163,7 @@ class Batch:
             raise LossError(f"Batch.{name} is on {tensor.device}, but mask is on {mask.device}. Move it there first.")
         size: dict[str, Any] = dict(zip("NT", mask.shape, strict=True))
         size["K"] = tensor.shape[1] if tensor.ndim == 2 and tensor.shape[1] else "K"
+        size["V"] = tensor.shape[2] if tensor.ndim == 3 and tensor.shape[2] else "V"
         allowed = [tuple(size[letter] for letter in shape) for shape in FIELDS[name].shapes]
         if tuple(tensor.shape) not in allowed:
             wanted = " or ".join(f"[{', '.join(map(str, a))}]" for a in allowed)
@@ -159,6 +174,7 @@ class Batch:
         tensor = getattr(self, name)
         per_row = tensor.ndim == 1 or "NK" in FIELDS[name].shapes
         mask = self.live.view(-1, *[1] * (tensor.ndim - 1)) if per_row else self.valid
+        mask = mask[..., None] if tensor.ndim == 3 else mask
         if tensor.dtype not in (torch.float32, torch.float64):
             raise LossError(
                 f"Batch.{name} is {tensor.dtype}; losses are computed in float32 or wider. Call .float() on it first."
@@ -181,6 +197,7 @@ class Batch:
             bad = (~torch.isfinite(clean)).nonzero().tolist()
             if bad:
                 at = f"row {bad[0][0]}" + (f", token {bad[0][1]}" if clean.ndim > 1 else "")
+                at += f", number {bad[0][2]} of its vocabulary" if clean.ndim > 2 else ""
                 raise LossError(
                     f"Batch.{name} is {float(clean[tuple(bad[0])])} at {at}, a valid position "
                     f"({len(bad)} such values). Drop that rollout or mask it; a loss over it would be meaningless."
@@ -321,7 +338,7 @@ class Normalizer:
         return cls(tokens=int(lengths.sum()), sequences=sequences, groups=groups)
 
     def __add__(self, other: Normalizer) -> Normalizer:
-        """The normaliser of two ranks together (a prompt's completions must stay on one rank)."""
+        """The normalizer of two ranks together (a prompt's completions must stay on one rank)."""
         units = None if self.units is None or other.units is None else self.units + other.units
         return Normalizer(
             self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups, units

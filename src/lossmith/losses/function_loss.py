@@ -43,7 +43,7 @@ class FunctionLoss(Loss):
     def __call__(self, batch: Batch, normalizer: Normalizer | None = None) -> LossOutput:
         if normalizer is not None:
             raise LossError(
-                f"{self.name} is a function with a normaliser of its own: counts over ranks mean nothing to it."
+                f"{self.name} is a function with a normalizer of its own: counts over ranks mean nothing to it."
             )
         for field in sorted(self.reads):
             batch.require(field, self.name)
@@ -59,7 +59,7 @@ class FunctionLoss(Loss):
         )
 
     def weight(self, ratio: Tensor | float, advantage: Tensor | float, old_prob: float = 0.3) -> Tensor:
-        """The shape of w(r, A) by autograd: 1 at r = 1 for A > 0, because the function's normaliser is not known.
+        """The shape of w(r, A) by autograd: 1 at r = 1 for A > 0, because the function's normalizer is not known.
 
         Measured on pairs of completions of one token: one at ratio r with reward and advantage A, one at ratio 1 with
         -A, in one group. 0 where the function gives a token at r = 1 no gradient.

@@ -2,7 +2,7 @@
 
 A loss whose rows are separable works in two halves, so that it can run on micro-batches:
 
-credit     whole rollout batch, no gradient: advantages, masks, and every normaliser
+credit     whole rollout batch, no gradient: advantages, masks, and every normalizer
 objective  with gradient, on any rows of it; the objectives of all rows add up to the loss
 
 A loss that is not separable is evaluated on the whole batch at once.
@@ -128,6 +128,10 @@ def distance_metrics(batch: Batch, tokens: float) -> dict[str, float]:
     for name, anchor in (("kl_old", batch.old_logp), ("kl_ref", batch.ref_logp)):
         if anchor is not None and batch.logp is not None:
             found[name] = float(kl_estimate(batch.logp - anchor, "k3").sum()) / max(tokens, 1)
+    if batch.teacher_logp is not None and batch.logp is not None:
+        found["kl_teacher"] = float((batch.logp - batch.teacher_logp).sum()) / max(tokens, 1)
+    if batch.divergence is not None:
+        found["divergence"] = float(batch.divergence.sum()) / max(tokens, 1)
     if batch.entropy is not None:
         found["entropy"] = float(batch.entropy.sum()) / max(tokens, 1)
     return found
@@ -204,6 +208,13 @@ class Loss(ABC):
         return False
 
     @property
+    def divergence(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Log-probabilities [M, V] of policy and teacher -> what the loss wants of them at each position, [M]: for
+        whoever has the models and computes Batch.divergence in chunks. None: it wants nothing of a vocabulary.
+        """
+        return None
+
+    @property
     def homogeneous(self) -> bool:
         """Whether the policy term is homogeneous in A: with the credit cA it is c times what it is with A, for c > 0.
 
@@ -247,7 +258,7 @@ class Loss(ABC):
 
     @torch.no_grad()
     def as_whole(self, credit: Credit, batch: Batch) -> Credit:
-        """The same advantages where these rows are a batch of their own: normalisers are counted over them alone."""
+        """The same advantages where these rows are a batch of their own: normalizers are counted over them alone."""
         return dataclasses.replace(
             credit, weight=self.token_weights(batch), tokens=batch.tokens, whole=len(batch.valid)
         )
@@ -267,6 +278,10 @@ class Loss(ABC):
     def closed_form_gradient(self, batch: Batch, credit: Credit | None = None) -> Tensor:
         """dL/dlogp [N, T] by formulas, not by autograd."""
         raise NotImplementedError(f"{self.name} states no closed form of its gradient.")
+
+    def closed_form_beside(self, batch: Batch, credit: Credit | None = None) -> dict[str, Tensor]:
+        """{field: dL/dfield} by formulas, of fields of Batch beside logp that the loss states one for."""
+        return {}
 
     def anatomy(self, batch: Batch) -> Anatomy:
         """The numbers that multiply and add up to each token's -dL/dlogp; measured where a loss has no formulas."""

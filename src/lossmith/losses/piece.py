@@ -143,7 +143,8 @@ def is_number(x: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value as an error message quotes it, however long it is."""
-    return reprlib.repr(value)
+    text = reprlib.repr(value)
+    return text if len(text) <= 400 else f"{text[:200]} ..."  # lists in lists in lists
 
 
 Kind = TypeVar("Kind", bound=Piece)

@@ -13,6 +13,7 @@ from lossmith.policy.memory import available_bytes
 from lossmith.policy.merging import merge_adapter
 from lossmith.policy.reading import check_weights, load_policy, read_pretrained
 from lossmith.policy.sampling import check_samples, sample
+from lossmith.policy.teacher import Teacher, check_teacher
 from lossmith.policy.trial import sharing_is_exact
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LoraSettings",
     "Policy",
     "SamplingSettings",
+    "Teacher",
     "TokenOutputs",
     "adapter_base",
     "available_bytes",
@@ -29,6 +31,7 @@ __all__ = [
     "check_compiler",
     "check_model",
     "check_samples",
+    "check_teacher",
     "check_weights",
     "compile_layers",
     "distribution_of",

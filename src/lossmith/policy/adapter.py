@@ -77,15 +77,16 @@ class Adapter:
         """The model with the adapter's products added to its weights; the adapter is gone afterwards."""
         return self.peft.merge_and_unload()
 
-    def narrow_base(self, dtype: torch.dtype) -> None:
+    def narrow_base(self, dtype: torch.dtype, but: nn.Module | None = None) -> None:
         """Hold what is only ever multiplied, and never trained, in the type that it is multiplied in.
 
         Every product would round these weights to it anyway: the numbers are the same to the bit, in half the memory.
+        but: a layer that computes in float32.
         """
         learning = {id(p) for p in self.trained}
         looked_up = {id(m.weight) for m in self.peft.modules() if isinstance(m, nn.Embedding)}
         for module in self.peft.modules():
-            if type(module) is nn.Linear and id(module.weight) not in learning | looked_up:
+            if type(module) is nn.Linear and module is not but and id(module.weight) not in learning | looked_up:
                 module.weight.data = module.weight.data.to(dtype)
                 if module.bias is not None:
                     module.bias.data = module.bias.data.to(dtype)

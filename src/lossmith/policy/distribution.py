@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,22 +66,37 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def log_softmax_under(logits: Tensor, settings: SamplingSettings, keep: Tensor | None = None) -> Tensor:
+def log_softmax_under(
+    logits: Tensor,
+    settings: SamplingSettings,
+    keep: Tensor | None = None,
+    kept: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """Log-probabilities [M, V] of the distribution that is sampled from, given raw logits [M, V] (float32 or wider).
 
     keep [M]: ids that stay in the support whatever the filters say. The learner passes the sampled tokens, so that a
     policy that has moved still gives them a finite log-probability. The support is chosen from the given logits, and
-    no gradient passes through the choice. Temperature 0 is refused: its distribution has no logarithm to train on.
+    no gradient passes through the choice. kept: the support of each row, where the sampler has said what it chose from;
+    the two distributions are then over the same tokens, whatever rounding says. Temperature 0 is refused: its
+    distribution has no logarithm to train on.
     """
     if settings.temperature == 0:
         raise PolicyError("temperature = 0 has no log-probabilities: sample with a temperature above 0.")
     scaled = logits if settings.temperature == 1 else logits / settings.temperature
     if settings.filtered:
-        support = _support(scaled.detach(), settings)
+        support = _support(scaled.detach(), settings) if kept is None else _given(scaled, kept)
         if keep is not None:
             support = support.scatter(1, keep[:, None], True)
         scaled = scaled.masked_fill(~support, -torch.inf)
     return torch.log_softmax(scaled, dim=-1)
+
+
+def _given(scaled: Tensor, kept: Sequence[Sequence[int]]) -> Tensor:
+    """[M, V] bool: True at these ids."""
+    support = torch.zeros(scaled.shape, dtype=torch.bool, device=scaled.device)
+    rows = torch.repeat_interleave(torch.tensor([len(ids) for ids in kept]))
+    support[rows.to(scaled.device), torch.tensor([i for ids in kept for i in ids], device=scaled.device)] = True
+    return support
 
 
 def _support(scaled: Tensor, settings: SamplingSettings) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ _POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*_emb\w*|embed_positions|positions?_em
 
 @dataclass(eq=False)
 class Policy:
-    """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in.
+    """A model with its tokenizer. Master weights are float32; `compute_dtype` is what matrix products run in, those of
+    the head apart where `float32_head` says so.
 
     `version` counts the optimizer steps taken. The model stays in eval mode: dropout would make the ratio differ from
     1 without any update. No pad token is needed anywhere.
@@ -43,6 +44,8 @@ class Policy:
     special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
     shares: bool | None = None  # whether completions may share their prompt; None until it was tested
     adapter: Adapter | None = None  # what learns in the place of the weights
+    float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
+    gather: Callable[[], dict[str, Tensor]] | None = None  # its whole state, where ranks hold it in parts
 
     @property
     def device(self) -> torch.device:
@@ -151,18 +154,23 @@ class Policy:
 
     def frozen(self) -> Policy:
         """What the policy is now, and stays: the reference policy. A copy, or the same weights beside an adapter."""
-        if self.adapter is not None:
-            kept = self.adapter.frozen()
-            return Policy(
-                self.model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares, adapter=kept
-            )
-        model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return Policy(model, self.tokenizer, self.compute_dtype, self.version, shares=self.shares)
+        adapter = None if self.adapter is None else self.adapter.frozen()
+        model = copy.deepcopy(self.model).requires_grad_(False).eval() if adapter is None else self.model
+        return Policy(
+            model,
+            self.tokenizer,
+            self.compute_dtype,
+            self.version,
+            shares=self.shares,
+            adapter=adapter,
+            float32_head=self.float32_head,
+        )
 
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
+        state: Any = self.model.state_dict() if self.gather is None else self.gather()
+        for name, tensor in state.items():
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
@@ -186,12 +194,16 @@ class Policy:
         except ValueError:  # as published, and save_pretrained would refuse it: keep what says where text ends
             ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             self.model.generation_config = GenerationConfig(**ids)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **({} if self.gather is None else {"state_dict": self.gather()}))
         self.tokenizer.save_pretrained(folder)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V], float32 or wider, from last hidden states [..., H], as the model itself makes them."""
-        logits = self.model.get_output_embeddings()(hidden)
+        if self.float32_head:
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self.model.get_output_embeddings()(hidden.float())
+        else:
+            logits = self.model.get_output_embeddings()(hidden)
         logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         config = self.model.config.get_text_config()
         if getattr(config, "logit_scale", None):  # Cohere

@@ -8,8 +8,9 @@ recomputed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,10 +22,18 @@ from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
 from lossmith.policy.load import Policy
+from lossmith.policy.sharded import gathered
+from lossmith.policy.teacher import Teacher
 from lossmith.policy.trial import sharing_is_exact
 from lossmith.rollouts import Distribution, Rollout
 
 __all__ = ["TokenOutputs", "distribution_of", "token_outputs"]
+
+Divergence = Callable[[Tensor, Tensor], Tensor]  # log-probabilities [M, V] of policy and teacher -> [M]
+_AT_ONCE = 32 << 20  # bytes of the logits of a chunk whose divergence is computed: a dozen of that size are held
+
+
+Kept: TypeAlias = list[tuple[int, ...]] | None  # the support at each position, where the sampler said it
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +45,7 @@ class TokenOutputs:
     distribution: Distribution
     entropy: Tensor | None = None  # [N, T], of the distribution at each position
     full_kl: Tensor | None = None  # [N, T], KL(policy || reference) at each position
+    divergence: Tensor | None = None  # [N, T], of policy and teacher at each position
     value: Tensor | None = None  # [N, T], the critic's value before each token
 
 
@@ -53,31 +63,45 @@ def token_outputs(
     layout: Layout = "shared",
     want: frozenset[str] = frozenset(),
     reference: Policy | None = None,
+    teacher: Teacher | None = None,
+    divergence: Divergence | None = None,
     chunk: int = 512,
     activation_checkpointing: bool = False,
 ) -> TokenOutputs:
     """Log-probabilities of the rollouts' tokens, under the distribution they were sampled from.
 
-    want: any of "entropy", "full_kl" (with `reference`), "value" (with a value head).
+    want: any of "entropy", "full_kl" (with `reference`), "value" (with a value head), "divergence" (of the policy
+    from the `teacher` at each position, as the function `divergence` has it; the teacher is given no gradient).
     chunk: response positions whose logits [chunk, V] exist at one time.
     activation_checkpointing: store the inputs of layers only, and run the layers again in the backward pass.
     """
     _check_request(policy, rollouts, settings, want, reference)
+    if "divergence" in want and (teacher is None or divergence is None):
+        raise PolicyError("divergence needs a teacher, and the function that is wanted of both.")
     if layout in ("shared", "packed") and not sharing_is_exact(policy):
         layout = "right"
-    with policy.computing():
+    ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
+    sets = [each for r in rollouts for each in r.kept or ()]
+    kept = sets if len(sets) == len(ids) else None
+    head = _Head(policy, reference, settings, want, None if teacher is None else teacher.policy, divergence)
+
+    def forward() -> list[Tensor]:
         with checkpoint_activations(policy.model) if activation_checkpointing else contextlib.nullcontext():
             hidden = hidden_states(policy, rollouts, layout)
-        ref_hidden = None
+        ref_hidden = teacher_hidden = None
         if "full_kl" in want and reference is not None:
             with torch.no_grad(), reference.computing():
                 ref_hidden = hidden_states(reference, rollouts, layout)
-        ids = torch.tensor([i for r in rollouts for i in r.completion_ids], device=policy.device)
-        head = _Head(policy, reference, settings, want)
+        if "divergence" in want and teacher is not None:
+            with torch.no_grad(), teacher.policy.computing():
+                shares = sharing_is_exact(teacher.policy)
+                teacher_hidden = hidden_states(teacher.policy, teacher.sees(rollouts), layout if shares else "right")
         if head.names == ["logp"] and head_is_plain(policy, settings):
-            flat = [chosen_log_probs(policy, hidden, ids, settings, chunk)]
-        else:
-            flat = head.in_chunks(hidden, ids, ref_hidden, chunk)
+            return [hidden, chosen_log_probs(policy, hidden, ids, settings, chunk)]
+        return [hidden, *head.in_chunks(hidden, ids, (ref_hidden, teacher_hidden), chunk, kept)]
+
+    with policy.computing():
+        hidden, *flat = gathered(policy.model, forward)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device)[None] < lengths[:, None]
     columns = {name: _unflatten(x, mask) for name, x in zip(head.names, flat, strict=True)}
@@ -88,28 +112,46 @@ def token_outputs(
 
 
 class _Head:
-    """Hidden states of one chunk -> columns [M] of log-probability, entropy, full KL."""
+    """Hidden states of one chunk -> columns [M] of log-probability, entropy, full KL, divergence from the teacher."""
 
     def __init__(
-        self, policy: Policy, reference: Policy | None, settings: SamplingSettings, want: frozenset[str]
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        settings: SamplingSettings,
+        want: frozenset[str],
+        teacher: Policy | None = None,
+        divergence: Divergence | None = None,
     ) -> None:
         self.policy, self.reference, self.settings = policy, reference, settings
-        self.names = ["logp"] + [name for name in ("entropy", "full_kl") if name in want]
+        self.teacher, self.divergence = teacher, divergence
+        self.names = ["logp"] + [name for name in ("entropy", "full_kl", "divergence") if name in want]
 
-    def in_chunks(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, chunk: int) -> list[Tensor]:
-        pieces = [
-            self(hidden[i : i + chunk], ids[i : i + chunk], None if ref_hidden is None else ref_hidden[i : i + chunk])
-            for i in range(0, len(ids), chunk)
-        ]
+    def in_chunks(
+        self, hidden: Tensor, ids: Tensor, others: tuple[Tensor | None, ...], chunk: int, kept: Kept = None
+    ) -> list[Tensor]:
+        """others: hidden states of the reference and of the teacher, where they are wanted."""
+        if "divergence" in self.names:
+            chunk = min(chunk, max(1, _AT_ONCE // (4 * self.policy.model.get_output_embeddings().weight.shape[0])))
+        pieces = []
+        for i in range(0, len(ids), chunk):
+            rows = slice(i, i + chunk)
+            ref_hidden, teacher_hidden = (None if x is None else x[rows] for x in others)
+            sets = None if kept is None else kept[rows]
+            pieces.append(self(hidden[rows], ids[rows], ref_hidden, teacher_hidden, sets))
         return [torch.cat(columns) for columns in zip(*pieces, strict=True)]
 
-    def __call__(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(
+        self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, teacher_hidden: Tensor | None, kept: Kept
+    ) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
-            return checkpoint(self._columns, hidden, ids, ref_hidden, use_reentrant=False)
-        return self._columns(hidden, ids, ref_hidden)
+            return checkpoint(self._columns, hidden, ids, ref_hidden, teacher_hidden, kept, use_reentrant=False)
+        return self._columns(hidden, ids, ref_hidden, teacher_hidden, kept)
 
-    def _columns(self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None) -> tuple[Tensor, ...]:
-        logps = log_softmax_under(self.policy.logits(hidden), self.settings, keep=ids)
+    def _columns(
+        self, hidden: Tensor, ids: Tensor, ref_hidden: Tensor | None, teacher_hidden: Tensor | None, kept: Kept
+    ) -> tuple[Tensor, ...]:
+        logps = log_softmax_under(self.policy.logits(hidden), self.settings, keep=ids, kept=kept)
         columns = [logps.gather(1, ids[:, None])[:, 0]]
         if "entropy" in self.names:
             columns.append(-_expectation(logps, logps))
@@ -117,6 +159,12 @@ class _Head:
             with torch.no_grad(), self.reference.computing():
                 ref_logps = log_softmax_under(self.reference.logits(ref_hidden), self.settings)
             columns.append(_expectation(logps, logps - ref_logps))
+        if teacher_hidden is not None and self.teacher is not None and self.divergence is not None:
+            with torch.no_grad(), self.teacher.computing():
+                # numbers of its vocabulary beyond the policy's are padding, no token
+                logits = self.teacher.logits(teacher_hidden)[:, : logps.shape[1]]
+                teacher_logps = log_softmax_under(logits, self.settings)
+            columns.append(self.divergence(logps, teacher_logps))
         return tuple(columns)
 
 
@@ -145,5 +193,7 @@ def _check_request(
         raise PolicyError("full_kl needs a reference policy.")
     if "full_kl" in want and settings.filtered:
         raise PolicyError("full_kl with top_p or top_k is infinite wherever the two supports differ: turn them off.")
+    if "divergence" in want and settings.filtered:
+        raise PolicyError("a divergence over the vocabulary with top_p or top_k is infinite: turn them off.")
     if "value" in want and policy.value_head is None:
         raise PolicyError("value needs a value head: call policy.add_value_head() first.")

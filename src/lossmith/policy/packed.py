@@ -24,7 +24,8 @@ def packed_weights(policy: Policy) -> Iterator[None]:
     """Within, linear layers multiply by packed copies: on a CPU, in bfloat16, without gradient. Elsewhere as before."""
     # Those that are nothing but a product: a subclass, or a forward that somebody replaced, may do more.
     plain = (m for m in policy.model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__)
-    layers = list(plain) if _can_pack(policy) else []
+    head = policy.model.get_output_embeddings() if policy.float32_head else None
+    layers = [m for m in plain if m is not head] if _can_pack(policy) else []
     try:
         for layer in layers:
             layer.__dict__["forward"] = _packed_forward(layer)  # hides the class's own

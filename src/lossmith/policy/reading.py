@@ -18,7 +18,7 @@ from lossmith.policy.memory import keep_freed_memory
 from lossmith.policy.text import SpecialTokens, check_special_tokens
 from lossmith.policy.trial import sharing_is_exact
 
-__all__ = ["check_weights", "load_policy", "read_pretrained"]
+__all__ = ["check_head", "check_weights", "load_policy", "read_pretrained"]
 
 
 def load_policy(
@@ -30,6 +30,7 @@ def load_policy(
     special_tokens: SpecialTokens = "answer",
     chat_template: str | None = None,
     lora: LoraSettings | None = None,
+    float32_head: bool = False,
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
 
@@ -38,7 +39,7 @@ def load_policy(
 
     dtype: what matrix products run in: auto, float32 or bfloat16; the weights themselves are float32.
     special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
-    the model has several.
+    the model has several. float32_head: logits in float32 where the other products are in bfloat16.
 
     PolicyError: what check_model finds, weights that are missing, damaged or not finite, an adapter that does not fit,
     or a model whose sampling or log-probabilities are not those of its plain forward pass.
@@ -52,14 +53,19 @@ def load_policy(
     if adapter is None or not trainable:
         network.requires_grad_(trainable)
     policy = Policy(
-        network.to(where).eval(), tokenizer, find_dtype(dtype, where), special_tokens=special_tokens, adapter=adapter
+        network.to(where).eval(),
+        tokenizer,
+        find_dtype(dtype, where),
+        special_tokens=special_tokens,
+        adapter=adapter,
+        float32_head=float32_head,
     )
     if chat_template is not None:
         policy.use_template(chat_template)
     _check_parts(policy, str(model))
     sharing_is_exact(policy)
     if adapter is not None and policy.compute_dtype != torch.float32:
-        adapter.narrow_base(policy.compute_dtype)
+        adapter.narrow_base(policy.compute_dtype, but=network.get_output_embeddings() if float32_head else None)
     return policy
 
 
@@ -155,18 +161,22 @@ def check_weights(network: Any, name: str, error: Any) -> None:
                 raise error(f"the weights of {name!r} hold {bad} (in {key}): they are damaged, or training diverged.")
 
 
-def _check_parts(policy: Policy, name: str) -> None:
-    """What is used later: a body apart from the head, end tokens, texts that can be saved again."""
-    model = policy.model
+def check_head(model: Any, name: str) -> None:
+    """PolicyError where there is no body apart from a head."""
     if model.base_model is model or model.get_output_embeddings() is None or model.get_input_embeddings() is None:
         raise PolicyError(
             f"{name!r} holds a {type(model).__name__}, whose body and head cannot be told apart, so its "
             "log-probabilities cannot be computed here: give a model of another kind."
         )
+
+
+def _check_parts(policy: Policy, name: str) -> None:
+    """What is used later: a body apart from the head, end tokens, texts that can be saved again."""
+    check_head(policy.model, name)
     assert isinstance(policy.eos_ids, frozenset)  # refuses what it cannot read
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            model.config.save_pretrained(scratch)
+            policy.model.config.save_pretrained(scratch)
             policy.tokenizer.save_pretrained(scratch)
     except Exception as problem:  # transformers alone runs here
         raise PolicyError(f"{name!r} could be trained but not saved: {in_brief(problem)}") from None

@@ -26,7 +26,7 @@ from lossmith.policy.writing import OpenCompletion, make_cache, write
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Distribution, LogProbs, Rollout
 
-__all__ = ["check_samples", "sample", "uniforms"]
+__all__ = ["as_rollout", "check_samples", "encode_within", "holds_stop", "key_of", "sample", "uniforms"]
 
 
 def sample(
@@ -49,7 +49,7 @@ def sample(
     PolicyError: n copies of a greedy completion, or a prompt too long for the model's context.
     """
     check_samples(n, settings)
-    encoded = [_encode(policy, prompt, settings) for prompt in prompts]
+    encoded = [encode_within(policy, prompt, settings) for prompt in prompts]
     distinct = list({prompt.id: p for p, prompt in enumerate(prompts)}.values())
     order = sorted(distinct, key=lambda p: len(encoded[p]))  # prompts of like length side by side
     pending = deque(
@@ -71,7 +71,7 @@ def sample(
             done += len(ended)
             for row in ended:
                 group = written[row.prompt.id]
-                group.append(_rollout(policy, row, settings, distribution))
+                group.append(as_rollout(policy, row, settings, distribution))
                 if len(group) == n:
                     group.sort(key=lambda r: r.sample)
                     if on_group is not None:
@@ -93,11 +93,18 @@ def check_samples(n: int, settings: SamplingSettings) -> None:
 
 def uniforms(seed: int, step: int, prompt_key: str, sample: int, settings: SamplingSettings) -> np.ndarray:
     """[max_tokens] numbers in [0, 1), a function of their key alone (Philox, a counter-based generator)."""
-    key = hashlib.blake2b(f"{seed}/{step}/{prompt_key}/{sample}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(settings.max_tokens)
+    key = key_of(seed, step, prompt_key, sample)
+    return np.random.Generator(np.random.Philox(key=key)).random(settings.max_tokens)
 
 
-def _encode(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tuple[int, ...]:
+def key_of(seed: int, step: int, prompt_key: str, sample: int) -> int:
+    """128 bits that are one completion's own: where all its random numbers come from."""
+    text = f"{seed}/{step}/{prompt_key}/{sample}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def encode_within(policy: Policy, prompt: Prompt, settings: SamplingSettings) -> tuple[int, ...]:
+    """The prompt's ids. PolicyError: with max_tokens they exceed the model's context."""
     ids = policy.encode(prompt)
     if len(ids) + settings.max_tokens > policy.context_length:
         raise PolicyError(
@@ -111,13 +118,13 @@ def _finish(policy: Policy, ends: frozenset[int], settings: SamplingSettings, ro
     """Set the finish reason of a row that has just ended: an end token, a stop string, or the budget."""
     if row.ids[-1] in ends:
         row.finish = "eos"
-    elif settings.stop and _stops(policy, row, settings.stop):
+    elif settings.stop and holds_stop(policy, row, settings.stop):
         row.finish = "stop"
     elif len(row.ids) == settings.max_tokens:
         row.finish = "length"
 
 
-def _stops(policy: Policy, row: OpenCompletion, stop: tuple[str, ...]) -> bool:
+def holds_stop(policy: Policy, row: OpenCompletion, stop: tuple[str, ...]) -> bool:
     """Whether the last token completes a stop string, special tokens spelled out. Every token is a byte or more."""
     far = max(len(text.encode("utf-8", "replace")) for text in stop) + 1
     before, last = [*row.prompt_ids, *row.ids[:-far]], row.ids[-far:]
@@ -125,7 +132,8 @@ def _stops(policy: Policy, row: OpenCompletion, stop: tuple[str, ...]) -> bool:
     return any(end in text for end in stop)
 
 
-def _rollout(policy: Policy, row: OpenCompletion, settings: SamplingSettings, distribution: Distribution) -> Rollout:
+def as_rollout(policy: Policy, row: OpenCompletion, settings: SamplingSettings, distribution: Distribution) -> Rollout:
+    """A completion that has ended, with its text: up to the stop string, where one ended it."""
     text = policy.decode(row.ids, row.prompt_ids)
     if row.finish == "stop":
         whole = policy.decode(row.ids, row.prompt_ids, "all")

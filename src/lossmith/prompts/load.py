@@ -14,7 +14,7 @@ from lossmith.prompts.content import is_blank, read_content
 from lossmith.prompts.prompt import SYSTEM_COLUMNS, Content, Prompt, PromptSet
 from lossmith.prompts.sources import rows_of
 
-__all__ = ["default_prompts_path", "load_prompts"]
+__all__ = ["default_prompts_path", "is_target", "load_prompts"]
 
 # Columns that hold what a policy must not be given: the loss reads the policy's own outputs, never a target.
 # Only letters are compared, in lower case: "Ground Truth", "ground-truth", "groundTruth" and "answer_2" are all meant.
@@ -31,6 +31,11 @@ SCORER_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 # Where other people's files keep the prompt.
 USUAL = ("question", "instruction", "messages", "conversations", "conversation", "query", "problem", "input", "text")
 _TABLE_LINE = re.compile(r"\.[ct]sv:\d+$", re.IGNORECASE)
+
+
+def is_target(column: str) -> bool:
+    """Whether a column of this name holds what a policy must not be given, unless its user says so."""
+    return re.sub("[^a-z]", "", column.lower()) in TARGETS
 
 
 def default_prompts_path() -> Path:
@@ -98,7 +103,7 @@ def _prompt(row: Mapping[str, Any], where: str, column: str, passed: Sequence[st
     for key, value in columns.items():
         if key in SCORER_ARGUMENTS:
             raise PromptError(f"{where}: the column {key!r} has the name of a scorer's argument; rename it.")
-        if re.sub("[^a-z]", "", key.lower()) in TARGETS and key not in passed and not _is_empty(value):
+        if is_target(key) and key not in passed and not _is_empty(value):
             raise PromptError(
                 f"{where}: the column {key!r} looks like a target, and policy learning takes inputs only. If the "
                 f'scorer may see it: pass_columns = ["{key}"]. Else remove the column.'

@@ -5,7 +5,7 @@ prove(loss)            every finding with its number
 assert_conforms(f, x)  raises where somebody's function is not loss x, called as its trainer calls it
 audit(loss)            the page as data; lossmith.report.audit and `lossmith audit` show it
 group_gradients, bias  the expected gradient over all groups of a policy small enough to enumerate
-kl_table()             what each KL term regularises
+kl_table()             what each KL term regularizes
 """
 
 from lossmith.proofs.auditing import Audit, audit

@@ -1,7 +1,7 @@
 """Whether somebody's loss function is the loss that it is taken for, called as its trainer calls it.
 
 assert_conforms(my_loss, "grpo@trl", convention="verl") raises at the first difference and says in words what it is:
-the sign, the side of the clip, the normaliser, a mask, a gradient that is stopped.
+the sign, the side of the clip, the normalizer, a mask, a gradient that is stopped.
 """
 
 from __future__ import annotations

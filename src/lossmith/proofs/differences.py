@@ -1,6 +1,6 @@
 """The first difference between a foreign function and a named loss, in words.
 
-Three ways to say it, the plainest that holds: the same numbers up to one factor (a sign, a normaliser); the same
+Three ways to say it, the plainest that holds: the same numbers up to one factor (a sign, a normalizer); the same
 numbers as a near relative of the named loss (another aggregation, another clip); or where it differs, by ratio and
 sign of the advantage.
 """
@@ -93,7 +93,7 @@ def _cut(found: Comparison, tolerance: float) -> str:
     if not found.what.startswith("micro-batches"):
         return ""
     return (
-        f"the normaliser. With {found.what} the shares add up to {float(found.theirs[0]):.6g}, where the whole batch "
+        f"the normalizer. With {found.what} the shares add up to {float(found.theirs[0]):.6g}, where the whole batch "
         f"has {float(found.ours[0]):.6g}: a piece must be divided by the counts of the whole, which the trainer hands "
         "over, and not by its own."
     )
@@ -106,7 +106,7 @@ def _factor(found: Comparison, tolerance: float) -> str:
         return ""
     value = gap(found.ours[0] * factor, found.theirs[0], 1e-9) <= tolerance
     both = "value and gradient are" if value else "the gradient is"
-    return f"the normaliser. With {found.what}, {both} {factor:.6g} times as large{_known(found, abs(factor))}."
+    return f"the normalizer. With {found.what}, {both} {factor:.6g} times as large{_known(found, abs(factor))}."
 
 
 def _proportion(ours: Tensor, theirs: Tensor, tolerance: float) -> float | None:
@@ -311,7 +311,7 @@ def _advantage(found: Comparison) -> Tensor:
 def _axis(words: str) -> str:
     """What kind of choice was changed."""
     kinds = {
-        "aggregate": "the normaliser",
+        "aggregate": "the normalizer",
         "ratio_level": "the ratio",
         "denominator": "the ratio",
         "trust": "the trust region",

@@ -27,6 +27,7 @@ __all__ = [
     "LIMIT",
     "WORLD_FIELDS",
     "Bias",
+    "Expectation",
     "GroupGradients",
     "Tree",
     "World",
@@ -114,6 +115,10 @@ class Tree:
         states = self.states(theta)
         return self.at((states.exp() * (states - self.states(ref))).sum(1))
 
+    def vocabulary_logp(self, theta: Tensor) -> Tensor:
+        """Log-probabilities of all tokens before each token, [S, L, V], with gradient; 0 where there is no token."""
+        return torch.where(self.mask[..., None], self.states(theta)[self.state], 0.0)
+
     def sequence_kl(self, a: Tensor, b: Tensor) -> Tensor:
         """KL(a ‖ b) of the distributions of completions, nats, with gradient."""
         la, lb = self.logp(a), self.logp(b)
@@ -134,24 +139,31 @@ class World:
     behavior: Tensor  # [P], sampled the completions
     ref: Tensor  # [P]
     reward: Tensor  # [S]
-    old: Tensor | None = None  # [P], the policy at the start of the update; None: the behaviour policy
-    exact_critic: bool = False  # values are E[r | prefix] under the behaviour policy, not somewhere near the mean
+    old: Tensor | None = None  # [P], the policy at the start of the update; None: the behavior policy
+    exact_critic: bool = False  # values are E[r | prefix] under the behavior policy, not somewhere near the mean
     truncates: bool = True  # what the length limit ended counts as truncated
 
     @cached_property
     def probability(self) -> Tensor:
-        """Of each completion under the behaviour policy, [S]."""
+        """Of each completion under the behavior policy, [S]."""
         return self.tree.logp(self.behavior).exp()
 
     @cached_property
     def jacobians(self) -> dict[str, Tensor]:
-        """{leaf: d leaf / d theta [S, L, P]}; a critic has parameters of its own."""
+        """{leaf: d leaf / d theta [S, L, P]}, [S, L·V, P] of a vocabulary; a critic has parameters of its own."""
         tree, functional = self.tree, torch.autograd.functional
         return {
             "logp": functional.jacobian(tree.token_logp, self.theta),
             "entropy": functional.jacobian(tree.entropy, self.theta),
             "full_kl": functional.jacobian(lambda theta: tree.full_kl(theta, self.ref), self.theta),
+            "divergence": functional.jacobian(lambda theta: tree.full_kl(theta, self.teacher), self.theta),
+            "vocab_logp": functional.jacobian(tree.vocabulary_logp, self.theta).flatten(1, 2),
         }
+
+    @property
+    def teacher(self) -> Tensor:
+        """[P], a teacher: as far from the policy as the reference, on the other side."""
+        return 2 * self.theta - self.ref
 
     def gradient(self, value: Callable[[Tensor], Tensor]) -> Tensor:
         """d value(theta) / d theta, [P]."""
@@ -168,6 +180,10 @@ class World:
     def true_gradient(self, beta: float = 0.0) -> Tensor:
         """∇(E[r] - β·KL(π‖π_ref)) at theta, of the distribution of completions, exactly. [P]"""
         return self.gradient(lambda t: self.expected_reward(t) - beta * self.tree.sequence_kl(t, self.ref))
+
+    def optimum(self, beta: float) -> Tensor:
+        """The probabilities of completions that maximize E[r] - β·KL(π‖π_ref), any policy: π_ref·exp(r/β)/Z. [S]"""
+        return (self.tree.logp(self.ref) + self.reward / beta).softmax(0)
 
     def field(self, name: str) -> Tensor:
         """A batch field of all S completions. ProofError: this world does not have it."""
@@ -237,6 +253,10 @@ WORLD_FIELDS: dict[str, Callable[[World], Tensor]] = {
     "behavior_logp": lambda w: w.tree.token_logp(w.behavior),
     "ref_logp": lambda w: w.tree.token_logp(w.ref),
     "full_kl": lambda w: w.tree.full_kl(w.theta, w.ref),
+    "teacher_logp": lambda w: w.tree.token_logp(w.teacher),
+    "vocab_logp": lambda w: w.tree.vocabulary_logp(w.theta),
+    "teacher_vocab_logp": lambda w: w.tree.vocabulary_logp(w.teacher),
+    "divergence": lambda w: w.tree.full_kl(w.theta, w.teacher),
     "entropy": lambda w: w.tree.entropy(w.theta),
     "reward": lambda w: w.reward,
     "group": lambda w: torch.zeros(len(w.reward), dtype=torch.int64),
@@ -283,14 +303,14 @@ class GroupGradients:
 
     def variance(self, term: str = "loss") -> float:
         """Trace of the covariance of one group's gradient."""
-        centred = self.terms[term] - self.mean(term)
-        return float(self.weight @ (centred**2).sum(1))
+        centered = self.terms[term] - self.mean(term)
+        return float(self.weight @ (centered**2).sum(1))
 
 
 def group_gradients(
     loss: Any, world: World, size: int = 4, samples: int = LIMIT, seed: int = 0, main: bool = False
 ) -> GroupGradients:
-    """The gradients of the loss, and of each of its terms, over groups of `size` completions of the behaviour policy.
+    """The gradients of the loss, and of each of its terms, over groups of `size` completions of the behavior policy.
 
     main: only what follows the reward, the policy term where there is one (faster).
     """
@@ -303,6 +323,46 @@ def group_gradients(
         names = sorted({term for one in found for term in one})  # it may be absent where it has nothing to say
         terms = {term: torch.cat([one.get(term, nothing) for one in found]) for term in names}
     return GroupGradients(weight, terms, exact)
+
+
+class Expectation:
+    """The expected gradient of a loss at one policy after the other, over all groups of `size`: the mean of
+    `group_gradients`, by one backward pass where the loss keeps groups apart.
+
+    What a token counts in its group (1/Z) does not depend on the policy, and is worked out once, at the first world.
+    """
+
+    def __init__(self, loss: Any, size: int) -> None:
+        self.loss, self.size = loss, size
+        self._weights: dict[str, Tensor] | None = None
+
+    def gradient(self, world: World) -> Tensor:
+        """dE[L]/dtheta, [P]. ProofError, LossError: the loss cannot be evaluated here."""
+        completions = len(world.probability)
+        if not _keeps_groups_apart(self.loss) or math.comb(completions + self.size - 1, self.size) > LIMIT:
+            return group_gradients(self.loss, world, self.size).mean()
+        groups, weight, _ = _groups(world.probability, self.size, LIMIT, 0)
+        theta = world.theta.clone().requires_grad_()
+        here = dataclasses.replace(world, theta=theta)
+        columns = {name: here.field(name) for name in batch_fields(self.loss)}
+        fields = {name: x[groups.flatten()] for name, x in columns.items()}
+        if "group" in fields:
+            fields["group"] = torch.arange(len(groups)).repeat_interleave(self.size)
+        batch = Batch(**fields)
+        credit = self.loss.credit(batch)
+        if self._weights is None:
+            self._weights = _weights_alone(self.loss, batch, credit, self.size)
+        of_rows = weight.repeat_interleave(self.size)[:, None]
+        parts: dict[str, Any] = {name: x * of_rows for name, x in self._weights.items()}
+        total = self.loss.objective(batch, dataclasses.replace(credit, **parts)).loss
+        return torch.autograd.grad(total, theta)[0] if total.requires_grad else torch.zeros_like(world.theta)
+
+
+def _weights_alone(loss: PolicyLoss, batch: Batch, credit: Any, size: int) -> dict[str, Tensor]:
+    """{name: [N, T]} of the credit's weights, each group counted as if it were alone."""
+    parts = [slice(start, start + size) for start in range(0, len(batch.valid), size)]
+    alone = [loss.as_whole(credit.rows(part), batch.rows(part)).parts for part in parts]
+    return {name: torch.cat([part[name] for part in alone]) for name in alone[0] if name.endswith("weight")}
 
 
 def _keeps_groups_apart(loss: Any) -> bool:
@@ -319,10 +379,7 @@ def _at_once(
     """
     batch, leaves = _batch(columns, groups)
     credit = loss.credit(batch)
-    parts = [slice(start, start + groups.shape[1]) for start in range(0, groups.numel(), groups.shape[1])]
-    alone = [loss.as_whole(credit.rows(part), batch.rows(part)).parts for part in parts]
-    names = [name for name in alone[0] if name.endswith("weight")]
-    weights: dict[str, Any] = {name: torch.cat([part[name] for part in alone]) for name in names}
+    weights: dict[str, Any] = _weights_alone(loss, batch, credit, groups.shape[1])
     found = _terms(loss.objective(batch, dataclasses.replace(credit, **weights)), leaves, world, groups, main)
     for i in (0, len(groups) // 2, len(groups) - 1):
         for term, gradient in _alone(loss, columns, world, groups[i], main).items():
@@ -358,7 +415,7 @@ def _terms(output: Any, leaves: dict[str, Tensor], world: World, groups: Tensor,
             slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
             for leaf, slope in zip(leaves, slopes, strict=True):
                 if slope is not None and leaf in world.jacobians:
-                    of_groups = slope.view(*groups.shape, -1)
+                    of_groups = slope.reshape(*groups.shape, -1)
                     gradient = gradient + torch.einsum("mgl,mglp->mp", of_groups, world.jacobians[leaf][groups])
         found[term] = gradient
     return found | ({"policy": found["loss"]} if "policy" in output.terms and "policy" not in found else {})
@@ -379,7 +436,7 @@ def _groups(probability: Tensor, size: int, samples: int, seed: int) -> tuple[Te
 
 @dataclass(frozen=True)
 class Bias:
-    """The expected gradient g of a loss (which is minimised) against a true gradient g* (which is climbed).
+    """The expected gradient g of a loss (which is minimized) against a true gradient g* (which is climbed).
 
     scale          c = <-g, g*> / <g*, g*>: how much of g* the loss follows
     residual       ‖-g - c·g*‖ / ‖c·g*‖: 0 means that the loss climbs exactly c times the objective; inf where c is 0

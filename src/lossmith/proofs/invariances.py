@@ -16,6 +16,7 @@ from lossmith.proofs.random_batches import (
     evaluate,
     gradients,
     make,
+    over_tokens,
     random_fields,
     takes_normalizer,
 )
@@ -69,8 +70,7 @@ def _filled(fields: Fields, value: float, loss: Any = None) -> Fields:
         if name == "reward" and _keeps_masked(loss):
             continue
         if x.is_floating_point():
-            valid = mask if x.shape == mask.shape else mask.any(1).view(-1, *[1] * (x.ndim - 1))
-            sick[name] = torch.where(valid, x, torch.full_like(x, value))
+            sick[name] = torch.where(over_tokens(mask, x), x, torch.full_like(x, value))
     return sick
 
 
@@ -80,8 +80,9 @@ def padding(loss: Any, seed: int) -> Finding:
     before, (n, t) = evaluate(loss, fields), fields["mask"].shape
     wide = dict(fields)
     for name, x in fields.items():
-        if x.shape == (n, t):
-            wide[name] = torch.full((n, t + 5), False if x.dtype == torch.bool else -7, dtype=x.dtype)
+        if x.shape[:2] == (n, t):
+            size = (n, t + 5, *x.shape[2:])
+            wide[name] = torch.full(size, False if x.dtype == torch.bool else -7, dtype=x.dtype)
             wide[name][:, 2 : 2 + t] = x
     after = evaluate(loss, wide)
     number = difference(before, after.value, {k: g[:, 2 : 2 + t] for k, g in after.gradients.items()})
@@ -126,12 +127,12 @@ def micro_batches(loss: Any, seed: int) -> Finding:
 
 
 def ranks(loss: Any, seed: int) -> Finding:
-    """Two ranks with whole prompts and a shared normaliser add up to one."""
+    """Two ranks with whole prompts and a shared normalizer add up to one."""
     check = "ranks"
     if loss.coupling == "batch":
         return not_applicable(check, "statistics of the whole batch, which one rank cannot see")
     if not takes_normalizer(loss):
-        return not_applicable(check, "the loss takes no normaliser from outside")
+        return not_applicable(check, "the loss takes no normalizer from outside")
     fields = random_fields(loss, seed)
     group, whole = fields["group"], evaluate(loss, fields)
     halves = [(group == 5) | (group == 9), (group == 2) | (group == 7)]
@@ -193,7 +194,7 @@ def untouched(fields: Fields, batch: Batch) -> bool:
     mask = fields["mask"]
     for name, x in fields.items():
         now = getattr(batch, name).detach()
-        valid = mask if x.shape == mask.shape else mask.any(1)
+        valid = mask if x.shape[:2] == mask.shape else mask.any(1)
         if not torch.equal(now[valid], x[valid]):
             return False
     return True

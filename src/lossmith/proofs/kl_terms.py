@@ -1,4 +1,4 @@
-"""What a KL term regularises: its expected gradient, alone, against the KL gradients that it could be.
+"""What a KL term regularizes: its expected gradient, alone, against the KL gradients that it could be.
 
 Three candidates: the reverse KL(π‖π_ref) and the forward KL(π_ref‖π) at sampled states (the states held fixed), and
 the reverse KL of whole completions.
@@ -41,7 +41,7 @@ class KLRow:
     reverse: float  # from ∇KL(π‖π_ref) at sampled states
     forward: float  # from ∇KL(π_ref‖π) at sampled states
     completions: float  # from ∇KL(π‖π_ref) of completions
-    regularises: str
+    regularizes: str
 
 
 def _choices() -> dict[str, PolicyLoss]:
@@ -83,7 +83,7 @@ def _row(label: str, loss: PolicyLoss, world: World) -> KLRow:
     same = [names[name] for name, distance in away.items() if distance < SAME]
     norm = float(got.norm())
     nothing = norm < SAME * float(candidates["reverse"].norm())
-    return KLRow(label, norm, **away, regularises="nothing" if nothing else (same or ["neither"])[0])
+    return KLRow(label, norm, **away, regularizes="nothing" if nothing else (same or ["neither"])[0])
 
 
 def _candidates(world: World) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def length_weights(loss: Any) -> LengthWeights | None:
 
 def neutral_fields(loss: Any, mask: Tensor) -> dict[str, Tensor]:
     """A batch in which nothing but rewards and lengths differ: one prompt, all policies equal, values and KL zero."""
-    size = {"N": mask.shape[0], "T": mask.shape[1], "K": 2}
+    size = {"N": mask.shape[0], "T": mask.shape[1], "K": 2, "V": 2}
     usual = {"logp": math.log(0.5), "share": 0.5, "flag": False, "whole": 0}  # of a kind; anything else is 0
     own = {"entropy": math.log(2), "pair_probability": 1.0, "pair_weight": 1.0}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossmith.losses import Batch, FunctionLoss
 from lossmith.proofs.finding import Finding, gap, judged, not_applicable
-from lossmith.proofs.random_batches import Fields, random_fields
+from lossmith.proofs.random_batches import LEAVES, Fields, gradients, over_tokens, random_fields
 
 __all__ = ["listing"]
 
@@ -35,25 +35,25 @@ def listing(loss: Any, seed: int) -> Finding:
     function = space[source.partition("(")[0].removeprefix("def ")]
     wanted = [name for name in inspect.signature(function).parameters if name not in ("logp", "mask")]
 
-    def listed(logp: Tensor) -> Tensor:
-        value: Tensor = function(logp, fields["mask"], **{name: fields[name] for name in wanted})
+    def listed(leaves: Fields) -> Tensor:
+        given = fields | leaves
+        value: Tensor = function(given["logp"], given["mask"], **{name: given[name] for name in wanted})
         return value
 
-    def own(logp: Tensor) -> Tensor:
-        value: Tensor = loss(Batch(**{**fields, "logp": logp})).loss
+    def own(leaves: Fields) -> Tensor:
+        value: Tensor = loss(Batch(**fields | leaves)).loss
         return value
 
-    (a, da), (b, db) = (_slope(f, fields["logp"]) for f in (listed, own))
-    return judged(check, max(gap(a, b), gap(da, db)), 1e-9, "the listing against the loss, value and gradient")
+    (a, da), (b, db) = (_slopes(f, fields) for f in (listed, own))
+    number = max(gap(a, b), *(gap(da[name], db[name]) for name in da))
+    return judged(check, number, 1e-9, "the listing against the loss, value and gradient")
 
 
-def _slope(f: Any, logp: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = logp.clone().requires_grad_()
-    value = f(leaf)
-    if not value.requires_grad:
-        return value, torch.zeros_like(leaf)
-    grad = torch.autograd.grad(value, leaf, allow_unused=True)[0]
-    return value.detach(), torch.zeros_like(leaf) if grad is None else grad
+def _slopes(f: Any, fields: Fields) -> tuple[Tensor, Fields]:
+    """(value, gradient of every leaf)."""
+    leaves = {name: fields[name].clone().requires_grad_() for name in LEAVES if name in fields}
+    value = f(leaves)
+    return value.detach(), gradients(value, leaves)
 
 
 def at_the_left(fields: Fields, mask: Tensor, drop: bool = True) -> Fields:
@@ -61,12 +61,13 @@ def at_the_left(fields: Fields, mask: Tensor, drop: bool = True) -> Fields:
     order, live = (~mask).to(torch.int8).argsort(dim=1, stable=True), mask.any(1) | (not drop)
 
     def moved(x: Tensor) -> Tensor:
-        x = x.gather(1, order) if x.shape == mask.shape else x
+        of_tokens = x.shape[:2] == mask.shape
+        x = x.gather(1, order.view(*order.shape, *[1] * (x.ndim - 2)).expand_as(x)) if of_tokens else x
         return x[live]
 
     compact = {name: moved(x) for name, x in fields.items()}
     there = compact["mask"]
     return {
-        name: torch.where(there, x, torch.zeros_like(x)) if x.shape == there.shape and x.is_floating_point() else x
+        name: torch.where(over_tokens(there, x), x, 0.0) if x.is_floating_point() and x.ndim > 1 else x
         for name, x in compact.items()
     }

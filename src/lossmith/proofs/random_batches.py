@@ -1,7 +1,7 @@
 """Random ragged batches that hold whatever a loss needs, and the loss evaluated on them.
 
 Nine completions in interleaved, uneven groups (one of them alone), one completion without a token, valid tokens
-anywhere in a row of eight: the shapes on which a mask, a normaliser or a group statistic goes wrong.
+anywhere in a row of eight: the shapes on which a mask, a normalizer or a group statistic goes wrong.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = [
     "batch_fields",
     "evaluate",
     "make",
+    "over_tokens",
     "random_fields",
     "takes_normalizer",
 ]
@@ -33,6 +34,7 @@ LEAVES = tuple(name for name, field in FIELDS.items() if field.gradient)
 LENGTHS = (7, 1, 3, 7, 0, 4, 2, 6, 5)
 GROUPS = (5, 2, 5, 9, 2, 5, 2, 9, 7)  # 9 is a pair, 7 is alone; row 4 has no token
 WIDTH = 8
+VOCABULARY = 4
 Fields = dict[str, Tensor]
 
 
@@ -41,7 +43,7 @@ class Draw:
     """One random batch in the making: every field has its own stream, so that one more field changes no other."""
 
     seed: int
-    drift: float  # spread (nats) of the old, behaviour and reference log-probabilities around the policy's
+    drift: float  # spread (nats) of the old, behavior and reference log-probabilities around the policy's
 
     def stream(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{name} {self.seed}".encode()))
@@ -65,6 +67,10 @@ class Draw:
         order = self.uniform("mask", self.n, WIDTH).argsort(1).argsort(1)
         return order < torch.tensor(LENGTHS)[:, None]
 
+    def distribution(self, name: str) -> Tensor:
+        """Log-probabilities of the first tokens of a vocabulary: with a rest, where a loss asks for it."""
+        return self.normal(name, self.n, WIDTH, VOCABULARY + 2).log_softmax(-1)[..., :VOCABULARY]
+
     def near(self, name: str) -> Tensor:
         return (self.logp + self.drift * self.normal(name, self.n, WIDTH)).clamp(max=-1e-3)
 
@@ -84,6 +90,8 @@ _OWN: dict[str, Callable[[Draw], Tensor]] = {
     "mask": lambda d: d.mask,
     "group": lambda d: torch.tensor(GROUPS),
     "off_policy": lambda d: torch.tensor([i % 3 == 1 for i in range(d.n)]),
+    "vocab_logp": lambda d: d.distribution("vocab_logp"),
+    "teacher_vocab_logp": lambda d: d.distribution("teacher_vocab_logp"),
     "pair_probability": lambda d: 0.5 + 0.5 * d.uniform("pair_probability", d.n),
 }
 # One number of a prompt, not of a completion: the same for the whole group.
@@ -114,7 +122,7 @@ def batch_fields(loss: Any) -> frozenset[str]:
 def _drawn(name: str, draw: Draw) -> Tensor:
     if name in _OWN:
         return _OWN[name](draw)
-    size = {"N": draw.n, "T": WIDTH, "K": 3}
+    size = {"N": draw.n, "T": WIDTH, "K": 3, "V": VOCABULARY}
     return _KINDS[FIELDS[name].kind](draw, name, tuple(size[letter] for letter in FIELDS[name].shapes[0]))
 
 
@@ -126,6 +134,13 @@ def random_fields(loss: Any, seed: int = 0, drift: float = 0.3, dtype: torch.dty
     for name in PER_PROMPT & fields.keys():
         fields[name] = fields[name][first]
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in fields.items()}
+
+
+def over_tokens(mask: Tensor, x: Tensor) -> Tensor:
+    """mask [N, T] as it selects from x: [N, T] itself, [N, T, 1] of a field with a vocabulary, [N, 1, ...] of rows."""
+    if x.shape[:2] == mask.shape:
+        return mask.view(*mask.shape, *[1] * (x.ndim - 2))
+    return mask.any(1).view(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,8 +44,8 @@ __all__ = [
     "without_kl",
 ]
 
-DISTANCES = (0.01, 0.1, 0.5)  # nats, KL(behaviour ‖ policy) of completions
-DIRECTIONS = 4  # random directions in which the behaviour policy stands away
+DISTANCES = (0.01, 0.1, 0.5)  # nats, KL(behavior ‖ policy) of completions
+DIRECTIONS = 4  # random directions in which the behavior policy stands away
 SUCCESS = (0.9, 0.5, 0.1)  # probability that the policy solves the prompt: easy, even, hard
 GROUP = 4  # completions of a prompt
 
@@ -63,7 +63,7 @@ def without_kl(loss: Any) -> Any:
 
 @dataclass(frozen=True)
 class Distance:
-    """nats: KL(behaviour ‖ policy) of completions. The cosine of the expected step of the policy term and ∇E[r] at the
+    """nats: KL(behavior ‖ policy) of completions. The cosine of the expected step of the policy term and ∇E[r] at the
     policy, over several directions: its mean and the worst of them; residual: the mean, see Bias.
     """
 
@@ -161,7 +161,7 @@ def unscaled(loss: Any) -> PolicyLoss | None:
         return dataclasses.replace(loss, advantage_scale=NoScale())
 
 
-# -- what its normaliser does ---------------------------------------------------------------------------------------
+# -- what its normalizer does ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Normalized:
 
 
 def normalized(loss: Any, world: World, size: int = GROUP) -> Normalized | None:
-    """With the counts that groups of this size have on average; None where no normaliser can be given."""
+    """With the counts that groups of this size have on average; None where no normalizer can be given."""
     if not takes_normalizer(loss) or isinstance(loss, CompletionLoss):  # which averages over pairs, say, not tokens
         return None
     tokens = float(world.probability @ world.tree.mask.sum(1).double()) * size

@@ -13,7 +13,16 @@ from lossmith.errors import LossError
 from lossmith.losses import Batch
 from lossmith.losses.axes.trust import Tokens, Trust
 from lossmith.proofs.finding import FAILED, PASSED, Finding, gap, judged, not_applicable
-from lossmith.proofs.random_batches import Draw, Evaluation, Fields, evaluate, gradients, make, random_fields
+from lossmith.proofs.random_batches import (
+    Draw,
+    Evaluation,
+    Fields,
+    evaluate,
+    gradients,
+    make,
+    over_tokens,
+    random_fields,
+)
 
 __all__ = ["closed_form", "far_ratios", "finite_differences", "given_advantages", "zero_advantage"]
 
@@ -62,8 +71,11 @@ def _per_sequence(loss: Any) -> bool:
 def _closed_gap(loss: Any, fields: Fields) -> float:
     if not hasattr(loss, "closed_form_gradient"):
         raise NotImplementedError
-    closed = loss.closed_form_gradient(Batch(**fields))
-    return gap(evaluate(loss, fields).gradients["logp"], closed)
+    batch, found = Batch(**fields), evaluate(loss, fields).gradients
+    closed = {"logp": loss.closed_form_gradient(batch)}
+    if hasattr(loss, "closed_form_beside"):
+        closed |= loss.closed_form_beside(batch)
+    return max((gap(found[name], slope) for name, slope in closed.items()), key=_nan_first)
 
 
 def _single_gap(loss: Any) -> float:
@@ -136,24 +148,24 @@ def _compare(loss: Any, fields: Fields, leaf: str, grad: Tensor) -> tuple[float,
     """(gap away from kinks, slots at a kink, slots) of one leaf. A kink: the one-sided slopes differ."""
     batch = Batch(**fields)
     here = float(loss(batch).loss)
-    slots = fields["mask"].nonzero().tolist()
-    numeric, kept = torch.zeros_like(grad), torch.zeros_like(fields["mask"])
+    slots = over_tokens(fields["mask"], grad).expand_as(grad).nonzero().tolist()
+    numeric, kept = torch.zeros_like(grad), torch.zeros_like(grad, dtype=torch.bool)
     scale = max(float(grad.abs().max()), 1e-3)
-    for i, t in slots:
+    for slot in map(tuple, slots):
         ends = []
         for step in (STEP, -STEP):
             moved = fields[leaf].clone()
-            moved[i, t] += step
+            moved[slot] += step
             ends.append(float(loss(batch.replace(**{leaf: moved})).loss))
         up, down = (ends[0] - here) / STEP, (here - ends[1]) / STEP
-        numeric[i, t] = (ends[0] - ends[1]) / (2 * STEP)
-        kept[i, t] = abs(up - down) <= 1e-2 * scale
+        numeric[slot] = (ends[0] - ends[1]) / (2 * STEP)
+        kept[slot] = abs(up - down) <= 1e-2 * scale
     difference = float(((numeric - grad).abs() * kept).max()) / scale
     return difference, len(slots) - int(kept.sum()), len(slots)
 
 
 def far_ratios(loss: Any, seed: int) -> Finding:
-    """Log-ratios of 40 nats, up and down, to the old, behaviour and reference policies: loss and gradient finite."""
+    """Log-ratios of 40 nats, up and down, to the old, behavior and reference policies: loss and gradient finite."""
     base, sick = random_fields(loss, seed), 0
     others = [name for name in ("old_logp", "behavior_logp", "ref_logp") if name in base]
     cases = list(itertools.product((-40.0, 40.0), repeat=len(others)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lossmith.prompts import Prompt
 from lossmith.replay.recorded import Recorded
 from lossmith.rollouts import Distribution, LogProbs, Rollout
 
-__all__ = ["UnderModel", "under_model"]
+__all__ = ["UnderModel", "at_model", "under_model"]
 
 ROWS = 8  # completions in a forward pass
 
@@ -35,6 +35,19 @@ class UnderModel:
     refused: dict[str, str]  # by loss: why it has no gradient here
 
 
+def at_model(record: Recorded, policy: Policy) -> Recorded:
+    """The record with this model as its policy: `logp` [N, T] and entropies are the model's.
+
+    RunError: the file has no token ids, or they are not this model's.
+    """
+    fields = dict(record.fields)
+    base = fields.get("old_logp", fields.get("behavior_logp"))
+    logp, entropy = _outputs(record, policy, _rollouts(record, policy))
+    return replace(
+        record, fields=fields | {"logp": logp, "entropy": entropy, "old_logp": logp if base is None else base}
+    )
+
+
 def under_model(record: Recorded, losses: Sequence[Loss], policy: Policy) -> UnderModel:
     """Ratios, KL, entropy and gradients of the losses in parameter space, at this model's weights.
 
@@ -42,10 +55,7 @@ def under_model(record: Recorded, losses: Sequence[Loss], policy: Policy) -> Und
     """
     rollouts = _rollouts(record, policy)
     settings = SamplingSettings(*record.rows[0].sampling)
-    with torch.no_grad():
-        parts = [_forward(policy, rollouts, rows, settings, True) for rows in _chunks(len(rollouts))]
-    width = record.fields["mask"].shape[1]
-    logp, entropy = (torch.cat([_wide(p[k], width) for p in parts]).double() for k in ("logp", "entropy"))
+    logp, entropy = _outputs(record, policy, rollouts)
     fields = dict(record.fields) | {"entropy": entropy}
     behavior = fields.get("behavior_logp")
     fields.setdefault("old_logp", behavior if behavior is not None else logp)
@@ -79,6 +89,16 @@ def under_model(record: Recorded, losses: Sequence[Loss], policy: Policy) -> Und
         cosines=_cosines(vectors),
         refused=refused,
     )
+
+
+def _outputs(record: Recorded, policy: Policy, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
+    """([N, T] log-probabilities, [N, T] entropies)."""
+    settings = SamplingSettings(*record.rows[0].sampling)
+    with torch.no_grad():
+        parts = [_forward(policy, rollouts, rows, settings, True) for rows in _chunks(len(rollouts))]
+    width = record.fields["mask"].shape[1]
+    logp, entropy = (torch.cat([_wide(p[k], width) for p in parts]).double() for k in ("logp", "entropy"))
+    return logp, entropy
 
 
 def _percentiles(x: Tensor) -> tuple[float, float, float]:

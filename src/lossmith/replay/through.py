@@ -149,7 +149,7 @@ def batch_of(record: Recorded, fill: float, given: bool = False) -> tuple[Batch,
     fill: what stands for log-probabilities where none are recorded. given: on the recorded advantages.
     """
     fields = dict(record.fields)
-    base = fields.get("old_logp", fields.get("behavior_logp"))
+    base = fields.pop("logp", fields.get("old_logp", fields.get("behavior_logp")))
     if base is None:  # different at every token, so that no mean or difference hides that they are made up
         count = torch.arange(fields["mask"].numel(), dtype=torch.float64)
         base = (fill * (1.5 + torch.sin(fill * count))).view(fields["mask"].shape)

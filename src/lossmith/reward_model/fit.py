@@ -26,7 +26,7 @@ class Diverged(RunError):
 
 
 class Fit:
-    """Minimises the weighted mean loss of the examples. `done` steps of `total` are in the weights.
+    """Minimizes the weighted mean loss of the examples. `done` steps of `total` are in the weights.
 
     settled: False while the weights are between two steps.
     """

@@ -1,7 +1,7 @@
 """Losses of scores: what a reward model is trained with. Pure functions of tensors.
 
 Equation numbers follow NLPBook ch. 10. Its (4.62), (4.63) and (4.70) print a minus in front of a square that is to be
-minimised, and its (4.57) sums both orders of a pair: taken literally the first three have no lower bound, and the last
+minimized, and its (4.57) sums both orders of a pair: taken literally the first three have no lower bound, and the last
 is best where all scores are equal. Here the squares are added, and only y_a ≻ y_b counts.
 """
 

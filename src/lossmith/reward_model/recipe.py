@@ -55,7 +55,7 @@ class RewardRecipe(TrainerSettings):
         "mean", description="an ensemble's score: mean, worst, or uncertain (mean - penalty x variance)"
     )
     penalty: float = Field(1.0, ge=0, description="of `uncertain`")
-    normalise: bool = Field(True, description="give scores in units of their spread over the training texts")
+    normalize: bool = Field(True, description="give scores in units of their spread over the training texts")
     max_length: int | None = Field(None, gt=0, description="tokens of the longest text; longer ones are refused")
     skip_bad: bool = Field(False, description="leave out texts that are too long, and count them")
 

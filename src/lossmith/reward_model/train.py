@@ -74,7 +74,7 @@ def train_reward_model(
             "held_out": len(held_out),
             "left_out": report,
         },
-        "normalise": recipe.normalise,
+        "normalize": recipe.normalize,
     }
     if report:
         on_step(f"{source}: {report}")
@@ -140,7 +140,7 @@ class _Training:
             self.say(f"member {k + 1} of {recipe.ensemble}")
             seen = train if recipe.ensemble_by == "seeds" else _subset(train, recipe.seed, k)
             own = recipe.model_copy(update={"seed": recipe.seed + k})
-            alike = self.shared | {"normalise": True}  # or the member with the largest numbers would decide
+            alike = self.shared | {"normalize": True}  # or the member with the largest numbers would decide
             member = _Training(own, self.loss, alike, self.work, self.say, self.busy, k)
             scores, examples, manifest = member.one(seen, held_out, folder / f"member-{k}")
             scale = manifest["scale"]

@@ -97,7 +97,7 @@ _FUNCTION_WORDS = """
 """
 _ASKING_WORDS = """
     answer briefly compare create define describe discuss explain find generate give help identify list make mention
-    name please provide say sentence sentences short state suggest summarise summarize tell using word words write
+    name please provide say sentence sentences short state suggest summarize summarize tell using word words write
 """
 _STOP_WORDS = frozenset((_FUNCTION_WORDS + _ASKING_WORDS).split())
 

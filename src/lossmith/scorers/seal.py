@@ -41,6 +41,11 @@ class Seal:
             files = dict(manifest["files"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ScorerError(f"reward model {str(path)!r}: its {MANIFEST} is damaged: {error}.") from None
+        if "normalise" in manifest:
+            raise ScorerError(
+                f'reward model {str(path)!r}: its {MANIFEST} was written by an earlier version. Write "normalize" for '
+                f'"normalise" in it.'
+            )
         seal = cls(folder, manifest, {})
         for name in files:
             seal._check_file(name)
@@ -55,7 +60,7 @@ class Seal:
     def rescaled(self, score: Score) -> Score:
         """The score in units of its spread over the training texts, around their mean, where the manifest says so."""
         scale = self.manifest.get("scale")
-        if not self.manifest.get("normalise") or score.value is None or not scale:
+        if not self.manifest.get("normalize") or score.value is None or not scale:
             return score
         return dataclasses.replace(score, value=(score.value - scale["mean"]) / scale["std"])
 
@@ -84,7 +89,7 @@ def scale_of(spec: Any) -> tuple[float, float] | None:
         return None
     try:
         manifest = json.loads((at_home(spec) / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("normalise") or manifest.get("ensemble"):  # members of an ensemble always are
+        if manifest.get("normalize") or manifest.get("ensemble"):  # members of an ensemble always are
             return 0.0, 1.0
         mean, std = float(manifest["scale"]["mean"]), float(manifest["scale"]["std"])
         return (mean, std) if math.isfinite(mean) and 0 < std < math.inf else None

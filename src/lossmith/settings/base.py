@@ -35,6 +35,7 @@ class Settings(BaseModel):
     free: ClassVar[tuple[str, ...]] = (
         "runs", "name", "checkpoint_every", "checkpoint_minutes", "save_rollouts", "evaluate_every", "keep_best",
         "track", "accept_weak_scorer", "guards", "scorer_timeout", "scorer_parallel", "scorer_per_minute",
+        "sampler_url", "sampler_timeout", "shard",
     )  # fmt: skip
 
     @classmethod

@@ -24,6 +24,7 @@ from lossmith.training.loop import Plan, policy_of, those_scored
 from lossmith.training.memory import MemoryEstimate
 from lossmith.training.recipe import Recipe
 from lossmith.training.roofline import Work, count_work, multiply_rate
+from lossmith.training.teaching import teacher_of
 
 __all__ = ["Measurement", "measure_recipe"]
 
@@ -100,7 +101,8 @@ def measure_recipe(plan: Plan) -> Measurement:
 
 def _measure(plan: Plan, recipe: Recipe, policy: Policy, scorer: Scorer) -> Measurement:
     with quiet_traps():
-        learner = Learner(policy, recipe.policy_loss(), recipe)
+        teacher = teacher_of(recipe, policy, plan.train)
+        learner = Learner(policy, recipe.policy_loss(), recipe, teacher=teacher)
     prompts = plan.train.batch(0, recipe.prompts_per_step, recipe.seed)
     count = _share(learner, prompts[:1], scorer, len(prompts))
     scale = len(prompts) / count
@@ -156,7 +158,7 @@ def _share(learner: Learner, one: Sequence[Prompt], scorer: Scorer, most: int) -
 def _micro_batches(learner: Learner, rollouts: list[Rollout], scale: float) -> dict[int, list[float]]:
     """Seconds of an update with half, once and twice the recipe's tokens in a forward pass.
 
-    In turns, so that a machine that grows slower or faster meanwhile favours none.
+    In turns, so that a machine that grows slower or faster meanwhile favors none.
     """
     recipe = learner.recipe
     now = recipe.micro_batch_tokens

@@ -6,7 +6,9 @@ from lossmith.errors import RecipeError
 from lossmith.losses import Loss, PolicyLoss
 from lossmith.policy import SamplingSettings
 
-__all__ = ["check_loss", "check_sampling"]
+__all__ = ["TAUGHT", "check_loss", "check_sampling", "check_taught"]
+
+TAUGHT = frozenset({"teacher_logp", "vocab_logp", "teacher_vocab_logp"})  # what a teacher is there for
 
 
 def check_sampling(source: str, settings: SamplingSettings, samples: int) -> None:
@@ -29,8 +31,8 @@ def check_loss(loss: Loss, samples: int, prompts: int) -> None:
     if samples == 1 and loss.compares == "group":
         raise RecipeError(
             f"The loss {loss.name!r} compares the completions of a prompt with one another, and samples_per_prompt = 1 "
-            "gives it one: there is nothing to learn from. Give 2 or more (4 to 16 are usual), or choose a loss that "
-            "needs one only, such as reinforce."
+            "gives it one: its rewards teach nothing. Give 2 or more (4 to 16 are usual), or choose a loss that needs "
+            "one only, such as reinforce."
         )
     if samples * prompts == 1 and loss.compares == "batch":
         raise RecipeError(
@@ -41,4 +43,30 @@ def check_loss(loss: Loss, samples: int, prompts: int) -> None:
         raise RecipeError(
             f"The loss {loss.name!r} has beta = {loss.kl.beta:g}: its advantages have a size of about 1, so that the "
             "KL term alone decides, and the policy stays at the reference. Usual is 0.001 to 0.1."
+        )
+
+
+def check_taught(loss: Loss, teacher: str | None, settings: SamplingSettings) -> None:
+    """RecipeError: a teacher without a loss that learns from it, or the reverse; or divergences that are infinite."""
+    reads = loss.needs & TAUGHT
+    if reads and teacher is None:
+        raise RecipeError(
+            f"The loss {loss.name!r} learns from a teacher, and there is none: give teacher, the folder of a model "
+            "with the same tokens, or 'self' with a teacher_column of feedback."
+        )
+    if teacher is not None and not reads:
+        raise RecipeError(
+            f"teacher = {teacher!r} teaches nothing: the loss {loss.name!r} does not read it. Choose a loss of "
+            "distillation (reverse_kl, gkd, opd, sdpo, ...: `lossmith losses list`), or leave the teacher out."
+        )
+    if "vocab_logp" in reads and loss.divergence is None:
+        raise RecipeError(
+            f"The loss {loss.name!r} reads Batch.vocab_logp itself, and training holds no log-probabilities of the "
+            "whole vocabulary: it computes divergences in chunks. Write it as an extra term "
+            "(lossmith.losses.Divergence), or train with it in a loop of your own."
+        )
+    if "vocab_logp" in reads and settings.filtered:
+        raise RecipeError(
+            f"The loss {loss.name!r} compares policy and teacher at every token, and top_p or top_k leaves tokens "
+            "without probability: the divergence would be infinite. Leave them at top_p = 1 and top_k = 0."
         )

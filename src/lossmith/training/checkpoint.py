@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from lossmith.durable.checkpoint import Checkpoint, optimizer_state, restore_optimizer, save
+from lossmith.durable.checkpoint import Checkpoint, optimizer_state, save
 from lossmith.errors import RunError
 from lossmith.losses import loss_from_dict
 from lossmith.training.learner import Learner
+from lossmith.training.shards import named_weights, set_optimizer
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -25,6 +26,9 @@ def save_checkpoint(
 ) -> Checkpoint:
     """The state after `step` finished steps, with the lines of metrics.jsonl up to it and what else the loop keeps."""
     tensors, numbers = optimizer_state(learner.optimizer)
+    weights, shards = dict(named_weights(learner.policy)), learner.shards
+    if shards is not None:
+        weights, tensors = shards.weights(), shards.optimizer_tensors()
     state = {
         "step": step,
         "policy_version": learner.policy.version,
@@ -34,7 +38,7 @@ def save_checkpoint(
         **(more or {}),
     }
     texts = {"state.json": json.dumps(state), "metrics.jsonl": metrics}
-    return save(folder, step, {"weights": dict(_weights(learner)), "optimizer": tensors}, texts)
+    return save(folder, step, {"weights": weights, "optimizer": tensors}, texts)
 
 
 def load_checkpoint(found: Checkpoint, learner: Learner, changed: Collection[str] = ()) -> dict[str, Any]:
@@ -44,28 +48,22 @@ def load_checkpoint(found: Checkpoint, learner: Learner, changed: Collection[str
     RunError: it is damaged, or of another model.
     """
     found.check()
-    state, saved, current = found.state(), found.tensors("weights"), dict(_weights(learner))
+    state, saved, current = found.state(), found.tensors("weights"), dict(named_weights(learner.policy))
     if {k: t.shape for k, t in saved.items()} != {k: t.shape for k, t in current.items()}:
         raise RunError(
             f"{found.path} was written for another model: its tensors are not this policy's. Put the model, and a loss "
             "with the same parts, back into the recipe."
         )
-    with torch.no_grad():
-        for name, tensor in current.items():
-            tensor.copy_(saved[name])
-    learner.policy.version = state["policy_version"]
+    tensors, numbers = found.tensors("optimizer"), state["optimizer"]
+    if learner.shards is not None:
+        learner.shards.restore(saved, tensors, numbers, state["policy_version"])
+    else:
+        with torch.no_grad():
+            for name, tensor in current.items():
+                tensor.copy_(saved[name])
+        set_optimizer(learner.optimizer, tensors, numbers)
+        learner.policy.version = state["policy_version"]
     learner.bad_in_a_row = state["bad_in_a_row"]
     if "loss" not in changed:
         learner.loss = loss_from_dict(state["loss"])
-    own = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in learner.optimizer.param_groups]
-    restore_optimizer(learner.optimizer, found.tensors("optimizer"), state["optimizer"])
-    for group, recipe in zip(learner.optimizer.param_groups, own, strict=True):
-        group.update(recipe)
     return state
-
-
-def _weights(learner: Learner) -> list[tuple[str, torch.Tensor]]:
-    trained = {id(p) for p in learner.policy.parameters()}  # beside an adapter, the model is what it was
-    named = [("policy." + n, p.detach()) for n, p in learner.policy.model.named_parameters() if id(p) in trained]
-    head = learner.policy.value_head
-    return named + ([] if head is None else [("value_head." + n, p.detach()) for n, p in head.named_parameters()])

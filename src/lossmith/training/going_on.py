@@ -98,6 +98,7 @@ def inputs_of(recipe: Recipe, prompts: PromptSet, held_out: PromptSet, policy: P
     for role, spec, path in (
         ("scorer", recipe.scorer, settings["scorer"]),
         ("watching scorer", recipe.watch, settings.get("watch")),
+        ("teacher", recipe.teacher, settings.get("teacher")),
     ):
         code |= {} if spec is None else of_code(role, spec if callable(spec) else path)
     decisive = {

@@ -37,8 +37,12 @@ class Keeping:
 
     @property
     def busy(self) -> bool:
-        """Whether nothing may be interrupted now: the weights are between two steps, or are being written."""
-        return self.saving or not self.learner.settled
+        """Whether nothing may be interrupted now: the weights are between two steps, or are being written.
+
+        Ranks that hold them in parts could not be asked for these while they are at work either.
+        """
+        learner = self.learner
+        return self.saving or not learner.settled or (learner.shards is not None and learner.ranks.at_work)
 
     def recorded(self, done: int) -> None:
         """So many steps are done and written down; a checkpoint, when it is due."""

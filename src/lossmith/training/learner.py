@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from lossmith.errors import RunError
-from lossmith.losses import KL, Batch, Credit, Loss, LossOutput, PolicyLoss, adapt_coefficient
+from lossmith.losses import KL, Batch, Credit, Loss, PolicyLoss, adapt_coefficient
 from lossmith.losses.loss import no_metrics
 from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import (
     Layout,
     Policy,
+    Teacher,
     TokenOutputs,
     bfloat16_weights,
     can_checkpoint_activations,
@@ -33,17 +35,23 @@ from lossmith.policy import (
     sharing_is_exact,
     token_outputs,
 )
+from lossmith.policy.sharded import shard, whole
 from lossmith.ranks import Ranks
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
+from lossmith.training.can_learn import TAUGHT
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
+from lossmith.training.output_gradients import OutputGradients, added, credit_to, metrics_of, on_cpu
 from lossmith.training.recipe import Recipe
+from lossmith.training.rewards import rewards_of
 from lossmith.training.sampler_gap import OF_SAMPLER, against_sampler, sampler_metrics
+from lossmith.training.shards import Shards
 from lossmith.training.weights import WeightWatch
 
 __all__ = ["Learner", "Update"]
 
 _log = logging.getLogger("lossmith")
+_Pass = tuple[Tensor, bool]  # row numbers, and whether they count
 
 
 @dataclass(frozen=True)
@@ -59,45 +67,65 @@ class Learner:
     """Holds the optimizer, and the loss with whatever in it moves (an adaptive KL coefficient)."""
 
     def __init__(
-        self, policy: Policy, loss: Loss, recipe: Recipe, longest: int = 0, ranks: Ranks | None = None
+        self,
+        policy: Policy,
+        loss: Loss,
+        recipe: Recipe,
+        longest: int = 0,
+        ranks: Ranks | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        """longest: tokens of the longest prompt there will be, for the estimate of memory.
-
-        ranks: the processes that share the work. Every rank has a learner; that of rank 0 makes the batch, the credit
-        and the optimizer's step, and the others' forward and backward passes are of the prompts that are theirs.
+        """longest: tokens of the longest prompt there will be, for the estimate of memory. teacher: of a loss that
+        learns from one. ranks: the processes that share the work. Every rank has a learner; that of rank 0 makes the
+        batch, the credit and the optimizer's step, and the others' forward and backward passes are of their prompts.
         """
         if loss.value.active and policy.value_head is None:
             policy.add_value_head()
         if "value" in loss.needs and not loss.value.active:
             raise RunError(f"{loss.name} reads a critic that nothing trains: give it value_coef > 0, for example 0.5.")
-        self.policy, self.loss, self.recipe = policy, loss, recipe
+        if loss.needs & TAUGHT and teacher is None:
+            raise RunError(f"{loss.name} learns from a teacher: give the learner one.")
+        self.policy, self.loss, self.recipe, self.teacher = policy, loss, recipe, teacher
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
         self.reference = policy.frozen() if needed else None
+        if not policy.parameters():
+            raise RunError("the policy has no trainable parameter.")
+        self.ranks = ranks or Ranks()
+        sharded = recipe.shard and self.ranks.size > 1
+        self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
+        taught = None if teacher is None else teacher.policy
+        parts = self.ranks.size if sharded else 1
+        self.memory = estimate_memory(policy, recipe, self.reference, taught, longest=longest, parts=parts)
+        self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
+        self.compiled = recipe.compile and not self.recompute and not sharded and sharing_is_exact(policy)
+        if recipe.compile and not self.compiled:
+            why = "layers are run again in the backward pass" if self.recompute else "the model's layers are not known"
+            _log.warning("compile = true has no effect: %s.", "ranks hold the weights in parts" if sharded else why)
+        if self.compiled:
+            for each in {id(p.model): p for p in (policy, self.reference, taught) if p is not None}.values():
+                compile_layers(each)  # once, where a model stands for two of them
+        if sharded:
+            for each in filter(None, (policy, self.reference)):
+                shard(each)
         trained = [(policy.parameters(), recipe.learning_rate)]
         if policy.value_head is not None:
             trained.append((list(policy.value_head.parameters()), recipe.value_learning_rate))
-        if not trained[0][0]:
-            raise RunError("the policy has no trainable parameter.")
         self.optimizer = make_optimizer(trained, recipe)
-        self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        self.memory = estimate_memory(policy, recipe, self.reference is not None, longest)
-        self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
-        self.compiled = recipe.compile and not self.recompute and sharing_is_exact(policy)
-        if recipe.compile and not self.compiled:
-            _log.warning(
-                "compile = true has no effect: %s.",
-                "layers are run again in the backward pass" if self.recompute else "the model's layers are not known",
-            )
-        if self.compiled:
-            for each in filter(None, (policy, self.reference)):
-                compile_layers(each)
+        self.shards = Shards(policy, self.optimizer, self.ranks) if sharded else None
         self.weights = WeightWatch(
             trained[0][0],
             [] if self.reference is None else [p for p in self.reference.model.parameters() if not p.requires_grad],
         )
         self._clock = Clock()
-        self.ranks = ranks or Ranks()
-        self.ranks.tasks |= {"outputs": self._outputs, "accumulate": self._accumulate_all, "weights": self._weights}
+        self.ranks.tasks |= {
+            "outputs": self._outputs,
+            "accumulate": self._accumulate_all,
+            "weights": self._weights,
+            "look": self.weights.begin,
+            "clip": lambda: clip_gradients(self.optimizer, recipe),
+            "step": self._step,
+            "measured": self.weights.measured,
+        }
         self.bad_in_a_row = 0  # gradients that were not finite
         self.settled = True  # False from the first change that a round makes, until the loop has written the round down
         self._largest = 0.0  # advantage of the round
@@ -114,14 +142,18 @@ class Learner:
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
-        in_reward = loss.kl.in_reward
-        if (several and loss.uses_old) or in_reward or loss.needs & {"value", "behavior_logp", "old_logp"}:
+        at_once = "old_logp" in loss.credit_reads  # the credit half has no forward pass of its own
+        if (several and loss.uses_old) or at_once or loss.needs & {"value", "behavior_logp", "old_logp"}:
             now = self.outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
                 fields["old_value"] = fields["value"] = now.value
         if self.reference is not None and ("ref_logp" in loss.needs or recipe.tracks_kl):
             fields["ref_logp"] = self.outputs(self.reference, rollouts, frozenset()).logp
+        if "teacher_logp" in loss.needs:
+            assert self.teacher is not None
+            taught = self.teacher.sees(rollouts)
+            fields["teacher_logp"] = self.outputs(self.teacher.policy, taught, frozenset()).logp
         if "mismatched_log_ratio" in loss.needs:
             fields["mismatched_log_ratio"] = self._mismatched(rollouts)
         behavior, mask = pad_rows([r.behavior_logp.values for r in rollouts])
@@ -132,7 +164,7 @@ class Learner:
         device, dtype = self.policy.device, self.policy.parameters()[0].dtype
         fields |= {
             "mask": mask.to(device),
-            "reward": _in_order(_rewards(rollouts), device, dtype),
+            "reward": rewards_of(rollouts, device, dtype),
             "group": torch.tensor([names[r.prompt.id] for r in rollouts], device=device),
             "truncated": torch.tensor([r.truncated for r in rollouts], device=device),
             "lag": torch.zeros(len(rollouts), dtype=torch.int64, device=device),  # sampled from this very policy
@@ -171,7 +203,8 @@ class Learner:
 
     def outputs(self, policy: Policy, rollouts: Sequence[Rollout], want: frozenset[str]) -> TokenOutputs:
         """token_outputs over micro-batches, without gradient, as one [N, T] record in the order of the rollouts."""
-        parts = self.ranks.call("outputs", policy is self.reference, rollouts, want)
+        who = "policy" if policy is self.policy else "reference" if policy is self.reference else "teacher"
+        parts = self.ranks.call("outputs", who, rollouts, want)
         width = max([len(r.completion_ids) for r in rollouts] + [1])
         outs = [out for part in parts for _, out in part]
         device, dtype = policy.device, outs[0].logp.dtype if outs else torch.float32
@@ -189,19 +222,35 @@ class Learner:
 
     @torch.no_grad()
     def _outputs(
-        self, of_reference: bool, rollouts: Sequence[Rollout], want: frozenset[str]
+        self, who: str, rollouts: Sequence[Rollout], want: frozenset[str]
     ) -> list[tuple[Tensor, TokenOutputs]]:
         """Of this rank's rows: (their numbers, their outputs), a micro-batch each."""
-        policy = self.reference if of_reference else self.policy
+        models = {"policy": self.policy, "reference": self.reference}
+        policy = models[who] if who in models or self.teacher is None else self.teacher.policy
         assert policy is not None
         found = []
-        for rows in self.micro_batches(rollouts, self._mine(rollouts)):
-            with self._clock("log_probs"):
-                out = token_outputs(
-                    policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
-                )
-            found.append((rows, out if self.ranks.size == 1 else _on_cpu(out)))
+
+        def measure() -> None:
+            for rows, counts in self._passes(rollouts):
+                with self._clock("log_probs"):
+                    out = token_outputs(
+                        policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
+                    )
+                if counts:
+                    found.append((rows, out if self.ranks.size == 1 else on_cpu(out)))
+
+        self.ranks.in_step(measure) if self.shards else measure()
         return found
+
+    def _passes(self, rollouts: Sequence[Rollout]) -> Iterator[_Pass]:
+        """The rows of each of this rank's passes through the model, and whether they count.
+
+        Ranks that hold parts of the weights make the same number: one with fewer rows ends with some that do not.
+        """
+        mine = list(self.micro_batches(rollouts, self._mine(rollouts)))
+        spare = self.ranks.most(len(mine)) - len(mine) if self.shards else 0
+        shortest = min(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids + rollouts[i].completion_ids))
+        return chain(zip(mine, repeat(True)), repeat((torch.tensor([shortest]), False), spare))
 
     def _mine(self, rollouts: Sequence[Rollout]) -> list[int]:
         """The rows of this rank: whole groups, dealt out by turns."""
@@ -224,7 +273,7 @@ class Learner:
         self._largest = float(credit.advantage.abs().max()) if credit.advantage.numel() else 0.0
         metrics: list[dict[str, float]] = []  # of each optimizer step
         skipped = 0
-        self.weights.begin()
+        self._everywhere("look")
         for rows in self._parts(batch, step):
             part, share = batch.rows(rows), credit.rows(rows)
             if len(rows) < len(rollouts):
@@ -236,7 +285,7 @@ class Learner:
             metrics.append(of_loss | {"grad_norm": norm})
         names = [name for name in metrics[-1] if not name.startswith(OF_SAMPLER)]
         means = {name: sum(m.get(name, 0.0) for m in metrics) / len(metrics) for name in names}
-        means |= sampler_metrics(metrics) | self.weights.measured()
+        means |= sampler_metrics(metrics) | self._everywhere("measured")
         means |= credit.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._adapt(means, len(rollouts))
         return Update(means, skipped, self._clock.read())
@@ -250,11 +299,11 @@ class Learner:
         if self.ranks.size == 1:
             return self._accumulate(rollouts, batch, credit)
         kl = self.loss.kl if isinstance(self.loss, PolicyLoss) else None
-        plain = _credit_to(dataclasses.replace(credit, compute_metrics=no_metrics), "cpu")
+        plain = credit_to(dataclasses.replace(credit, compute_metrics=no_metrics), "cpu")
         given = {name: x.cpu() for name, x in batch.given.items()}
         metrics: dict[str, float] = {}
         for share in self.ranks.call("accumulate", rollouts, given, plain, kl):
-            metrics = _added(metrics, share)
+            metrics = added(metrics, share)
         return metrics
 
     def _accumulate_all(
@@ -265,18 +314,18 @@ class Learner:
         if kl is not None and isinstance(self.loss, PolicyLoss) and self.loss.kl != kl:
             self.loss = self.loss.replace(kl=kl)
         batch = Batch(**given).to(device)
-        metrics = self._accumulate(rollouts, batch, _credit_to(credit, device))
-        with self._clock("gradients"):
-            self.ranks.add_gradients(self._trained())
+        metrics = self._accumulate(rollouts, batch, credit_to(credit, device))
+        if not self.shards:
+            with self._clock("gradients"):
+                self.ranks.add_gradients(self._trained())
         return metrics
 
     def _trained(self) -> list[torch.nn.Parameter]:
-        head = self.policy.value_head
-        return [*self.policy.parameters(), *([] if head is None else head.parameters())]
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def share_weights(self) -> None:
-        """Every rank's policy, as rank 0's has become."""
-        if self.ranks.size > 1:
+        """Every rank's policy, as rank 0's has become; a rank that holds its part has it already."""
+        if self.ranks.size > 1 and not self.shards:
             self.ranks.call("weights", self.policy.version)
 
     def _weights(self, version: int) -> None:
@@ -284,41 +333,50 @@ class Learner:
         self.policy.version = version
 
     def _accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
-        mine = self._mine(rollouts)
-        whole = None if self.loss.separable else self._output_gradients(rollouts, batch, credit, mine)
-        metrics = {} if whole is None or self.ranks.rank else whole.metrics
+        together = self.ranks.in_step if self.shards else self.ranks.together
+        full_kl = self.reference if self.reference is not None and "full_kl" in self.loss.needs else None
 
         def backward() -> dict[str, float]:
-            total = metrics
-            for rows in self.micro_batches(rollouts, mine):
-                total = _added(total, self._backward(rollouts, batch, credit, rows, whole))
+            total = {} if of_all is None or self.ranks.rank else of_all.metrics
+            for one in self._passes(rollouts):
+                total = added(total, self._backward(rollouts, batch, credit, one, of_all))
             return total
 
-        with bfloat16_weights(self.policy) if self.compiled else contextlib.nullcontext():
-            found: dict[str, float] = self.ranks.together(backward)
+        with (
+            bfloat16_weights(self.policy) if self.compiled else contextlib.nullcontext(),
+            whole(full_kl) if full_kl is not None else contextlib.nullcontext(),  # its head, in the backward pass too
+        ):
+            of_all = None if self.loss.separable else self._output_gradients(rollouts, batch, credit, together)
+            found: dict[str, float] = together(backward)
         return found
 
     def _backward(
-        self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, rows: Tensor, whole: _OutputGradients | None
+        self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, one: _Pass, of_all: OutputGradients | None
     ) -> dict[str, float]:
-        """Add the gradient of these rows; returns their share of the metrics."""
+        """Add the gradient of these rows, if they count; returns their share of the metrics."""
+        rows, counts = one
         with torch.enable_grad():
             with self._clock("forward"):
                 graded = self._graded([rollouts[i] for i in rows], batch)
             with self._clock("loss"):
-                if whole is None:
+                if not counts:
+                    share, total = {}, torch.zeros((), device=self.policy.device)
+                elif of_all is None:
                     result = self.loss.objective(batch.rows(rows).replace(**graded), credit.rows(rows))
-                    share, total = _metrics_of(result), result.loss
+                    share, total = metrics_of(result), result.loss
                 else:
-                    share, total = {}, whole.surrogate_loss(graded, rows)
+                    share, total = {}, of_all.surrogate_loss(graded, rows)
+                if self.shards:  # a backward pass through every weight, on every rank
+                    total = total + torch.stack([(0 * x).sum() for x in graded.values()]).sum()
             if total.requires_grad:
                 with self._clock("backward"):
                     total.backward()
-        return share | against_sampler(graded["logp"], batch.rows(rows), credit.rows(rows))
+        return share | (against_sampler(graded["logp"], batch.rows(rows), credit.rows(rows)) if counts else {})
 
     def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
         """The outputs that the loss needs from a forward pass, padded to the batch's width."""
         want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
+        want |= {"divergence"} if self.loss.divergence is not None else set()
         out = token_outputs(
             self.policy,
             rollouts,
@@ -326,6 +384,8 @@ class Learner:
             layout=self.layout,
             want=want,
             reference=self.reference if "full_kl" in want else None,
+            teacher=self.teacher,
+            divergence=self.loss.divergence,
             activation_checkpointing=self.recompute,
         )
         width = batch.valid.shape[1]
@@ -333,8 +393,8 @@ class Learner:
         return {k: torch.nn.functional.pad(v, (0, width - v.shape[1])) for k, v in graded.items()}
 
     def _output_gradients(
-        self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, mine: Sequence[int]
-    ) -> _OutputGradients:
+        self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, together: Callable[[Callable[[], None]], None]
+    ) -> OutputGradients:
         """dL/d(outputs) of all rows at once, on every rank: each makes the outputs of its own."""
         dtype = self.policy.parameters()[0].dtype
         names = ["logp", *sorted({"entropy", "full_kl", "value"} & self.loss.needs)]
@@ -342,17 +402,18 @@ class Learner:
 
         def fill() -> None:
             with torch.no_grad():
-                for rows in self.micro_batches(rollouts, mine):
+                for rows, counts in self._passes(rollouts):
                     for name, x in self._graded([rollouts[i] for i in rows], batch).items():
-                        leaves[name][rows] = x.to(dtype)
+                        if counts:
+                            leaves[name][rows] = x.to(dtype)
 
-        self.ranks.together(fill)
+        together(fill)
         leaves = {name: self.ranks.add_up(x).requires_grad_() for name, x in leaves.items()}
         with torch.enable_grad():
             result = self.loss.objective(batch.replace(**leaves), credit)
             grads = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
         known = {k: g for k, g in zip(leaves, grads, strict=True) if g is not None}
-        return _OutputGradients(known, _metrics_of(result))
+        return OutputGradients(known, metrics_of(result))
 
     def micro_batches(self, rollouts: Sequence[Rollout], of: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Row numbers within the token budget, a prompt's completions side by side so that they share its encoding.
@@ -394,19 +455,27 @@ class Learner:
 
     def _optimizer_step(self, step: int) -> tuple[bool, float]:
         """(whether the parameters moved, gradient norm before clipping). A non-finite gradient moves nothing."""
-        norm = clip_gradients(self.optimizer, self.recipe)
+        norm = self._everywhere("clip")
         finite = math.isfinite(norm)
         bad = 0 if finite else self.bad_in_a_row + 1
         if bad == 3:
             raise RunError(f"step {step + 1}: the gradient was not finite three times in a row; {self._cure()}.")
         self.settled, self.bad_in_a_row = False, bad
+        self._everywhere("step", step, finite)
+        if finite:
+            self.share_weights()
+        return finite, norm if finite else 0.0
+
+    def _everywhere(self, task: str, *given: Any) -> Any:
+        """On every rank, where each holds its part; else on this one, which holds all."""
+        return self.ranks.call(task, *given)[0] if self.shards else self.ranks.tasks[task](*given)
+
+    def _step(self, step: int, finite: bool) -> None:
+        """Move what this rank holds, if it may be moved, and forget the gradient."""
         if finite:
             optimizer_step(self.optimizer, self.recipe, step, self.recipe.steps)
             self.policy.version += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if finite:
-            self.share_weights()
-        return finite, norm if finite else 0.0
 
     def _cure(self) -> str:
         """What to do about gradients that are not finite: rewards may be the cause, or the learning rate."""
@@ -426,64 +495,3 @@ class Learner:
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
-
-
-def _in_order(rewards: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Rewards in this type; in float64, as they come, where the narrower one would lose their size or order."""
-    narrow = rewards.to(dtype)
-    if bool(narrow.isfinite().all()) and len(narrow.unique()) == len(rewards.unique()):
-        return narrow.to(device)
-    if device.type == "mps":
-        raise RunError(
-            f"rewards up to {float(rewards.abs().max()):.3g} need float64 to keep their size and order, which {device} "
-            "does not have: let the scorer give smaller numbers, or train on the CPU (device = 'cpu')."
-        )
-    return rewards.to(device)
-
-
-def _rewards(rollouts: Sequence[Rollout]) -> Tensor:
-    """[N], or [N, T] where any scorer gave rewards by token; a score of the whole then stands at the last token."""
-    scores = [r.score for r in rollouts if r.score is not None]
-    if all(score.per_token is None for score in scores):
-        return torch.tensor([score.value for score in scores], dtype=torch.float64)
-    rows = [
-        torch.tensor(s.per_token or [*[0.0] * (len(r.completion_ids) - 1), float(s.value or 0)], dtype=torch.float64)
-        for r, s in zip(rollouts, scores, strict=True)
-    ]
-    return pad_rows(rows)[0]
-
-
-@dataclass(frozen=True, eq=False)
-class _OutputGradients:
-    """dL/d(outputs) of a whole batch, and what was measured with it."""
-
-    gradient: dict[str, Tensor]  # {logp, entropy, ...: [N, T]}
-    metrics: dict[str, float]
-
-    def surrogate_loss(self, graded: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """A scalar whose gradient in the parameters is that of the loss through these rows."""
-        terms = [(self.gradient[k][rows].to(v.dtype) * v).sum() for k, v in graded.items() if k in self.gradient]
-        return torch.stack(terms).sum() if terms else torch.zeros(())
-
-
-def _metrics_of(result: LossOutput) -> dict[str, float]:
-    """The loss, its terms, and what it measures, as numbers."""
-    terms = {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
-    return {"loss": float(result.loss.detach())} | terms | result.metrics
-
-
-def _added(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-    """Metrics that are shares of a whole."""
-    return {k: a.get(k, 0.0) + b.get(k, 0.0) for k in {**a, **b}}
-
-
-def _on_cpu(out: TokenOutputs) -> TokenOutputs:
-    return dataclasses.replace(
-        out, logp=out.logp.cpu(), mask=out.mask.cpu(), value=None if out.value is None else out.value.cpu()
-    )
-
-
-def _credit_to(credit: Credit, device: torch.device | str) -> Credit:
-    """The credit there."""
-    parts: dict[str, Any] = {name: x.to(device) for name, x in credit.parts.items()}
-    return dataclasses.replace(credit, **parts, given={name: x.to(device) for name, x in credit.given.items()})

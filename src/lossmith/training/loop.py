@@ -24,6 +24,7 @@ from lossmith.policy import Policy, check_compiler, check_model, load_policy
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.ranks import Ranks, local_rank
 from lossmith.rollouts import Rollout
+from lossmith.samplers import Sampler, TorchSampler
 from lossmith.scorers import Scorer, check_scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.scorers.scorer import bind_scorer, verify_scorer
 from lossmith.scorers.weak import refuse_weak
@@ -37,8 +38,9 @@ from lossmith.training.learner import Learner, Update
 from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions
 from lossmith.training.recipe import Recipe
-from lossmith.training.run import BEST, RunFolder, check_disk
-from lossmith.training.sharing import Sampling, agree_on, in_order
+from lossmith.training.run import BEST, RunFolder, check_disk, disk_needed
+from lossmith.training.sharing import Sampling, agree_on, check_ranks, in_order, sampler_of
+from lossmith.training.teaching import check_told, shown_to_teacher, teacher_of
 
 __all__ = ["Plan", "Run", "Step", "learn", "look", "open_run", "plan", "policy_of", "those_scored", "work_for"]
 
@@ -56,6 +58,7 @@ class Step:
     credit: Credit | None = None  # and what it made of it
     findings: list[Finding] = field(default_factory=list)  # what the guards say now, and did not before
     held_out: dict[str, float] = field(default_factory=dict)  # the held-out prompts before the update, if looked at
+    pushed: dict[str, float] = field(default_factory=dict)  # how surely the sampler has the policy's weights
 
     @functools.cached_property
     def seen(self) -> tuple[dict[str, float], dict[str, list[Place]]]:
@@ -83,6 +86,7 @@ class Step:
             "tokens_per_second": sum(lengths) / max(sum(self.seconds.values()), 1e-9),
             **_watch(self.watched),
             **self.held_out,
+            **self.pushed,
             **_logged(self.rollouts),
             **{f"seconds_{part}": value for part, value in self.seconds.items()},
             **{f"seconds_update_{part}": value for part, value in self.update.seconds.items()},
@@ -130,6 +134,7 @@ class Run(Keeping):
     policy: Policy
     learner: Learner
     folder: RunFolder
+    sampler: Sampler
     watch: Scorer | None = None
     guards: Guards = field(default_factory=Guards)
     going_on: GoingOn = field(default_factory=GoingOn)
@@ -261,6 +266,7 @@ class Run(Keeping):
             self.learner.ranks.end()
         close_scorer(self.scorer)
         close_scorer(self.watch)
+        self.sampler.close()
         super().close()
 
 
@@ -271,6 +277,8 @@ def learn(run: Run) -> Iterator[Step]:
     for index in run.remaining_steps():
         held_out = run.look_at_held_out(clock)
         prompts = run.prompts.batch(index, recipe.prompts_per_step, recipe.seed)  # x ~ D, inputs only
+        with clock("push"):
+            pushed = run.sampler.push()  # the weights, to where the completions are written
         rollouts = sample_and_score(run, prompts, index, clock)  # y ~ pi_theta(.|x), r(x, y)
         watched = watch(run, rollouts, clock)
         with clock("update"):
@@ -280,7 +288,7 @@ def learn(run: Run) -> Iterator[Step]:
             credit = learner.credit(batch)  # A of every token, and what its weight is divided by
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
         credited = with_advantages(rollouts, credit)
-        step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out)
+        step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out, pushed=pushed)
         record(run, step)
         look(run, step)
         yield step
@@ -364,7 +372,7 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
     )
     prompts = load_prompts(
         source,
-        pass_columns=recipe.pass_columns,
+        pass_columns=[*recipe.pass_columns, *shown_to_teacher(recipe)],
         column=recipe.prompt_column,
         split=recipe.prompt_split,
         limit=recipe.prompt_limit,
@@ -386,6 +394,8 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
             if not recipe.accept_weak_scorer:
                 refuse_weak(scorer)
     check_model(recipe.model)
+    if recipe.teacher is not None:
+        check_told(recipe, prompts)
     return Plan(recipe, prompts, train, held_out, prompts.summary())
 
 
@@ -402,7 +412,8 @@ def open_run(
     accept_changes: go on although what decided the run is not what it was. more_steps: the recipe has more steps than
     the run had, on purpose. RunError: a change that is not accepted, each named.
     """
-    recipe = plan.recipe
+    recipe, ranks = plan.recipe, ranks or Ranks()
+    check_ranks(recipe, ranks, resume is not None)
     folder = None if resume is None else RunFolder.existing(resume)
     scorer = scorer_of(plan, recipe.scorer)
     watch = None if recipe.watch is None else scorer_of(plan, recipe.watch)
@@ -410,33 +421,40 @@ def open_run(
     for one in (scorer, watch):
         bind_scorer(one, policy)
     check_disk(recipe.runs if folder is None else folder.path, disk_needed(policy, recipe, folder))
+    teacher = teacher_of(recipe, policy, plan.train)
     longest = _check_lengths(policy, plan)
-    with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
-        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks)
-    check_memory(learner.memory, learner.recompute, recipe, longest.source)
     now = inputs_of(recipe, plan.prompts, plan.held_out, policy)
-    agree_on(learner.ranks, recipe, now)
+    agree_on(ranks, recipe, now)
+    with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
+        learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks, teacher)
+    check_memory(learner.memory, learner.recompute, recipe, longest.source)
     if folder is None:
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
     else:
         going_on = go_on(folder, now, recipe, accept_changes, more_steps)
+        if recipe.shard and ranks.size == 1:
+            going_on.notes.append("shard = true has no effect in one process, which holds all of the weights.")
     guards = Guards.of(recipe, learner.loss, policy)
-    run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, watch, guards, going_on)
-    learner.ranks.tasks["sample"] = Sampling(recipe, policy, scorer, learner.ranks, lambda *told: run.tell(*told))
+    sampler = sampler_of(recipe, policy, folder, min(plan.train, key=lambda p: len(policy.encode(p))), longest)
+    run = Run(recipe, plan.train, plan.held_out, scorer, policy, learner, folder, sampler, watch, guards, going_on)
+    learner.ranks.tasks["sample"] = Sampling(recipe, sampler, scorer, learner.ranks, lambda *told: run.tell(*told))
     return run
 
 
 def work_for(plan: Plan, ranks: Ranks) -> None:
     """What another rank than the first does in a run: its share, until rank 0 has no more."""
     recipe = plan.recipe
+    check_ranks(recipe, ranks, False)
     scorer = scorer_of(plan, recipe.scorer)
     policy = policy_of(recipe, ranks)
     bind_scorer(scorer, policy)
-    with quiet_traps():
-        Learner(policy, recipe.policy_loss(), recipe, ranks=ranks)  # it brings the tasks that are its own
-    ranks.tasks["sample"] = Sampling(recipe, policy, scorer, ranks)
+    teacher = teacher_of(recipe, policy, plan.train)
     try:
         agree_on(ranks, recipe, inputs_of(recipe, plan.prompts, plan.held_out, policy))
+        with quiet_traps():
+            # it brings the tasks that are its own
+            Learner(policy, recipe.policy_loss(), recipe, ranks=ranks, teacher=teacher)
+        ranks.tasks["sample"] = Sampling(recipe, TorchSampler(policy, recipe.sampling), scorer, ranks)
         ranks.serve()
     finally:
         close_scorer(scorer)
@@ -457,6 +475,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         special_tokens=recipe.special_tokens,
         chat_template=recipe.chat_template,
         lora=recipe.lora,
+        float32_head=recipe.float32_head,
     )
 
 
@@ -470,15 +489,3 @@ def _check_lengths(policy: Policy, plan: Plan) -> Prompt:
                 f"exceeds the model's context of {policy.context_length}. Shorten or drop it, or lower max_tokens."
             )
     return max((*plan.train, *plan.held_out), key=lambda prompt: len(policy.encode(prompt)))
-
-
-def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None) -> int:
-    """Bytes a run may write: the policy, two checkpoints with their optimizer state, and the next one beside them.
-
-    folder: of a resumed run, whose checkpoints are there already.
-    """
-    weights = sum(p.numel() * 4 for p in policy.parameters())  # beside an adapter, nothing else is written
-    there = 0 if folder is None else sum(1 for _ in (folder.path / "checkpoints").glob("step-*"))
-    checkpoints = max(3 - there, 1) * 3 * weights if recipe.checkpoint_every or recipe.checkpoint_minutes else 0
-    policies = 3 if recipe.keep_best else 1  # the last, the best, and the next best beside it
-    return policies * weights + checkpoints + 50_000_000

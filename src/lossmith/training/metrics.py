@@ -54,6 +54,11 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
                 "nats a completion",
             ),
             "kl_update": ("the same from the policy that the step began with", "nats a completion"),
+            "kl_teacher": (
+                "mean log π_θ - log π_teacher of the sampled tokens: unbiased for KL(policy ‖ teacher) where the "
+                "policy sampled them", "nats a token",
+            ),
+            "divergence": ("the loss's own divergence from the teacher over the vocabulary", "nats a token"),
             "kl_coefficient": ("the β that was in force", ""),
             "sampler_gap": (
                 "mean |log p of the learner - log p of the sampler| of the sampled tokens, before the first update",
@@ -61,6 +66,14 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             ),
             "sampler_outside": ("share of those tokens whose ratio lies outside [0.9, 1.1]", "0 to 1"),
             "ess": ("(Σw)²/(nΣw²) of the tokens' ratios π_learner/π_sampler at the last update", "0 to 1"),
+            "push_gap": (
+                "mean |log p of the learner - log p of the vLLM server| of a short text, after the weights were sent",
+                "nats a token",
+            ),
+            "push_gap_most": ("the largest of them", "nats a token"),
+            "push_tokens": ("tokens of that text", "tokens"),
+            "push_tensors": ("tensors of the server whose checksum is that of ours", "tensors"),
+            "push_tensors_unknown": ("those that it keeps in a form that cannot be told", "tensors"),
             "weights_moved": ("share of weights that bfloat16 tells from those at the start", "0 to 1"),
             "reference_moved": ("share of the reference's weights that are not what they were", "0 to 1"),
         },

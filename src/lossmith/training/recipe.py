@@ -10,13 +10,13 @@ from pydantic import Field
 
 from lossmith.detectors import DETECTORS
 from lossmith.errors import RecipeError, nearest, quiet_traps
-from lossmith.losses import Loss, parse_loss
+from lossmith.losses import Loss, PolicyLoss, parse_loss
 from lossmith.losses.batch import FIELDS
 from lossmith.optimization import check_optimizer
-from lossmith.policy import ALL_LINEAR, LoraSettings, SamplingSettings
+from lossmith.policy import ALL_LINEAR, LoraSettings, SamplingSettings, adapter_base
 from lossmith.scorers import ScorerSettings
 from lossmith.settings.base import TrainerSettings
-from lossmith.training.can_learn import check_loss, check_sampling
+from lossmith.training.can_learn import check_loss, check_sampling, check_taught
 
 __all__ = ["PROVIDED", "Recipe", "RunSettings", "check_lora", "checked_loss"]
 
@@ -31,6 +31,7 @@ class RunSettings(TrainerSettings):
     extended_by: ClassVar[str] = ""  # what gives a finished run more steps, where anything can
 
     chat_template: str | None = Field(None, description="which of the model's chat templates, where it has several")
+    float32_head: bool = Field(False, description="logits in float32 under dtype = bfloat16: a smaller sampler_gap")
     allow_traps: bool = Field(False, description="train with a loss that is known to mislead")
     lora_rank: int = Field(
         0, ge=0, description="train a LoRA adapter of this rank, and leave the model's own weights; 0 trains those"
@@ -63,7 +64,7 @@ class Recipe(RunSettings):
     """The settings of a training run. Every field has a default; `recipe.toml` in a run folder holds them all."""
 
     live: ClassVar[tuple[str, ...]] = ("prompts", "scorer", "watch")
-    paths: ClassVar[tuple[str, ...]] = ("model", "prompts", "scorer", "watch", "loss", "runs")
+    paths: ClassVar[tuple[str, ...]] = ("model", "teacher", "prompts", "scorer", "watch", "loss", "runs")
     resumed_by: ClassVar[str] = "lossmith train --resume"
     resumed_in_python: ClassVar[str] = "lossmith.resume"
     extended_by: ClassVar[str] = " --steps MORE"
@@ -105,7 +106,7 @@ class Recipe(RunSettings):
     )
 
     watch: Any = Field(
-        None, description="a second scorer that nothing is trained on: shows when the first is over-optimised"
+        None, description="a second scorer that nothing is trained on: shows when the first is over-optimized"
     )
     guards: dict[str, Literal["warn", "stop", "off"]] = Field(
         {},
@@ -124,11 +125,30 @@ class Recipe(RunSettings):
         description="loss: a name, 'name@library', 'grpo(beta=0.04)', 'my.py:function', or a table of parameters",
     )
 
+    teacher: str | None = Field(
+        None,
+        description="model that a loss of distillation learns from: a folder, a hub name, or 'self' for the policy as "
+        "it is, told more than its prompt (teacher_column)",
+    )
+    teacher_column: str | None = Field(
+        None, description="column of the prompts with what the teacher alone is told: feedback, hints, a demonstration"
+    )
+
     engine: Literal["lossmith", "trl"] = Field(
         "lossmith", description="what trains: lossmith itself, or TRL's GRPOTrainer (pip install lossmith[trl])"
     )
     engine_options: dict[str, Any] = Field(
         {}, description="settings of TRL's GRPOConfig that no other setting decides, such as use_vllm or deepspeed"
+    )
+
+    sampler: Literal["torch", "vllm"] = Field(
+        "torch", description="what writes completions: the model that learns, or a vLLM server (docs/vllm.md)"
+    )
+    sampler_url: str | None = Field(
+        None, description="http address of a vLLM server that runs; without one, Lossmith starts and ends its own"
+    )
+    sampler_timeout: float = Field(
+        600.0, gt=0, description="seconds that a vLLM server has for one answer, or to start"
     )
 
     steps: int = Field(12, gt=0, description="rounds of sample, score, update")
@@ -153,6 +173,9 @@ class Recipe(RunSettings):
     compile: bool = Field(
         False, description="update through torch.compile: the first steps take longer, later ones less time and memory"
     )
+    shard: bool = Field(
+        False, description="several ranks: each holds a part of weights, gradients and optimizer state, not all of them"
+    )
     seed: int = Field(0, ge=0, description="decides prompts, samples and split")
     save_rollouts: bool = Field(True, description="write every completion to rollouts/ as parquet")
 
@@ -170,10 +193,13 @@ class Recipe(RunSettings):
         check_sampling(source, recipe.sampling, recipe.samples_per_prompt)
         check_optimizer(source, recipe)
         check_lora(source, recipe)
+        if recipe.shard and recipe.engine == "trl":
+            raise RecipeError(f"{source}: shard = true is of engine = 'lossmith': TRL's trainer shards by accelerate.")
         if recipe.engine_options and recipe.engine == "lossmith":
             raise RecipeError(
                 f"{source}: engine_options are of another engine: give engine = 'trl' too, or leave them out."
             )
+        _check_sampler(source, recipe)
         if recipe.prompts_per_step * recipe.samples_per_prompt > COMPLETIONS:
             raise RecipeError(
                 f"{source}: prompts_per_step = {recipe.prompts_per_step} times samples_per_prompt = "
@@ -187,6 +213,21 @@ class Recipe(RunSettings):
             raise RecipeError(
                 f"{source}: keep_best = true has one policy to choose from: say how often the held-out prompts are "
                 "looked at, with evaluate_every."
+            )
+        if recipe.teacher_column is not None and recipe.teacher is None:
+            raise RecipeError(
+                f"{source}: teacher_column = {recipe.teacher_column!r} is what a teacher is told, and there is none: "
+                "give teacher, a folder or 'self'."
+            )
+        if recipe.teacher == "self" and recipe.teacher_column is None:
+            raise RecipeError(
+                f"{source}: teacher = 'self' that is told nothing agrees with the policy, and there is nothing to "
+                "learn: name a column with feedback or demonstrations in teacher_column."
+            )
+        if recipe.teacher is not None and recipe.engine == "trl":
+            raise RecipeError(
+                f"{source}: engine = 'trl' has no teacher beside the policy. Leave engine at 'lossmith', or train with "
+                "TRL's own DistillationTrainer."
             )
         if recipe.updates_per_step > recipe.prompts_per_step:
             raise RecipeError(
@@ -228,7 +269,10 @@ class Recipe(RunSettings):
         that it would compare and that there are none of.
         """
         loss = checked_loss(self.loss, self.allow_traps, PROVIDED, self.max_tokens)
+        if self.sampler == "vllm":
+            loss = corrected(loss, self.loss)
         check_loss(loss, self.samples_per_prompt, self.prompts_per_step)
+        check_taught(loss, self.teacher, self.sampling)
         return loss
 
 
@@ -245,6 +289,36 @@ def check_lora(source: str, recipe: RunSettings) -> None:
         )
     if ALL_LINEAR in recipe.lora_targets and len(recipe.lora_targets) > 1:
         raise RecipeError(f"{source}: lora_targets = {recipe.lora_targets!r}: {ALL_LINEAR} stands alone.")
+
+
+def corrected(loss: Loss, spec: Any) -> Loss:
+    """With truncated importance sampling where another engine samples: its numbers are never quite the learner's.
+
+    Left alone is a loss that has a correction, holds the ratio to the sampler itself, is told which it is to have
+    (mismatch='none' too), or takes none.
+    """
+    told = isinstance(spec, PolicyLoss) or "mismatch" in str(spec)
+    if told or not isinstance(loss, PolicyLoss) or loss.mismatch.acts or "behavior_logp" in loss.needs:
+        return loss
+    with quiet_traps():
+        return loss.replace(mismatch="tis")
+
+
+def _check_sampler(source: str, recipe: Recipe) -> None:
+    if recipe.sampler == "torch" and recipe.sampler_url is not None:
+        raise RecipeError(f"{source}: sampler_url is of a vLLM server: give sampler = 'vllm' too, or leave it out.")
+    if recipe.sampler_url is not None and not recipe.sampler_url.startswith(("http://", "https://")):
+        raise RecipeError(f"{source}: sampler_url = {recipe.sampler_url!r} must begin with http:// or https://.")
+    if recipe.sampler == "vllm" and (recipe.lora_rank or adapter_base(recipe.model) is not None):
+        raise RecipeError(
+            f"{source}: sampler = 'vllm' is sent whole models, and here a LoRA adapter is trained: leave sampler = "
+            "'torch', or train the model's own weights."
+        )
+    if recipe.sampler == "vllm" and recipe.engine == "trl":
+        raise RecipeError(
+            f"{source}: sampler = 'vllm' is of Lossmith's own engine. With engine = 'trl', TRL samples: give "
+            "engine_options = {use_vllm = true} instead."
+        )
 
 
 def checked_loss(spec: Any, allow_traps: bool, provided: Set[str], max_tokens: int | None = None) -> Loss:

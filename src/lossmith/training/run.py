@@ -42,8 +42,9 @@ from lossmith.losses import Batch, Credit
 from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, read_rollouts, rollout_table
+from lossmith.training.recipe import Recipe
 
-__all__ = ["RunFolder", "check_disk", "read_metrics"]
+__all__ = ["RunFolder", "check_disk", "disk_needed", "read_metrics"]
 
 
 FINDINGS = "findings.jsonl"
@@ -315,6 +316,18 @@ def _named_folder(parent: Path, name: str, recipe: NamedSettings) -> Path:
 def _nothing_in(path: Path) -> bool:
     """Whether a run that was stopped before it began left this folder: its recipe is not there yet."""
     return all(p.name == "inputs.json" or p.suffix == ".partial" for p in path.iterdir())
+
+
+def disk_needed(policy: Policy, recipe: Recipe, folder: RunFolder | None = None) -> int:
+    """Bytes a run may write: the policy, two checkpoints with their optimizer state, and the next one beside them.
+
+    folder: of a resumed run, whose checkpoints are there already.
+    """
+    weights = sum(p.numel() * 4 for p in policy.parameters())  # beside an adapter, nothing else is written
+    there = 0 if folder is None else sum(1 for _ in (folder.path / "checkpoints").glob("step-*"))
+    checkpoints = max(3 - there, 1) * 3 * weights if recipe.checkpoint_every or recipe.checkpoint_minutes else 0
+    policies = 3 if recipe.keep_best else 1  # the last, the best, and the next best beside it
+    return policies * weights + checkpoints + 50_000_000
 
 
 def check_disk(folder: str | Path, needed: int) -> None:

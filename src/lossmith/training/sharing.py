@@ -11,15 +11,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lossmith.durable.inputs import Inputs
-from lossmith.policy import Policy, sample
+from lossmith.errors import RecipeError
+from lossmith.policy import Policy
 from lossmith.prompts import Prompt
 from lossmith.ranks import Ranks
 from lossmith.rollouts import Rollout
+from lossmith.samplers import Sampler, TorchSampler, open_vllm
 from lossmith.scorers import Scorer, score_rollouts
 from lossmith.training.clock import Clock
 from lossmith.training.recipe import Recipe
+from lossmith.training.run import RunFolder
 
-__all__ = ["Sampling", "agree_on", "in_order"]
+__all__ = ["Sampling", "agree_on", "check_ranks", "in_order", "sampler_of"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Sampling:
     """A rank's task "sample": n scored completions of each prompt that is its own, and the seconds it took by part."""
 
     recipe: Recipe
-    policy: Policy
+    sampler: Sampler
     scorer: Scorer
     ranks: Ranks
     tell: Callable[[str, int, int], None] = lambda what, done, total: None  # told what is done, and how far it is
@@ -40,8 +43,8 @@ class Sampling:
         pool = ThreadPoolExecutor(self.recipe.scorer_parallel)
         try:
             with clock("sample"):
-                rollouts = sample(
-                    self.policy, mine, n, self.recipe.sampling, seed=self.recipe.seed, step=step,
+                rollouts = self.sampler.sample(
+                    mine, n, seed=self.recipe.seed, step=step,
                     on_group=lambda group: (
                         asked.update({group[0].prompt.id: pool.submit(self._score, group)}) if ahead else None
                     ),
@@ -64,6 +67,38 @@ class Sampling:
         return score_rollouts(self.scorer, rollouts, on_error=recipe.scorer_errors, timeout=recipe.scorer_timeout)
 
 
+def check_ranks(recipe: Recipe, ranks: Ranks, resumed: bool) -> None:
+    """RecipeError: one server for several ranks; weights in parts, and a new run of one process."""
+    if recipe.shard and ranks.size == 1 and not resumed:
+        raise RecipeError(
+            "shard = true deals the weights out to several processes, and this run has one: start it with --ranks N or "
+            "torchrun (docs/many-processes.md), or leave shard out."
+        )
+    if recipe.sampler == "vllm" and ranks.size > 1:
+        raise RecipeError(
+            f"sampler = 'vllm' takes its weights from one process, and this run has {ranks.size} ranks: train with "
+            "one, or with sampler = 'torch'."
+        )
+
+
+def sampler_of(recipe: Recipe, policy: Policy, folder: RunFolder, probe: Prompt, longest: Prompt) -> Sampler:
+    """The recipe's. RunError: its server does not answer or is of another model; the folder is there to be resumed.
+
+    probe: whose completions are compared after a push. longest: the prompt that decides how much room there must be.
+    """
+    if recipe.sampler == "torch":
+        return TorchSampler(policy, recipe.sampling)
+    context = len(policy.encode(longest)) + recipe.max_tokens
+    try:
+        return open_vllm(
+            policy, recipe.sampling, url=recipe.sampler_url, timeout=recipe.sampler_timeout,
+            folder=folder.path / "sampler", probe=probe, context=context,
+        )  # fmt: skip
+    except BaseException:
+        folder.close()
+        raise
+
+
 def in_order(prompts: Sequence[Prompt], parts: Iterable[Iterable[Rollout]]) -> list[Rollout]:
     """What the ranks sampled, prompt by prompt as they were asked."""
     own = {p.id: p for p in prompts}
@@ -75,6 +110,6 @@ def in_order(prompts: Sequence[Prompt], parts: Iterable[Iterable[Rollout]]) -> l
 
 def agree_on(ranks: Ranks, recipe: Recipe, inputs: Inputs) -> None:
     """RunError: the ranks were given different recipes, prompts, code or models."""
-    of_its_own = {*recipe.free, "device"}
+    of_its_own = {*recipe.free, "device"} - {"shard"}
     ranks.agree("the recipe", {key: value for key, value in inputs.settings.items() if key not in of_its_own})
     ranks.agree("what decides the run", inputs.decisive)

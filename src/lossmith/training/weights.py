@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from lossmith.policy.sharded import first_row
 
 __all__ = ["WeightWatch"]
 
@@ -13,7 +17,10 @@ PLACES = 4096  # of a tensor, evenly spread: a share of a thousandth of all is t
 
 
 class WeightWatch:
-    """Of the policy and, where there is one, of the reference. Begins with the weights as they are when it is made."""
+    """Of the policy and, where there is one, of the reference. Begins with the weights as they are when it is made.
+
+    Of weights that ranks hold in parts, every rank has one and asks it at the same time; all are told the same.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], reference: Sequence[nn.Parameter]) -> None:
         self.parameters, self.reference = list(parameters), list(reference)
@@ -40,11 +47,26 @@ class WeightWatch:
 
 def _look(parameters: Sequence[nn.Parameter]) -> Tensor:
     """[places] the weights looked at, float32 on their device."""
-    seen = []
-    for p in parameters:
-        flat = p.detach().reshape(-1)
-        seen.append(flat[:: max(1, len(flat) // PLACES)][:PLACES].float())
-    return torch.cat(seen) if seen else torch.zeros(0)
+    if not parameters:
+        return torch.zeros(0)
+    seen = torch.cat([_places(p.detach()) for p in parameters])
+    in_parts: Any = parameters[0]
+    if hasattr(in_parts, "device_mesh"):
+        dist.all_reduce(seen, group=in_parts.device_mesh.get_group())
+    return seen
+
+
+def _places(p: Any) -> Tensor:
+    """The places of one tensor; of one in parts, 0 where a place is another rank's."""
+    step = max(1, p.numel() // PLACES)
+    if not hasattr(p, "device_mesh"):
+        return cast(Tensor, p.reshape(-1)[::step][:PLACES].float())
+    mine, row = p.to_local().reshape(-1), p.shape[1:].numel()
+    start = first_row(p) * row
+    first, last = -(-start // step), -(-(start + len(mine)) // step)
+    seen = torch.zeros(-(-p.numel() // step), device=mine.device)
+    seen[first:last] = mine[first * step - start :: step].float()
+    return seen[:PLACES]
 
 
 def _share(where: Tensor) -> float:

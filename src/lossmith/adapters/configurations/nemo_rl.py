@@ -98,9 +98,9 @@ def _advantage(s: Settings) -> dict[str, Any]:
     estimators = ("grpo", "gdpo", "reinforce_plus_plus", "raw_reward", "gae", "opd")
     name = s.word("grpo.adv_estimator.name", estimators)
     if name == "reinforce_plus_plus":
-        centred = s.flag("grpo.adv_estimator.minus_baseline")
+        centered = s.flag("grpo.adv_estimator.minus_baseline")
         s.note("Advantages are whitened with the biased variance; of n tokens that is a factor of √((n - 1)/n).")
-        return changes | {"advantage": "group" if centred else "raw", "advantage_scale": "whiten"}
+        return changes | {"advantage": "group" if centered else "raw", "advantage_scale": "whiten"}
     if name != "grpo":
         s.refuse("grpo.adv_estimator.name", f"{name} is an estimator that no loss here has in that form")
         return changes

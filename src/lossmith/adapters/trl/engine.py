@@ -60,6 +60,8 @@ def check_recipe(recipe: Recipe) -> None:
         wrong["model"] = "it is a LoRA adapter, and TRL is given a whole model to train"
     if recipe.compile:
         wrong["compile"] = "it computes with the model as it is"
+    if recipe.float32_head:
+        wrong["float32_head"] = "it has cast_lm_head_to_fp32 among its own settings (engine_options)"
     if recipe.evaluate_every:
         wrong["evaluate_every"] = "between two of its steps the model is as its trainer wraps it"
     if recipe.device not in ("auto", "cpu", "cuda", "mps"):

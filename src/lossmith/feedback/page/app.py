@@ -27,13 +27,14 @@ from lossmith.feedback.judgement import SCALES, Judgement, Question
 from lossmith.feedback.output_set import OutputSet
 from lossmith.feedback.page.accounts import LONGEST_NAME, Throttle, clean_name, matches
 from lossmith.feedback.page.answer import Refused, read_answer, undo_of
-from lossmith.feedback.page.guard import LoginGuard, host_names
 from lossmith.feedback.page.session import Session, Sessions
-from lossmith.feedback.page.text import visible
 from lossmith.feedback.page.work import Desk, items_of
 from lossmith.feedback.store import Store
 from lossmith.files import sha256
 from lossmith.prompts import message_text
+from lossmith.serving.guard import Guard, host_names
+from lossmith.serving.style import HOUSE_STYLE
+from lossmith.serving.text import visible
 from lossmith.templates import templates_of
 
 __all__ = ["DEFAULT_CRITERIA", "Page", "make_app"]
@@ -47,6 +48,7 @@ Where these pull apart, accuracy weighs most. Length alone is no merit."""
 LARGEST = 64 * 1024  # bytes of a request
 _HERE = Path(__file__).parent
 _STATIC = {  # fixed names, read once: no path of a request reaches the file system
+    "house.css": "text/css; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "ranking.js": "text/javascript; charset=utf-8",
@@ -76,7 +78,8 @@ class Page:
         self.hashing = ThreadPoolExecutor(2)  # passwords never take the threads that answers need
         self.file = _Watched(sets_path)
         self.cookie = "lossmith_" + hashlib.blake2b(str(store.path.resolve()).encode(), digest_size=4).hexdigest()
-        self.static = {name: (_HERE / "static" / name).read_bytes() for name in _STATIC}
+        files = {name: _HERE / "static" / name for name in _STATIC} | {"house.css": HOUSE_STYLE}
+        self.static = {name: file.read_bytes() for name, file in files.items()}
         self.templates = templates_of("lossmith.feedback.page")
         self.templates.filters["visible"] = visible
         self._desks: dict[str, Desk] = {}
@@ -171,7 +174,7 @@ def make_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.page = Page(store, sets, question, scale, criteria, sets_path, accounts, announce)
     app.include_router(_routes)
-    app.add_middleware(LoginGuard, hosts=host_names(host), remote=accounts)
+    app.add_middleware(Guard, hosts=host_names(host), remote=accounts)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _no_such_page)
     app.add_exception_handler(ClientDisconnect, _gone)

@@ -121,7 +121,7 @@ class SeqMeanTokenSumNorm(Aggregate):
 
 @dataclass(frozen=True)
 class TokenSum(Aggregate):
-    """The plain sum: no normaliser, so the loss grows with the batch."""
+    """The plain sum: no normalizer, so the loss grows with the batch."""
 
     option: ClassVar[str] = "token_sum"
 

@@ -1,6 +1,6 @@
 """KL to the reference policy: which estimator, where it acts, and how its coefficient moves.
 
-κ = log π_θ(y_t) - log π_ref(y_t). What each choice regularises (expected gradient on-policy, losses.md section 7):
+κ = log π_θ(y_t) - log π_ref(y_t). What each choice regularizes (expected gradient on-policy, losses.md section 7):
 k1 in the loss nothing; k2 the reverse KL(π‖π_ref), exactly; k3 the forward KL(π_ref‖π); abs neither; k1 or k3
 weighted by the ratio, any estimator with straight-through, `full`, and k1 in the reward the reverse KL.
 """
@@ -181,7 +181,7 @@ class KL(Piece):
         plain = not (self.ratio_weight or self.straight_through)
         if self.in_loss and self.estimator == "k1" and plain:
             return (
-                "k1 in the loss regularises nothing: its gradient does not depend on the reference, and its "
+                "k1 in the loss regularizes nothing: its gradient does not depend on the reference, and its "
                 "expectation on-policy is 0; use kl_estimator='k2', or kl_place='reward'"
             )
         return None

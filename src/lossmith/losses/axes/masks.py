@@ -1,4 +1,4 @@
-"""What is left out: tokens and completions that keep their place in the normaliser, and completions that lose it."""
+"""What is left out: tokens and completions that keep their place in the normalizer, and completions that lose it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-# -- masks: the policy term of what they drop is 0, the normaliser stays that of the whole batch ----------------------
+# -- masks: the policy term of what they drop is 0, the normalizer stays that of the whole batch ----------------------
 
 
 class Mask(Piece):
@@ -145,7 +145,7 @@ TOKEN_MASK: dict[str, type[Mask]] = options(NoMask, TopEntropy)
 SEQUENCE_MASK: dict[str, type[Mask]] = options(NoMask, OPSM, Staleness)
 
 
-# -- filters: what they drop is gone, from the normaliser too ----------------------------------------------------------
+# -- filters: what they drop is gone, from the normalizer too ----------------------------------------------------------
 
 
 class GroupFilter(Piece):

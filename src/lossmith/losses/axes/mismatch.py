@@ -1,6 +1,6 @@
 """Sampler-trainer mismatch: a detached weight on the policy term where the sampler was not the old policy.
 
-ρ = π_old / μ, with μ the distribution really sampled from. Dropped tokens stay in the normaliser, and KL and
+ρ = π_old / μ, with μ the distribution really sampled from. Dropped tokens stay in the normalizer, and KL and
 entropy terms are not touched.
 """
 

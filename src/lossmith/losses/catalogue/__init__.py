@@ -13,6 +13,7 @@ from lossmith.errors import LossError, nearest, quiet_traps
 from lossmith.losses.catalogue import (
     book,
     clipped,
+    distillation,
     imitation,
     paired,
     policy_gradient,
@@ -29,7 +30,7 @@ from lossmith.losses.piece import shown
 
 __all__ = ["CATALOGUE", "Entry", "example_loss", "find_entry", "get_loss", "list_losses"]
 
-_FAMILIES = (policy_gradient, clipped, sequence, soft, imitation, paired, terms, book)
+_FAMILIES = (policy_gradient, clipped, sequence, soft, imitation, distillation, paired, terms, book)
 CATALOGUE: dict[str, Entry] = {
     entry.name: replace(entry, family=family.__name__.rpartition(".")[2])
     for family in _FAMILIES

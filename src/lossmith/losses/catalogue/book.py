@@ -27,7 +27,7 @@ ENTRIES = [
         name="book_ppo_clip",
         year=2025,
         paper="book eq. 4.53 to 4.56",
-        summary="Demonstration: the clip and the log-ratio penalty as printed; the penalty regularises nothing.",
+        summary="Demonstration: the clip and the log-ratio penalty as printed; the penalty regularizes nothing.",
         build=lambda: PolicyLoss(
             advantage=Raw(), trust=BookClip(0.2), kl=KL(0.1, "k1", "loss"), aggregate=SeqMeanTokenSum()
         ),

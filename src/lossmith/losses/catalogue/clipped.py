@@ -1,13 +1,26 @@
 """PPO and its descendants: a clipped ratio per token."""
 
-from lossmith.losses.axes.advantage import GAE, GFPO, VAPO, BatchStd, Group, GroupStd, PassAtK
+from lossmith.losses.axes.advantage import GAE, GFPO, VAPO, BatchStd, Group, GroupStd, Optimistic, PassAtK
 from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
-from lossmith.losses.axes.extra import NLLPositive
+from lossmith.losses.axes.extra.terms import NLLPositive
 from lossmith.losses.axes.kl import KL
 from lossmith.losses.axes.masks import OPSM, TopEntropy, ZeroVariance
 from lossmith.losses.axes.mismatch import TIS
 from lossmith.losses.axes.shaping import Overlong
-from lossmith.losses.axes.trust import BalancedClip, Clip, CovDrop, CovKL, DynamicClip, Influence, M2Mask, Preserve
+from lossmith.losses.axes.trust import (
+    BalancedClip,
+    Clip,
+    CovDrop,
+    CovKL,
+    DynamicClip,
+    Influence,
+    M2Mask,
+    PrefixBudget,
+    Preserve,
+    QuadraticPenalty,
+    Reciprocal,
+    Unbounded,
+)
 from lossmith.losses.axes.value import ValueLoss
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.losses.composition.policy_loss import PolicyLoss
@@ -16,7 +29,7 @@ INF = float("inf")
 
 
 def _critic(trust: Clip, **more: object) -> PolicyLoss:
-    """PPO's generalised advantages with a critic that is trained along."""
+    """PPO's generalized advantages with a critic that is trained along."""
     fields = {"advantage": GAE(gamma=1.0, lam=0.95), "value": ValueLoss(coef=0.5), "aggregate": TokenMean()}
     return PolicyLoss(trust=trust, **{**fields, **more})  # type: ignore[arg-type]
 
@@ -42,7 +55,7 @@ ENTRIES = [
         name="ppo",
         year=2017,
         paper="arXiv:1707.06347",
-        summary="Clipped ratio, generalised advantages of a critic that is trained along.",
+        summary="Clipped ratio, generalized advantages of a critic that is trained along.",
         build=lambda: _critic(Clip(0.2, 0.2)),
         aliases=("ppo_clip",),
     ),
@@ -128,7 +141,7 @@ ENTRIES = [
         name="vapo",
         year=2025,
         paper="arXiv:2504.05118 (its likelihood coefficient is not settled: 0.1 here)",
-        summary="PPO whose generalised advantages follow the length, and imitation of what went well.",
+        summary="PPO whose generalized advantages follow the length, and imitation of what went well.",
         build=lambda: _critic(Clip(0.2, 0.28), advantage=VAPO(), extra=NLLPositive(0.1)),
     ),
     Entry(
@@ -190,6 +203,43 @@ ENTRIES = [
         summary="The unclipped ratio, with a pull on the tokens that lower entropy most.",
         build=lambda: _grouped(trust=CovKL()),
         aliases=("kl-cov",),
+    ),
+    Entry(
+        name="ngrpo",
+        year=2025,
+        paper="arXiv:2509.18851, after the authors' code",
+        summary="GRPO with one more completion of the largest reward in each group, so that failures alone teach too.",
+        build=lambda: PolicyLoss(advantage=Optimistic(), trust=Clip(0.16, 0.24), aggregate=TokenMean()),
+    ),
+    Entry(
+        name="up_grpo",
+        year=2026,
+        paper="arXiv:2607.06987, after slime",
+        summary="GRPO whose good tokens are not bounded: log-probability for A > 0, PPO's clip for the others.",
+        build=lambda: _grouped(trust=Unbounded(0.2)),
+        aliases=("up",),
+    ),
+    Entry(
+        name="aspo",
+        year=2025,
+        paper="arXiv:2510.06062, after slime",
+        summary="GRPO whose good tokens weigh 1/r: those that were left behind count more.",
+        build=lambda: _grouped(trust=Reciprocal(0.2, 0.2)),
+    ),
+    Entry(
+        name="cfpo",
+        year=2026,
+        paper="arXiv:2601.22801; the term is SPO's, 2401.16025",
+        summary="GRPO with a quadratic penalty of the ratio in place of a clip: a gradient at every token.",
+        build=lambda: _grouped(trust=QuadraticPenalty(0.2)),
+        aliases=("spo", "simple_policy_optimization"),
+    ),
+    Entry(
+        name="cppo",
+        year=2026,
+        paper="arXiv:2606.10968, eq. 8 and 9, with the sampled token's move",
+        summary="Drops tokens that move on where they, or the tokens before them, have moved too far already.",
+        build=lambda: _grouped(trust=PrefixBudget()),
     ),
     Entry(
         name="grpo_opsm",

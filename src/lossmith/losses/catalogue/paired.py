@@ -2,6 +2,16 @@
 
 from lossmith.losses.catalogue.entry import Entry
 from lossmith.losses.completion.completion_loss import CompletionLoss
+from lossmith.losses.completion.kin import (
+    AOT,
+    EXO,
+    NCA,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+    BCOPair,
+    SPPOHard,
+)
 from lossmith.losses.completion.preferences import (
     CPO,
     KTO,
@@ -14,7 +24,7 @@ from lossmith.losses.completion.preferences import (
     SimPO,
     SLiC,
 )
-from lossmith.losses.completion.regressions import A2PO, GVPO, SPPO
+from lossmith.losses.completion.regressions import A2PO, GVPO, SPPO, TPO
 
 ENTRIES = [
     Entry(
@@ -92,6 +102,66 @@ ENTRIES = [
         build=lambda: CompletionLoss("orpo", ORPO()),
     ),
     Entry(
+        name="apo_zero",
+        year=2024,
+        paper="arXiv:2408.06266, eq. 7",
+        summary="Winners become likelier and losers unlikelier, each by itself.",
+        build=lambda: CompletionLoss("apo_zero", APOZero()),
+    ),
+    Entry(
+        name="apo_down",
+        year=2024,
+        paper="arXiv:2408.06266, eq. 8",
+        summary="Winners become unlikelier too, and losers more so: for pairs worse than the policy.",
+        build=lambda: CompletionLoss("apo_down", APODown()),
+    ),
+    Entry(
+        name="nca",
+        year=2024,
+        paper="arXiv:2402.05369, as TRL computes it on pairs",
+        summary="Noise contrast: winners become likelier and losers unlikelier, and neither without end.",
+        build=lambda: CompletionLoss("nca", NCA()),
+        aliases=("nca_pair",),
+    ),
+    Entry(
+        name="bco_pair",
+        year=2024,
+        paper="arXiv:2404.04656, as TRL computes it on pairs (without the reward shift)",
+        summary="A classifier of winners and losers by their log-ratios.",
+        build=lambda: CompletionLoss("bco_pair", BCOPair()),
+        aliases=("bco",),
+    ),
+    Entry(
+        name="sppo_hard",
+        year=2024,
+        paper="arXiv:2405.00675, eq. 4.7, as TRL computes it",
+        summary="Regresses the log-ratios of winner and loser on a win for sure.",
+        build=lambda: CompletionLoss("sppo_hard", SPPOHard()),
+    ),
+    Entry(
+        name="exo",
+        year=2024,
+        paper="arXiv:2402.00856, eq. 16",
+        summary="The reverse KL of the policy's preference from the labels', on pairs.",
+        build=lambda: CompletionLoss("exo", EXO()),
+        aliases=("exo_pair",),
+    ),
+    Entry(
+        name="aot",
+        year=2024,
+        paper="arXiv:2406.05882, paired",
+        summary="The policy's margins above the reference's as distributions: both are sorted over the batch.",
+        build=lambda: CompletionLoss("aot", AOT()),
+        aliases=("aot_pair",),
+    ),
+    Entry(
+        name="aot_unpaired",
+        year=2024,
+        paper="arXiv:2406.05882, unpaired",
+        summary="Winners' log-ratios above the losers' as distributions: both are sorted over the batch.",
+        build=lambda: CompletionLoss("aot_unpaired", AOTUnpaired()),
+    ),
+    Entry(
         name="online_dpo",
         year=2024,
         paper="arXiv:2305.18290, 2402.04792",
@@ -125,7 +195,7 @@ ENTRIES = [
         name="gvpo",
         year=2025,
         paper="arXiv:2504.19599",
-        summary="Regresses the centred log-ratio of a group on its centred reward.",
+        summary="Regresses the centered log-ratio of a group on its centered reward.",
         build=lambda: CompletionLoss("gvpo", GVPO()),
     ),
     Entry(
@@ -135,5 +205,13 @@ ENTRIES = [
         summary="Regresses the log-ratio on the win rate of each completion.",
         build=lambda: CompletionLoss("sppo", SPPO()),
         example={"eta": 0.5},
+    ),
+    Entry(
+        name="tpo",
+        year=2026,
+        paper="arXiv:2604.06159",
+        summary="Cross-entropy to a target over the group: the old policy's probabilities, raised by the reward.",
+        build=lambda: CompletionLoss("tpo", TPO()),
+        aliases=("target_policy_optimization",),
     ),
 ]

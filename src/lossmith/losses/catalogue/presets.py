@@ -76,6 +76,16 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "online_dpo@trl": ("online_dpo", "online_dpo_trainer.py", {"beta": 0.1}, "pairs: two completions a prompt"),
     "ipo@trl": ("ipo", "dpo_trainer.py", {"per_token": True}, "loss_type 'ipo': log-ratios are means over tokens"),
     "online_ipo@trl": ("online_ipo", "online_dpo_trainer.py", {"beta": 0.1}, "loss_type 'ipo'"),
+    "distillation@trl": ("reverse_kl", "distillation_config.py", {}, "its DistillationTrainer, beta = 1"),
+    "gkd@trl": ("gkd", "gkd_trainer.py", {}, ""),
+    "sdpo@trl": (
+        "opd",
+        "sdpo_trainer.py",
+        {"trust": "truncate", "cap": 2.0, **STM},
+        "sampled tokens; its log-ratio is of the policy now, here of the one that sampled",
+    ),
+    "sdft@trl": ("gkd", "sdft_config.py", {"distil_top_k": 100, "distil_tail": False, **STM}, "nothing for the rest"),
+    "iw_opd@trl": ("iw_opd", "iw_opd_trainer.py", {}, ""),
     # -- verl
     "ppo@verl": ("ppo_dual_clip", "core_algos.py", {**VERL_PPO, "value_clip": 0.5}, "the dual clip is always on"),
     "grpo@verl": ("grpo", "core_algos.py", {**VERL_CLIP, "dual_clip": 3.0, **TOKEN}, "the dual clip is always on"),
@@ -177,12 +187,12 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
     "dppo@prime_rl": ("dppo_square", "trainer.py", {}, "its default"),
     "ipo@prime_rl": ("ipo_mask", "loss.py", {}, ""),
     # -- Tinker
-    "importance_sampling@tinker": ("importance_sampling", "docs", {"denominator": "behavior"}, "group centred"),
+    "importance_sampling@tinker": ("importance_sampling", "docs", {"denominator": "behavior"}, "group centered"),
     "ppo@tinker": (
         "importance_sampling",
         "docs",
         {"trust": "clip", "clip_low": 0.2, "clip_high": 0.2, "denominator": "behavior"},
-        "group centred, no critic",
+        "group centered, no critic",
     ),
     "cispo@tinker": ("cispo", "docs", {"cap": 4.0, "advantage_scale": "none", "denominator": "behavior"}, ""),
     "dro@tinker": ("dro", "docs", {"denominator": "behavior"}, ""),
@@ -225,9 +235,17 @@ PRESETS: dict[str, tuple[str, str, Mapping[str, Any], str]] = {
         {"eps": 1e-4, "beta": 0.04, "mask_kl": True, **TOKEN},
         "weights multiply KL",
     ),
+    "gkd@ms_swift": ("gkd", "gkd_loss.py", {}, ""),
+    "rlsd@ms_swift": ("rlsd", "rl_core/advantage.py", {"eps": 1e-4, "beta": 0.04, "mask_kl": True}, ""),
+    "sdar@ms_swift": (
+        "sdar",
+        "rl_core/advantage.py",
+        {"eps": 1e-4, "beta": 0.04, "mask_kl": True},
+        "its coefficient must be given: 0.1 here",
+    ),
     "ppo@torchtune": ("ppo", "rlhf/loss/ppo.py", {"clip": 0.1, "value_clip": 0.2, "value_coef": 0.1}, ""),
     "ppo@rlax": ("importance_sampling", "policy_gradients.py", {"trust": "clip", "advantage": "given"}, "loss alone"),
-    "gae@rlax": ("a2c", "multistep.py", {"advantage": "gae"}, "plain generalised advantages"),
+    "gae@rlax": ("a2c", "multistep.py", {"advantage": "gae"}, "plain generalized advantages"),
 }
 
 

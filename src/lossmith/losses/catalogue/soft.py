@@ -2,13 +2,16 @@
 
 from lossmith.losses.axes.advantage import Group, GroupStd
 from lossmith.losses.axes.aggregate import SeqMeanTokenMean, SeqMeanTokenSumNorm, TokenMean
-from lossmith.losses.axes.extra import SquareLogRatio
+from lossmith.losses.axes.extra.terms import SquareLogRatio
 from lossmith.losses.axes.ratio import TokenRatio
 from lossmith.losses.axes.trust import (
     Band,
     KLMask,
     Luffy,
     Quadratic,
+    RecOneSide,
+    RecRing,
+    RecTwoSide,
     ScaledLogP,
     SgClip,
     Sigmoid,
@@ -26,7 +29,7 @@ def _scaled(trust: Trust, **more: object) -> PolicyLoss:
     return PolicyLoss(advantage=Group(), trust=trust, **{**fields, **more})  # type: ignore[arg-type]
 
 
-def _centred(trust: Trust, **more: object) -> PolicyLoss:
+def _centered(trust: Trust, **more: object) -> PolicyLoss:
     """Reward minus the group's mean, every token counting the same."""
     return PolicyLoss(advantage=Group(), trust=trust, aggregate=TokenMean(), **more)  # type: ignore[arg-type]
 
@@ -50,11 +53,32 @@ ENTRIES = [
         build=lambda: _scaled(Sigmoid(1.0, 1.05), aggregate=SeqMeanTokenMean()),
     ),
     Entry(
+        name="rec_one_side",
+        year=2025,
+        paper="arXiv:2509.24203, after Trinity-RFT 0.6.0",
+        summary="REINFORCE weighted by the ratio, without tokens past the bound that their advantage pushes to.",
+        build=lambda: _centered(RecOneSide()),
+    ),
+    Entry(
+        name="rec_two_side",
+        year=2025,
+        paper="arXiv:2509.24203, after Trinity-RFT 0.6.0",
+        summary="REINFORCE weighted by the ratio, without tokens outside its bounds.",
+        build=lambda: _centered(RecTwoSide()),
+    ),
+    Entry(
+        name="rec_ring",
+        year=2025,
+        paper="arXiv:2509.24203, after Trinity-RFT 0.6.0",
+        summary="REINFORCE weighted by the ratio, without tokens in two rings beside its bounds.",
+        build=lambda: _centered(RecRing()),
+    ),
+    Entry(
         name="dppo_tv",
         year=2026,
         paper="arXiv:2602.04879",
         summary="Drops tokens whose probability moved too far where their advantage pushes.",
-        build=lambda: _centred(TVMask(0.2, 0.2, cap=20.0)),
+        build=lambda: _centered(TVMask(0.2, 0.2, cap=20.0)),
         aliases=("dppo",),
     ),
     Entry(
@@ -62,14 +86,14 @@ ENTRIES = [
         year=2026,
         paper="arXiv:2602.04879 (no agreed threshold: 0.05 here)",
         summary="DPPO that measures the move by the KL divergence of the sampled token.",
-        build=lambda: _centred(KLMask(0.05, 0.05, cap=20.0)),
+        build=lambda: _centered(KLMask(0.05, 0.05, cap=20.0)),
     ),
     Entry(
         name="dppo_square",
         year=2026,
         paper="arXiv:2602.04879, 2602.02276; PRIME-RL's default",
         summary="DPPO on the ratio to the sampler, with a squared pull towards the sampler.",
-        build=lambda: _centred(
+        build=lambda: _centered(
             TVMask(0.2, 0.2, cap=None, surrogate="ratio"), ratio_level=SAMPLER, extra=SquareLogRatio(1e-3)
         ),
     ),
@@ -78,28 +102,28 @@ ENTRIES = [
         year=2026,
         paper="PRIME-RL, loss 'ipo'",
         summary="Drops every token whose probability moved, with a squared pull towards the sampler.",
-        build=lambda: _centred(TVMaskSymmetric(0.1), ratio_level=SAMPLER, extra=SquareLogRatio(1e-3)),
+        build=lambda: _centered(TVMaskSymmetric(0.1), ratio_level=SAMPLER, extra=SquareLogRatio(1e-3)),
     ),
     Entry(
         name="rollout_is",
         year=2025,
         paper="SkyRL; the band of arXiv:2510.18855",
         summary="Log-probability weighted by the ratio to the sampler, inside a band and nowhere else.",
-        build=lambda: _centred(Band(0.2, 0.2), ratio_level=SAMPLER),
+        build=lambda: _centered(Band(0.2, 0.2), ratio_level=SAMPLER),
     ),
     Entry(
         name="dro",
         year=2024,
         paper="arXiv:2405.19107",
         summary="Log-probability times advantage, with a squared pull towards the old policy.",
-        build=lambda: _centred(Quadratic(tau=0.05)),
+        build=lambda: _centered(Quadratic(tau=0.05)),
     ),
     Entry(
         name="kimi_opmd",
         year=2025,
         paper="arXiv:2501.12599, in token form",
         summary="Kimi k1.5's mirror descent: reward minus the group's mean, squared pull to the old policy.",
-        build=lambda: _centred(Quadratic(tau=0.1)),
+        build=lambda: _centered(Quadratic(tau=0.1)),
         aliases=("kimi", "kimi_k1.5", "kimi_k15"),
     ),
     Entry(
@@ -107,7 +131,7 @@ ENTRIES = [
         year=2025,
         paper="arXiv:2501.12599, as in Trinity-RFT",
         summary="Log-probability times advantage over 1 + τ.",
-        build=lambda: _centred(ScaledLogP()),
+        build=lambda: _centered(ScaledLogP()),
         example={"tau": 0.5},
     ),
     Entry(

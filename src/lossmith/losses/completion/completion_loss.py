@@ -56,6 +56,11 @@ class CompletionTerm(Piece):
     stops_gradient: ClassVar[bool] = False
 
     @property
+    def compares(self) -> str:
+        """With what a completion is compared: "group", or "" (nothing)."""
+        return "group" if self.coupling == "group" else ""
+
+    @property
     def reads(self) -> frozenset[str]:
         """The fields of Batch that it reads, as its parameters stand."""
         return self.needs
@@ -107,7 +112,7 @@ class CompletionLoss(Loss):
 
     @property
     def compares(self) -> str:
-        return "group" if self.term.coupling == "group" else ""
+        return self.term.compares
 
     @property
     def stops_gradient(self) -> bool:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lossmith.losses.axes.advantage import Groups
-from lossmith.losses.completion import preferences
+from lossmith.losses.completion import kin, preferences
 from lossmith.losses.completion.completion_loss import Completions, CompletionTerm
 from lossmith.losses.completion.pairs import GROUPED
 from lossmith.losses.piece import number, options, param, pieces_in, symbol
 
-__all__ = ["A2PO", "GVPO", "REAL", "SPPO", "TERMS"]
+__all__ = ["A2PO", "GVPO", "REAL", "SPPO", "TERMS", "TPO"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class GVPO(CompletionTerm):
 
 @dataclass(frozen=True)
 class SPPO(CompletionTerm):
-    """(Λ_i - eta·R_i)², mean over completions (SPPO, arXiv:2405.00675); the paper's R is a centred win rate, P - ½."""
+    """(Λ_i - eta·R_i)², mean over completions (SPPO, arXiv:2405.00675); the paper's R is a centered win rate, P - ½."""
 
     option: ClassVar[str] = "sppo"
     anchor: ClassVar[str] = "old"
@@ -181,4 +181,60 @@ class REAL(CompletionTerm):
         ]
 
 
-TERMS: dict[str, type[CompletionTerm]] = options(*pieces_in(CompletionTerm, vars(preferences), globals()))
+@dataclass(frozen=True)
+class TPO(CompletionTerm):
+    """-Σ_{i∈g} q_i·log p_i, mean over groups: p the policy's and o the old policy's probabilities among the group's
+    completions, q ∝ o·e^{u/eta}, u = (R - mean_g)/std0_g, and 0 where all rewards are equal (TPO, arXiv:2604.06159).
+    """
+
+    option: ClassVar[str] = "tpo"
+    anchor: ClassVar[str] = "old"
+    needs: ClassVar[frozenset[str]] = GROUPED
+    eta: float = param("eta", 1.0, "temperature of the target", above=0)
+
+    def units(self, at: Completions) -> float:
+        return int(at.groups().index[at.live].unique().numel())
+
+    def _old(self, at: Completions) -> Tensor:
+        """Σ_t log π_old [N]."""
+        return at.batch.old("tpo").sum(1)
+
+    def _share(self, at: Completions, score: Tensor) -> Tensor:
+        """log of softmax over each group, [N]."""
+        groups = at.groups(score)
+        below = score - groups.largest.detach()
+        return below - groups.total(below.exp()).clamp(min=1e-300).log()
+
+    def _target(self, at: Completions) -> Tensor:
+        groups = at.groups()
+        flat = groups.constant
+        u = torch.where(flat, 0.0, (groups.reward - groups.mean) / torch.where(flat, 1.0, groups.std(ddof=0)))
+        return self._share(at, self._old(at) + u / self.eta).exp()
+
+    def value(self, at: Completions, units: float) -> Tensor:
+        return -at.mean(self._target(at) * self._share(at, self._old(at) + at.log_ratio), units)
+
+    def slope(self, at: Completions, units: float) -> Tensor:
+        now = (self._old(at) + at.log_ratio).exp()
+        return (now / at.groups(now).total(now).clamp(min=1e-300) - self._target(at)) / max(units, 1)
+
+    def formula(self) -> str:
+        u = "u = (R − mean_g(R))/std0_g(R)"
+        target = f"q = e^(Y + u/{number(self.eta)})/Σ_{{i∈g}} e^(Y + u/{number(self.eta)})"
+        share = "Y + Λ_i − ln(Σ_{i∈g} e^(Y + Λ_i))"
+        return f"−1/#g Σ_g Σ_{{i∈g}} q·({share}) where {target}; {u}; Y = Σ_t log π_old(y_t)"
+
+    def code(self) -> list[str]:
+        return [
+            "total, old = 0.0 * Lam.sum(), (old_logp * mask).sum(1)",
+            "for g in group.unique():",
+            "    o, r = old[group == g], R[group == g]",
+            "    std = r.std(correction=0)",
+            "    u = (r - r.mean()) / torch.where(std > 0, std, 1.0)",
+            f"    q = torch.softmax(o + u / {self.eta}, 0)",
+            "    total = total - (q * torch.log_softmax(o + Lam[group == g], 0)).sum()",
+            "return total / len(group.unique())",
+        ]
+
+
+TERMS: dict[str, type[CompletionTerm]] = options(*pieces_in(CompletionTerm, vars(preferences), vars(kin), globals()))

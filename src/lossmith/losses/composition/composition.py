@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from lossmith.losses.axes.advantage import BatchMean, Estimator, NoScale, Scale
 from lossmith.losses.axes.aggregate import Aggregate, TokenMean
-from lossmith.losses.axes.extra import Extra, NoExtra
+from lossmith.losses.axes.extra import Extra
+from lossmith.losses.axes.extra.terms import NoExtra
 from lossmith.losses.axes.kl import KL
 from lossmith.losses.axes.masks import GroupFilter, Mask, NoFilter, NoMask
 from lossmith.losses.axes.mismatch import Mismatch, NoMismatch
@@ -66,7 +67,7 @@ class Composition:
 
     @property
     def traps(self) -> tuple[str, ...]:
-        local = "a local normaliser: the loss depends on how the batch is cut into micro-batches and ranks"
+        local = "a local normalizer: the loss depends on how the batch is cut into micro-batches and ranks"
         return tuple(t for t in (self.trust.trap(), self.kl.trap(), local if self.local_normalizer else None) if t)
 
     @property

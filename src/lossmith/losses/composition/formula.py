@@ -27,9 +27,10 @@ def in_style(lines: list[str], style: str) -> str:
 
 
 def _equation(loss: Composition) -> list[str]:
-    """The first line, and what the trust region defines."""
+    """The first line, and what the trust region and the extra term define."""
     policy, defined = _policy(loss) if loss.advantage.acts else ("", [])
-    terms, apart = [*([policy] if policy else []), *_extra(loss)], []
+    more, of_more = _extra(loss)
+    terms, apart = [*([policy] if policy else []), *more], []
     for term, how in _counted_apart(loss):
         if how == "same":
             terms.append(term)
@@ -38,7 +39,7 @@ def _equation(loss: Composition) -> list[str]:
     total = (
         [f"{loss.aggregate.formula()} {_taking_part(loss)}[ {' '.join(terms).removeprefix('+ ')} ]"] if terms else []
     )
-    return [f"L(θ) = {' '.join([*total, *apart]).removeprefix('+ ')}", *defined]
+    return [f"L(θ) = {' '.join([*total, *apart]).removeprefix('+ ')}", *defined, *of_more]
 
 
 def _taking_part(loss: Composition) -> str:
@@ -87,9 +88,11 @@ def _counted_apart(loss: Composition) -> list[tuple[str, str]]:
     return found
 
 
-def _extra(loss: Composition) -> list[str]:
-    more = [loss.extra.formula() or "", loss.value.formula() if loss.value.active else ""]
-    return [f"− {term[1:]}" if term[0] == "−" else f"+ {term}" for term in more if term]
+def _extra(loss: Composition) -> tuple[list[str], list[str]]:
+    """The extra term and the critic's, with their signs; and what the extra term defines."""
+    extra, defined = where(loss.extra.formula() or "")
+    more = [extra, loss.value.formula() if loss.value.active else ""]
+    return [f"− {term[1:]}" if term[0] == "−" else f"+ {term}" for term in more if term], defined
 
 
 def _definitions(loss: Composition) -> list[str]:

@@ -82,7 +82,8 @@ def _rewards(loss: Composition, words: set[str]) -> list[str]:
         lines.append("r_t = on_last(R)")
     if loss.kl.in_reward:
         lines += [*loss.kl.code(), "r_t = r_t - kl"]
-    if (loss.kl.in_reward or per_token) and not loss.advantage.per_token:
+    summed = not loss.advantage.per_token or "R" in _words(loss.advantage.code())
+    if (loss.kl.in_reward or per_token) and summed:
         lines.append("R = (r_t * mask).sum(1)")
     return lines
 

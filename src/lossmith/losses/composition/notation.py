@@ -10,8 +10,8 @@ completions take part, or is one of the REMARKS.
 Sums reach as far as products do. `[...]` around a condition is 1 where it holds and 0 elsewhere; `a if c else b`
 chooses; `x_{t+1}` is x at the next token, and 0 after the last; 0/0 is 0. r is the ratio, r_t the reward of a token,
 R₀ the score as it is given where shaping makes another R of it. Σ_j is over all completions, Σ_i over those that take
-part. Products are written with `·`; beside each other stand only a number and what it multiplies, and what precedes a
-sum. `f(x)` is a call. A piece may define names of its own: `c·A where c = ...; d = ...`.
+part, Σ_v over the vocabulary. Products are written with `·`; beside each other stand only a number and what it
+multiplies, and what precedes a sum. `f(x)` is a call. A piece may define names of its own: `c·A where c = ...; d = ...`
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["INDICES", "KEPT", "PREFIX", "REMARKS", "read", "read_expression", "w
 INDICES = ("i", "j", "t", "k", "g", "w", "l", "v")
 KEPT = "completions that are masked altogether keep their reward in the statistics"
 REMARKS = (KEPT, "V is not trained by this loss", "counts are those of the micro-batch at hand")
-POLICIES = ("π_θ", "π_old", "π_ref", "μ")
+POLICIES = ("π_θ", "π_old", "π_ref", "π_T", "μ")
 PREFIX = ("log", "ln", "√")  # functions that need no brackets around a single thing
 
 

@@ -1,6 +1,6 @@
 """The loss as a value: a point in a product of axes, evaluated in two halves.
 
-credit     whole rollout batch, no gradient: shaping, KL in the reward, advantage, masks, and every normaliser
+credit     whole rollout batch, no gradient: shaping, KL in the reward, advantage, masks, and every normalizer
 objective  per token, with gradient, on any micro-batch of it
 
     L = Σ_it  weight_it · [ u_it·ℓ(r_it, A_it) + β·k_it - c_H·H_it + c_V·v_it ]
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from lossmith.losses.anatomy import Anatomy, Link, Pull
 from lossmith.losses.as_tensor import wide
 from lossmith.losses.axes.advantage import Signal
 from lossmith.losses.axes.aggregate import AGGREGATE, Aggregate
+from lossmith.losses.axes.extra.divergence import Divergence
 from lossmith.losses.axes.trust import Tokens
 from lossmith.losses.batch import Batch, Normalizer
 from lossmith.losses.composition.composition import Composition
@@ -53,6 +54,10 @@ class PolicyLoss(Composition, Loss):
         LossError: a name that is none of these, or a composition that means nothing.
         """
         return with_flat(self, changes)
+
+    @property
+    def divergence(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        return self.extra.at if isinstance(self.extra, Divergence) else None
 
     # -- credit -----------------------------------------------------------------------------------------------------
 
@@ -105,7 +110,7 @@ class PolicyLoss(Composition, Loss):
     def _weights_by(self, aggregate: Aggregate, batch: Batch, normalizer: Normalizer | None) -> Tensor:
         norm = self.counts(batch) if self.local_normalizer or normalizer is None else normalizer
         weights = aggregate.weights(self._counted(batch), norm, batch.dtype)
-        if self.truncated == "mask":  # left out of the loss, still counted by the normaliser
+        if self.truncated == "mask":  # left out of the loss, still counted by the normalizer
             weights = torch.where(batch.require("truncated", "truncated='mask'")[:, None], 0.0, weights)
         return weights
 
@@ -319,6 +324,13 @@ class PolicyLoss(Composition, Loss):
             gradient = gradient - pull.value
         return gradient
 
+    @torch.no_grad()
+    def closed_form_beside(self, batch: Batch, credit: Credit | None = None) -> dict[str, Tensor]:
+        if not self.extra.acts or self.extra.through != "vocab_logp":
+            return {}
+        credit = credit or self.credit(batch)
+        return {"vocab_logp": credit.weight[..., None] * self.extra.vocabulary_slope(batch)}
+
     def _pulls(self, batch: Batch, credit: Credit) -> Iterator[Pull]:
         """The terms of -dL/dlogp, by the formulas of the pieces."""
         at = self._tokens(batch, credit)
@@ -347,7 +359,7 @@ class PolicyLoss(Composition, Loss):
             if by_log_ratio is not None:
                 slope = ("slope", by_log_ratio, "of the same, through the ratio r that weights it")
                 yield self._pull("kl", [beta, slope, *rest], batch, by_ratio, self.ratio_level.per_sequence)
-        if self.extra.acts:
+        if self.extra.acts and self.extra.through == "logp":
             slope = ("slope", -self.extra.slope(batch, credit.advantage), f"of {self.extra.formula()}")
             yield self._pull(self.extra.option, [slope, ("weight", credit.weight, weight[2])], batch)
 

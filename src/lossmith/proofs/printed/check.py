@@ -37,7 +37,7 @@ def _gap(loss: Any, fields: Fields, seed: int) -> float:
     """Relative difference of value and of slope along a random direction, tokens at the left of their rows."""
     fields = at_the_left(fields, fields["mask"], drop=False)
     found, draw = evaluate(loss, fields), Draw(seed, 0.0)
-    ways = {name: draw.normal(f"way {name}", *fields["mask"].shape) for name in LEAVES if name in fields}
+    ways = {name: draw.normal(f"way {name}", *fields[name].shape) for name in LEAVES if name in fields}
     slopes = {name: way * found.gradients[name] for name, way in ways.items()}
     printed = Meaning(read(loss.formula()), Facts(Batch(**fields), ways)).loss()
     slope = float(torch.stack([x.sum() for x in slopes.values()]).sum())

@@ -12,11 +12,13 @@ from torch import Tensor
 from lossmith.losses import Batch
 from lossmith.proofs.printed.dual import Dual, Value
 
-__all__ = ["BY_COMPLETION", "BY_TOKEN", "POLICIES", "Facts"]
+__all__ = ["BY_COMPLETION", "BY_TOKEN", "POLICIES", "VOCABULARY", "Facts"]
 
+VOCABULARY = {"π_θ": ("vocab_logp",), "π_T": ("teacher_vocab_logp",)}  # over all tokens at a position
 # symbol -> field of Batch; where there are two, the first that the batch holds
 POLICIES = {
-    "π_θ": ("logp",), "π_old": ("old_logp", "logp"), "π_ref": ("ref_logp",), "μ": ("behavior_logp", "old_logp"),
+    "π_θ": ("logp",), "π_old": ("old_logp", "logp"), "π_ref": ("ref_logp",), "π_T": ("teacher_logp",),
+    "μ": ("behavior_logp", "old_logp"),
 }  # fmt: skip
 BY_TOKEN = {"H": ("entropy",), "V_θ": ("value",), "V": ("old_value", "value"), "Φ": ("potential",)}
 BY_COMPLETION = {
@@ -56,8 +58,7 @@ class Facts:
             direction = self.directions.get(name) if name == fields[0] else None
             found = numbers.tolist()
             if direction is not None:
-                pairs = zip(found, direction.tolist(), strict=True)
-                found = [[Dual(x, d) for x, d in zip(*row, strict=True)] for row in pairs]
+                found = _with_slopes(found, direction.tolist())
             self._read[fields] = found
         return self._read[fields]
 
@@ -84,3 +85,10 @@ class Facts:
         """What is `as given`: the advantage, or the critic's returns."""
         found: Value | list[Value] = self.of(("returns" if name == "G" else "advantage",))[i]
         return found[t] if isinstance(found, list) else found
+
+
+def _with_slopes(x: Any, slope: Any) -> Any:
+    """Numbers, in lists as deep as they are, with their slopes."""
+    if not isinstance(x, list):
+        return Dual(x, slope)
+    return [_with_slopes(one, its) for one, its in zip(x, slope, strict=True)]

@@ -96,6 +96,11 @@ def _binary_kl(p: Value, q: Value) -> float:
     return a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
 
 
+@plain("sign")
+def _sign(x: Value) -> float:
+    return float((value_of(x) > 0) - (value_of(x) < 0))
+
+
 # -- of a group, of the batch ----------------------------------------------------------------------------------------
 
 
@@ -288,4 +293,35 @@ def _balance(meaning: Any, call: n.Call, at: dict[str, Any]) -> tuple[float, flo
 def _full_kl(meaning: Any, call: n.Call, at: dict[str, Any]) -> Value:
     """KL(π_θ‖π_ref) over the whole vocabulary: the batch holds it."""
     found: Value = meaning.facts.of(("full_kl",))[meaning.row(at)][meaning.token(at)]
+    return found
+
+
+@lazy("likeliest")
+def _likeliest(meaning: Any, call: n.Call, at: dict[str, Any]) -> list[Any]:
+    """likeliest(k, π(v), rest): the k likeliest tokens under π, and all others as one; without `rest`, as if there were
+    no others: their probabilities are divided by their sum. Each member says its probability under a policy.
+    """
+    count, ranked = int(value_of(meaning.of(call.args[0], at))), call.args[1]
+    size = len(list(meaning.places("v", at)))
+    chosen = sorted(range(size), key=lambda v: -value_of(meaning.of(ranked, {**at, "v": v})))[:count]
+
+    def share(meaning: Any, policy: str, at: dict[str, Any]) -> Value:
+        return total(meaning.of_token(policy, v, at) for v in chosen)
+
+    def alone(v: int) -> Callable[..., Value]:
+        return lambda meaning, policy, at: meaning.of_token(policy, v, at) / share(meaning, policy, at)
+
+    if len(call.args) == 2:
+        return [alone(v) for v in chosen]
+    return [*chosen, lambda meaning, policy, at: 1 - share(meaning, policy, at)]
+
+
+@lazy("matched")
+def _matched(meaning: Any, call: n.Call, at: dict[str, Any]) -> Value:
+    """matched_P(a, b): the b that stands among all b where this pair's a stands among all a, both in their order."""
+    places = list(meaning.places(call.under, at))
+    numbers = [value_of(meaning.of(call.args[0], place)) for place in places]
+    here = next(i for i, place in enumerate(places) if (place["w"], place["l"]) == (at["w"], at["l"]))
+    rank = sum((x, i) < (numbers[here], here) for i, x in enumerate(numbers))
+    found: Value = sorted((meaning.of(call.args[1], place) for place in places), key=value_of)[rank]
     return found

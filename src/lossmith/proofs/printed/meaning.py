@@ -14,13 +14,13 @@ from typing import Any
 from lossmith.errors import LossError
 from lossmith.losses.composition import notation as n
 from lossmith.proofs.printed.dual import Value, total, value_of
-from lossmith.proofs.printed.facts import BY_COMPLETION, BY_PART, BY_TOKEN, POLICIES, Facts
+from lossmith.proofs.printed.facts import BY_COMPLETION, BY_PART, BY_TOKEN, POLICIES, VOCABULARY, Facts
 from lossmith.proofs.printed.functions import FUNCTIONS
 
 __all__ = ["Meaning"]
 
 Where = dict[str, Any]  # what each index is bound to; `level`: how many updates of the reward have been made
-_LASTING = ("i", "t", "w", "l", "g", "part")  # what a definition sees of the place where its name stands
+_LASTING = ("i", "t", "w", "l", "g", "part", "v")  # what a definition sees of the place where its name stands
 
 
 @dataclass(eq=False)
@@ -95,13 +95,18 @@ class Meaning:
             yield from ({**{k: x for k, x in at.items() if k != "t"}, "i": i} for i in rows[under]())
         elif under == "j≠i":
             yield from ({**at, "j": j} for j in self.members(at) if j != self.row(at))
-        elif under in ("t", "k≥t", "k≤t"):
+        elif under in ("t", "k≥t", "k≤t", "k<t"):
             yield from self._tokens(under, at)
         elif under in ("i,t", "it"):
             yield from ({**at, "i": i, "t": t} for i in self.facts.live for t in range(self.facts.lengths[i]))
         elif under in ("k", "ref"):
             name = ("reward_parts",) if under == "k" else ("reference_reward",)
             yield from ({**at, "part": k} for k in range(len(self.facts.of(name)[0])))
+        elif under == "v":
+            tokens = self.facts.of(VOCABULARY["π_θ"])[self.row(at)][self.token(at)]
+            yield from ({**at, "v": v} for v in range(len(tokens)))
+        elif under == "v∈S":
+            yield from ({**at, "v": v} for v in self.named("S", "", at))
         elif under in self.definitions:
             yield from self._members_of(under, at)
         else:
@@ -113,7 +118,8 @@ class Meaning:
             yield from ({**at, "t": t} for t in range(length))
             return
         now = self.token(at)
-        yield from ({**at, "k": k} for k in (range(now, length) if under == "k≥t" else range(now + 1)))
+        ranges = {"k≥t": range(now, length), "k≤t": range(now + 1), "k<t": range(now)}
+        yield from ({**at, "k": k} for k in ranges[under])
 
     def _members_of(self, name: str, at: Where) -> Iterator[Where]:
         """Pairs or completions of a set that the formula defines."""
@@ -195,6 +201,12 @@ class Meaning:
             return self._reward("R", {**at, "level": level}) if last else 0.0
         return total(self._reward("r", {**x, "level": level}) for x in self._tokens("t", at))
 
+    def of_token(self, policy: str, v: int, at: Where) -> Value:
+        """The probability of the v-th token of the vocabulary at the place at hand."""
+        logs = self.facts.of(VOCABULARY[policy])[self.row(at)][self.token(at)]
+        found: Value = FUNCTIONS["exp"](self, [logs[v]])
+        return found
+
     # -- expressions ------------------------------------------------------------------------------------------------
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -218,6 +230,8 @@ class Meaning:
 
     @of.register
     def _(self, node: n.Prob, at: Where) -> Value:
+        if node.at == "v" and "v" in at:
+            return at["v"](self, node.policy, at) if callable(at["v"]) else self.of_token(node.policy, at["v"], at)
         logs, i = self.facts.of(POLICIES[node.policy]), self.row(at)
         if node.at == "":
             return FUNCTIONS["exp"](self, [total(logs[i][: self.facts.lengths[i]])])
@@ -235,7 +249,7 @@ class Meaning:
 
     @of.register
     def _(self, node: n.Sum, at: Where) -> Value:
-        if node.under == "v":  # over the vocabulary: the batch holds the sum
+        if node.under == "v" and self.facts.batch.vocab_logp is None:  # the batch holds the sum
             return self.facts.of(("sum_prob_sq",))[self.row(at)][at.get("k", at.get("t"))]
         if node.under == "g":
             return total(self.of(node.body, {**at, "g": g}) for g in self.groups)

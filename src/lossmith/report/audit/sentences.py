@@ -10,7 +10,7 @@ from lossmith.proofs.auditing import Audit
 from lossmith.proofs.enumeration import Bias
 from lossmith.proofs.finding import FAILED, NOT_APPLICABLE
 
-__all__ = ["EXACT", "Line", "Section", "optimises", "sections", "short"]
+__all__ = ["EXACT", "Line", "Section", "optimizes", "sections", "short"]
 
 EXACT = 1e-9  # a residual below is rounding
 SIMILAR = 1e-4  # relative change of an advantage below which it counts as unchanged (the eps beside a deviation)
@@ -44,10 +44,10 @@ def short(x: float | None) -> str:
     return f"{x:.4g}" if not nearly_one else f"{x:.9f}".rstrip("0")
 
 
-def optimises(found: Bias, objective: str = "∇E[r]") -> str:
+def optimizes(found: Bias, objective: str = "∇E[r]") -> str:
     """One sentence about an expected gradient."""
     if found.norm_ratio == 0:
-        return "the expected gradient is 0: it optimises nothing"
+        return "the expected gradient is 0: it optimizes nothing"
     if found.residual < EXACT and found.scale > 0:
         return f"expected gradient = {short(found.scale)}·{objective} exactly"
     return (
@@ -68,28 +68,28 @@ def _objective(audit: Audit) -> Section:
     lines = []
     if audit.on_policy:
         found = audit.on_policy
-        lines.append(Line("on-policy, without KL", short(found.residual), optimises(found) + _named(audit, found)))
+        lines.append(Line("on-policy, without KL", short(found.residual), optimizes(found) + _named(audit, found)))
     if audit.unscaled:
-        text = optimises(audit.unscaled)
+        text = optimizes(audit.unscaled)
         lines.append(Line("without dividing by a deviation", short(audit.unscaled.residual), text))
     if audit.exact_critic:
-        text = optimises(audit.exact_critic) + "; above, the values are wrong by a fixed number for each prefix"
+        text = optimizes(audit.exact_critic) + "; above, the values are wrong by a fixed number for each prefix"
         lines.append(Line("with an exact critic", short(audit.exact_critic.residual), text))
     if audit.with_kl:
         objective = f"∇(E[r] − {short(audit.beta)}·KL)"
         text = (
-            optimises(audit.with_kl, objective) + f"; KL(π‖π_ref) of completions, the penalty in the {audit.kl_place}"
+            optimizes(audit.with_kl, objective) + f"; KL(π‖π_ref) of completions, the penalty in the {audit.kl_place}"
         )
         lines.append(Line("on-policy, with its KL", short(audit.with_kl.residual), text))
     if audit.long:
-        lines.append(Line("completions of 1 to 6 tokens", short(audit.long.residual), optimises(audit.long)))
+        lines.append(Line("completions of 1 to 6 tokens", short(audit.long.residual), optimizes(audit.long)))
     if audit.long_normalized:
-        text = optimises(audit.long_normalized) + "; so it is in a large batch, whose number of tokens hardly varies"
+        text = optimizes(audit.long_normalized) + "; so it is in a large batch, whose number of tokens hardly varies"
         lines.append(Line("the same, divided by a constant", short(audit.long_normalized.residual), text))
     ways = f"Groups of {audit.group_size}, all enumerated; the number is the relative residual."
     if audit.on_policy and not audit.on_policy.exact:
         ways = f"Groups of {audit.group_size}, sampled: ±{short(audit.on_policy.interval)} of the norm (95 %)."
-    return Section("What it optimises", tuple(lines), ways)
+    return Section("What it optimizes", tuple(lines), ways)
 
 
 def _named(audit: Audit, found: Bias) -> str:
@@ -166,7 +166,7 @@ def _penalty(audit: Audit) -> Section:
     lines = []
     for push in audit.push:
         if push.size == 0:
-            text = "no push at all: the penalty alone has expected gradient 0 and regularises nothing"
+            text = "no push at all: the penalty alone has expected gradient 0 and regularizes nothing"
         elif push.cosine < 0:
             text = f"pushes away from the reference, with {short(push.size)} times the force of β∇KL(π‖π_ref)"
         else:

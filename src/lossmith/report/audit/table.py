@@ -97,8 +97,8 @@ def _document(rows: Mapping[str, str], kl_terms: str) -> str:
 
 
 def _kl_terms() -> str:
-    lines = [_KL_HEAD, "", _KL_NOTE, "", _line(("term", "regularises", "norm")), _line(("---",) * 3)]
-    lines += [_line((row.term, row.regularises, short(row.norm))) for row in kl_table()]
+    lines = [_KL_HEAD, "", _KL_NOTE, "", _line(("term", "regularizes", "norm")), _line(("---",) * 3)]
+    lines += [_line((row.term, row.regularizes, short(row.norm))) for row in kl_table()]
     return "\n".join(lines) + "\n"
 
 
@@ -113,7 +113,7 @@ _NOTE = (
     "10 % of the time counts than one solved half of the time (groups of 16). *R + c*, *c·R*: whether the advantage "
     "stays the same. *Cosine at 0.1 nats*: sampled by an old policy this far away, mean over directions."
 )
-_KL_HEAD = "## What each KL term regularises"
+_KL_HEAD = "## What each KL term regularizes"
 _KL_NOTE = "Expected gradient of the term alone, on-policy, β = 1, against the exact gradients."
 
 

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from lossmith.errors import printable
 from lossmith.explanation import Explanation, Number, Token
 from lossmith.explanation.sentences import direction, short
-from lossmith.feedback.page.text import visible
 from lossmith.report.explanation.level import LEVELS, level
 from lossmith.report.explanation.terminal import how, multiplied, number
+from lossmith.serving.text import visible
 
 __all__ = ["explanation_page"]
 

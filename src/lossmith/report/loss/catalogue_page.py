@@ -18,6 +18,7 @@ FAMILIES = {
     "sequence": "One ratio a completion",
     "soft": "Stop-gradient weights, soft gates, trust regions in probability",
     "imitation": "Imitation of completions chosen by their reward",
+    "distillation": "Distillation: a teacher's probabilities",
     "paired": "Preferences and regressions of whole completions",
     "terms": "Terms that stand alone",
     "book": "The book's forms as printed",
@@ -29,12 +30,14 @@ Generated from the compositions by `python -m lossmith.report.loss.catalogue_pag
 `print(ls.get_loss(NAME))` gives, with the defaults in force; parameters that have no agreed default show an example
 value, and the loss has to be given one. r is the ratio, A the advantage, R the reward of a completion and r_t that of a
 token, V the critic's value at the start of the update and V_θ now, g a prompt's group, T a completion's length, N the
-number of completions; [condition] is 1 where it holds and 0 elsewhere, sg stops the gradient, and x_{t+1} is 0 after
-the last token. The proofs read each formula as a program and hold it to the loss. What each loss does, measured, is in
-[proofs.md](proofs.md). What arithmetic has no signs for is a function:
+number of completions, π_T a teacher; [condition] is 1 where it holds and 0 elsewhere, sg stops the gradient, and
+x_{t+1} is 0 after the last token. The proofs read each formula as a program and hold it to the loss. What each loss
+does, measured, is in [proofs.md](proofs.md). What arithmetic has no signs for is a function:
 
 """
-_FUNCTIONS = ("whiten", "quantile", "second", "lowest", "top", "cov", "drawn", "balance", "KL₂", "KL")
+_FUNCTIONS = (
+    "whiten", "quantile", "second", "lowest", "top", "cov", "drawn", "balance", "likeliest", "matched", "KL₂", "KL",
+)  # fmt: skip
 
 
 def catalogue_page() -> str:

@@ -29,11 +29,11 @@ def weight_plot(loss: Loss) -> str:
     curves = {label: _curve(loss, sign) for label, sign, _ in signs}
     top = max(1.0, *(min(curve(r), 3.0) for curve in curves.values() for r in ratio_grid())) * 1.08
     parts = [_frame(loss.name, str(loss).split("\n")[0]), _axes(top)]
-    for i, (label, _, colour) in enumerate(signs):
+    for i, (label, _, color) in enumerate(signs):
         curve = curves[label]
-        parts += [_strip(start, end, i, colour, label) for start, end in stopped_regions(curve)]
-        parts.append(_line(curve, top, colour, dashed=i == 1))
-        parts.append(_key(i, label, colour))
+        parts += [_strip(start, end, i, color, label) for start, end in stopped_regions(curve)]
+        parts.append(_line(curve, top, color, dashed=i == 1))
+        parts.append(_key(i, label, color))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -79,8 +79,8 @@ def _y(w: float, top: float) -> float:
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * w / top
 
 
-def _text(x: float, y: float, words: str, *, size: int = 13, anchor: str = "middle", colour: str = INK) -> str:
-    where = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
+def _text(x: float, y: float, words: str, *, size: int = 13, anchor: str = "middle", color: str = INK) -> str:
+    where = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{color}"'
     return f"<text {where}>{escape(words)}</text>"
 
 
@@ -101,14 +101,14 @@ def _frame(name: str, formula: str) -> str:
 def _axes(top: float) -> str:
     base, parts = HEIGHT - BOTTOM, []
     for r in (0.1, 0.2, 0.5, 1, 2, 5, 10):
-        colour = "#888888" if r == 1 else PALE
-        parts.append(f'<line x1="{_x(r):.1f}" x2="{_x(r):.1f}" y1="{TOP}" y2="{base}" stroke="{colour}"/>')
+        color = "#888888" if r == 1 else PALE
+        parts.append(f'<line x1="{_x(r):.1f}" x2="{_x(r):.1f}" y1="{TOP}" y2="{base}" stroke="{color}"/>')
         parts.append(_text(_x(r), base + 18, f"{r:g}"))
     step = 0.25 if top < 1.3 else 0.5
     for i in range(int(top / step) + 1):
-        colour = "#888888" if i * step == 1 else PALE
+        color = "#888888" if i * step == 1 else PALE
         y = _y(i * step, top)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{color}"/>')
         parts.append(_text(LEFT - 8, y + 4, f"{i * step:g}", anchor="end"))
     middle = (TOP + base) / 2
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "ratio r (log scale); bars: no gradient"))
@@ -116,20 +116,20 @@ def _axes(top: float) -> str:
     return "\n".join(parts)
 
 
-def _strip(start: float, end: float, place: int, colour: str, label: str) -> str:
+def _strip(start: float, end: float, place: int, color: str, label: str) -> str:
     """A bar below the axis, and a light shade above it, where the weight is 0."""
     base, x, width = HEIGHT - BOTTOM, _x(start), _x(end) - _x(start)
     data = f'data-sign="{escape(label)}" data-from="{start:.12g}" data-to="{end:.12g}"'
     return "\n".join(
         [
             f'<rect class="stopped" {data} x="{x:.1f}" y="{TOP}" width="{width:.1f}" height="{base - TOP}"'
-            f' fill="{colour}" fill-opacity="0.07"/>',
-            f'<rect x="{x:.1f}" y="{base + 28 + 12 * place}" width="{width:.1f}" height="8" fill="{colour}"/>',
+            f' fill="{color}" fill-opacity="0.07"/>',
+            f'<rect x="{x:.1f}" y="{base + 28 + 12 * place}" width="{width:.1f}" height="8" fill="{color}"/>',
         ]
     )
 
 
-def _line(curve: Curve, top: float, colour: str, *, dashed: bool) -> str:
+def _line(curve: Curve, top: float, color: str, *, dashed: bool) -> str:
     """The curve, broken where it jumps and cut at the top of the plot."""
     pieces: list[list[str]] = [[]]
     before: float | None = None
@@ -144,12 +144,12 @@ def _line(curve: Curve, top: float, colour: str, *, dashed: bool) -> str:
             pieces.append([])
         before = w
     dash = ' stroke-dasharray="7 4"' if dashed else ""
-    style = f'fill="none" stroke="{colour}" stroke-width="2.5"{dash}'
+    style = f'fill="none" stroke="{color}" stroke-width="2.5"{dash}'
     return "\n".join(f'<polyline class="weight" points="{" ".join(p)}" {style}/>' for p in pieces if p)
 
 
-def _key(place: int, label: str, colour: str) -> str:
+def _key(place: int, label: str, color: str) -> str:
     x, y = WIDTH - RIGHT - 150 + 78 * place, 20
     dash = ' stroke-dasharray="7 4"' if place else ""
-    line = f'<line x1="{x}" x2="{x + 24}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"{dash}/>'
-    return line + _text(x + 30, y + 4, label, anchor="start", colour=colour)
+    line = f'<line x1="{x}" x2="{x + 24}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2.5"{dash}/>'
+    return line + _text(x + 30, y + 4, label, anchor="start", color=color)

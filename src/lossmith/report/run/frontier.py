@@ -15,11 +15,11 @@ from lossmith.training.run import read_metrics
 __all__ = ["plot_frontier", "read_steps"]
 
 _PLOTTED = ("reward", "watch", "kl_ref", "tokens", "completions")  # numbers that the plot reads, where they are
-_COLOURS = ("#0b6e99", "#c4552d", "#3d7a3a", "#7b4fa3", "#8a6d00", "#555555")
+_COLORS = ("#0b6e99", "#c4552d", "#3d7a3a", "#7b4fa3", "#8a6d00", "#555555")
 
 
 def plot_frontier(runs: Sequence[Path], target: Path, smooth: int = 3) -> None:
-    """Write an image (by its suffix: svg, png, pdf) of reward and watched score against sqrt(KL), a colour a run.
+    """Write an image (by its suffix: svg, png, pdf) of reward and watched score against sqrt(KL), a color a run.
 
     KL is that of a completion, nats, against the reference (the axis of arXiv:2210.10760). Each point is the mean of
     `smooth` steps, as every step has other prompts. RunError: no run, one without steps, or without a measured KL.
@@ -38,15 +38,15 @@ def plot_frontier(runs: Sequence[Path], target: Path, smooth: int = 3) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.8), sharex=True, layout="constrained")
     try:
-        for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
+        for run, color in zip(runs, _COLORS * len(runs), strict=False):
             records = read_steps(at_home(run))
             for axis, key in zip(axes, ("reward", "watch"), strict=True):
                 shown = [r for r in records if key in r]
                 distance = _smooth([math.sqrt(max(0.0, kl_of_completion(r) or 0.0)) for r in shown], smooth)
                 values = _smooth([r[key] for r in shown], smooth)
                 if values:
-                    axis.plot(distance, values, color=colour, marker=".", linewidth=1.4, label=run.name)
-                    axis.plot(distance[-1], values[-1], color=colour, marker="o", markersize=6)
+                    axis.plot(distance, values, color=color, marker=".", linewidth=1.4, label=run.name)
+                    axis.plot(distance[-1], values[-1], color=color, marker="o", markersize=6)
         for axis, title in zip(axes, ("what is trained on (proxy)", "what is watched (gold)"), strict=True):
             axis.set(title=title, xlabel="√KL(policy ‖ reference), √nats a completion")
             axis.spines[["top", "right"]].set_visible(False)
@@ -88,5 +88,5 @@ def _with_numbers(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Means of `window` neighbours; the first values are means of those so far."""
+    """Means of `window` neighbors; the first values are means of those so far."""
     return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]

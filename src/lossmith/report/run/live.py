@@ -26,6 +26,7 @@ _FIGURES: tuple[tuple[str, Callable[[Mapping[str, Any]], str | None]], ...] = (
     ("KL", lambda r: None if (kl := kl_of_completion(r)) is None else f"{kl:.2f} nats"),
     ("entropy", lambda r: f"{max(r['sampled_entropy'], 0.0):.2f}"),  # an estimate of 0 may be a rounding below it
     ("gap", lambda r: f"{gap:.3f}" if (gap := r.get("sampler_gap", 0.0)) >= GAP_NOTE else None),
+    ("ESS", lambda r: f"{r['ess']:.0%}" if "push_tokens" in r and "ess" in r else None),
     ("ended", lambda r: f"{r['ended']:.0%}"),
     ("length", lambda r: f"{r['length']:.1f}"),
 )

@@ -54,7 +54,10 @@ def memory_estimate(learner: Learner) -> str:
     """Weights, gradients and optimizer exactly; sampling and the activations of one micro-batch by rules of thumb."""
     memory, recompute = learner.memory, learner.recompute
     activations = memory.recomputed if recompute else memory.activations
-    held = "policy, gradients and AdamW" + (" and reference" if learner.reference is not None else "")
+    teacher = None if learner.teacher is None else learner.teacher.policy
+    others = {"reference": learner.reference, "teacher": teacher}
+    beside = [name for name, one in others.items() if one is not None and one.model is not learner.policy.model]
+    held = " and ".join(["policy, gradients and AdamW", *beside])
     total = memory.total(recompute)
     text = f"about {total / 1e9:.1f} GB: {held} {memory.fixed / 1e9:.1f} GB, and then "
     text += f"sampling {memory.sampling / 1e9:.1f} GB or activations {activations / 1e9:.1f} GB"

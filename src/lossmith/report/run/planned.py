@@ -9,6 +9,8 @@ from lossmith.training.hardware import REACHED, READ, HardwarePlan, Split
 
 __all__ = ["as_record", "show_plan"]
 
+_A_MACHINE = 8  # GPUs in one, as they are sold
+
 
 def show_plan(plan: HardwarePlan) -> str:
     """The plan as text: a table of memory by part, the split, what crosses, the time, and what they rest on."""
@@ -25,14 +27,18 @@ def show_plan(plan: HardwarePlan) -> str:
         lines.append(f"Nothing of this fits {gpus.count} x {gpus.memory_gb:g} GB. What would, alone:")
         return "\n".join([*lines, *(f"  {name}: {_gb(size)} GB a GPU" for name, size in plan.instead)])
     lines.append(f"split     {plan.chosen.name}")
+    lines.append(f"start     {_start(plan.chosen)}")
     if gpus.count > 1:
         lines.append(f"between   {_gb(plan.crossing)} GB sent by each GPU in a step")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in REACHED.items())
     phases = ", ".join(f"{name} {value:.2g}" for name, value in plan.seconds.items() if value)
     lines.append(f"time      {sum(plan.seconds.values()):.2g} s a step ({phases})")
     lines.append(
-        f"          a model of it, not a measurement: {REACHED:.0%} of {gpus.tflops:g} TFLOP/s in products, {READ:.0%} "
-        f"of {gpus.bandwidth_gb:g} GB/s of memory, {gpus.link_gb:g} GB/s between GPUs; scoring apart"
+        f"          a model of it, not a measurement: {shares} of {gpus.tflops:g} TFLOP/s, or {READ:.0%} of "
+        f"{gpus.bandwidth_gb:g} GB/s of memory; {gpus.link_gb:g} GB/s between GPUs; scoring apart"
     )
+    if plan.indivisible:
+        lines.append(f"! {plan.indivisible}")
     if plan.idle:
         lines.append(
             f"! {plan.idle} of {gpus.count} GPUs have no prompt: raise prompts_per_step, or take fewer of them."
@@ -40,9 +46,29 @@ def show_plan(plan: HardwarePlan) -> str:
     return "\n".join(lines)
 
 
+def _start(split: Split) -> str:
+    """How to begin; the dots are the options and the recipe that were planned."""
+    shard = " --shard" if split.sharded else ""
+    if split.ranks == 1:
+        return "lossmith train ..."
+    if split.ranks <= _A_MACHINE:
+        return f"lossmith train ... --ranks {split.ranks}{shard}"
+    machines = -(-split.ranks // _A_MACHINE)
+    return (
+        f"torchrun --nnodes {machines} --nproc-per-node {_A_MACHINE} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+        f"-m lossmith train ...{shard}"
+    )
+
+
 def as_record(plan: HardwarePlan) -> dict[str, Any]:
     """For --json; bytes and seconds."""
-    splits = [dataclasses.asdict(s) | {"name": s.name, "total": s.total} for s in plan.splits]
+    splits = [
+        {
+            "name": s.name, "ranks": s.ranks, "sharded": s.sharded, "recompute": s.recompute, "held": s.memory.held,
+            "opening": s.memory.opening, "sampling": s.memory.sampling, "update": s.update, "total": s.total,
+        }
+        for s in plan.splits
+    ]  # fmt: skip
     return {
         "weights": plan.weights, "trained": plan.trained, "gpus": dataclasses.asdict(plan.gpus), "splits": splits,
         "chosen": None if plan.chosen is None else plan.chosen.name, "seconds": plan.seconds,
@@ -51,11 +77,13 @@ def as_record(plan: HardwarePlan) -> dict[str, Any]:
 
 
 def _table(splits: list[Split], memory_gb: float) -> list[str]:
-    parts = [*splits[0].parts, "sampling", "update", "in all"]
+    held = [name for name in splits[0].memory.held if splits[0].memory.held[name] or name != "teacher"]
+    parts = [*held, "loading", "sampling", "update", "in all"]
     head = [f"GB a GPU, of {memory_gb:g}", *parts, ""]
     rows = [head]
     for split in splits:
-        numbers = [*split.parts.values(), split.sampling, split.update, split.total]
+        memory = split.memory
+        numbers = [*(memory.held[x] for x in held), memory.opening, memory.sampling, split.update, split.total]
         fits = "fits" if split.total <= memory_gb * 1e9 else "does not fit"
         rows.append([split.name, *map(_gb, numbers), fits])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

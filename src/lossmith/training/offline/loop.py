@@ -29,7 +29,6 @@ from lossmith.training.clock import Clock
 from lossmith.training.going_on import GoingOn, go_on, is_finished, recipe_of
 from lossmith.training.keeping import Keeping
 from lossmith.training.learner import Learner
-from lossmith.training.loop import disk_needed
 from lossmith.training.metrics import in_completions
 from lossmith.training.offline.examples import JudgedRollouts, JudgedSet, judged_rollouts
 from lossmith.training.offline.preference_scores import (
@@ -41,7 +40,7 @@ from lossmith.training.offline.preference_scores import (
     verdict,
 )
 from lossmith.training.recipe import PROVIDED, Recipe, RunSettings, check_lora, checked_loss
-from lossmith.training.run import RunFolder, check_disk
+from lossmith.training.run import RunFolder, check_disk, disk_needed
 
 __all__ = [
     "PreferencePlan",
@@ -225,7 +224,12 @@ def open_preferences(
     recipe = plan.recipe
     folder = None if resume is None else RunFolder.existing(resume)
     policy = load_policy(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, chat_template=recipe.chat_template, lora=recipe.lora
+        recipe.model,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        chat_template=recipe.chat_template,
+        lora=recipe.lora,
+        float32_head=recipe.float32_head,
     )
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)

@@ -19,6 +19,7 @@ __all__ = [
     "GPG",
     "LOO",
     "OPO",
+    "Asymmetric",
     "Baseline",
     "BatchMean",
     "Given",
@@ -61,14 +62,41 @@ class BatchMean(Estimator):
 
     def sequence(self, signal: Signal) -> Tensor:
         everyone = signal.everyone()
-        centred = everyone.reward - everyone.mean
-        return torch.where(everyone.constant, torch.zeros_like(centred), centred)
+        centered = everyone.reward - everyone.mean
+        return torch.where(everyone.constant, torch.zeros_like(centered), centered)
 
     def formula(self) -> str:
         return "R − mean_batch(R)"
 
     def code(self) -> list[str]:
         return ["A = R - R.mean()"]
+
+
+@dataclass(frozen=True)
+class Asymmetric(Estimator):
+    """A = R - (mean of the prompt's group + shift): with a shift below 0 good completions teach more than bad ones
+    (AsymRE, arXiv:2506.20520). Where all rewards of a group are equal, A is -shift.
+    """
+
+    option: ClassVar[str] = "asymmetric"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+    coupling: ClassVar[str] = "group"
+    compares: ClassVar[str] = "group"
+    compared_to: ClassVar[str] = "its group's mean, shifted"
+    shift_invariant: ClassVar[bool] = True
+    homogeneous: ClassVar[bool] = False
+    shift: float = param("baseline_shift", -0.1, "added to the group's mean, in the reward's units")
+
+    def sequence(self, signal: Signal) -> Tensor:
+        groups = signal.groups("advantage='asymmetric'")
+        centered = torch.where(groups.constant, torch.zeros_like(groups.reward), groups.reward - groups.mean)
+        return centered - self.shift
+
+    def formula(self) -> str:
+        return f"R − (mean_g(R) {'−' if self.shift < 0 else '+'} {number(abs(self.shift))})"
+
+    def code(self) -> list[str]:
+        return [f"A = R - (mean_g(R) + {self.shift})"]
 
 
 class _OverGroup(Estimator):
@@ -89,7 +117,7 @@ class _OverGroup(Estimator):
 
 
 @dataclass(frozen=True)
-class _Centred(_OverGroup):
+class _Centered(_OverGroup):
     """Reward minus a baseline of its group; a group of one, which has none, gets 0 or its raw reward."""
 
     singleton: str = param("singleton", "zero", "A of a group of one: 0, or its raw reward", choices=("zero", "raw"))
@@ -115,11 +143,11 @@ class _Centred(_OverGroup):
         return groups.reward
 
     def sequence(self, signal: Signal) -> Tensor:
-        centred = super().sequence(signal)
+        centered = super().sequence(signal)
         if self.singleton == "zero":
-            return centred
+            return centered
         groups = signal.groups(f"advantage='{self.option}'")
-        return torch.where(groups.singleton, self.alone(groups), centred)
+        return torch.where(groups.singleton, self.alone(groups), centered)
 
     def with_alone(self, text: str, raw: str = "R") -> str:
         """A formula over the group, and what a group of one gets where that is not 0."""
@@ -131,7 +159,7 @@ class _Centred(_OverGroup):
 
 
 @dataclass(frozen=True)
-class Group(_Centred):
+class Group(_Centered):
     """A = R - mean of the prompt's group (arXiv:2402.03300, 2503.20783)."""
 
     option: ClassVar[str] = "group"
@@ -251,8 +279,8 @@ class NemoLOO(_OverGroup):
     shift_invariant: ClassVar[bool] = True
 
     def over(self, groups: Groups, signal: Signal) -> Tensor:
-        std, centred = groups.std_of_others(), groups.without_itself
-        return torch.where(std > 0, centred / torch.where(std > 0, std, torch.ones_like(std)), centred)
+        std, centered = groups.std_of_others(), groups.without_itself
+        return torch.where(std > 0, centered / torch.where(std > 0, std, torch.ones_like(std)), centered)
 
     def formula(self) -> str:
         return "(R_i − mean_{j≠i}(R_j)) / (s if s > 0 else 1) where s = std_{j≠i}(R_j)"
@@ -265,7 +293,7 @@ class NemoLOO(_OverGroup):
 
 
 @dataclass(frozen=True)
-class OPO(_Centred):
+class OPO(_Centered):
     """A = R - Σ_g T_j R_j / Σ_g T_j, the group's mean weighted by length (OPO, arXiv:2505.23585)."""
 
     option: ClassVar[str] = "opo"
@@ -283,7 +311,7 @@ class OPO(_Centred):
 
 
 @dataclass(frozen=True)
-class GPG(_Centred):
+class GPG(_Centered):
     """A = α(R - mean of the group), α = completions / completions with R ≠ 0 in the batch (GPG, arXiv:2504.02546)."""
 
     option: ClassVar[str] = "gpg"
@@ -396,7 +424,7 @@ class GFPO(_OverGroup):
 
 @dataclass(frozen=True)
 class GDPO(_OverGroup):
-    """Each score normalised within its group, their weighted sum normalised over the batch (GDPO, arXiv:2601.05242)."""
+    """Each score normalized within its group, their weighted sum normalized over the batch (GDPO, arXiv:2601.05242)."""
 
     option: ClassVar[str] = "gdpo"
     needs: ClassVar[frozenset[str]] = frozenset({"reward_parts", "group"})

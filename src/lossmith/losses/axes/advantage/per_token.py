@@ -19,7 +19,6 @@ __all__ = [
     "VAPO",
     "Critic",
     "ReMax",
-    "ReferenceGap",
     "Return",
 ]
 
@@ -214,27 +213,6 @@ class OTB(Estimator):
         ]
 
 
-@dataclass(frozen=True)
-class ReferenceGap(Estimator):
-    """A_t = log π_ref - log π_old: the reverse KL to a teacher by policy gradient (on-policy distillation)."""
-
-    option: ClassVar[str] = "reference_gap"
-    reads_old: ClassVar[bool] = True
-    homogeneous: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
-    per_token: ClassVar[bool] = True
-
-    def __call__(self, signal: Signal) -> Tensor:
-        ref = signal.batch.require("ref_logp", "advantage='reference_gap'").detach()
-        return ref - signal.batch.old("advantage='reference_gap'")
-
-    def formula(self) -> str:
-        return "log π_ref(y_t) − log π_old(y_t)"
-
-    def code(self) -> list[str]:
-        return ["A = ref_logp - old_logp"]
-
-
 def discounted(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """Σ_{k>=t} gamma^(k-t) r_k over valid tokens; masked tokens are stepped over. [N, T] -> [N, T]."""
     if gamma == 1:
@@ -243,7 +221,7 @@ def discounted(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
-    """Generalised advantage estimation over valid tokens, [N, T]; masked ones are stepped over. lam may be [N]."""
+    """Generalized advantage estimation over valid tokens, [N, T]; masked ones are stepped over. lam may be [N]."""
     if not mask.numel():
         return torch.zeros_like(reward)
     steps = zip(
@@ -259,7 +237,7 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float | 
 
 
 def _code(gamma: float, lam: float | str, value: str) -> list[str]:
-    """Lines of plain torch that compute `adv` [N, T] by generalised advantage estimation from r_t [N, T]."""
+    """Lines of plain torch that compute `adv` [N, T] by generalized advantage estimation from r_t [N, T]."""
     return [
         f"V = {value}" if value != "V" else "V = old_value",
         "adv, run, after = torch.zeros_like(r_t), torch.zeros_like(r_t[:, 0]), torch.zeros_like(r_t[:, 0])",

@@ -211,10 +211,10 @@ class Whiten(Scale):
             return advantage, torch.ones_like(advantage)
         kept = torch.where(mask, advantage, torch.zeros_like(advantage))
         mean = kept.sum() / count
-        centred = torch.where(mask, advantage - mean, torch.zeros_like(advantage))
-        unit = unit_of(centred.abs().max())
-        centred = centred / unit
-        return mean, unit * ((centred**2).sum() / (count - 1) + 1e-8 / unit**2).sqrt()
+        centered = torch.where(mask, advantage - mean, torch.zeros_like(advantage))
+        unit = unit_of(centered.abs().max())
+        centered = centered / unit
+        return mean, unit * ((centered**2).sum() / (count - 1) + 1e-8 / unit**2).sqrt()
 
     def formula(self, text: str, zero_alone: bool) -> str:
         return f"whiten({text})"

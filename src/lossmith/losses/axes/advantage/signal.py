@@ -53,9 +53,9 @@ class Groups:
         return self.size / (self.size - 1).clamp(min=1) * (self.reward - self.mean)
 
     def std(self, ddof: int = 1) -> Tensor:
-        centred = self.reward - self.mean
-        unit = unit_of(self._extreme(centred.abs(), "amax"))
-        square = self.total((centred / unit) ** 2)
+        centered = self.reward - self.mean
+        unit = unit_of(self._extreme(centered.abs(), "amax"))
+        square = self.total((centered / unit) ** 2)
         return unit * (square / (self.size - ddof).clamp(min=1)).sqrt()
 
     def std_of_others(self) -> Tensor:
@@ -65,9 +65,9 @@ class Groups:
         reward, count = self.reward.expand(others.shape), others.sum(1)
         zero = torch.zeros_like(reward)
         mean = torch.where(others, reward, zero).sum(1) / count.clamp(min=1)
-        centred = torch.where(others, reward - mean[:, None], zero)
-        unit = unit_of(centred.abs().amax(1) if len(others) else mean)
-        std = unit * ((centred / unit[:, None]).square().sum(1) / (count - 1).clamp(min=1)).sqrt()
+        centered = torch.where(others, reward - mean[:, None], zero)
+        unit = unit_of(centered.abs().amax(1) if len(others) else mean)
+        std = unit * ((centered / unit[:, None]).square().sum(1) / (count - 1).clamp(min=1)).sqrt()
         # equal numbers have a standard deviation of exactly 0, whatever rounding says
         low = torch.where(others, reward, zero + torch.inf).amin(1, keepdim=True) if len(others) else std[:, None]
         equal = (torch.where(others, reward, low) == low).all(1)

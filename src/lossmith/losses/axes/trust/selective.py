@@ -180,7 +180,7 @@ class KLMask(_Divergence):
 class M2Mask(Trust):
     """PPO's clip on tokens whose mean (log μ - log π_old)² is below m2_threshold (M2PO, arXiv:2510.01161).
 
-    The tokens with the largest squares are dropped until it is. Dropped tokens stay in the normaliser.
+    The tokens with the largest squares are dropped until it is. Dropped tokens stay in the normalizer.
     """
 
     option: ClassVar[str] = "m2_mask"
@@ -246,11 +246,11 @@ def covariance(at: Tokens) -> Tensor:
     """(A_t - mean A)(logp_t - mean logp) [N, T], means over valid tokens (arXiv:2505.22317). No gradient."""
     count = at.mask.sum().clamp(min=1)
 
-    def centred(x: Tensor) -> Tensor:
+    def centered(x: Tensor) -> Tensor:
         x = torch.where(at.mask, x, torch.zeros_like(x))
         return x - x.sum() / count
 
-    return torch.where(at.mask, centred(at.advantage) * centred(at.logp.detach()), torch.zeros_like(at.advantage))
+    return torch.where(at.mask, centered(at.advantage) * centered(at.logp.detach()), torch.zeros_like(at.advantage))
 
 
 def _multiplied_out(at: Tokens) -> Tensor:
@@ -354,7 +354,7 @@ class CovKL(Trust):
     acts_alone: ClassVar[bool] = True
     token_only: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
-    fraction: float = param("fraction", 2e-4, "share of the tokens that is penalised", above=0, high=1)
+    fraction: float = param("fraction", 2e-4, "share of the tokens that is penalized", above=0, high=1)
     coef: float = param("coef", 1.0, "coefficient of the penalty |log r|", low=0)
 
     @property

