@@ -16,7 +16,7 @@ from lossmith.training.hardware import Gpus, plan_hardware
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
     "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+    "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
 }  # fmt: skip
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "planned_memory.json"
 
@@ -85,9 +85,19 @@ def test_activations_of_a_layer_are_counted_by_hand(config):
     assert once.update - again.update == pytest.approx(tokens * (36 * bfloat16 - bfloat16 - 36 * 4 * 4096))
 
 
+def test_larger_micro_batches_are_named_where_weights_cross_once_for_each(config):
+    found = planned(config, 8)
+    assert found.faster is not None
+    size, seconds = found.faster
+    again = planned(config, 8, micro_batch_tokens=size)
+    assert sum(again.seconds.values()) == pytest.approx(seconds) and again.crossing < found.crossing
+    assert f"better    micro_batch_tokens = {size}:" in show_plan(found)
+    assert planned(config, lora_rank=16).faster is None  # one GPU: nothing crosses
+
+
 def test_a_model_of_other_layers_is_not_dealt_out(config, monkeypatch):
     monkeypatch.setattr("lossmith.policy.sharded.model_layers", lambda model: [])
-    found = planned(config, 8, 400.0)
+    found = planned(config, 8, 900.0)
     assert not any(split.sharded for split in found.splits)
     assert "! shard = true: Qwen3ForCausalLM is not made of layers" in show_plan(found)
     with pytest.raises(ls.PolicyError, match="not made of layers"):
@@ -147,7 +157,9 @@ def test_memory_is_within_15_percent_of_what_was_measured_at_four_sizes(rank, tm
         recipe = Recipe.make(model=str(tmp_path / "config.json"), **row["round"])
         found = plan_hardware(recipe, Gpus(1, 80.0), prompt_tokens=row["prompt_tokens"])
         assert found.weights == row["parameters"]
-        assert found.splits[0].total / 1e9 == pytest.approx(row["peak_gb"], rel=0.15), row["size"]
+        total = found.splits[0].total
+        assert total / 1e9 == pytest.approx(row["peak_gb"], rel=0.15), row["size"]
+        assert total / 1e9 == pytest.approx(row["planned_gb"])
 
 
 @pytest.mark.parametrize(
@@ -188,14 +200,14 @@ def test_an_adapter_folder_names_the_base_to_plan_for(tmp_path, config):
 @pytest.mark.parametrize(
     ("gpus", "said"),
     [
-        (Gpus(0, 80.0), "gpus = 0, "),
-        (Gpus(1, 0.0), "gpu_memory = 0, "),
-        (Gpus(1, float("nan")), "gpu_memory = nan, "),
-        (Gpus(1, 80.0, link_gb=-1), "link = -1, "),
+        (Gpus(0, 80.0), "gpus = 0:"),
+        (Gpus(1, 0.0), "gpu_memory = 0:"),
+        (Gpus(1, float("nan")), "gpu_memory = nan:"),
+        (Gpus(1, 80.0, link_gb=-1), "link = -1:"),
     ],
 )
 def test_numbers_that_are_no_machine_are_refused(config, gpus, said):
-    with pytest.raises(ls.RecipeError, match=said + "and must be above 0"):
+    with pytest.raises(ls.RecipeError, match=said + " give a number above 0"):
         plan_hardware(Recipe.make(model=config), gpus)
 
 

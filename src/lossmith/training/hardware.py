@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,7 @@ __all__ = ["Gpus", "HardwarePlan", "Split", "plan_hardware"]
 REACHED = {"sample": 0.31, "forward": 0.46, "backward": 0.47}
 READ = 0.5  # of the memory's rate, by a token's pass over all weights: assumed
 _MOST_GPUS = 4096
+_WORTH_IT = 0.95  # of a step's seconds, for another setting to be named
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Gpus:
         names = ("gpus", "gpu_memory", "tflops", "bandwidth", "link")
         for name, value in zip(names, dataclasses.astuple(self), strict=True):
             if not (0 < value < math.inf):
-                raise RecipeError(f"{name} = {value:g}, and must be above 0.")
+                raise RecipeError(f"{name} = {value:g}: give a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Split:
 @dataclass(frozen=True)
 class HardwarePlan:
     """splits: all that were looked at; chosen: the one that takes the least time of those that fit, None where none
-    does. instead: what would fit then, in words, with the bytes of a GPU."""
+    does. instead: what would fit then, in words, with the bytes of a GPU. faster: another micro_batch_tokens that fits,
+    and the seconds of a step with it."""
 
     recipe: Recipe
     gpus: Gpus
@@ -95,6 +97,7 @@ class HardwarePlan:
     crossing: float = 0.0  # bytes that each GPU sends in a step
     indivisible: str = ""  # why its weights cannot be dealt out
     instead: list[tuple[str, float]] = field(default_factory=list)
+    faster: tuple[int, float] | None = None
 
     @property
     def idle(self) -> int:
@@ -151,17 +154,37 @@ def plan_hardware(recipe: Recipe, gpus: Gpus, *, prompt_tokens: int = 256) -> Ha
     why = indivisible(models.policy) if gpus.count > 1 else ""
     if recipe.shard and why:
         raise PolicyError(why)
-    room_bytes = gpus.memory_gb * 1e9
     splits = list(models.splits(recipe, gpus.count, prompt_tokens))
     trained = sum(p.numel() for p in models.policy.parameters())
     weights = sum(p.numel() for p in models.policy.model.parameters())
     found = HardwarePlan(recipe, gpus, weights, trained, prompt_tokens, splits, None, indivisible=why)
-    fits = [split for split in splits if split.total <= room_bytes]
-    if not fits:
+    best = _fastest(models, recipe, gpus, splits, prompt_tokens)
+    if best is None:
         return dataclasses.replace(found, instead=list(_instead(models, recipe, gpus, prompt_tokens)))
+    chosen, seconds, crossing = best
+    faster = _faster(models, recipe, gpus, prompt_tokens, sum(seconds.values()))
+    return dataclasses.replace(found, chosen=chosen, seconds=seconds, crossing=crossing, faster=faster)
+
+
+def _fastest(
+    models: _Models, recipe: Recipe, gpus: Gpus, splits: Iterable[Split], prompt_tokens: int
+) -> tuple[Split, dict[str, float], float] | None:
+    """Of those that fit: (it, seconds by phase, bytes that cross)."""
+    fits = [split for split in splits if split.total <= gpus.memory_gb * 1e9]
     timed = [(split, *_time(models, recipe, gpus, split, prompt_tokens)) for split in fits]
-    chosen, seconds, crossing = min(timed, key=lambda row: sum(row[1].values()))
-    return dataclasses.replace(found, chosen=chosen, seconds=seconds, crossing=crossing)
+    return min(timed, key=lambda row: sum(row[1].values()), default=None)
+
+
+def _faster(models: _Models, recipe: Recipe, gpus: Gpus, prompt_tokens: int, now: float) -> tuple[int, float] | None:
+    """Larger micro-batches: weights in parts cross once for each of them."""
+    times = {}
+    for size in (recipe.micro_batch_tokens * 2**k for k in range(1, 7)):
+        larger = recipe.model_copy(update={"micro_batch_tokens": size})
+        best = _fastest(models, larger, gpus, models.splits(larger, gpus.count, prompt_tokens), prompt_tokens)
+        if best is not None:
+            times[size] = sum(best[1].values())
+    size = min(times, key=lambda size: times[size], default=0)
+    return (size, times[size]) if size and times[size] < _WORTH_IT * now else None
 
 
 def _without_weights(recipe: Recipe) -> Policy:
@@ -182,7 +205,7 @@ def _without_weights(recipe: Recipe) -> Policy:
         check_config(config, name, PolicyError, "policy")
         known = AutoConfig.from_pretrained(place if local else name, trust_remote_code=False)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
+            network = AutoModelForCausalLM.from_config(known, dtype=torch.float32, trust_remote_code=False)
     except PolicyError:
         raise
     except (

@@ -21,8 +21,8 @@ __all__ = ["SIDE_BY_SIDE", "MemoryEstimate", "check_memory", "estimate_memory"]
 # Measured by benchmarks/planned_memory.py: what a process holds beside its tensors.
 _LIBRARIES = 0.5e9
 # And what the allocator leaves unused, in blocks as large as the logits, for which it finds no hole: an adapter's many
-# small gradients and averages lie between what is freed.
-_HOLES, _HOLES_BESIDE_ADAPTER = 1, 2
+# small gradients and averages lie between what is freed, and it is 1 to 2 of them there.
+_HOLES, _HOLES_BESIDE_ADAPTER = 1, 1.5
 _HEAD_ROWS = 512  # response positions whose logits exist at one time
 SIDE_BY_SIDE = 128  # completions that are written at one time
 _SCORE_COPIES = 3  # scores, their softmax, and that in the type of the values
@@ -150,7 +150,7 @@ def estimate_memory(
         sampling=_sampling(policy, size, recipe, longest) + written,
         activations=beside + size.layers * tokens * size.kept,
         recomputed=beside + tokens * (size.kept + size.layers * size.hidden * 4),
-        budget=_budget(policy, recipe),
+        budget=_budget(policy, recipe, whole + copied + taught),
         longest=longest,
         held=held,
         opening=4.0 * sum(p.numel() for p in policy.model.parameters()) + copied + taught + _LIBRARIES,
@@ -239,10 +239,11 @@ def check_memory(memory: MemoryEstimate, recompute: bool, recipe: Recipe, source
     )
 
 
-def _budget(policy: Policy, recipe: Recipe) -> float | None:
+def _budget(policy: Policy, recipe: Recipe, loaded: float) -> float | None:
+    """loaded: bytes of models that are there already, and so are not free."""
     if recipe.memory_gb is not None:
         return recipe.memory_gb * 1e9
     if policy.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(policy.device)[0])
+        return float(torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device))
     free = available_bytes() if policy.device.type == "cpu" else None
-    return None if free is None else free + 4 * sum(p.numel() for p in policy.model.parameters())  # they are loaded
+    return None if free is None else free + loaded

@@ -16,7 +16,7 @@ def show_plan(plan: HardwarePlan) -> str:
     """The plan as text: a table of memory by part, the split, what crosses, the time, and what they rest on."""
     recipe, gpus = plan.recipe, plan.gpus
     lines = [
-        f"model     {recipe.model}: {plan.weights / 1e9:.3f} billion weights, {plan.trained / 1e9:.3f} trained",
+        f"model     {recipe.model}: {_count(plan.weights)} weights, {_count(plan.trained)} trained",
         f"round     {recipe.prompts_per_step} prompts of at most {plan.prompt_tokens} tokens x "
         f"{recipe.samples_per_prompt} completions of {recipe.max_tokens}; {recipe.micro_batch_tokens} tokens a pass",
         "",
@@ -37,7 +37,10 @@ def show_plan(plan: HardwarePlan) -> str:
         f"          a model of it, not a measurement: {shares} of {gpus.tflops:g} TFLOP/s, or {READ:.0%} of "
         f"{gpus.bandwidth_gb:g} GB/s of memory; {gpus.link_gb:g} GB/s between GPUs; scoring apart"
     )
-    if plan.indivisible:
+    if plan.faster is not None:
+        size, seconds = plan.faster
+        lines.append(f"better    micro_batch_tokens = {size}: {seconds:.2g} s a step, and it fits")
+    if plan.indivisible and not recipe.lora_rank:  # which nobody would deal out
         lines.append(f"! {plan.indivisible}")
     if plan.idle:
         lines.append(
@@ -72,7 +75,7 @@ def as_record(plan: HardwarePlan) -> dict[str, Any]:
     return {
         "weights": plan.weights, "trained": plan.trained, "gpus": dataclasses.asdict(plan.gpus), "splits": splits,
         "chosen": None if plan.chosen is None else plan.chosen.name, "seconds": plan.seconds,
-        "crossing": plan.crossing, "idle": plan.idle, "instead": dict(plan.instead),
+        "crossing": plan.crossing, "idle": plan.idle, "faster": plan.faster, "instead": dict(plan.instead),
     }  # fmt: skip
 
 
@@ -97,4 +100,8 @@ def _table(splits: list[Split], memory_gb: float) -> list[str]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.2g}"
+    return f"{size / 1e9:.1f}" if size >= 1e8 or not size else f"{size / 1e9:.3f}"
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.3f} billion" if weights >= 1e8 else f"{weights / 1e6:.3g} million"
