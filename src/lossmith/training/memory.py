@@ -20,9 +20,9 @@ __all__ = ["SIDE_BY_SIDE", "MemoryEstimate", "check_memory", "estimate_memory"]
 
 # Measured by benchmarks/planned_memory.py: what a process holds beside its tensors.
 _LIBRARIES = 0.5e9
-# And what the allocator leaves unused, in blocks as large as the logits, for which it finds no hole: an adapter's many
-# small gradients and averages lie between what is freed, and it is 1 to 2 of them there.
-_HOLES, _HOLES_BESIDE_ADAPTER = 1, 1.5
+# Likewise what the C library's allocator leaves unused: a block as large as the logits, for which it finds no hole, and
+# beside an adapter half of the activations, for its many small gradients and averages lie between what is freed.
+_UNUSED_BESIDE_ADAPTER = 0.5
 _HEAD_ROWS = 512  # response positions whose logits exist at one time
 SIDE_BY_SIDE = 128  # completions that are written at one time
 _SCORE_COPIES = 3  # scores, their softmax, and that in the type of the values
@@ -143,13 +143,13 @@ def estimate_memory(
     tokens, responses = _micro_batch(policy, recipe, longest)
     passing = tokens * (4 * size.hidden + 3 * size.inner) * 4 + _attention(size, tokens)
     logits, slope = _head(policy, size, responses)
-    unused = logits * (_HOLES if policy.adapter is None else _HOLES_BESIDE_ADAPTER)
-    beside = updated + gathered + unused + max(logits + slope, passing)
+    beside = updated + gathered + logits + max(logits + slope, passing)
+    taken = 1.0 if policy.adapter is None else 1.0 + _UNUSED_BESIDE_ADAPTER
     return MemoryEstimate(
         fixed=sum(held.values()),
         sampling=_sampling(policy, size, recipe, longest) + written,
-        activations=beside + size.layers * tokens * size.kept,
-        recomputed=beside + tokens * (size.kept + size.layers * size.hidden * 4),
+        activations=beside + taken * tokens * size.layers * size.kept,
+        recomputed=beside + taken * tokens * (size.kept + size.layers * size.hidden * 4),
         budget=_budget(policy, recipe, whole + copied + taught),
         longest=longest,
         held=held,
