@@ -172,7 +172,7 @@ def test_every_command_is_a_function_of_python():
         "bench": "lossmith.measure_recipe", "annotate": "lossmith.feedback.serve", "plot": "lossmith.plot_frontier",
         "replay": "lossmith.replay.replay", "chat": "lossmith.chat.open_sides",
         "explain": "lossmith.explain", "explore": "lossmith.explorer.serve", "tour": "lossmith.explorer.serve",
-        "merge": "lossmith.merge_adapter",
+        "merge": "lossmith.merge_adapter", "plan": "lossmith.plan_hardware",
         "audit": "lossmith.audit", "doctor": "lossmith.doctor", "report": "lossmith.write_report",
         "init": "lossmith.Project", "status": "lossmith.Project", "losses": "lossmith.compare",
         "reward": "lossmith.train_reward_model", "export": "lossmith.adapters.verl_export.export",

@@ -24,6 +24,7 @@ ELSEWHERE = {
     ("runs.md", "ls.train"): "it trains the default model; test_cli.py and test_training.py train tiny ones",
     ("README.md", "LossmithGRPOTrainer"): "needs TRL; tests/live runs it",
     ("in-trl.md", ""): "needs TRL; tests/live runs it",
+    ("plan.md", "plan_hardware"): "it needs the config.json of a large model; test_hardware.py plans that one",
     ("in-other-trainers.md", ""): "needs the other trainer; tests/live and test_conforming.py run what it shows",
 }
 NO_COMMANDS = {"rollouts 1"}  # a mark in files

@@ -119,7 +119,7 @@ def test_the_trial_is_not_misled_by_bfloat16():
 @pytest.mark.parametrize("chunk", [1, 7, 33, 512])
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(temperature, chunk, kept, monkeypatch):
-    monkeypatch.setattr(head_module, "_STORED_BYTES", kept)
+    monkeypatch.setattr(head_module, "STORED_BYTES", kept)
     policy = tiny.policy(dtype=torch.float64)
     torch.manual_seed(0)
     count, weight = 70, policy.model.get_output_embeddings().weight
@@ -136,7 +136,7 @@ def test_log_probabilities_of_chosen_tokens_are_those_of_the_whole_softmax(tempe
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_a_head_with_a_bias(kept, monkeypatch):
     monkeypatch.setattr(head_module, "_ROWS", 4)
-    monkeypatch.setattr(head_module, "_STORED_BYTES", kept)
+    monkeypatch.setattr(head_module, "STORED_BYTES", kept)
     policy = tiny.policy(dtype=torch.float64)
     head = torch.nn.Linear(32, 264, dtype=torch.float64)
     policy.model.lm_head = head

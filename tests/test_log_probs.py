@@ -157,7 +157,7 @@ def test_log_probs_measured_differently_cannot_be_subtracted():
 @pytest.mark.parametrize("room", [0, 1 << 16, 1 << 20])
 def test_of_vocabulary_sized_tensors_no_more_than_the_room_for_slopes_outlives_its_chunk(room, monkeypatch):
     """What autograd keeps for the backward pass: slopes in the logits where they fit the room, else none."""
-    monkeypatch.setattr(head_module, "_STORED_BYTES", room)
+    monkeypatch.setattr(head_module, "STORED_BYTES", room)
     policy, rollouts = tiny.policy(), tiny.rollouts(samples=6)
     kept = []
 

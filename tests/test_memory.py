@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from lossmith.errors import RecipeError
@@ -46,6 +47,18 @@ def test_a_memory_budget_decides_whether_layers_are_run_again(memory_gb, again):
     assert learner.recompute is again
     text = memory_estimate(learner)
     assert ("activation checkpointing" in text) is again and ("more than there is" in text) is again
+
+
+def test_models_that_are_loaded_already_count_as_room_for_them(monkeypatch):
+    policy, recipe = tiny.policy(), Recipe.make()
+    weights = 4 * sum(p.numel() for p in policy.model.parameters())
+    monkeypatch.setattr("lossmith.training.memory.available_bytes", lambda: 1_000)
+    assert estimate_memory(policy, recipe, policy).budget == 1_000 + weights
+    assert estimate_memory(policy, recipe, policy.frozen()).budget == 1_000 + 2 * weights
+    monkeypatch.setattr(type(policy), "device", torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (5_000, 80_000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 70_000)
+    assert estimate_memory(policy, recipe, policy.frozen()).budget == 75_000
 
 
 def recipe_of(folder, tokens, **changes):

@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from lossmith.rollouts import Distribution, LogProbs, Rollout, Score, read_rollouts
     from lossmith.scorers import ABSTAIN, best_of, load_scorer, score_rollouts
     from lossmith.training import Measurement, Recipe, Run, learn, measure_recipe, open_run, plan
+    from lossmith.training.hardware import Gpus, plan_hardware
 
 __all__ = [
     "ABSTAIN",
@@ -94,6 +95,7 @@ __all__ = [
     "Distribution",
     "FeedbackError",
     "FinishedError",
+    "Gpus",
     "LogP",
     "LogProbs",
     "LoraSettings",
@@ -142,6 +144,7 @@ __all__ = [
     "merge_adapter",
     "open_run",
     "plan",
+    "plan_hardware",
     "plot_frontier",
     "prefer",
     "prove",

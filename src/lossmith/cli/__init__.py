@@ -55,6 +55,7 @@ _WORK: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Machines and other trainers": {
         "bench": ("bench", "bench"),
+        "plan": ("plan", "plan"),
         "export verl": ("export", "verl"),
     },
 }

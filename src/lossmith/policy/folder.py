@@ -180,8 +180,8 @@ def _check_weights(folder: Path, names: set[str], error: type[LossmithError]) ->
 
 
 def find_config(place: str | Path, error: type[LossmithError]) -> dict[str, Any]:
-    """config.json of a folder as it is, before transformers interprets it."""
-    return _json_object(Path(place) / "config.json", error)
+    """config.json, or that of a folder, as it is, before transformers interprets it."""
+    return _json_object(Path(place) if Path(place).is_file() else Path(place) / "config.json", error)
 
 
 def _json_object(path: Path, error: type[LossmithError]) -> dict[str, Any]:

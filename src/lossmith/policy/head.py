@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from lossmith.policy.distribution import SamplingSettings, accumulation_dtype
 from lossmith.policy.load import Policy
 
-__all__ = ["chosen_log_probs", "head_is_plain"]
+__all__ = ["STORED_BYTES", "chosen_log_probs", "head_is_plain"]
 
 _ROWS = 32  # rows whose logits are turned into probabilities at a time: few enough to stay in the processor's cache
-_STORED_BYTES = 256 << 20  # of gradients of logits that are stored at most
+STORED_BYTES = 256 << 20  # of gradients of logits that are stored at most
 
 
 def head_is_plain(policy: Policy, settings: SamplingSettings) -> bool:
@@ -37,7 +37,7 @@ def chosen_log_probs(policy: Policy, hidden: Tensor, ids: Tensor, settings: Samp
     head = policy.model.get_output_embeddings()
     rounded = policy.compute_dtype == torch.bfloat16 and not policy.float32_head
     product_dtype = torch.bfloat16 if rounded else head.weight.dtype
-    fits = len(ids) * len(head.weight) * product_dtype.itemsize <= _STORED_BYTES
+    fits = len(ids) * len(head.weight) * product_dtype.itemsize <= STORED_BYTES
     function = _StoredLogitGradients if fits and torch.is_grad_enabled() else _RecomputedLogits
     logp: Tensor = function.apply(
         hidden, head.weight, head.bias, _Task(ids, settings.temperature, product_dtype, chunk)

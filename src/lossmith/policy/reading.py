@@ -19,7 +19,7 @@ from lossmith.policy.narrow import hold_in_bfloat16
 from lossmith.policy.text import SpecialTokens, check_special_tokens
 from lossmith.policy.trial import sharing_is_exact
 
-__all__ = ["check_weights", "load_policy", "read_pretrained"]
+__all__ = ["check_head", "check_weights", "load_policy", "read_pretrained"]
 
 
 def load_policy(
@@ -166,18 +166,22 @@ def check_weights(network: Any, name: str, error: Any) -> None:
                 raise error(f"the weights of {name!r} hold {bad} (in {key}): they are damaged, or training diverged.")
 
 
-def _check_parts(policy: Policy, name: str) -> None:
-    """What is used later: a body apart from the head, end tokens, texts that can be saved again."""
-    model = policy.model
+def check_head(model: Any, name: str) -> None:
+    """PolicyError where there is no body apart from a head."""
     if model.base_model is model or model.get_output_embeddings() is None or model.get_input_embeddings() is None:
         raise PolicyError(
             f"{name!r} holds a {type(model).__name__}, whose body and head cannot be told apart, so its "
             "log-probabilities cannot be computed here: give a model of another kind."
         )
+
+
+def _check_parts(policy: Policy, name: str) -> None:
+    """What is used later: a body apart from the head, end tokens, texts that can be saved again."""
+    check_head(policy.model, name)
     assert isinstance(policy.eos_ids, frozenset)  # refuses what it cannot read
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            model.config.save_pretrained(scratch)
+            policy.model.config.save_pretrained(scratch)
             policy.tokenizer.save_pretrained(scratch)
     except Exception as problem:  # transformers alone runs here
         raise PolicyError(f"{name!r} could be trained but not saved: {in_brief(problem)}") from None

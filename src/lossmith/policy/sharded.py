@@ -22,7 +22,7 @@ from lossmith.policy.activation_checkpointing import model_layers
 from lossmith.policy.load import Policy
 from lossmith.policy.trial import sharing_is_exact
 
-__all__ = ["dealt_out", "first_row", "gathered", "shard", "whole", "whole_tensor"]
+__all__ = ["dealt_out", "first_row", "gathered", "indivisible", "shard", "whole", "whole_tensor"]
 
 T = TypeVar("T")
 _RUN = "lossmith_run"  # the name of `_run` in a model whose weights are held in parts
@@ -40,17 +40,9 @@ def shard(policy: Policy) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     sharing_is_exact(policy)  # its trial calls the model in ways of its own
-    layers, name = model_layers(policy.model), type(policy.model).__name__
-    if not layers:
-        raise PolicyError(
-            f"shard = true: {name} is not made of layers as transformers has them, which could be gathered one at a "
-            "time. Train it with shard = false, where every rank holds all of it."
-        )
-    if len({p.requires_grad for p in policy.model.parameters()}) > 1:
-        raise PolicyError(
-            f"shard = true deals out a model of which all weights are trained, and of {name} only some are (an "
-            "adapter?). Train it with shard = false: what is trained is small."
-        )
+    if why := indivisible(policy):
+        raise PolicyError(why)
+    layers = model_layers(policy.model)
     if policy.device.type == "cuda":
         torch.cuda.set_device(policy.device)
     mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
@@ -63,6 +55,22 @@ def shard(policy: Policy) -> None:
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     with torch.no_grad():
         gathered(policy.model, list)  # the first pass tells FSDP2 which module is the root, and a layer is not
+
+
+def indivisible(policy: Policy) -> str:
+    """Why ranks cannot hold it in parts; "" where they can."""
+    name = type(policy.model).__name__
+    if not model_layers(policy.model):
+        return (
+            f"shard = true: {name} is not made of layers as transformers has them, which could be gathered one at a "
+            "time. Train it with shard = false, where every rank holds all of it."
+        )
+    if len({p.requires_grad for p in policy.model.parameters()}) > 1:
+        return (
+            f"shard = true deals out a model of which all weights are trained, and of {name} only some are (an "
+            "adapter?). Train it with shard = false: what is trained is small."
+        )
+    return ""
 
 
 def gathered(model: Any, work: Callable[[], T]) -> T:

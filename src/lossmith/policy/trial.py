@@ -24,7 +24,7 @@ from lossmith.policy.writing import OpenCompletion, make_cache, write
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Distribution, LogProbs, Rollout
 
-__all__ = ["FOREIGN", "sharing_is_exact"]
+__all__ = ["FOREIGN", "attends_fully", "sharing_is_exact"]
 
 # What a model's code may raise when it is used in a way that its author did not intend.
 FOREIGN = (
@@ -57,7 +57,7 @@ def sharing_is_exact(policy: Policy) -> bool:
 
 
 def _try_sharing(policy: Policy) -> bool:
-    if _attends_fully(policy) and not _fault(policy, shared=True):
+    if attends_fully(policy) and not _fault(policy, shared=True):
         return True
     fault = _fault(policy, shared=False)
     name = type(policy.model).__name__
@@ -79,7 +79,7 @@ def _warn_once(name: str) -> None:
     )
 
 
-def _attends_fully(policy: Policy) -> bool:
+def attends_fully(policy: Policy) -> bool:
     """A window or a state may be longer than the trial: those are known by the configuration."""
     config = policy.model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,30 +13,33 @@ from lossmith.errors import RecipeError
 from lossmith.policy import Policy, available_bytes, sharing_is_exact
 from lossmith.policy.attention import SCORES_AT_ONCE
 from lossmith.policy.decode import ENCODED_AT_ONCE
+from lossmith.policy.head import STORED_BYTES
 from lossmith.training.recipe import Recipe
 
-__all__ = ["MemoryEstimate", "check_memory", "estimate_memory"]
+__all__ = ["SIDE_BY_SIDE", "MemoryEstimate", "check_memory", "estimate_memory"]
 
-# Measured on the default model in bfloat16 with 512 to 2048 tokens: libraries and what the allocator leaves unused take
-# 1.3 GB, and a layer keeps so many numbers of the hidden size a token for its backward pass; layers that are run again
-# keep their input (in float32), and one of them at a time all.
-_LIBRARIES = 1.3e9
-_KEPT_PER_TOKEN = 32
+# Measured by benchmarks/planned_memory.py: what a process holds beside its tensors.
+_LIBRARIES = 0.5e9
+# Likewise what the C library's allocator leaves unused: a block as large as the logits, for which it finds no hole, and
+# beside an adapter half of the activations, for its many small gradients and averages lie between what is freed.
+_UNUSED_BESIDE_ADAPTER = 0.5
 _HEAD_ROWS = 512  # response positions whose logits exist at one time
-_SIDE_BY_SIDE = 128  # completions that are written at one time
+SIDE_BY_SIDE = 128  # completions that are written at one time
 _SCORE_COPIES = 3  # scores, their softmax, and that in the type of the values
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes. `fixed`: weights, gradients, optimizer, libraries; beside it sampling or a backward pass, never both."""
+    """Bytes of one process. `fixed` is there all the time; beside it sampling or a backward pass, never both."""
 
     fixed: float
-    sampling: float  # keys and values of prompts and completions, and what encoding a prompt takes
-    activations: float  # for the backward pass of a micro-batch
-    recomputed: float  # activations where layers are run again
+    sampling: float  # keys and values of prompts and completions, what encoding a prompt takes, copies of weights
+    activations: float  # for the backward pass of a micro-batch, with its logits and copies of weights
+    recomputed: float  # the same where layers are run again
     budget: float | None  # what the recipe allows, or the machine has
     longest: int = 0  # tokens of the longest prompt
+    held: Mapping[str, float] = field(default_factory=dict)  # `fixed`, by what it is of
+    opening: float = 0.0  # when the run begins: whole models, before they are dealt out, and no optimizer yet
 
     @property
     def recompute(self) -> bool:
@@ -43,7 +48,8 @@ class MemoryEstimate:
 
     def total(self, recompute: bool) -> float:
         """The most there is at one time; recompute: layers are run again in the backward pass."""
-        return self.fixed + max(self.sampling, self.recomputed if recompute else self.activations)
+        update = self.recomputed if recompute else self.activations
+        return max(self.opening, self.fixed + max(self.sampling, update))
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,14 @@ class _Sizes:
     """What a policy's memory depends on."""
 
     hidden: int
-    inner: int  # the widest product of a layer
+    inner: int  # of the feed-forward part of a layer
     layers: int
     heads: int
+    queries: int  # numbers of a token's queries in a layer, of all heads
     cached: int  # numbers a token keeps in a layer: keys and values of all heads
+    normed: bool  # queries and keys are normalized
     vocabulary: int
+    ends: int  # weights outside of layers: the embedding, and the head where that is another
     width: int  # bytes of a number in a product
 
     @classmethod
@@ -66,20 +75,39 @@ class _Sizes:
             value = getattr(config, name, None)
             return value if type(value) is int and value > 0 else otherwise
 
+        ends = {
+            id(m.weight): m.weight for m in (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
+        }
         vocabulary, hidden = policy.model.get_output_embeddings().weight.shape
         hidden = number("hidden_size", hidden)
         heads = number("num_attention_heads", 1)
         key_heads, head = number("num_key_value_heads", heads), number("head_dim", max(hidden // heads, 1))
         linear = [m.out_features for m in policy.model.base_model.modules() if isinstance(m, nn.Linear)]
         return cls(
-            hidden,
-            max([*linear, hidden]),
-            number("num_hidden_layers", 1),
-            heads,
-            2 * key_heads * head,
-            vocabulary,
-            2 if policy.compute_dtype == torch.bfloat16 else 4,
+            hidden=hidden,
+            inner=number("intermediate_size", max([*linear, hidden])),
+            layers=number("num_hidden_layers", 1),
+            heads=heads,
+            queries=heads * head,
+            cached=2 * key_heads * head,
+            normed=any(name.endswith("q_norm") for name, _ in policy.model.named_modules()),
+            vocabulary=vocabulary,
+            ends=sum(w.numel() for w in ends.values()),
+            width=2 if policy.compute_dtype == torch.bfloat16 else 4,
         )
+
+    @property
+    def kept(self) -> int:
+        """Bytes of a token that a layer of the usual kind (gated, normalized before) keeps for its backward pass.
+
+        Float32: its input and the middle of it, each normalized, and scaled; queries, keys, values, what they give, as
+        the heads have it and as the product reads it; of the feed-forward part both branches, the gate's activation,
+        their product. In bfloat16 what is normalized stays float32, and each of five products reads a copy of it.
+        """
+        normed = 8 * (self.queries + self.cached // 2) if self.normed else 0
+        if self.width == 4:
+            return 4 * (6 * self.hidden + 3 * self.queries + self.cached + 4 * self.inner) + normed
+        return 26 * self.hidden + 6 * self.queries + 2 * self.cached + 8 * self.inner + normed
 
 
 def estimate_memory(
@@ -96,30 +124,65 @@ def estimate_memory(
     parts: into which weights, the reference's too, gradients and optimizer state are cut, of which a rank holds one.
     """
     size = _Sizes.of(policy)
-    weights = list(policy.model.parameters())
-    held = sum(p.numel() * p.element_size() for p in weights)  # beside an adapter, some of them in the compute type
-    # copies in the type of the products: weights that are in it need none, but on a CPU sampling packs those too
-    narrow = sum(2 * p.numel() for p in weights if p.element_size() > 2 or policy.device.type == "cpu")
-    narrow = narrow if size.width == 2 else 0
-    # gradient, AdamW's two averages and, in bfloat16, what it carries along: each in the type of its weight
-    learned = sum(p.numel() * p.element_size() * (3 if p.element_size() > 2 else 4) for p in policy.parameters())
+    whole = sum(p.numel() * p.element_size() for p in policy.model.parameters())  # beside an adapter, some are narrow
+    trained = sum(p.numel() for p in policy.parameters())
+    learned = float(sum(p.numel() * p.element_size() for p in policy.parameters()))
+    carried = sum(2 * p.numel() for p in policy.parameters() if p.element_size() == 2)  # what bfloat16 rounds away
     copied, taught = (_own_bytes(one, policy) for one in (reference, teacher))
-    fixed = (held + copied + learned) / parts + taught + narrow + _LIBRARIES
-    tokens = _micro_batch(policy, recipe, longest)
-    wide = 4 if policy.float32_head else size.width
-    head = 2 * wide * _HEAD_ROWS * size.vocabulary
-    if policy.model.get_output_embeddings().weight.requires_grad:
-        head += 3 * 4 * size.vocabulary * size.hidden
-    layer = tokens * size.hidden * _KEPT_PER_TOKEN * size.width
-    once = head + _attention(size, tokens)
+    held = {
+        "weights": whole / parts,
+        "gradients": learned / parts,  # each in the type of its weight
+        "optimizer": (2 * learned + carried) / parts,
+        "reference": copied / parts,
+        "teacher": float(taught),
+        "libraries": _LIBRARIES,
+    }
+    written, updated = _copies(policy, size)
+    gathered = 0.0
+    if parts > 1:  # while they last: all of them; in an update both ends of the model, two layers, and their gradients
+        written += whole
+        gathered = 8.0 * (size.ends + 2 * (trained - size.ends) / size.layers)
+    tokens, responses = _micro_batch(policy, recipe, longest)
+    passing = tokens * (4 * size.hidden + 3 * size.inner) * 4 + _attention(size, tokens)
+    logits, slope = _head(policy, size, responses)
+    beside = updated + gathered + logits + max(logits + slope, passing)
+    taken = 1.0 if policy.adapter is None else 1.0 + _UNUSED_BESIDE_ADAPTER
     return MemoryEstimate(
-        fixed,
-        _sampling(policy, size, recipe, longest) + (held if parts > 1 else 0),  # all of them, while it lasts
-        once + size.layers * layer,
-        once + layer + size.layers * tokens * size.hidden * 4,
-        _budget(policy, recipe),
-        longest,
+        fixed=sum(held.values()),
+        sampling=_sampling(policy, size, recipe, longest) + written,
+        activations=beside + taken * tokens * size.layers * size.kept,
+        recomputed=beside + taken * tokens * (size.kept + size.layers * size.hidden * 4),
+        budget=_budget(policy, recipe, whole + copied + taught),
+        longest=longest,
+        held=held,
+        opening=4.0 * sum(p.numel() for p in policy.model.parameters()) + copied + taught + _LIBRARIES,
     )
+
+
+def _copies(policy: Policy, size: _Sizes) -> tuple[float, float]:
+    """Bytes of weights in the type of products, beside those held: while completions are written, in an update."""
+    if size.width == 4:
+        return 0.0, 0.0
+    head = policy.model.get_output_embeddings() if policy.float32_head else None
+    multiplied = {
+        id(m.weight): m.weight
+        for m in policy.model.modules()
+        if m is not head and not isinstance(m, nn.Embedding) and getattr(getattr(m, "weight", None), "ndim", 0) > 1
+    }.values()
+    cast = 2.0 * sum(w.numel() for w in multiplied if w.element_size() == 4)
+    packed = 2.0 * sum(w.numel() for w in multiplied)  # on a CPU, whatever type they are held in
+    return packed if policy.device.type == "cpu" else cast, cast
+
+
+def _head(policy: Policy, size: _Sizes, responses: int) -> tuple[float, float]:
+    """Of so many tokens: logits, and the gradient of the head's weights before it is added to what is there."""
+    wide = 4 if policy.float32_head else size.width
+    stored = responses * size.vocabulary * wide
+    logits = stored if stored <= STORED_BYTES else 2 * wide * _HEAD_ROWS * size.vocabulary
+    if not policy.model.get_output_embeddings().weight.requires_grad:
+        return logits, 0.0
+    once = wide == 4 and stored <= STORED_BYTES  # else a piece of it, or it in bfloat16, is there too
+    return logits, (4.0 if once else 8.0) * size.vocabulary * size.hidden
 
 
 def _own_bytes(one: Policy | None, policy: Policy) -> int:
@@ -129,11 +192,15 @@ def _own_bytes(one: Policy | None, policy: Policy) -> int:
     return sum(p.numel() * p.element_size() for p in one.model.parameters())
 
 
-def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> int:
-    """Tokens: as many as the recipe says or a round has, but a prompt and its completion always stay together."""
+def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> tuple[int, int]:
+    """(tokens, those of completions): as many as the recipe says or a round has, but a prompt and its completion stay
+    together, and a quarter more where a prompt that is there already has more completions."""
     n, row = recipe.samples_per_prompt, longest + recipe.max_tokens
-    group = longest + n * recipe.max_tokens if sharing_is_exact(policy) else n * row
-    return max(row, min(recipe.micro_batch_tokens, recipe.prompts_per_step * group))
+    shares = sharing_is_exact(policy) and n > 1
+    group = longest + n * recipe.max_tokens if shares else n * row
+    most = int(recipe.micro_batch_tokens * (1.25 if shares else 1))
+    tokens = max(row, min(most, recipe.prompts_per_step * group))
+    return tokens, math.ceil(tokens * n * recipe.max_tokens / group)
 
 
 def _attention(size: _Sizes, tokens: int) -> float:
@@ -145,8 +212,8 @@ def _attention(size: _Sizes, tokens: int) -> float:
 def _sampling(policy: Policy, size: _Sizes, recipe: Recipe, longest: int) -> float:
     """Of the round; before and after the run, one completion of each held-out prompt is written, never more."""
     n = recipe.samples_per_prompt
-    rows = min(_SIDE_BY_SIDE, recipe.prompts_per_step * n)
-    prompts = min(recipe.prompts_per_step, 2 * -(-rows // min(n, _SIDE_BY_SIDE)))
+    rows = min(SIDE_BY_SIDE, recipe.prompts_per_step * n)
+    prompts = min(recipe.prompts_per_step, 2 * -(-rows // min(n, SIDE_BY_SIDE)))
     token = size.layers * size.cached * size.width
     together = max(longest, min(prompts * longest, ENCODED_AT_ONCE))
     encoding = together * (8 * size.hidden + 3 * size.inner) * 4 + _attention(size, together)
@@ -174,10 +241,11 @@ def check_memory(memory: MemoryEstimate, recompute: bool, recipe: Recipe, source
     )
 
 
-def _budget(policy: Policy, recipe: Recipe) -> float | None:
+def _budget(policy: Policy, recipe: Recipe, loaded: float) -> float | None:
+    """loaded: bytes of models that are there already, and so are not free."""
     if recipe.memory_gb is not None:
         return recipe.memory_gb * 1e9
     if policy.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(policy.device)[0])
+        return float(torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device))
     free = available_bytes() if policy.device.type == "cpu" else None
-    return None if free is None else free + 4 * sum(p.numel() for p in policy.model.parameters())  # they are loaded
+    return None if free is None else free + loaded

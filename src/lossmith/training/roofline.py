@@ -16,7 +16,7 @@ import torch
 from lossmith.policy import Policy
 from lossmith.rollouts import Rollout
 
-__all__ = ["Work", "count_work", "multiply_rate"]
+__all__ = ["Work", "count_work", "multiply_rate", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,26 @@ class Work:
 
 def count_work(policy: Policy, rollouts: Sequence[Rollout]) -> Work:
     """What these completions cost: a prompt counts once, whatever the number of its completions."""
-    head = policy.model.get_output_embeddings().weight.numel()
-    matrices = [p for p in policy.model.base_model.parameters() if p.dim() == 2]
-    body = sum(p.numel() for p in matrices) - _embeddings(policy)
-    # of weights that are not trained there is no gradient, only one through them
-    learning = body if policy.adapter is None else sum(p.numel() for p in matrices if p.requires_grad)
-    learning_head = head if policy.adapter is None else 0
     responses = sum(len(r.completion_ids) for r in rollouts)
     prompts = sum(len(ids) for ids in {r.prompt_ids for r in rollouts})
-    fed = responses - len(rollouts)  # the last token of a completion is fed to nothing
+    return work_of(policy, prompts, responses - len(rollouts), responses)  # the last token of each is fed to nothing
+
+
+def work_of(policy: Policy, prompts: int, fed: int, responses: int) -> Work:
+    """Of so many tokens of prompts, of completions that are fed, and that are predicted."""
+    body_matrices = [p for p in policy.model.base_model.parameters() if p.dim() == 2]
+    head = policy.model.get_output_embeddings().weight
+    trained = {id(p) for p in policy.parameters()}  # of other weights there is no gradient, only one through them
+    looked_up = _embeddings(policy)
+    body = sum(p.numel() for p in body_matrices) - looked_up
+    learning = sum(p.numel() for p in body_matrices if id(p) in trained)
+    learning -= looked_up if policy.adapter is None else 0
+    head_learns = id(head) in trained
+    through = body * (prompts + fed) + head.numel() * responses
     return Work(
-        sample=2.0 * (body * (prompts + fed) + head * responses),
-        forward=2.0 * (body * (prompts + fed) + head * responses),
-        backward=2.0 * ((body + learning) * (prompts + fed) + (head + learning_head) * responses),
+        sample=2.0 * through,
+        forward=2.0 * through,
+        backward=2.0 * (through + learning * (prompts + fed) + head_learns * head.numel() * responses),
     )
 
 
