@@ -130,7 +130,7 @@ def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> int:
     """Tokens: as many as the recipe says or a round has, but a prompt and its completion always stay together."""
     n, row = recipe.samples_per_prompt, longest + recipe.max_tokens
     group = longest + n * recipe.max_tokens if sharing_is_exact(policy) else n * row
-    return max(row, min(recipe.micro_batch_tokens, recipe.prompts_per_step * group))
+    return max(row, min(recipe.pass_tokens, recipe.prompts_per_step * group))
 
 
 def _attention(size: _Sizes, tokens: int) -> float:
