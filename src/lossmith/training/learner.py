@@ -43,7 +43,7 @@ from lossmith.training.can_learn import TAUGHT
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
 from lossmith.training.output_gradients import OutputGradients, added, credit_to, metrics_of, on_cpu
-from lossmith.training.passes import micro_batches, of_rank, rows_of_updates
+from lossmith.training.passes import micro_batches, of_rank, rows_of_updates, uncompilable
 from lossmith.training.recipe import Recipe
 from lossmith.training.rewards import rewards_of
 from lossmith.training.sampler_gap import OF_SAMPLER, against_sampler, sampler_metrics
@@ -89,7 +89,8 @@ class Learner:
             raise RunError(f"{loss.name} learns from a teacher: give the learner one.")
         self.policy, self.loss, self.recipe, self.teacher = policy, loss, recipe, teacher
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
-        self.reference = policy.frozen() if needed else None
+        sharing_is_exact(policy)  # found out before there is a copy, which then need not
+        self.reference = policy.frozen(narrow=not recipe.shard) if needed else None
         if not policy.parameters():
             raise RunError("the policy has no trainable parameter.")
         self.ranks = ranks or Ranks()
@@ -131,7 +132,7 @@ class Learner:
         )
         self.memory = self.estimate(recipe)
         self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
-        self.uncompilable = _uncompilable(policy, recompute=self.recompute, sharded=sharded)
+        self.uncompilable = uncompilable(policy, recompute=self.recompute, sharded=sharded)
         self.compiled = False
         if recipe.compile is True and self.uncompilable:
             _log.warning("compile = true has no effect: %s.", self.uncompilable)
@@ -488,12 +489,3 @@ class Learner:
             if self.loss.kl.control == "fixed":
                 return
             self.loss = self.loss.replace(kl=adapt_coefficient(self.loss.kl, per_completion, completions))
-
-
-def _uncompilable(policy: Policy, *, recompute: bool, sharded: bool) -> str:
-    """Why its layers cannot be compiled, if they cannot."""
-    if sharded:
-        return "ranks hold the weights in parts"
-    if recompute:
-        return "layers are run again in the backward pass"
-    return "" if sharing_is_exact(policy) else "the model's layers are not known"

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lossmith.losses import Batch
+from lossmith.policy import Policy, sharing_is_exact
 from lossmith.ranks import Ranks
 from lossmith.rollouts import Rollout
 from lossmith.training.recipe import Recipe
 
-__all__ = ["micro_batches", "of_rank", "rows_of_updates"]
+__all__ = ["micro_batches", "of_rank", "rows_of_updates", "uncompilable"]
 
 
 def rows_of_updates(batch: Batch, recipe: Recipe, step: int) -> Iterator[Tensor]:
@@ -59,3 +60,12 @@ def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int], tokens: int,
         used += cost
     if taken:
         yield torch.tensor(taken)
+
+
+def uncompilable(policy: Policy, *, recompute: bool, sharded: bool) -> str:
+    """Why a policy's layers cannot be compiled, if they cannot."""
+    if sharded:
+        return "ranks hold the weights in parts"
+    if recompute:
+        return "layers are run again in the backward pass"
+    return "" if sharing_is_exact(policy) else "the model's layers are not known"
