@@ -259,6 +259,21 @@ def test_compiled_layers_with_narrowed_weights_are_as_near_as_autocast():
     assert 0 < gaps[1] < 1.2 * gaps[0] and gaps[0] < 0.1
 
 
+def test_a_narrow_reference_says_the_same_to_the_bit_from_less_memory():
+    policy = tiny.policy(tiny.llama())
+    policy.compute_dtype = torch.bfloat16
+    assert sharing_is_exact(policy)
+    wide, narrow = (policy.frozen(narrow=n) for n in (False, True))
+    rollouts, settings = tiny.rollouts(), SamplingSettings(max_tokens=9)
+    with torch.no_grad():
+        found = [token_outputs(p, rollouts, settings).logp for p in (policy, wide, narrow)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+    held = [sum(p.nbytes for p in each.model.parameters()) for each in (wide, narrow)]
+    layers = sum(m.weight.nbytes for m in wide.model.model.layers.modules() if type(m) is torch.nn.Linear)
+    assert held[0] - held[1] == layers / 2
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+
+
 def test_without_a_compiler_compile_is_refused_before_the_model_is_loaded(monkeypatch):
     from lossmith.training import Recipe
     from lossmith.training.loop import plan

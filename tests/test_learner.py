@@ -15,6 +15,7 @@ from lossmith.policy import Teacher, sample
 from lossmith.rollouts import Distribution, LogProbs, Score
 from lossmith.training import Learner, Recipe
 from lossmith.training.can_learn import TAUGHT
+from lossmith.training.passes import rows_of_updates
 from lossmith.training.recipe import PROVIDED
 
 # Everything that training can provide for, with values where there is no agreed default.
@@ -275,7 +276,7 @@ def test_each_part_of_a_round_is_normalized_by_itself_and_seen_once_an_epoch(mon
     made = learner("dapo(group_filter='none')", torch.float32, updates_per_step=3, epochs=2)
     rollouts = sampled(made)
     batch = made.make_batch(rollouts)
-    parts = list(made._parts(batch, 0))
+    parts = list(rows_of_updates(batch, made.recipe, 0))
     assert len(parts) == 6
     assert sorted(torch.cat(parts[:3]).tolist()) == sorted(torch.cat(parts[3:]).tolist()) == list(range(12))
     for rows in parts:

@@ -176,9 +176,14 @@ def test_a_recipes_own_setting_keeps_its_name(capsys, tmp_path):
     ("text", "said"),
     [
         ("steps = 'x'", "steps = 'x': a whole number above 0 is wanted (rounds of sample, score, update)."),
+        (
+            "micro_batch_tokens = 0",
+            "micro_batch_tokens = 0: a whole number above 0 or 'auto' is wanted (tokens in one forward",
+        ),
+        ("micro_batch_tokens = true", "micro_batch_tokens = true: a whole number above 0 or 'auto' is wanted"),
         ("held_out = true", "held_out = true: a number above 0 is wanted"),
         ("steps = true", "steps = true: a whole number above 0 is wanted"),
-        ("compile = 3", "compile = 3: true or false is wanted"),
+        ("compile = 3", "compile = 3: true or false or 'auto' is wanted"),
         ("stop = 'x'", "stop = 'x': a list of texts is wanted"),
         ("stop = [1]", "stop[0] = 1: a list of texts is wanted"),
         ("model = 3", "model = 3: a text is wanted"),

@@ -213,7 +213,7 @@ def _lora(recipe: Recipe) -> dict[str, Any]:
 
 def _settings(recipe: Recipe, loss: Loss, folder: Path, gpus: int, prompt_tokens: int) -> dict[str, Any]:
     """verl's configuration, over its own defaults."""
-    tokens = max(recipe.micro_batch_tokens, prompt_tokens + recipe.max_tokens)
+    tokens = max(recipe.pass_tokens, prompt_tokens + recipe.max_tokens)
     actor, algorithm = _actor(recipe, loss, tokens)
     rollout = {
         "name": "vllm",

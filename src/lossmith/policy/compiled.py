@@ -19,12 +19,17 @@ from lossmith.errors import PolicyError
 from lossmith.policy.activation_checkpointing import model_layers
 from lossmith.policy.load import Policy
 
-__all__ = ["bfloat16_weights", "check_compiler", "compile_layers", "uncompiled"]
+__all__ = ["bfloat16_weights", "check_compiler", "compile_layers", "compiler_found", "leave_uncompiled", "uncompiled"]
+
+
+def compiler_found() -> bool:
+    """Whether there is a C++ compiler, which torch.compile calls."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name)
 
 
 def check_compiler() -> None:
     """PolicyError: torch.compile writes C++ on a CPU, and no C++ compiler is installed."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
+    if not compiler_found():
         raise PolicyError(
             "compile = true needs a C++ compiler, and neither g++ nor clang++ is on the PATH: install one (on Debian "
             "or Ubuntu, the package g++), or leave compile = false."
@@ -35,6 +40,12 @@ def compile_layers(policy: Policy) -> None:
     """Let the model's layers be compiled when they are first run. All layers share what is made for the first."""
     for layer in model_layers(policy.model):
         layer.compile(dynamic=True)
+
+
+def leave_uncompiled(policy: Policy) -> None:
+    """Run the model's layers as they were written again."""
+    for layer in model_layers(policy.model):
+        layer._compiled_call_impl = None  # what nn.Module.compile has set
 
 
 def uncompiled() -> contextlib.AbstractContextManager[None]:

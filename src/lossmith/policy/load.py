@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.errors import PolicyError, nearest
+from lossmith.policy.activation_checkpointing import model_layers
 from lossmith.policy.adapter import Adapter
 from lossmith.policy.distribution import accumulation_dtype
 from lossmith.policy.text import SpecialTokens, answer_text, prompt_ids
@@ -153,10 +154,18 @@ class Policy:
         nn.init.zeros_(head.bias)
         self.value_head = head
 
-    def frozen(self) -> Policy:
-        """What the policy is now, and stays: the reference policy. A copy, or the same weights beside an adapter."""
+    def frozen(self, *, narrow: bool = False) -> Policy:
+        """What the policy is now, and stays: the reference policy. A copy, or the same weights beside an adapter.
+
+        narrow: where it computes in bfloat16, keep the weights of its layers' products in that, as autocast would round
+        them for each product: the same numbers from less memory.
+        """
         adapter = None if self.adapter is None else self.adapter.frozen()
         model = copy.deepcopy(self.model).requires_grad_(False).eval() if adapter is None else self.model
+        if narrow and model is not self.model and self.compute_dtype == torch.bfloat16:
+            linear = (m for layer in model_layers(model) for m in layer.modules() if type(m) is nn.Linear)
+            for module in linear:
+                module.weight.data = module.weight.data.to(torch.bfloat16)
         return Policy(
             model,
             self.tokenizer,

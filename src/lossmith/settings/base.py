@@ -17,7 +17,7 @@ from lossmith.losses import Loss
 from lossmith.scorers.address import redacted
 from lossmith.settings.paths import absolute
 from lossmith.settings.unknown import instead_of
-from lossmith.settings.wanted import wanted
+from lossmith.settings.wanted import members, wanted
 
 __all__ = ["LearningRate", "MicroBatchTokens", "Schedule", "Settings", "TrainerSettings", "is_live"]
 
@@ -104,7 +104,11 @@ class Settings(BaseModel):
     @classmethod
     def _no_number_by_accident(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """true is no number, though Python takes it for 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, Any):
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not Any
+            and (bool not in members(cls.model_fields[str(info.field_name)].annotation))
+        ):
             raise ValueError("a number")
         return value
 

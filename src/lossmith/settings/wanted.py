@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from lossmith.errors import nearest
 
-__all__ = ["wanted"]
+__all__ = ["members", "wanted"]
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def wanted(field: FieldInfo, given: Any) -> str:
     """`"a whole number above 0"`, or the choices and the nearest of them to what was given."""
-    kinds = _members(field.annotation)
+    kinds = members(field.annotation)
+    words = [one for kind in kinds[1:] if typing.get_origin(kind) is Literal for one in typing.get_args(kind)]
     if typing.get_origin(kinds[0]) is Literal:
         choices = [str(choice) for choice in typing.get_args(kinds[0])]
         near = nearest(str(given), choices)
@@ -28,13 +29,17 @@ def wanted(field: FieldInfo, given: Any) -> str:
         return f"a table of names, each with one of {', '.join(map(str, values))},"
     if typing.get_origin(kinds[0]) is list:
         return "a list of texts"
-    kind = "a number" if float in kinds else _KINDS[kinds[0]]
-    bounds = [_bound(piece) for piece in field.metadata]
-    return " ".join([kind, " and ".join(bound for bound in bounds if bound)]).strip()
+    narrowed = typing.get_origin(kinds[0]) is Annotated
+    kind, *pieces = typing.get_args(kinds[0]) if narrowed else (kinds[0], *field.metadata)
+    pieces = [x for piece in pieces for x in (piece.metadata if isinstance(piece, FieldInfo) else [piece])]
+    said = "a number" if float in kinds else _KINDS[kind]
+    bounds = " and ".join(filter(None, map(_bound, pieces)))
+    return " ".join(filter(None, [said, bounds, *(f"or {word!r}" for word in words)]))
 
 
-def _members(annotation: Any) -> list[Any]:
-    if isinstance(annotation, types.UnionType):
+def members(annotation: Any) -> list[Any]:
+    """What a value may be, None left out."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
     return [annotation]
 

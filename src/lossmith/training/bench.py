@@ -74,11 +74,11 @@ class Measurement:
     @property
     def best_micro_batch(self) -> int:
         """The recipe's, unless another was faster every time than the recipe's ever was: then the fastest of those."""
-        now = self.update_seconds[self.recipe.micro_batch_tokens]
+        now = self.update_seconds[self.recipe.pass_tokens]
         faster = {
             statistics.median(seconds): size for size, seconds in self.update_seconds.items() if max(seconds) < min(now)
         }
-        return faster[min(faster)] if faster else self.recipe.micro_batch_tokens
+        return faster[min(faster)] if faster else self.recipe.pass_tokens
 
     def share(self, phase: str) -> tuple[float, float]:
         """Least and greatest share of a step that a phase took in a round."""
@@ -161,7 +161,7 @@ def _micro_batches(learner: Learner, rollouts: list[Rollout], scale: float) -> d
     In turns, so that a machine that grows slower or faster meanwhile favors none.
     """
     recipe = learner.recipe
-    now = recipe.micro_batch_tokens
+    now = recipe.pass_tokens
     seconds: dict[int, list[float]] = {size: [] for size in dict.fromkeys((now, max(now // 2, 1), 2 * now))}
     for k in range(ROUNDS):
         for size in list(seconds)[:: 1 if k % 2 else -1]:

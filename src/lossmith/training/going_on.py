@@ -168,6 +168,7 @@ def _compare(
         state.notes.append("inputs.json is missing or damaged: nobody can tell whether the run's inputs have changed.")
         return
     state.accepted = then.accepted
+    now.known = then.known | now.known  # what was measured at the start stays
     settings = then.changed_settings(now.settings, recipe.defaults())
     free = {key: settings.pop(key) for key in recipe.free if key in settings}
     for key in free.keys() - {"runs", "name"}:

@@ -181,7 +181,7 @@ def _fastest(
 def _faster(models: _Models, recipe: Recipe, gpus: Gpus, prompt_tokens: int, now: float) -> tuple[int, float] | None:
     """Larger micro-batches: weights in parts cross once for each of them."""
     times = {}
-    for size in (recipe.micro_batch_tokens * 2**k for k in range(1, 7)):
+    for size in (recipe.pass_tokens * 2**k for k in range(1, 7)):
         larger = recipe.model_copy(update={"micro_batch_tokens": size})
         best = _fastest(models, larger, gpus, models.splits(larger, gpus.count, prompt_tokens), prompt_tokens)
         if best is not None:
@@ -241,7 +241,7 @@ def _time(
     updates = recipe.epochs * recipe.updates_per_step
     old = (updates > 1 and loss.uses_old) or "old_logp" in loss.credit_reads
     measured = old + (models.reference is not None) + (models.teacher is not None)  # passes without a gradient
-    micro = max(recipe.updates_per_step, math.ceil((prompts * prompt_tokens + fed) / recipe.micro_batch_tokens))
+    micro = max(recipe.updates_per_step, math.ceil((prompts * prompt_tokens + fed) / recipe.pass_tokens))
     shared = 2 * trained * updates  # gradients to rank 0, weights from there
     dealt = weights * (micro * (measured + 3 * recipe.epochs) + 1)  # once a pass, twice more a backward pass; to sample
     crossing = (dealt if split.sharded else shared) * (split.ranks - 1) / split.ranks

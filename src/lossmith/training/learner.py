@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +35,7 @@ from lossmith.policy import (
     sharing_is_exact,
     token_outputs,
 )
+from lossmith.policy.compiled import leave_uncompiled
 from lossmith.policy.distribution import accumulation_dtype
 from lossmith.policy.sending import sent
 from lossmith.policy.sharded import shard, whole
@@ -44,6 +45,7 @@ from lossmith.training.can_learn import TAUGHT
 from lossmith.training.clock import Clock
 from lossmith.training.memory import estimate_memory
 from lossmith.training.output_gradients import OutputGradients, added, credit_to, metrics_of, on_cpu
+from lossmith.training.passes import micro_batches, of_rank, rows_of_updates, uncompilable
 from lossmith.training.recipe import Recipe
 from lossmith.training.rewards import rewards_of
 from lossmith.training.sampler_gap import OF_SAMPLER, against_sampler, sampler_metrics
@@ -90,26 +92,14 @@ class Learner:
             raise RunError(f"{loss.name} learns from a teacher: give the learner one.")
         self.policy, self.loss, self.recipe, self.teacher = policy, loss, recipe, teacher
         needed = bool(loss.needs & {"ref_logp", "full_kl"}) or recipe.tracks_kl
-        self.reference = policy.frozen() if needed else None
+        sharing_is_exact(policy)  # found out before there is a copy, which then need not
+        self.reference = policy.frozen(narrow=not recipe.shard) if needed else None
         if not policy.parameters():
             raise RunError("the policy has no trainable parameter.")
         self.ranks = ranks or Ranks()
         sharded = recipe.shard and self.ranks.size > 1
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
-        taught = None if teacher is None else teacher.policy
-        parts = self.ranks.size if sharded else 1
-        self.memory = estimate_memory(policy, recipe, self.reference, taught, longest=longest, parts=parts)
-        self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
-        self.compiled = recipe.compile and not self.recompute and not sharded and sharing_is_exact(policy)
-        if recipe.compile and not self.compiled:
-            why = "layers are run again in the backward pass" if self.recompute else "the model's layers are not known"
-            _log.warning("compile = true has no effect: %s.", "ranks hold the weights in parts" if sharded else why)
-        if self.compiled:
-            for each in {id(p.model): p for p in (policy, self.reference, taught) if p is not None}.values():
-                compile_layers(each)  # once, where a model stands for two of them
-        if sharded:
-            for each in filter(None, (policy, self.reference)):
-                shard(each)
+        self._prepare(longest, sharded)
         trained = [(policy.parameters(), recipe.learning_rate)]
         if policy.value_head is not None:
             trained.append((list(policy.value_head.parameters()), recipe.value_learning_rate))
@@ -128,10 +118,48 @@ class Learner:
             "clip": lambda: clip_gradients(self.optimizer, recipe),
             "step": self._step,
             "measured": self.weights.measured,
+            "compile": self._compile,
+            "pass size": self._pass_size,
         }
         self.bad_in_a_row = 0  # gradients that were not finite
         self.settled = True  # False from the first change that a round makes, until the loop has written the round down
         self._largest = 0.0  # advantage of the round
+
+    def _prepare(self, longest: int, sharded: bool) -> None:
+        """How passes are made: layers run again in the backward pass, compiled, or with their weights in parts."""
+        policy, recipe, teacher = self.policy, self.recipe, self.teacher
+        taught = None if teacher is None else teacher.policy
+        parts = self.ranks.size if sharded else 1
+        self.estimate = functools.partial(  # of memory, with a recipe
+            estimate_memory, policy, reference=self.reference, teacher=taught, longest=longest, parts=parts
+        )
+        self.memory = self.estimate(recipe)
+        self.recompute = self.memory.recompute and can_checkpoint_activations(policy.model)
+        self.uncompilable = uncompilable(policy, recompute=self.recompute, sharded=sharded)
+        self.compiled = False
+        if recipe.compile is True and self.uncompilable:
+            _log.warning("compile = true has no effect: %s.", self.uncompilable)
+        elif recipe.compile is True:
+            self._compile(True)
+        if sharded:
+            for each in filter(None, (policy, self.reference)):
+                shard(each)
+
+    def set_passes(self, tokens: int, compiled: bool) -> None:
+        """From here on, on every rank: tokens in one forward and backward pass, and whether its layers are compiled."""
+        self.ranks.call("pass size", tokens)
+        self.ranks.call("compile", compiled)
+
+    def _pass_size(self, tokens: int) -> None:
+        self.recipe = self.recipe.model_copy(update={"micro_batch_tokens": tokens})
+        self.memory = dataclasses.replace(self.estimate(self.recipe), budget=self.memory.budget)
+
+    def _compile(self, wanted: bool) -> None:
+        if wanted != self.compiled:
+            models = (self.policy, self.reference, None if self.teacher is None else self.teacher.policy)
+            for each in {id(p.model): p for p in models if p is not None}.values():  # one may stand for two of them
+                compile_layers(each) if wanted else leave_uncompiled(each)
+        self.compiled = wanted
 
     # -- the batch --------------------------------------------------------------------------------------------------
 
@@ -227,7 +255,7 @@ class Learner:
         found = []
 
         def measure() -> None:
-            for rows, counts in self._passes(rollouts):
+            for rows, counts in self.passes(rollouts):
                 with self._clock("log_probs"):
                     out = token_outputs(
                         policy, [rollouts[i] for i in rows], self.recipe.sampling, layout=self.layout, want=want
@@ -238,21 +266,15 @@ class Learner:
         self.ranks.in_step(measure) if self.shards else measure()
         return found
 
-    def _passes(self, rollouts: Sequence[Rollout]) -> Iterator[_Pass]:
+    def passes(self, rollouts: Sequence[Rollout]) -> Iterator[_Pass]:
         """The rows of each of this rank's passes through the model, and whether they count.
 
         Ranks that hold parts of the weights make the same number: one with fewer rows ends with some that do not.
         """
-        mine = list(self.micro_batches(rollouts, self._mine(rollouts)))
+        mine = list(self.micro_batches(rollouts, of_rank(rollouts, self.ranks)))
         spare = self.ranks.most(len(mine)) - len(mine) if self.shards else 0
         shortest = min(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids + rollouts[i].completion_ids))
         return chain(zip(mine, repeat(True)), repeat((torch.tensor([shortest]), False), spare))
-
-    def _mine(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """The rows of this rank: whole groups, dealt out by turns."""
-        ids = list(dict.fromkeys(r.prompt.id for r in rollouts))
-        mine = set(ids[self.ranks.rank :: self.ranks.size])
-        return [i for i, r in enumerate(rollouts) if r.prompt.id in mine]
 
     # -- credit and update ------------------------------------------------------------------------------------------
 
@@ -270,7 +292,7 @@ class Learner:
         metrics: list[dict[str, float]] = []  # of each optimizer step
         skipped = 0
         self._everywhere("look")
-        for rows in self._parts(batch, step):
+        for rows in rows_of_updates(batch, self.recipe, step):
             there = sent(rows, self.policy.device)  # once, not for every tensor of the batch
             part, share = batch.rows(there), credit.rows(there)
             if len(rows) < len(rollouts):
@@ -331,21 +353,27 @@ class Learner:
 
     def _accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
         together = self.ranks.in_step if self.shards else self.ranks.together
-        full_kl = self.reference if self.reference is not None and "full_kl" in self.loss.needs else None
 
         def backward() -> dict[str, float]:
             total = {} if of_all is None or self.ranks.rank else of_all.metrics
-            for one in self._passes(rollouts):
+            for one in self.passes(rollouts):
                 total = added(total, self._backward(rollouts, batch, credit, one, of_all))
             return total
 
+        with self.ready():
+            of_all = None if self.loss.separable else self._output_gradients(rollouts, batch, credit, together)
+            found: dict[str, float] = together(backward)
+        return found
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within, passes can be made, backward ones too."""
+        full_kl = self.reference if self.reference is not None and "full_kl" in self.loss.needs else None
         with (
             bfloat16_weights(self.policy) if self.compiled else contextlib.nullcontext(),
             whole(full_kl) if full_kl is not None else contextlib.nullcontext(),  # its head, in the backward pass too
         ):
-            of_all = None if self.loss.separable else self._output_gradients(rollouts, batch, credit, together)
-            found: dict[str, float] = together(backward)
-        return found
+            yield
 
     def _backward(
         self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit, one: _Pass, of_all: OutputGradients | None
@@ -356,7 +384,7 @@ class Learner:
         mine, owed = batch.rows(there), credit.rows(there)
         with torch.enable_grad():
             with self._clock("forward"):
-                graded = self._graded([rollouts[i] for i in rows], batch)
+                graded = self.graded([rollouts[i] for i in rows], batch.valid.shape[1])
             with self._clock("loss"):
                 if not counts:
                     share, total = {}, torch.zeros((), device=self.policy.device)
@@ -372,8 +400,8 @@ class Learner:
                     total.backward()
         return share | (against_sampler(graded["logp"], mine, owed) if counts else {})
 
-    def _graded(self, rollouts: Sequence[Rollout], batch: Batch) -> dict[str, Tensor]:
-        """The outputs that the loss needs from a forward pass, padded to the batch's width."""
+    def graded(self, rollouts: Sequence[Rollout], width: int) -> dict[str, Tensor]:
+        """The outputs that the loss needs from a forward pass, [N, width]."""
         want = frozenset({"entropy", "full_kl", "value"} & self.loss.needs)
         want |= {"divergence"} if self.loss.divergence is not None else set()
         out = token_outputs(
@@ -387,7 +415,6 @@ class Learner:
             divergence=self.loss.divergence,
             activation_checkpointing=self.recompute,
         )
-        width = batch.valid.shape[1]
         graded = {name: getattr(out, name) for name in ("logp", *want)}
         return {k: torch.nn.functional.pad(v, (0, width - v.shape[1])) for k, v in graded.items()}
 
@@ -401,8 +428,8 @@ class Learner:
 
         def fill() -> None:
             with torch.no_grad():
-                for rows, counts in self._passes(rollouts):
-                    for name, x in self._graded([rollouts[i] for i in rows], batch).items():
+                for rows, counts in self.passes(rollouts):
+                    for name, x in self.graded([rollouts[i] for i in rows], batch.valid.shape[1]).items():
                         if counts:
                             leaves[name][sent(rows, x.device)] = x.to(dtype)
 
@@ -415,42 +442,9 @@ class Learner:
         return OutputGradients(known, metrics_of(result))
 
     def micro_batches(self, rollouts: Sequence[Rollout], of: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Row numbers within the token budget, a prompt's completions side by side so that they share its encoding.
-
-        of: the rows to cut up, all if not given.
-        """
-        order = sorted(
-            range(len(rollouts)) if of is None else of, key=lambda i: (rollouts[i].prompt.id, rollouts[i].sample)
-        )
-        rows: list[int] = []
-        seen: set[str] = set()
-        used = 0
-        for i in order:
-            r = rollouts[i]
-            shared = r.prompt.id in seen and sharing_is_exact(self.policy)
-            cost = len(r.completion_ids) + (0 if shared else len(r.prompt_ids))
-            # 25% over budget rather than encode the prompt again for its last few completions
-            budget = self.recipe.micro_batch_tokens * (1.25 if shared else 1.0)
-            if rows and used + cost > budget:
-                yield torch.tensor(rows)
-                rows, seen, used = [], set(), 0
-                cost = len(r.completion_ids) + len(r.prompt_ids)
-            rows.append(i)
-            seen.add(r.prompt.id)
-            used += cost
-        if rows:
-            yield torch.tensor(rows)
-
-    def _parts(self, batch: Batch, step: int) -> Iterator[Tensor]:
-        """Rows of each optimizer step: whole groups, shuffled anew in every epoch by (seed, step, epoch)."""
-        assert batch.group is not None
-        groups = batch.group.cpu()
-        ids = groups.unique()
-        for epoch in range(self.recipe.epochs):
-            rng = np.random.default_rng([self.recipe.seed, step, epoch])
-            order = ids[torch.from_numpy(rng.permutation(len(ids)))]
-            for chosen in order.tensor_split(min(self.recipe.updates_per_step, len(ids))):
-                yield torch.isin(groups, chosen).nonzero()[:, 0]
+        """Row numbers of each pass. of: the rows to cut up, all if not given."""
+        rows = range(len(rollouts)) if of is None else of
+        return micro_batches(rollouts, rows, self.recipe.pass_tokens, sharing_is_exact(self.policy))
 
     def _optimizer_step(self, step: int) -> tuple[bool, float]:
         """(whether the parameters moved, gradient norm before clipping). A non-finite gradient moves nothing."""

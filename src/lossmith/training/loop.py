@@ -36,6 +36,7 @@ from lossmith.training.going_on import GoingOn, go_on, inputs_of, split_again
 from lossmith.training.guards import Guards, prompt_means
 from lossmith.training.keeping import Keeping
 from lossmith.training.learner import Learner, Update
+from lossmith.training.measured_passes import offer_passes, settle_passes
 from lossmith.training.memory import check_memory
 from lossmith.training.metrics import aliases, in_completions, of_lag, of_scorer, of_watch
 from lossmith.training.recipe import Recipe
@@ -145,6 +146,8 @@ class Run(Keeping):
         if self.watch is not None:
             self.watched_before = self._once("held-out-before-watched", lambda: self._watched(self.before))
         self.load()
+        first = self.prompts.batch(0, self.recipe.prompts_per_step, self.recipe.seed)
+        self.going_on.notes += settle_passes(self.learner, self.folder, first, self.tell)
         self.folder.best(until=self.first_step)
         self.guards.go_on(self.folder.metrics(), self.folder)
 
@@ -350,7 +353,7 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
     held_out_ids: of a resumed run, which keeps its held-out prompts whatever was added to the others.
     """
     recipe.policy_loss()
-    if recipe.compile:
+    if recipe.compile is True:
         check_compiler()
     if recipe.weights == "bfloat16":
         check_kahan()
@@ -416,6 +419,7 @@ def open_run(
     agree_on(ranks, recipe, now)
     with quiet_traps():  # policy_loss has refused traps, or the recipe allows them
         learner = Learner(policy, recipe.policy_loss(), recipe, len(policy.encode(longest)), ranks, teacher)
+    offer_passes(learner)
     check_memory(learner.memory, learner.recompute, recipe, longest.source)
     if folder is None:
         folder, going_on = RunFolder.create(recipe, learner.loss.name, now), GoingOn()
@@ -458,7 +462,7 @@ def work_for(plan: Plan, ranks: Ranks, elsewhere: bool = False) -> None:
         agree_on(ranks, recipe, inputs_of(recipe, plan.prompts, plan.held_out, policy))
         with quiet_traps():
             # it brings the tasks that are its own
-            Learner(policy, recipe.policy_loss(), recipe, ranks=ranks, teacher=teacher)
+            offer_passes(Learner(policy, recipe.policy_loss(), recipe, ranks=ranks, teacher=teacher))
         ranks.tasks["sample"] = (
             (lambda *asked: ([], {}))
             if scorer is None

@@ -198,7 +198,7 @@ def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> tuple[int, int
     n, row = recipe.samples_per_prompt, longest + recipe.max_tokens
     shares = sharing_is_exact(policy) and n > 1
     group = longest + n * recipe.max_tokens if shares else n * row
-    most = int(recipe.micro_batch_tokens * (1.25 if shares else 1))
+    most = int(recipe.pass_tokens * (1.25 if shares else 1))
     tokens = max(row, min(most, recipe.prompts_per_step * group))
     return tokens, math.ceil(tokens * n * recipe.max_tokens / group)
 

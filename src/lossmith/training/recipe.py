@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -20,6 +20,7 @@ from lossmith.training.can_learn import check_loss, check_sampling, check_taught
 
 __all__ = ["PROVIDED", "Recipe", "RunSettings", "check_lora", "checked_loss"]
 
+PASS_TOKENS = 1024  # in one pass, where nothing better is known
 COMPLETIONS = 1_000_000  # of a step, which are held in memory together
 
 
@@ -173,8 +174,14 @@ class Recipe(RunSettings):
     value_learning_rate: float = Field(
         1e-3, ge=0, description="learning rate of the value head, where the loss has one"
     )
-    compile: bool = Field(
-        False, description="update through torch.compile: the first steps take longer, later ones less time and memory"
+    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(  # type: ignore[assignment]
+        PASS_TOKENS,
+        description="tokens in one forward and backward pass; changes no result. auto: measured before the first step",
+    )
+    compile: bool | Literal["auto"] = Field(
+        False,
+        description="update through torch.compile: the first steps take longer, later ones less time and memory. auto: "
+        "tried before the first step, in a run that is long enough",
     )
     weights: Literal["float32", "bfloat16"] = Field(
         "float32", description="what weights, gradients and optimizer are held in; bfloat16 for big models: half of it"
@@ -242,6 +249,11 @@ class Recipe(RunSettings):
                 f"{recipe.prompts_per_step}; a prompt's completions stay in one optimizer step."
             )
         return recipe
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens in one pass; where they are to be measured, those that are begun with."""
+        return PASS_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     @property
     def tracks_kl(self) -> bool:

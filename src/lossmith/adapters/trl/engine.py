@@ -58,12 +58,13 @@ def check_recipe(recipe: Recipe) -> None:
         wrong["lora_rank"] = "it is given the whole model to train"
     elif adapter_base(recipe.model) is not None:
         wrong["model"] = "it is a LoRA adapter, and TRL is given a whole model to train"
-    if recipe.compile:
-        wrong["compile"] = "it computes with the model as it is"
-    if recipe.float32_head:
-        wrong["float32_head"] = "it has cast_lm_head_to_fp32 among its own settings (engine_options)"
-    if recipe.evaluate_every:
-        wrong["evaluate_every"] = "between two of its steps the model is as its trainer wraps it"
+    of_ours = {
+        "micro_batch_tokens": (recipe.micro_batch_tokens == "auto", "its passes are not measured: give a number"),
+        "compile": (recipe.compile, "it computes with the model as it is"),
+        "float32_head": (recipe.float32_head, "it has cast_lm_head_to_fp32 among its own settings (engine_options)"),
+        "evaluate_every": (recipe.evaluate_every, "between two of its steps the model is as its trainer wraps it"),
+    }
+    wrong |= {name: why for name, (given, why) in of_ours.items() if given}
     if recipe.device not in ("auto", "cpu", "cuda", "mps"):
         wrong["device"] = "it takes the first one of the machine"
     _check_options(recipe)
@@ -115,7 +116,7 @@ def _config(run: Run, scratch: str) -> Any:
     """The recipe in TRL's words, and what it says in them itself."""
     recipe, learner = run.recipe, run.learner
     update = recipe.prompts_per_step * recipe.samples_per_prompt // recipe.updates_per_step
-    room = max(1, recipe.micro_batch_tokens // (learner.memory.longest + recipe.max_tokens))
+    room = max(1, recipe.pass_tokens // (learner.memory.longest + recipe.max_tokens))
     rows = max(n for n in range(1, update + 1) if update % n == 0 and n <= room) if learner.loss.separable else update
     cpu = run.policy.device.type == "cpu"
     ours = {

@@ -66,7 +66,7 @@ def show_measurement(found: Measurement, console: Console) -> None:
 def recommendations(found: Measurement) -> list[str]:
     """Settings that would be faster or leaner here, with the measurement that says so; or that none would."""
     recipe, lines = found.recipe, []
-    best, now = found.best_micro_batch, recipe.micro_batch_tokens
+    best, now = found.best_micro_batch, recipe.pass_tokens
     if best != now:
         gain = statistics.median(found.update_seconds[now]) / statistics.median(found.update_seconds[best]) - 1
         lines.append(
@@ -89,7 +89,7 @@ def recommendations(found: Measurement) -> list[str]:
 
 def _nothing(found: Measurement) -> str:
     """That no setting was better beyond the noise, and how large that is."""
-    now = found.recipe.micro_batch_tokens
+    now = found.recipe.pass_tokens
     others = ", ".join(f"{_range(s)} with {size}" for size, s in sorted(found.update_seconds.items()) if size != now)
     return (
         f"nothing that was tried: differences are within the noise. An update takes {_range(found.update_seconds[now])}"
