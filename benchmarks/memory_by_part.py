@@ -92,7 +92,8 @@ def worker(settings: dict[str, Any]) -> None:
     import torch
 
     from lossmith.training import Recipe
-    from lossmith.training.loop import learn, open_run, plan
+    from lossmith.training.loop import learn
+    from lossmith.training.prepare import open_run, plan
 
     torch.set_num_threads(settings.pop("threads"))
     x = torch.randn(256, 256)

@@ -14,8 +14,8 @@ from lossmith.optimization import clip_gradients, make_optimizer, optimizer_step
 from lossmith.policy import SamplingSettings, load_policy, sample, token_outputs
 from lossmith.training import Learner, Recipe
 from lossmith.training.checkpoint import load_checkpoint, save_checkpoint
-from lossmith.training.loop import plan
 from lossmith.training.memory import estimate_memory
+from lossmith.training.prepare import plan
 from lossmith.training.sharing import check_ranks
 
 optimi = pytest.importorskip("optimi", reason="pip install lossmith[bfloat16]")

@@ -143,7 +143,7 @@ def test_a_kl_term_that_leaves_nothing_of_the_advantage(loss, refused):
     ],
 )  # fmt: skip
 def test_nothing_is_loaded_or_written_for_a_run_that_cannot_work(tmp_path, changes, monkeypatch):
-    monkeypatch.setattr(ls.training.loop, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(ls.training.prepare, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(LossmithError):
         ls.train(**settings(tmp_path, **{"loss": "grpo", **changes}))
     assert not (tmp_path / "runs").exists()

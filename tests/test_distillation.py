@@ -284,7 +284,7 @@ def others(tmp_path, name, **changes):
 
 
 def test_what_cannot_teach_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("lossmith.training.loop.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lossmith.training.prepare.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     other = others(tmp_path, "other")
     tokens = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     tokens["added_tokens"][0]["content"] = "<|stop|>"

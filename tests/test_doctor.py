@@ -20,7 +20,8 @@ from lossmith.detectors import DETECTORS
 from lossmith.errors import LossmithError, RecipeError, RunError
 from lossmith.report.run.live import LiveView
 from lossmith.training.evaluate import Evaluation, rescored, sentences
-from lossmith.training.loop import learn, open_run, plan
+from lossmith.training.loop import learn
+from lossmith.training.prepare import open_run, plan
 
 KEYS = ("n", "changed", "mean", "ci95_low", "ci95_high", "mean_absolute", "spread", "claimed", "dtype", "vocabulary")
 PROMPTS = [f"Prompt number {i}?" for i in range(20)]

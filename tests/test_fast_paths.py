@@ -276,7 +276,7 @@ def test_a_narrow_reference_says_the_same_to_the_bit_from_less_memory():
 
 def test_without_a_compiler_compile_is_refused_before_the_model_is_loaded(monkeypatch):
     from lossmith.training import Recipe
-    from lossmith.training.loop import plan
+    from lossmith.training.prepare import plan
 
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PolicyError, match=r"C\+\+ compiler"):

@@ -9,7 +9,8 @@ from rich.console import Console
 import lossmith as ls
 import tiny
 from lossmith.training import Recipe, measured_passes
-from lossmith.training.loop import learn, open_run, plan
+from lossmith.training.loop import learn
+from lossmith.training.prepare import open_run, plan
 
 PROMPTS = [f"Prompt number {i}?" for i in range(8)]
 SCORER = "def score(completions, **_):\n    return [sum(ord(c) % 2 == 0 for c in t) / 10 for t in completions]\n"

@@ -12,8 +12,8 @@ import tiny
 from lossmith.errors import RecipeError
 from lossmith.report.run.opening import memory_estimate
 from lossmith.training import Learner, Recipe
-from lossmith.training.loop import open_run, plan
 from lossmith.training.memory import MemoryEstimate, check_memory, estimate_memory
+from lossmith.training.prepare import open_run, plan
 
 
 def test_a_long_prompt_counts_in_the_estimate_of_memory():
@@ -85,7 +85,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from test_memory import recipe_of
-from lossmith.training.loop import learn, open_run, plan
+from lossmith.training.loop import learn
+from lossmith.training.prepare import open_run, plan
 run = open_run(plan(recipe_of(Path(sys.argv[1]), int(sys.argv[2]))))
 estimate = run.learner.memory.total(run.learner.recompute)
 list(learn(run))

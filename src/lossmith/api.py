@@ -28,9 +28,9 @@ from lossmith.running import GoOn, kept, make_run
 from lossmith.terminal import Terminal
 from lossmith.training import Recipe, Run, plan
 from lossmith.training.going_on import command_of, is_finished, recipe_of
-from lossmith.training.loop import work_for
 from lossmith.training.offline import loop as offline
 from lossmith.training.offline.loop import PreferenceRecipe, PreferenceRun
+from lossmith.training.prepare import work_for
 from lossmith.training.run import RunFolder
 
 __all__ = [

@@ -139,7 +139,7 @@ def test_a_scorer_that_fails_stops_it_in_the_scorers_words(tmp_path):
     ],
 )  # fmt: skip
 def test_a_setting_that_does_not_carry_over_is_named_before_the_model_is_loaded(tmp_path, changes, said, monkeypatch):
-    monkeypatch.setattr("lossmith.training.loop.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lossmith.training.prepare.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(RecipeError, match=said):
         trained(tmp_path, **changes)
 

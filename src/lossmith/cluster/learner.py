@@ -27,7 +27,7 @@ from lossmith.samplers import Sampler
 from lossmith.scorers import Scorer
 from lossmith.training import Learner, plan
 from lossmith.training.going_on import GoingOn
-from lossmith.training.loop import work_for
+from lossmith.training.prepare import work_for
 from lossmith.training.recipe import Recipe
 from lossmith.training.run import RunFolder
 from lossmith.training.sharing import Sampling, Task

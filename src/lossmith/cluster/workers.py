@@ -18,8 +18,8 @@ from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, Score
 from lossmith.samplers import Sampler
 from lossmith.scorers.scorer import ask, bind_scorer, columns_read, verify_scorer
-from lossmith.training.loop import plan as plan_of
-from lossmith.training.loop import policy_of, scorer_of
+from lossmith.training.prepare import plan as plan_of
+from lossmith.training.prepare import policy_of, scorer_of
 from lossmith.training.recipe import Recipe
 from lossmith.training.shards import named_weights
 from lossmith.training.sharing import sampler_of

@@ -4,7 +4,8 @@ from lossmith.intervals import Interval
 from lossmith.training.bench import Measurement, measure_recipe
 from lossmith.training.evaluate import Evaluation
 from lossmith.training.learner import Learner, Update
-from lossmith.training.loop import Plan, Run, Step, learn, open_run, plan
+from lossmith.training.loop import Run, Step, learn
+from lossmith.training.prepare import Plan, open_run, plan
 from lossmith.training.recipe import Recipe
 
 __all__ = [

@@ -20,8 +20,9 @@ from lossmith.scorers import Scorer, close_scorer, load_scorer, score_rollouts
 from lossmith.scorers.scorer import bind_scorer
 from lossmith.training.clock import Clock
 from lossmith.training.learner import Learner, Update
-from lossmith.training.loop import Plan, policy_of, those_scored
+from lossmith.training.loop import those_scored
 from lossmith.training.memory import MemoryEstimate
+from lossmith.training.prepare import Plan, policy_of
 from lossmith.training.recipe import Recipe
 from lossmith.training.roofline import Work, count_work, multiply_rate
 from lossmith.training.teaching import teacher_of
