@@ -30,7 +30,7 @@ __all__ = ["offer_passes", "settle_passes"]
 
 ROUNDS = 3  # each way is timed so often, after a first time that warms up: of two alike, one wins once in 20 (3!·3!/6!)
 SHARE = 0.05  # of the run's forward and backward passes, what the measurement may take
-COMPILING = 30.0  # seconds that the compiler may take; on a core of 2021 it took 12 to 25
+COMPILING = 30.0  # seconds reckoned for the compiler, whose first use alone takes 12 of an idle core
 _NAMES = ("micro_batch_tokens", "compile")
 _DECIDED = "passes"  # their name in inputs.json
 
