@@ -154,7 +154,7 @@ class TrainerSettings(Settings):
     model: str = Field("default", description="policy: 'default' (SmolLM2-135M-Instruct), a folder, or a hub name")
     device: str = Field("auto", description="auto, cpu, cuda, mps, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute type; auto: bfloat16 where the machine is faster with it. Weights stay float32"
+        "auto", description="type of products, not of weights; auto: bfloat16 where the machine is faster with it"
     )
 
     learning_rate: LearningRate = 4e-5
