@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lossmith.errors import RecipeError
 from lossmith.settings.base import TrainerSettings
@@ -54,17 +54,13 @@ def clip_gradients(optimizer: torch.optim.Optimizer, settings: TrainerSettings) 
     Of parameters that ranks hold in parts it is the length of all: every rank must call this.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm: Any = _norm(parameters)
-    torch.nn.utils.clip_grads_with_norm_(parameters, settings.max_grad_norm, norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The length of all gradients together. Of those in bfloat16 it is computed in float32."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not any(g.dtype == torch.bfloat16 for g in grads):
-        return torch.nn.utils.get_total_norm(grads)
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
+    if any(g.dtype == torch.bfloat16 for g in grads):  # torch would round the length to it
+        length = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
+        torch.nn.utils.clip_grads_with_norm_(parameters, settings.max_grad_norm, length)
+        return float(length)
+    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, settings: TrainerSettings, step: int, steps: int) -> None:
