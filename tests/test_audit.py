@@ -55,6 +55,7 @@ def test_grpo_divides_by_a_deviation_and_by_the_length():
     assert all(push.cosine > 0.9 for push in found.push)
 
 
+@pytest.mark.slow
 def test_dr_grpo_has_neither_bias():
     found, said = page("dr_grpo"), lines("dr_grpo")
     number, text = said[OPTIMIZES, "on-policy, without KL"]
@@ -80,6 +81,7 @@ def test_the_books_ppo_pushes_away_from_the_reference():
     assert found.noise_to_reinforce == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_what_biases_a_token_mean():
     said = lines("rloo_token")
     assert float(said[OPTIMIZES, "completions of 1 to 6 tokens"][0]) > 0.1
@@ -88,6 +90,7 @@ def test_what_biases_a_token_mean():
     assert (OPTIMIZES, "the same, divided by a constant") not in lines("grpo")
 
 
+@pytest.mark.slow
 def test_scores_that_the_loss_changes_are_said_to_be_changed():
     with no_trap_warnings():
         found = page(L.get_loss("dr_grpo", truncated="zero"))
@@ -95,6 +98,7 @@ def test_scores_that_the_loss_changes_are_said_to_be_changed():
     assert not [f for f in found.findings if f.status == "failed"]
 
 
+@pytest.mark.slow
 def test_a_critic_is_shown_with_and_without_error():
     found = page("a2c")
     assert found.exact_critic.residual < 1e-12 < 0.1 < found.on_policy.residual

@@ -70,7 +70,7 @@ def test_the_way_that_fits_the_model_is_found(device):
 
 @pytest.mark.parametrize("stored", [0, 1 << 30])
 def test_the_head_in_chunks_is_the_whole_softmax(device, stored, monkeypatch):
-    monkeypatch.setattr(head_module, "_STORED_BYTES", stored)
+    monkeypatch.setattr(head_module, "STORED_BYTES", stored)
     policy = tiny.policy(dtype=torch.float64)
     weight = policy.model.get_output_embeddings().weight.detach().clone().requires_grad_()
     torch.manual_seed(0)

@@ -138,6 +138,7 @@ def test_a_database_of_judgements_is_read(tmp_path):
     assert made.summary["held_out"]["difference"]["accuracy"]["ci95_low"] > 0
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(tmp_path):
     for loss in ("dpo", "kto", "orpo"):
         found = []
