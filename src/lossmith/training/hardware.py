@@ -111,13 +111,13 @@ class _Models:
     """What a recipe has on a GPU, on none."""
 
     policy: Policy
-    reference: Policy | None
+    reference: Policy | None  # as a rank has it that holds whole weights: those of its layers in the type of products
     teacher: Policy | None
 
     @classmethod
     def of(cls, recipe: Recipe) -> _Models:
         policy, loss = _without_weights(recipe), recipe.policy_loss()
-        reference = policy.frozen() if loss.needs & {"ref_logp", "full_kl"} or recipe.tracks_kl else None
+        reference = policy.frozen(narrow=True) if loss.needs & {"ref_logp", "full_kl"} or recipe.tracks_kl else None
         if recipe.teacher in (None, "self"):
             return cls(policy, reference, policy if recipe.teacher else None)
         taught = recipe.model_copy(update={"model": recipe.teacher, "lora_rank": 0})
@@ -127,9 +127,9 @@ class _Models:
         own = recipe.model_copy(update={"prompts_per_step": -(-recipe.prompts_per_step // count)})
         again = [False, True] if can_checkpoint_activations(self.policy.model) else [False]
         for sharded in [False, True] if count > 1 and not indivisible(self.policy) else [False]:
-            memory = estimate_memory(
-                self.policy, own, self.reference, self.teacher, longest=prompt_tokens, parts=count if sharded else 1
-            )
+            reference = self.policy.frozen() if sharded and self.reference is not None else self.reference
+            parts = count if sharded else 1
+            memory = estimate_memory(self.policy, own, reference, self.teacher, longest=prompt_tokens, parts=parts)
             yield from (Split(count, sharded, recompute, memory) for recompute in again)
 
     def least(self, recipe: Recipe, count: int, prompt_tokens: int) -> float:

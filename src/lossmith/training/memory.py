@@ -155,7 +155,7 @@ def estimate_memory(
         budget=_budget(policy, recipe, whole + copied + taught),
         longest=longest,
         held=held,
-        opening=4.0 * sum(p.numel() for p in policy.model.parameters()) + copied + taught + _LIBRARIES,
+        opening=4.0 * sum(p.numel() for p in policy.model.parameters()) * (1 + bool(copied)) + taught + _LIBRARIES,
     )
 
 
