@@ -46,8 +46,10 @@ def recipe(folder: Path, pause: float = 0.0, **settings) -> Path:
 
 def train(path: Path, name: str, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "lossmith", "train", str(path), "--name", name, *options]
-    log = (path.parent / f"{name}.log").open("w")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with (path.parent / f"{name}.log").open("w") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
 
 def processes(run: subprocess.Popen, kind: str) -> list[psutil.Process]:

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,6 @@ from lossmith.rollouts import Distribution, LogProbs, Rollout, Score
 from lossmith.training.metrics import of_lag
 from lossmith.training.sharing import Sampling
 
-RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 PROMPTS = PromptSet(tuple(Prompt(({"role": "user", "content": f"Say {k}."},)) for k in range(12)), "prompts")
 
 
@@ -175,6 +176,20 @@ def test_a_policy_that_runs_ahead_has_its_ratio_corrected():
 ON_RAY = ("--cluster", "ray", "--samplers", "2")
 
 
+@pytest.fixture(scope="module")
+def a_cluster():
+    """Some machines that tests run on let no cluster start: that is not what is tested here."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    start = "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False); ray.get(ray.put(1))"
+    try:
+        tried = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        pytest.skip("Ray does not start within 3 minutes on this machine")
+    if tried.returncode:
+        pytest.skip(f"Ray does not start on this machine: {tried.stderr[-300:]}")
+
+
 def ended(run, path, name):
     code = run.wait(timeout=600)
     return code, (path.parent / f"{name}.log").read_text()
@@ -188,8 +203,8 @@ def alone(tmp_path_factory):
     return path, path.parent / "runs" / "alone"
 
 
-@RAY
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_cluster")
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_a_run_on_a_cluster_is_that_of_one_process_whoever_is_killed(alone, kind):
     """kill -9 twice; ten times each is `python tests/cluster_runs.py`."""
@@ -207,8 +222,8 @@ def test_a_run_on_a_cluster_is_that_of_one_process_whoever_is_killed(alone, kind
     assert not (folder / "buffer").exists()
 
 
-@RAY
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_cluster")
 def test_ctrl_c_finishes_the_step_and_one_process_goes_on(alone):
     path, one = alone
     run, folder = train(path, "stopped", *ON_RAY), path.parent / "runs" / "stopped"
@@ -221,8 +236,8 @@ def test_ctrl_c_finishes_the_step_and_one_process_goes_on(alone):
     assert rollouts(folder) == rollouts(one)
 
 
-@RAY
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_cluster")
 @pytest.mark.parametrize("slow", ["sampler", "learner"])
 def test_samplers_that_run_ahead_stay_within_the_bound_with_two_learners(tmp_path, slow):
     (tmp_path / "loss.py").write_text(
@@ -239,10 +254,10 @@ def test_samplers_that_run_ahead_stay_within_the_bound_with_two_learners(tmp_pat
     assert [line.get("lag_most", 0) for line in lines] == [0, 1, 1, 1, 1]
 
 
-@RAY
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_cluster")
 def test_what_fails_over_there_is_said_here(tmp_path):
     path = recipe(tmp_path, steps=2)
     (tmp_path / "score.py").write_text("def score(prompts, completions, **_):\n    raise ValueError('no such word')\n")
     code, said = ended(train(path, "wrong", *ON_RAY), path, "wrong")
-    assert code == 1 and "no such word" in said and "Traceback" not in said, said
+    assert code == 2 and "no such word" in said and "Traceback" not in said, said

@@ -171,6 +171,5 @@ def _ended(outcome: Outcome, folder: Path) -> ClusterRun:
         end = outcome.error
     else:
         end = KeyboardInterrupt() if outcome.signal == signal.SIGINT else SystemExit(128 + outcome.signal)
-    for note in outcome.notes:
-        end.add_note(note)
+    end.__notes__ = list(outcome.notes)  # not added: an error may have come with them
     raise end
