@@ -91,9 +91,7 @@ def _resumed(
     """The recipe of a run that stopped, and how it is gone on with."""
     recipe = recipe_of(there, Recipe, objects, more)
     _check_more(there, recipe)
-    known = Inputs.read(there.path)
-    held_out_ids = None if known is None else known.known.get("held_out")
-    return recipe, GoOn(there.path, held_out_ids, accept_changes, bool(more))
+    return recipe, GoOn.of(there.path, accept_changes, bool(more))
 
 
 def _check_more(folder: RunFolder, recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lossmith.durable.inputs import Inputs
 from lossmith.durable.stopping import Stopping
 from lossmith.errors import LossmithError
 from lossmith.ranks import Ranks
@@ -32,6 +33,13 @@ class GoOn:
     held_out_ids: list[str] | None
     accept_changes: bool = False
     more_steps: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, accept_changes: bool = False, more_steps: bool = False) -> GoOn:
+        """With the held-out prompts that the run in this folder has."""
+        known = Inputs.read(folder)
+        held_out_ids = None if known is None else known.known.get("held_out")
+        return cls(folder, held_out_ids, accept_changes, more_steps)
 
 
 def make_run(

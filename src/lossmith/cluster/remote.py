@@ -11,6 +11,7 @@ from lossmith.cluster.asking import asked
 from lossmith.cluster.placement import import_ray
 from lossmith.cluster.workers import About, Weights
 from lossmith.errors import RunError
+from lossmith.policy.sampling import OnGroup, OnProgress
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, Score
 from lossmith.training import Learner
@@ -51,8 +52,8 @@ class RemoteSampler:
         *,
         seed: int,
         step: int,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_group: Callable[[list[Rollout]], None] | None = None,
+        on_progress: OnProgress | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Rollout]:
         weights = self.weights
         assert weights is not None, "push comes first"

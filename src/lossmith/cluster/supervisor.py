@@ -4,10 +4,9 @@ that was lost again, from its last checkpoint. Samplers and scorers that are los
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from lossmith.cluster.learner import LearnerProcess, Others, Outcome
 from lossmith.cluster.placement import Placement, Rooms, connected, import_ray, rooms
 from lossmith.cluster.workers import SamplerProcess, ScorerProcess
 from lossmith.durable.checkpoint import newest
-from lossmith.durable.inputs import Inputs
 from lossmith.durable.stopping import Stopped, Stopping
 from lossmith.errors import RecipeError, RunError
 from lossmith.running import GoOn
 from lossmith.training import Plan, Recipe
 from lossmith.training.going_on import command_of
-from lossmith.training.run import RunFolder
+from lossmith.training.run import RunFolder, name_of
 
 __all__ = ["ClusterRun", "supervise"]
 
@@ -76,8 +74,7 @@ def _named(plan: Plan) -> Recipe:
     if recipe.sampler_url is not None:
         raise RecipeError("sampler_url names one server; on a cluster each sampler starts its own: leave it out.")
     if recipe.name is None:
-        loss = plan.recipe.policy_loss().name
-        recipe = recipe.model_copy(update={"name": f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{loss}"})
+        recipe = recipe.model_copy(update={"name": name_of(recipe.policy_loss().name)})
     return recipe
 
 
@@ -157,9 +154,8 @@ def _after_loss(
     if not begun:
         return resume, max(done, furthest), lost
     if resume is None:
-        known = Inputs.read(folder)
-        resume = GoOn(folder, None if known is None else known.known.get("held_out"))
-    return replace(resume, folder=folder), max(done, furthest), lost
+        resume = GoOn.of(folder)
+    return resume, max(done, furthest), lost
 
 
 def _ended(outcome: Outcome, folder: Path) -> ClusterRun:

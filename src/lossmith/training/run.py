@@ -44,7 +44,7 @@ from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, read_rollouts, rollout_table
 from lossmith.training.recipe import Recipe
 
-__all__ = ["RunFolder", "check_disk", "disk_needed", "read_metrics"]
+__all__ = ["RunFolder", "check_disk", "disk_needed", "name_of", "read_metrics"]
 
 
 FINDINGS = "findings.jsonl"
@@ -282,7 +282,7 @@ def _new_folder(parent: Path, recipe: NamedSettings, loss_name: str) -> Path:
     """Made, and held by this process."""
     if recipe.name is not None:
         return _named_folder(parent, recipe.name, recipe)
-    stem = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{loss_name}"
+    stem = name_of(loss_name)
     for suffix in ["", *(f"-{k}" for k in range(2, 1000))]:
         path = parent / (stem + suffix)
         try:
@@ -292,6 +292,11 @@ def _new_folder(parent: Path, recipe: NamedSettings, loss_name: str) -> Path:
         lock(path)
         return path
     raise RunError(f"cannot find a free folder name for {stem!r} in {str(parent)!r}.")
+
+
+def name_of(loss_name: str) -> str:
+    """A run's name where none is given: the time, and what it learns with."""
+    return f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{loss_name}"
 
 
 def _named_folder(parent: Path, name: str, recipe: NamedSettings) -> Path:
