@@ -45,6 +45,7 @@ class Policy:
     _encoded: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     special_tokens: SpecialTokens = "answer"  # which of them a completion's text shows
     shares: bool | None = None  # whether completions may share their prompt; None until it was tested
+    lean: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = field(default=None, repr=False)  # see lean.py
     adapter: Adapter | None = None  # what learns in the place of the weights
     float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
     gather: Callable[[], dict[str, Tensor]] | None = None  # its whole state, where ranks hold it in parts

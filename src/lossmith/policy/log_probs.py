@@ -21,6 +21,7 @@ from lossmith.policy.activation_checkpointing import checkpoint_activations
 from lossmith.policy.distribution import SamplingSettings, log_softmax_under
 from lossmith.policy.forward import Layout, hidden_states
 from lossmith.policy.head import chosen_log_probs, head_is_plain
+from lossmith.policy.lean import storing_less
 from lossmith.policy.load import Policy
 from lossmith.policy.sending import sent
 from lossmith.policy.sharded import gathered
@@ -87,7 +88,7 @@ def token_outputs(
     head = _Head(policy, reference, settings, want, None if teacher is None else teacher.policy, divergence)
 
     def forward() -> list[Tensor]:
-        with checkpoint_activations(policy.model) if activation_checkpointing else contextlib.nullcontext():
+        with checkpoint_activations(policy.model) if activation_checkpointing else storing_less(policy):
             hidden = hidden_states(policy, rollouts, layout)
         ref_hidden = teacher_hidden = None
         if "full_kl" in want and reference is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from lossmith.policy import Policy, available_bytes, sharing_is_exact
 from lossmith.policy.attention import SCORES_AT_ONCE
 from lossmith.policy.decode import ENCODED_AT_ONCE
 from lossmith.policy.head import STORED_BYTES
+from lossmith.policy.lean import lean_layers
 from lossmith.training.recipe import Recipe
 
 __all__ = ["SIDE_BY_SIDE", "MemoryEstimate", "check_memory", "estimate_memory"]
@@ -96,18 +97,20 @@ class _Sizes:
             width=2 if policy.compute_dtype == torch.bfloat16 else 4,
         )
 
-    @property
-    def kept(self) -> int:
+    def kept(self, lean: Set[str] = frozenset()) -> int:
         """Bytes of a token that a layer of the usual kind (gated, normalized before) keeps for its backward pass.
 
-        Float32: its input and the middle of it, each normalized, and scaled; queries, keys, values, what they give, as
-        the heads have it and as the product reads it; of the feed-forward part both branches, the gate's activation,
-        their product. In bfloat16 what is normalized stays float32, and each of five products reads a copy of it.
+        lean: kinds of modules that keep less (policy/lean.py). Float32: its input and the middle of it, each scaled as
+        products read it; queries, keys, values, what they give, as the heads have it and as the product reads it; both
+        branches of the feed-forward part. In bfloat16 what is normalized stays float32, and each of five products reads
+        a copy of it. Where modules are not lean: what is normalized, before it is scaled; the gate's activation, and
+        its product with the other branch.
         """
-        normed = 8 * (self.queries + self.cached // 2) if self.normed else 0
+        norm, gated = "norm" not in lean, 2 if "gated" in lean else 4
+        normed = 4 * (1 + norm) * (self.queries + self.cached // 2) if self.normed else 0
         if self.width == 4:
-            return 4 * (6 * self.hidden + 3 * self.queries + self.cached + 4 * self.inner) + normed
-        return 26 * self.hidden + 6 * self.queries + 2 * self.cached + 8 * self.inner + normed
+            return 4 * ((4 + 2 * norm) * self.hidden + 3 * self.queries + self.cached + gated * self.inner) + normed
+        return (18 + 8 * norm) * self.hidden + 6 * self.queries + 2 * self.cached + 2 * gated * self.inner + normed
 
 
 def estimate_memory(
@@ -147,11 +150,12 @@ def estimate_memory(
     logits, slope = _head(policy, size, responses)
     beside = updated + gathered + logits + max(logits + slope, passing)
     taken = 1.0 if policy.adapter is None else 1.0 + _UNUSED_BESIDE_ADAPTER
+    lean = {"gated" if hasattr(module, "up_proj") else "norm" for module, _ in lean_layers(policy)}
     return MemoryEstimate(
         fixed=sum(held.values()),
         sampling=_sampling(policy, size, recipe, longest) + written,
-        activations=beside + taken * tokens * size.layers * size.kept,
-        recomputed=beside + taken * tokens * (size.kept + size.layers * size.hidden * 4),
+        activations=beside + taken * tokens * size.layers * size.kept(lean),
+        recomputed=beside + taken * tokens * (size.kept() + size.layers * size.hidden * 4),
         budget=_budget(policy, recipe, whole + copied + taught),
         longest=longest,
         held=held,

@@ -1,0 +1,107 @@
+"""What a layer does not store for its backward pass, it makes again: the same values to the bit, the same gradients."""
+
+import copy
+import weakref
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from lossmith.policy import SamplingSettings, lean, token_outputs
+from lossmith.policy.lean import lean_layers, storing_less
+
+SMALL = dict(
+    vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+    num_key_value_heads=2, max_position_embeddings=256, eos_token_id=256, pad_token_id=256, initializer_range=0.3,
+)  # fmt: skip
+
+
+def kinds(policy):
+    return {type(module).__name__ for module, _ in lean_layers(policy)}
+
+
+def outputs_and_gradients(policy, less):
+    if not less:
+        policy.lean = []
+    policy.model.zero_grad()
+    logp = token_outputs(policy, tiny.rollouts(), SamplingSettings()).logp
+    (logp * torch.linspace(0, 1, logp.numel()).view_as(logp)).sum().backward()
+    return logp.detach(), [p.grad.clone() for p in policy.parameters()]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])  # a rounding may tip over
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "biases"])
+def test_log_probabilities_are_equal_to_the_bit_and_gradients_up_to_rounding(kind, dtype, close):
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SMALL)) if kind == "qwen3" else tiny.llama(mlp_bias=kind == "biases")
+    policy = tiny.policy(model)
+    policy.compute_dtype = dtype
+    other = tiny.policy(copy.deepcopy(model))
+    other.compute_dtype = dtype
+    assert len(kinds(policy)) == 2
+    logp, grads = outputs_and_gradients(policy, less=True)
+    own_logp, own_grads = outputs_and_gradients(other, less=False)
+    assert torch.equal(logp, own_logp)
+    for mine, own in zip(grads, own_grads, strict=True):
+        assert (mine - own).abs().max() <= close * own.abs().max()
+
+
+def test_the_gradient_of_an_rms_norm_is_its_slope():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lean._RmsNorm.apply, (x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(approximate="tanh"), nn.ReLU()])
+def test_the_gradient_of_a_gated_product_is_its_slope(act):
+    torch.manual_seed(0)
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda g, u: lean._Product.apply(g, u, act), (gate, up))
+
+
+@pytest.mark.parametrize("less", [True, False])
+def test_the_input_of_the_last_product_is_let_go_of(less):
+    policy = tiny.policy()
+    mlp = policy.model.model.layers[0].mlp
+    seen = []
+    mlp.down_proj.register_forward_pre_hook(lambda module, given: seen.append(weakref.ref(given[0])))
+    if not less:
+        policy.lean = []
+    with storing_less(policy):
+        out = mlp(torch.randn(1, 7, 32, requires_grad=True))
+    assert out.requires_grad and (seen[0]() is None) == less
+
+
+def test_a_module_that_computes_otherwise_is_left_as_it_is():
+    torch.manual_seed(0)
+    policy = tiny.policy(Gemma2ForCausalLM(Gemma2Config(**SMALL)))
+    assert kinds(policy) == {"Gemma2MLP"}  # its norm multiplies by 1 + weight
+
+    class Twice(type(tiny.llama().model.layers[0].mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    policy = tiny.policy()
+    for layer in policy.model.model.layers:
+        layer.mlp.__class__ = Twice
+    assert kinds(policy) == {"LlamaRMSNorm"}
+    replaced = tiny.policy()
+    replaced.model.model.layers[0].mlp.forward = lambda x: 0 * x
+    assert [module for module, _ in lean_layers(replaced) if hasattr(module, "up_proj")] == [
+        replaced.model.model.layers[1].mlp
+    ]
+
+
+def test_the_modules_are_their_own_again_afterwards_and_compiled_ones_are_never_touched():
+    policy = tiny.policy()
+    with storing_less(policy):
+        assert "forward" in policy.model.model.norm.__dict__
+        with torch.no_grad(), storing_less(policy):
+            pass
+    assert "forward" not in policy.model.model.norm.__dict__
+    policy.model.model.layers[0]._compiled_call_impl = lambda *given: None
+    with storing_less(policy):
+        assert "forward" not in policy.model.model.norm.__dict__
