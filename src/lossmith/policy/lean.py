@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -102,44 +103,56 @@ def _gated(module: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         out: Tensor = module.down_proj(module.act_fn(gate) * up)
         return out
-    product: Tensor = _Product.apply(gate, up, module.act_fn)
-    # What the last product stores of its input is made again too, from what is stored anyway.
-    place, again = product.data_ptr(), partial(_product, gate.detach(), up.detach(), module.act_fn)
+    factors = _Factors(gate.detach(), up.detach(), module.act_fn)
+    product: Tensor = _Product.apply(gate, up, factors)
+    place = product.data_ptr()
 
     def pack(x: Tensor) -> Tensor | torch.Size:
+        """What the last product would store of its input is made again from what is stored anyway."""
         same = x.data_ptr() == place and x.numel() == up.numel() and x.dtype == up.dtype and x.is_contiguous()
         return x.shape if same else x
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return again().view(packed) if isinstance(packed, torch.Size) else packed
+        return factors.product_again().view(packed) if isinstance(packed, torch.Size) else packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         down: Tensor = module.down_proj(product)
         return down
 
 
-def _product(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    with torch.no_grad():
-        return act(gate).mul_(up) if gate.dtype == up.dtype else act(gate) * up
+@dataclass
+class _Factors:
+    """Of act(gate) * up, without gradient; and in the backward pass the activation, from one use of it to the other."""
+
+    gate: Tensor
+    up: Tensor
+    act: Callable[[Tensor], Tensor]
+    made: tuple[Tensor, Tensor] | None = None  # the gate as a leaf, and its activation with a gradient
+
+    def activation(self) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = self.gate.detach().requires_grad_()
+            return leaf, self.act(leaf)
+
+    def product_again(self) -> Tensor:
+        self.made = self.activation()
+        return self.made[1].detach() * self.up
 
 
 class _Product(torch.autograd.Function):
     """act(gate) * up, of which the two factors alone are stored."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return _product(gate, up, act)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, factors: _Factors) -> Tensor:
+        ctx.factors = factors
+        return factors.act(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activation = ctx.act(leaf)
-        (gate_grad,) = torch.autograd.grad(activation, leaf, grad * up)
-        return gate_grad, activation.detach().mul_(grad), None
+        leaf, activation = ctx.factors.made or ctx.factors.activation()
+        ctx.factors.made = None
+        (gate_grad,) = torch.autograd.grad(activation, leaf, grad * ctx.factors.up)
+        return gate_grad, activation.detach() * grad, None
 
 
 # -- RMSNorm -----------------------------------------------------------------------------------------------------------
