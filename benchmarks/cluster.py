@@ -1,9 +1,9 @@
 """A round in step against one round ahead, on a Ray cluster of this machine: one sampler, one learner, a core each.
 
-    python benchmarks/cluster.py --pairs 3
+    python benchmarks/cluster.py --rounds 2
 
-Each pair runs both ways, one after the other. Seconds of a step are from one line of metrics.jsonl to the next; the
-first two steps of a run, which still load and measure, do not count. Writes benchmarks/results/cluster.json.
+Each round runs every way, one after the other. Seconds of a step are those that metrics.jsonl has by phase; the first
+two steps of a run, which still load and measure, do not count. Adds to benchmarks/results/cluster.json.
 """
 
 from __future__ import annotations
@@ -16,43 +16,54 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from machine import description
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "cluster.json"
+WAYS = {
+    "in step": ["--max-staleness", "0"],
+    "one round ahead": ["--max-staleness", "1"],
+    "one round ahead, without a correction": ["--max-staleness", "1", "--loss", "grpo(beta=0.04, mismatch='none')"],
+}
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--pairs", type=int, default=3)
-    asked.add_argument("--steps", type=int, default=6)
+    asked.add_argument("--rounds", type=int, default=2)
+    asked.add_argument("--steps", type=int, default=5)
+    asked.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     given = asked.parse_args()
-    pairs = [tuple(seconds(ahead, given.steps) for ahead in (0, 1)) for _ in range(given.pairs)]
-    ratios = [in_step / ahead for in_step, ahead in pairs]
-    found = {
-        "machine": description(), "steps": given.steps, "pairs": pairs,
-        "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
-    }  # fmt: skip
-    print(f"one round ahead: {found['ratio']:.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
-    (RESULTS / "cluster.json").write_text(json.dumps(found, indent=1) + "\n")
+    for _ in range(given.rounds):
+        for way in given.only:
+            write(way, seconds(WAYS[way], given.steps))
 
 
-def seconds(ahead: int, steps: int) -> float:
-    """Median seconds of a step of the default model."""
+def write(way: str, found: dict[str, float]) -> None:
+    """Beside what was measured before, where that was on the same machine."""
+    rows: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = rows if rows.get("machine") == description() else {"machine": description(), "seconds": {}}
+    rows["seconds"].setdefault(way, []).append(found)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{way}: {found}", flush=True)
+
+
+def seconds(options: list[str], steps: int) -> dict[str, float]:
+    """Of a step of the default model, by phase and in all: medians over the steps that count."""
     with tempfile.TemporaryDirectory() as runs:
         command = [
-            sys.executable, "-m", "lossmith", "train", "--cluster", "ray", "--max-staleness", str(ahead),
+            sys.executable, "-m", "lossmith", "train", "--cluster", "ray", *options,
             "--steps", str(steps), "--prompts-per-step", "4", "--samples-per-prompt", "8", "--held-out", "2",
             "--checkpoint-minutes", "0", "--runs", runs, "--name", "run",
         ]  # fmt: skip
         subprocess.run(command, check=True, env=os.environ, stdout=subprocess.DEVNULL)
-        lines = (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()
-    parts = [
-        sum(v for k, v in json.loads(line).items() if k.startswith("seconds_") and not k.startswith("seconds_update_"))
-        for line in lines[2:]
+        lines = (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()[2:]
+    steps_seen = [
+        {k.removeprefix("seconds_"): v for k, v in json.loads(x).items() if k.startswith("seconds_")} for x in lines
     ]
-    print(f"max_staleness = {ahead}: {statistics.median(parts):.1f} s a step", flush=True)
-    return statistics.median(parts)
+    for one in steps_seen:
+        one["step"] = sum(v for k, v in one.items() if not k.startswith("update_"))
+    return {k: round(statistics.median(one[k] for one in steps_seen), 2) for k in steps_seen[0]}
 
 
 if __name__ == "__main__":
