@@ -210,6 +210,45 @@ def test_step_0_identities():
         assert abs(float(credit.advantage[rows, 0].sum())) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "spec", ["grpo(mismatch='tis')", "reinforce(mismatch='gate', mismatch_high=1.5)", "cispo(mismatch='icepop')"]
+)
+def test_a_mismatch_correction_takes_the_old_policy_from_the_updates_own_pass(spec):
+    """One update: what it learns and what is written down are those of a pass that measures the old policy first."""
+    rollouts = scored(tiny.rollouts(measure=MEASURE))  # log-probabilities of no sampler: most weights are not 1
+    found = []
+    for early in (True, False):
+        made = learner(spec, micro_batch_tokens=60)
+        batch = made.make_batch(rollouts)
+        assert batch.old_logp is None
+        old = made.outputs(made.policy, rollouts, frozenset()).logp
+        given = batch.replace(old_logp=old) if early else batch
+        credit = made.loss.credit(given)
+        assert (credit.mismatch is None) == (not early)
+        update = made.update(rollouts, given, credit, 0)
+        assert (update.old_logp is None) == early
+        if not early:
+            assert torch.equal(update.old_logp, old)
+            credit = made.loss.completed(credit, batch.replace(old_logp=update.old_logp))
+        found.append((update.metrics, credit.mismatch, [p.detach().clone() for p in made.policy.parameters()]))
+    (metrics, u, weights), (late_metrics, late_u, late_weights) = found
+    assert torch.equal(u, late_u) and bool((u != 1)[batch.valid].any())
+    assert all(torch.equal(a, b) for a, b in zip(weights, late_weights, strict=True))
+    assert {k: v for k, v in metrics.items() if k != "kl_old"} == late_metrics
+
+
+def test_a_correction_over_the_batch_and_several_updates_measure_the_old_policy_first():
+    rollouts = scored(tiny.rollouts(measure=MEASURE))
+    for made in (
+        learner("grpo(mismatch='tis', mismatch_batch_normalize=True)"),
+        learner("grpo(mismatch='tis')", epochs=2),
+    ):
+        batch = made.make_batch(rollouts)
+        credit = made.loss.credit(batch)
+        assert batch.old_logp is not None and credit.mismatch is not None
+        assert made.update(rollouts, batch, credit, 0).old_logp is None
+
+
 # kl_only pulls to the reference, which is where the first step starts
 @pytest.mark.parametrize(
     "spec",

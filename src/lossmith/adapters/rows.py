@@ -128,5 +128,6 @@ def objective(
     if weight is not None:
         credit = dataclasses.replace(credit, weight=weight)
     if mismatch is not None:
-        credit = dataclasses.replace(credit, mismatch=credit.mismatch * mismatch)
+        own = credit.mismatch  # there, since these rows have their log-probabilities
+        credit = dataclasses.replace(credit, mismatch=mismatch if own is None else own * mismatch)
     return half.objective(batch, credit)

@@ -43,7 +43,7 @@ class Credit:
 
     advantage: Tensor  # [N, T], 0 at masked positions
     weight: Tensor  # [N, T], 1/Z of each token; rows that are left out have 0
-    mismatch: Tensor  # [N, T], u, of the policy term only
+    mismatch: Tensor | None  # [N, T], u, of the policy term only; None: the objective's to find (`needs_old_early`)
     returns: Tensor | None  # [N, T], the critic's target
     tokens: float  # valid tokens of the whole batch: what metrics are averaged over
     compute_metrics: Metrics = no_metrics
@@ -235,6 +235,12 @@ class Loss(ABC):
         return frozenset()
 
     @property
+    def needs_old_early(self) -> bool:
+        """Whether the credit half cannot do without old log-probabilities. Where it can, and the update is the first
+        after them, the objective's own forward pass gives them: a missing old policy is the current one."""
+        return "old_logp" in self.credit_reads
+
+    @property
     def objective_reads(self) -> frozenset[str]:
         """Fields of Batch that the objective half reads, besides logp and mask; what must travel with the rows."""
         return (self.needs & FIELDS.keys()) | ({"old_logp"} if self.uses_old else frozenset())
@@ -261,6 +267,10 @@ class Loss(ABC):
         """The objective half, on the rows that the credit is of. For losses that are not separable: all of them."""
         credit.check(self, batch)
         return self(batch)
+
+    def completed(self, credit: Credit, batch: Batch) -> Credit:
+        """The credit with what it left to the objective, from log-probabilities that the batch has by now."""
+        return credit
 
     @torch.no_grad()
     def as_whole(self, credit: Credit, batch: Batch) -> Credit:

@@ -239,7 +239,7 @@ def _time(
     work = work_of(policy, prompts * prompt_tokens, fed, tokens)
     weights, trained = (4.0 * sum(p.numel() for p in ps) for ps in (policy.model.parameters(), policy.parameters()))
     updates = recipe.epochs * recipe.updates_per_step
-    old = (updates > 1 and loss.uses_old) or "old_logp" in loss.credit_reads
+    old = (updates > 1 and loss.uses_old) or loss.needs_old_early
     measured = old + (models.reference is not None) + (models.teacher is not None)  # passes without a gradient
     micro = max(recipe.updates_per_step, math.ceil((prompts * prompt_tokens + fed) / recipe.pass_tokens))
     shared = 2 * trained * updates  # gradients to rank 0, weights from there

@@ -43,6 +43,7 @@ from lossmith.ranks import Ranks
 from lossmith.rollouts import LogProbs, Rollout, pad_rows
 from lossmith.training.can_learn import TAUGHT
 from lossmith.training.clock import Clock
+from lossmith.training.first_pass import FirstPass
 from lossmith.training.memory import estimate_memory
 from lossmith.training.output_gradients import OutputGradients, added, credit_to, metrics_of, on_cpu
 from lossmith.training.passes import micro_batches, of_rank, rows_of_updates, uncompilable
@@ -66,6 +67,7 @@ class Update:
     metrics: dict[str, float]  # those of the loss, gradient norm and learning rate
     skipped: int  # optimizer steps not taken because a gradient was not finite
     seconds: dict[str, float] = field(default_factory=dict)  # by part, from log_probs and credit to optimizer
+    old_logp: Tensor | None = None  # [N, T], where the batch had none and the update's own forward pass gave them
 
 
 class Learner:
@@ -97,6 +99,7 @@ class Learner:
         if not policy.parameters():
             raise RunError("the policy has no trainable parameter.")
         self.ranks = ranks or Ranks()
+        self._first_pass = FirstPass(self.ranks)
         sharded = recipe.shard and self.ranks.size > 1
         self.layout: Layout = "shared"  # any layout gives the same numbers; this one computes the least
         self._prepare(longest, sharded)
@@ -173,8 +176,7 @@ class Learner:
         recipe, loss = self.recipe, self.loss
         several = recipe.epochs * recipe.updates_per_step > 1
         fields: dict[str, Tensor] = {}
-        at_once = "old_logp" in loss.credit_reads  # the credit half has no forward pass of its own
-        if (several and loss.uses_old) or at_once or loss.needs & {"value", "behavior_logp", "old_logp"}:
+        if (several and loss.uses_old) or loss.needs_old_early or loss.needs & {"value", "old_logp"}:
             now = self.outputs(self.policy, rollouts, frozenset({"value"} & loss.needs))
             fields["old_logp"] = now.logp
             if now.value is not None:
@@ -302,12 +304,13 @@ class Learner:
                 moved, norm = self._optimizer_step(step)
             skipped += not moved
             metrics.append(of_loss | {"grad_norm": norm})
+        old_logp = None if credit.mismatch is not None else self._first_pass.of_round(batch, rows)
         names = [name for name in metrics[-1] if not name.startswith(OF_SAMPLER)]
         means = {name: sum(m.get(name, 0.0) for m in metrics) / len(metrics) for name in names}
         means |= sampler_metrics(metrics) | self._everywhere("measured")
         means |= credit.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._adapt(means, len(rollouts))
-        return Update(means, skipped, self._clock.read())
+        return Update(means, skipped, self._clock.read(), old_logp)
 
     def accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
         """Add dL/dtheta of these rows to the gradients, micro-batch by micro-batch; returns the loss's metrics.
@@ -353,6 +356,7 @@ class Learner:
 
     def _accumulate(self, rollouts: Sequence[Rollout], batch: Batch, credit: Credit) -> dict[str, float]:
         together = self.ranks.in_step if self.shards else self.ranks.together
+        self._first_pass.begin()
 
         def backward() -> dict[str, float]:
             total = {} if of_all is None or self.ranks.rank else of_all.metrics
@@ -385,6 +389,8 @@ class Learner:
         with torch.enable_grad():
             with self._clock("forward"):
                 graded = self.graded([rollouts[i] for i in rows], batch.valid.shape[1])
+            if counts and credit.mismatch is None:
+                self._first_pass.note(rows, graded["logp"])
             with self._clock("loss"):
                 if not counts:
                     share, total = {}, torch.zeros((), device=self.policy.device)

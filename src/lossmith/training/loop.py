@@ -257,6 +257,9 @@ def learn(run: Run) -> Iterator[Step]:
             batch = learner.make_batch(scored)  # log pi_old and log pi_ref, where the loss asks for them
             credit = learner.credit(batch)  # A of every token, and what its weight is divided by
             update = learner.update(scored, batch, credit, index)  # theta <- argmin L
+            if update.old_logp is not None:
+                batch = batch.replace(old_logp=update.old_logp)
+                credit = learner.loss.completed(credit, batch)
         credited = with_advantages(rollouts, credit)
         step = Step(index, credited, update, clock.read(), watched, batch, credit, held_out=held_out, pushed=pushed)
         record(run, step)

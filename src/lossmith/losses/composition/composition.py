@@ -99,9 +99,19 @@ class Composition:
         return all(piece.homogeneous for piece in (self.trust, self.token_mask, self.sequence_mask))
 
     @property
-    def credit_reads(self) -> frozenset[str]:
+    def _of_credit(self) -> tuple[Piece, ...]:
         axes = (self.group_filter, self.advantage, self.advantage_scale, self.mismatch, self.aggregate)
-        pieces = (*self.shaping, *axes, *([self.kl] if self.kl.in_reward else []))
+        return (*self.shaping, *axes, *([self.kl] if self.kl.in_reward else []))
+
+    @property
+    def needs_old_early(self) -> bool:
+        """A mismatch weight of single tokens or completions can be left to the objective, which has their rows."""
+        left = (self.mismatch,) if self.mismatch.coupling == "token" else ()
+        return any(piece.reads_old for piece in self._of_credit if piece not in left)
+
+    @property
+    def credit_reads(self) -> frozenset[str]:
+        pieces = self._of_credit
         conditions = {
             "old_logp": any(piece.reads_old for piece in pieces),
             "truncated": self.truncated != "keep",

@@ -74,7 +74,7 @@ class PolicyLoss(Composition, Loss):
         return Credit(
             advantage=advantage,
             weight=weight,
-            mismatch=self.mismatch(batch) if batch.logp is not None else self._mismatch_of_old(batch, weight),
+            mismatch=self._early_mismatch(batch, weight),
             returns=self._returns(batch, signal, raw),
             tokens=normalizer.tokens if normalizer is not None else batch.tokens,
             compute_metrics=lambda: _credit_metrics(batch, advantage) | self._group_counts(batch, signal),
@@ -195,11 +195,21 @@ class PolicyLoss(Composition, Loss):
         constant = groups.index[live & groups.constant].unique().numel()
         return {"groups": float(groups.index[live].unique().numel()), "constant_groups": float(constant)}
 
-    def _mismatch_of_old(self, batch: Batch, weight: Tensor) -> Tensor:
-        """u where no forward pass has been made yet: from the old log-probabilities."""
+    def _early_mismatch(self, batch: Batch, weight: Tensor) -> Tensor | None:
+        """u before there is a forward pass: from the old log-probabilities. None: from the objective's own."""
         if not self.mismatch.acts:
             return torch.ones((), dtype=weight.dtype, device=weight.device).expand_as(weight)
+        if batch.logp is not None:
+            return self.mismatch(batch)
+        if batch.old_logp is None and self.mismatch.coupling == "token":
+            batch.require("behavior_logp", "a mismatch correction")
+            return None
         return self.mismatch(batch.replace(logp=batch.require("old_logp", "a mismatch correction")))
+
+    @torch.no_grad()
+    def completed(self, credit: Credit, batch: Batch) -> Credit:
+        u = credit.mismatch if credit.mismatch is not None else self._early_mismatch(batch, credit.weight)
+        return dataclasses.replace(credit, mismatch=u)
 
     def _returns(self, batch: Batch, signal: Signal | None, raw: Tensor) -> Tensor | None:
         """The critic's target: what its estimator says (A before scaling plus V_old, as a rule), or Batch.returns.
@@ -274,7 +284,8 @@ class PolicyLoss(Composition, Loss):
     @torch.no_grad()
     def _factor(self, batch: Batch, credit: Credit) -> Tensor:
         """What the policy term of each token is multiplied with: mismatch weight and masks, [N, T] without gradient."""
-        factor = credit.mismatch
+        factor = self.completed(credit, batch).mismatch
+        assert factor is not None
         for _, keep, _ in self._kept(batch, credit):
             factor = factor * keep
         return factor
@@ -317,7 +328,7 @@ class PolicyLoss(Composition, Loss):
         """dL/dlogp [N, T] by the formulas, not by autograd: -w·A·u/Z plus the slopes of the other terms."""
         if self.kl.in_loss and self.kl.estimator == "full":
             raise NotImplementedError("kl_estimator='full' does not act through the sampled token's logp.")
-        credit = credit or self.credit(batch)
+        credit = self.completed(credit or self.credit(batch), batch)
         credit.check(self, batch)
         gradient = torch.zeros_like(credit.weight)
         for pull in self._pulls(batch, credit):
@@ -338,7 +349,7 @@ class PolicyLoss(Composition, Loss):
             return
         weight = ("weight", credit.weight, f"1/Z: {self.aggregate.formula()}")
         factor = [*self._kept(batch, credit)]
-        if self.mismatch.acts:
+        if credit.mismatch is not None and self.mismatch.acts:
             factor = [("mismatch", credit.mismatch, f"u = {self.mismatch.formula()}"), *factor]
         by_ratio = self.ratio_level.chain(torch.ones_like(credit.weight), batch) if self.needs_ratio else None
         if self.advantage.acts:
