@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import tiny
-from lossmith.policy import SamplingSettings, lean, token_outputs
+from lossmith.policy import LoraSettings, SamplingSettings, lean, load_policy, token_outputs
 from lossmith.policy.lean import lean_layers, storing_less
 
 SMALL = dict(
@@ -109,3 +109,16 @@ def test_the_modules_are_their_own_again_afterwards_and_compiled_ones_are_never_
     policy.model.model.layers[0]._compiled_call_impl = lambda *given: None
     with storing_less(policy):
         assert "forward" not in policy.model.model.norm.__dict__
+
+
+def test_beside_an_adapter_layers_store_less_too():
+    adapted = load_policy(tiny.folder(), dtype="float32", device="cpu", lora=LoraSettings(2, 4.0, ("all-linear",), 0))
+    assert kinds(adapted) == {"LlamaMLP", "LlamaRMSNorm"}
+    for name, p in adapted.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(1))
+    logp, grads = outputs_and_gradients(adapted, less=True)
+    own_logp, own_grads = outputs_and_gradients(adapted, less=False)
+    assert torch.equal(logp, own_logp) and grads
+    for mine, own in zip(grads, own_grads, strict=True):
+        assert (mine - own).abs().max() <= 2e-5 * own.abs().max()

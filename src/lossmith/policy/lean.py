@@ -73,16 +73,18 @@ def _lean_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _is_the_same(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
+def _is_the_same(module: Any, forward: Callable[[Tensor], Tensor]) -> bool:
     """Whether it gives what the module gives, to the bit, and the same gradients up to rounding."""
     weight = next(module.parameters())
     if weight.is_meta:  # a model without weights, of which a plan is made
         return True
+    width = module.gate_proj.in_features if hasattr(module, "gate_proj") else weight.shape[-1]
+    kind = weight.dtype if weight.is_floating_point() else torch.float32  # quantized weights are none
     with torch.autocast(weight.device.type, enabled=False), torch.enable_grad():
-        x = torch.linspace(-2, 3, _ROWS * weight.shape[-1], device=weight.device).view(1, _ROWS, -1).cos()
+        x = torch.linspace(-2, 3, _ROWS * width, device=weight.device).view(1, _ROWS, -1).cos().to(kind)
         found = []
         for each in (type(module).forward.__get__(module), forward):
-            given = x.to(weight.dtype).requires_grad_()
+            given = x.clone().requires_grad_()
             try:
                 out = each(given)
                 leaves = [given, *(p for p in module.parameters() if p.requires_grad)]
