@@ -80,7 +80,7 @@ rows = len(prompts) * work["samples"]
 config = GRPOConfig(
     output_dir="/tmp/trl-benchmark",
     use_cpu=True,
-    bf16=True,  # autocast over float32 master weights
+    bf16=work["dtype"] == "bfloat16",  # autocast over float32 master weights
     per_device_train_batch_size=work["trl_batch"],
     gradient_accumulation_steps=rows // work["trl_batch"],
     num_generations=work["samples"],

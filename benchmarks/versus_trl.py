@@ -1,15 +1,17 @@
 """A GRPO step of Lossmith beside one of TRL: same model, prompts, sizes, optimizer and scorer, step by step in turn.
 
-    python benchmarks/versus_trl.py --trl PYTHON [--works short long ...] [--pairs 3] [--out FILE]
+    python benchmarks/versus_trl.py --trl PYTHON [--works short long ...] [--pairs 3] [--trl-batch 16] [--out FILE]
 
 PYTHON is the interpreter of an environment with TRL (`pip install trl`); it needs no Lossmith. Each side runs in a
 process of its own; the first step of each warms up and is reported apart. Ratios are medians over pairs of steps that
-ran one after the other.
+ran one after the other. Both compute in bfloat16 where the machine has it, and else in float32, where TRL's batch must be
+smaller to fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -68,18 +70,20 @@ def in_turn(name: str, sides: dict[str, Side], rounds: int) -> dict[str, list[di
     return steps
 
 
-def measure(name: str, trl_python: str, pairs: int, threads: int, logs: Path) -> dict[str, Any]:
+def measure(name: str, trl_python: str, given: argparse.Namespace, logs: Path) -> dict[str, Any]:
     model = str(embedded_model())
     policy = load_policy(model)
-    work = described(policy, WORKS[name], model, threads)
+    asked = WORKS[name] if given.trl_batch is None else dataclasses.replace(WORKS[name], trl_batch=given.trl_batch)
+    work = described(policy, asked, model, given.threads)
     lengths = [len(policy.tokenizer(t)["input_ids"]) for t in work["prompts"]]
     del policy
     sides = {
         "trl": Side(trl_python, "trl_worker.py", work, logs / f"{name}-trl.log"),
         "lossmith": Side(sys.executable, "lossmith_worker.py", work, logs / f"{name}-lossmith.log"),
     }
-    steps = in_turn(name, sides, pairs + 1)
-    return {"work": name, "trl_batch": WORKS[name].trl_batch, "prompt_tokens": lengths, "steps": steps}
+    steps = in_turn(name, sides, given.pairs + 1)
+    how = {"trl_batch": asked.trl_batch, "dtype": work["dtype"]}
+    return {"work": name, **how, "prompt_tokens": lengths, "steps": steps}
 
 
 def ratios(result: dict[str, Any], part: str) -> list[float]:
@@ -152,6 +156,7 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trl-batch", type=int, help="completions in TRL's forward pass; by default the work's own")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "versus_trl.json")
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +164,7 @@ def main() -> None:
     logs.mkdir(exist_ok=True)
     results: list[dict[str, Any]] = []
     for name in given.works if given.trl else ():
-        results.append(measure(name, given.trl, given.pairs, given.threads, logs))
+        results.append(measure(name, given.trl, given, logs))
         given.out.write_text(json.dumps({"machine": description(), "results": results}, indent=1))
     record = json.loads(given.out.read_text())
     plot(record["results"], given.out.with_suffix(".svg"), record["machine"])

@@ -46,4 +46,5 @@ def prompt_texts(policy: Policy, work: Work) -> list[str]:
 def described(policy: Policy, work: Work, model: str, threads: int) -> dict[str, object]:
     """The work as the workers read it."""
     texts = prompt_texts(policy, work)
-    return {**asdict(work), "prompts_count": work.prompts, "prompts": texts, "model": model, "threads": threads}
+    more = {"prompts_count": work.prompts, "prompts": texts, "model": model, "threads": threads}
+    return {**asdict(work), **more, "dtype": str(policy.compute_dtype).removeprefix("torch.")}  # as suits this machine
