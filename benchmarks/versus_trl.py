@@ -4,8 +4,8 @@
 
 PYTHON is the interpreter of an environment with TRL (`pip install trl`); it needs no Lossmith. Each side runs in a
 process of its own; the first step of each warms up and is reported apart. Ratios are medians over pairs of steps that
-ran one after the other. Both compute in bfloat16 where the machine has it, and else in float32, where TRL's batch must be
-smaller to fit.
+ran one after the other. Both compute in bfloat16 where the machine has it, and else in float32, where TRL's batch must
+be smaller to fit.
 """
 
 from __future__ import annotations
