@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as torchs
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -22,6 +22,8 @@ from lossmith.durable.parts import SavedTensors, write_parts
 from lossmith.errors import RunError
 from lossmith.policy import saving
 from lossmith.policy.saving import save_in_files
+from lossmith.ranks import Ranks
+from lossmith.training.shards import Shards
 
 
 @contextlib.contextmanager
@@ -105,12 +107,13 @@ def test_a_rank_writes_its_own_rows_and_no_more(tmp_path):
         assert entry["bytes"] == (tmp_path / "c" / name).stat().st_size
 
 
+@pytest.mark.skipif(not hasattr(torchs, "HuggingFaceStorageReader"), reason="this torch has none")
 def test_torch_reads_what_is_written_here(tmp_path):
     written_by(3, tmp_path / "c")
     found = {name: x for name, x in empty().items() if x.ndim}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it reads in one process
-        load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path / "c")), no_dist=True)
+        torchs.load(found, storage_reader=torchs.HuggingFaceStorageReader(str(tmp_path / "c")), no_dist=True)
     assert all(same(x, whole()[name]) for name, x in found.items())
 
 
@@ -152,6 +155,14 @@ def test_a_checkpoint_that_a_rank_could_not_write_is_not_there(tmp_path):
     with pytest.raises(RunError, match="the disk is full"):
         save(tmp_path, 2, {}, {"state.json": "{}"}, full)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [first.path.name]
+
+
+def test_a_rank_that_does_not_see_the_runs_folder_says_so_before_the_first_step(tmp_path):
+    policy = tiny.policy()
+    shards = Shards(policy, torch.optim.AdamW(policy.parameters()), Ranks())
+    shards.look_for(tmp_path)
+    with pytest.raises(RunError, match="not seen by every rank.*a disk that all machines share"):
+        shards.look_for(tmp_path / "elsewhere")
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):

@@ -4,9 +4,8 @@ Each rank writes its rows into safetensors files of its own; where these rows be
 torch.distributed.checkpoint notes it, whose HuggingFaceStorageReader reads such a folder too. A file without that
 holds whole tensors, as one process writes them: there is one reader for both.
 
-The files alone are torch's form. Its writer lays out a rank's whole file in memory a second time, gathers a plan of
-all tensors on rank 0, and raises what is no Exception; its reader leaves numbers that no file holds as they were, and
-says nothing.
+The form alone is torch's. Its writer takes twice a rank's part in memory besides, and raises what is no Exception; its
+reader leaves numbers that no file holds as they were, changes types, and says nothing. Both need torch 2.8.
 """
 
 from __future__ import annotations
