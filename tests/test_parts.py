@@ -161,7 +161,7 @@ def test_a_rank_that_does_not_see_the_runs_folder_says_so_before_the_first_step(
     policy = tiny.policy()
     shards = Shards(policy, torch.optim.AdamW(policy.parameters()), Ranks())
     shards.look_for(tmp_path)
-    with pytest.raises(RunError, match="not seen by every rank.*a disk that all machines share"):
+    with pytest.raises(RunError, match=r"not seen by every rank.*a disk that all machines share"):
         shards.look_for(tmp_path / "elsewhere")
 
 
