@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -164,6 +166,104 @@ def test_a_run_in_parts_goes_on_with_one_rank_and_with_three_and_ends_as_one_tha
         )
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(x, theirs[name], atol=1e-5) for name, x in ours.items())
+
+
+def next_step(tmp_path, name, ranks, shard, of):
+    """The same run, gone on with by so many ranks, as the recipe in its folder then says."""
+    folder = shutil.copytree(of, tmp_path / name)
+    text = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(re.sub(r"(?m)^shard = .*$", f"shard = {str(shard).lower()}", text))
+    again = lossmith("train", "--resume", folder, "--steps", 3, "--ranks", ranks)
+    assert again.returncode == 0, again.stderr
+    return folder
+
+
+def hold_as_one_that_never_stopped(alone, folder):
+    for a, b in zip(numbers(alone), numbers(folder), strict=True):
+        assert a == pytest.approx({k: b[k] for k in a}, rel=1e-4, abs=1e-6)
+    ours, theirs = (load_file(one / "policy" / "model.safetensors") for one in (alone, folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(x, theirs[name], atol=1e-5) for name, x in ours.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writers", [1, 2])
+def test_the_next_step_is_the_same_whoever_wrote_the_checkpoint_and_whoever_reads_it(tmp_path, writers):
+    more = dict(loss="ppo", weight_decay=0.1)  # with a critic, in parts too
+    alone = ls.train(**ls.Recipe.read(recipe(tmp_path, name="alone", **more)), quiet=True).folder.path
+    shard = writers > 1
+    done = lossmith("train", recipe(tmp_path, name="first", steps=2, shard=shard, **more), "--ranks", writers)
+    assert done.returncode == 0, done.stderr
+    files = sorted(p.name for p in (tmp_path / "first" / "checkpoints" / "step-00002").glob("*.safetensors"))
+    of_ranks = [f"rank-{rank:05d}-00000.safetensors" for rank in range(writers)]
+    assert files == (of_ranks if shard else ["optimizer.safetensors", "weights.safetensors"])
+    for readers, parts in ((1, True), (2, False), (2, True), (3, True))[0 if shard else 2 :]:
+        name = f"{readers}-{parts}"
+        hold_as_one_that_never_stopped(alone, next_step(tmp_path, name, readers, parts, tmp_path / "first"))
+
+
+# What makes a rank's writing of a file go wrong, once; Python runs it before anything else.
+AT_WRITING = """
+import os, signal
+import lossmith.{module} as module
+true, calls = module.save_file, []
+
+def save_file(*given, **more):
+    calls.append(1)
+    if os.environ.get("RANK") == "{rank}" and len(calls) == {call} and not os.path.exists({mark!r}):
+        open({mark!r}, "w").close()
+        {what}
+    return true(*given, **more)
+
+module.save_file = save_file
+"""
+FULL = 'raise OSError(28, "No space left on device")'
+AT_CHECKPOINT = dict(module="durable.parts", call=2)
+# what happens: (to whom, what the run says, the checkpoints that it then has)
+INTERRUPTED = {
+    "the disk is full on one rank": (dict(AT_CHECKPOINT, rank=1, what=FULL), ["disk is full", "(on rank 1)"], [1, 2]),
+    "a rank is killed": (
+        dict(AT_CHECKPOINT, rank=1, what="os.kill(os.getpid(), signal.SIGKILL)"), ["rank 1 ended with -9"], [1],
+    ),
+    "Ctrl-C": (
+        dict(AT_CHECKPOINT, rank=0, what="os.kill(os.getpid(), signal.SIGINT)"), ["saved after step 2 of 3"], [1, 2],
+    ),
+    "the disk is full for the policy": (
+        dict(module="policy.saving", call=1, rank=0, what=FULL), ["disk is full"], [2, 3],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", INTERRUPTED)
+def test_a_checkpoint_is_whole_or_absent_and_the_run_goes_on(tmp_path, monkeypatch, what):
+    wrong, words, kept = INTERRUPTED[what]
+    (tmp_path / "sitecustomize.py").write_text(AT_WRITING.format(mark=str(tmp_path / "once"), **wrong))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    alone = ls.train(**ls.Recipe.read(recipe(tmp_path, name="alone")), quiet=True).folder.path
+    done = lossmith("train", recipe(tmp_path, name="run", shard=True), "--ranks", 2)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0 and all(word in said for word in words), said
+    assert "Traceback" not in said
+    found = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*") if not p.suffix)
+    assert found == [f"step-{step:05d}" for step in kept]
+    again = lossmith("train", "--resume", tmp_path / "run", "--ranks", 2)
+    assert again.returncode == 0, again.stderr
+    hold_as_one_that_never_stopped(alone, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_where_one_ranks_file_is_damaged_the_checkpoint_before_is_used(tmp_path):
+    alone = ls.train(**ls.Recipe.read(recipe(tmp_path, name="alone")), quiet=True).folder.path
+    done = lossmith("train", recipe(tmp_path, name="parts", steps=2, shard=True), "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "parts" / "checkpoints" / "step-00002" / "rank-00001-00000.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    again = lossmith("train", "--resume", tmp_path / "parts", "--steps", 3, "--ranks", 3)
+    assert again.returncode == 0, again.stderr
+    assert f"damaged checkpoint (step-00002: {file.name} is damaged)" in " ".join(again.stdout.split())
+    hold_as_one_that_never_stopped(alone, tmp_path / "parts")
 
 
 def test_one_process_has_nobody_to_share_the_weights_with(tmp_path):

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lossmith.errors import LossmithError, PolicyError, RunError
@@ -21,6 +21,7 @@ __all__ = [
     "cache_folder",
     "check_writable",
     "explain_write_errors",
+    "in_groups",
     "read_text",
     "replace_atomically",
     "sha256",
@@ -171,6 +172,19 @@ def check_writable(path: str | Path, error: type[LossmithError] = RunError, *, n
             reason = "a folder on the way to it is a file"
         raise error(f"nothing can be written to {str(path)!r}: {reason}. Choose another place.") from None
     return place
+
+
+def in_groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in their order, as many together as have at most so many bytes, which each file then holds."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def sync(path: Path) -> None:

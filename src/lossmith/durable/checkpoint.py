@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,22 @@ from safetensors.torch import load_file, save_file
 from lossmith.errors import RunError
 from lossmith.files import explain_write_errors, sha256, sync
 
-__all__ = ["Checkpoint", "Pace", "clean", "flush", "newest", "optimizer_state", "remove", "restore_optimizer", "save"]
+__all__ = [
+    "Checkpoint",
+    "Entries",
+    "Pace",
+    "clean",
+    "flush",
+    "listed",
+    "newest",
+    "optimizer_state",
+    "remove",
+    "restore_optimizer",
+    "save",
+]
 
 Tensors = Mapping[str, torch.Tensor]
+Entries = Mapping[str, Mapping[str, Any]]  # of a manifest: what is said of each file
 SHARE = 0.03  # of the time, that saving may take
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -61,12 +74,13 @@ class Checkpoint:
         files = {p.name for p in self.path.iterdir()} - {MANIFEST}
         if "state.json" not in hashes or files - hashes.keys():  # an empty list would pass any file
             return f"{MANIFEST} is damaged: it does not list {', '.join(sorted(files - hashes.keys())) or 'its files'}"
-        for name, expected in hashes.items():
-            if name not in files:
-                return f"{name} is missing"
-            if sha256(self.path / name) != expected:
-                return f"{name} is damaged"
-        return ""
+        missing = next((name for name in hashes if name not in files), None)
+        if missing is not None:
+            return f"{missing} is missing"
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda name: sha256(self.path / name), hashes)
+            wrong = [name for name, is_now in zip(hashes, found, strict=True) if is_now != hashes[name]]
+        return f"{wrong[0]} is damaged" if wrong else ""
 
     def check(self) -> None:
         """RunError: it is damaged."""
@@ -75,9 +89,16 @@ class Checkpoint:
             raise RunError(f"the checkpoint {str(self.path)!r} cannot be used: {problem}.")
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping[str, str]) -> Checkpoint:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensors],
+    texts: Mapping[str, str],
+    parts: Callable[[Path], Entries] | None = None,
+) -> Checkpoint:
     """Write checkpoints/step-NNNNN in `folder`: {name: tensors} as safetensors, {file name: text} beside them.
 
+    parts: has what other processes hold written into the folder it is given, and says of which files.
     The one before it stays, older ones go. RunError: it cannot be written, and then nothing of it is left.
     """
     target = folder / "checkpoints" / f"step-{step:05d}"
@@ -86,17 +107,14 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping
     try:
         with explain_write_errors(target):
             partial.mkdir(parents=True)
+            theirs = {} if parts is None else parts(partial)
             for name, several in tensors.items():
                 contiguous = {key: tensor.contiguous() for key, tensor in several.items()}
                 save_file(contiguous, partial / f"{name}.safetensors")
             for name, text in texts.items():
                 (partial / name).write_bytes(text.encode())
-            files = sorted(partial.iterdir())
-            with ThreadPoolExecutor(2) as pool:  # hashing is the processor's work, flushing the disk's
-                hashes = pool.map(sha256, files)
-                flush(partial)
-            manifest = {f.name: {"bytes": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
-            (partial / MANIFEST).write_bytes(json.dumps(manifest, indent=2).encode())
+            ours = listed(sorted(p for p in partial.iterdir() if p.name not in theirs))
+            (partial / MANIFEST).write_bytes(json.dumps({**ours, **theirs}, indent=2).encode())
             sync(partial / MANIFEST)
             sync(partial)
             remove(target)
@@ -121,12 +139,25 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Checkpoint, str]
     return None, damaged
 
 
+def listed(files: Sequence[Path]) -> Entries:
+    """The files, flushed to the disk, as a manifest lists them."""
+    with ThreadPoolExecutor(2) as pool:  # hashing is the processor's work, flushing the disk's
+        hashes = pool.map(sha256, files)
+        _flush(files)
+        return {f.name: {"bytes": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
+
+
 def flush(folder: Path) -> None:
-    """A folder's files to the disk, as readable as the folder is: safetensors would keep them to their owner."""
-    for file in folder.iterdir():
-        file.chmod(folder.stat().st_mode & 0o666)
-        sync(file)
+    """A folder's files to the disk."""
+    _flush(folder.iterdir())
     sync(folder)
+
+
+def _flush(files: Iterable[Path]) -> None:
+    """As readable as their folder is: safetensors would keep them to their owner."""
+    for file in files:
+        file.chmod(file.parent.stat().st_mode & 0o666)
+        sync(file)
 
 
 def remove(path: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lossmith.errors import PolicyError, nearest
 from lossmith.policy.activation_checkpointing import model_layers
 from lossmith.policy.adapter import Adapter
 from lossmith.policy.distribution import accumulation_dtype
+from lossmith.policy.saving import Gather, save_in_files
 from lossmith.policy.text import SpecialTokens, answer_text, prompt_ids
 from lossmith.prompts import Prompt
 
@@ -48,7 +49,7 @@ class Policy:
     lean: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = field(default=None, repr=False)  # see lean.py
     adapter: Adapter | None = None  # what learns in the place of the weights
     float32_head: bool = False  # logits without rounding: sampler and learner then agree better in bfloat16
-    gather: Callable[[], dict[str, Tensor]] | None = None  # its whole state, where ranks hold it in parts
+    gather: Gather | None = None  # of its state, where ranks hold it in parts
 
     @property
     def device(self) -> torch.device:
@@ -180,11 +181,17 @@ class Policy:
     def checksum(self) -> str:
         """sha256 over names and bytes of all weights."""
         digest = hashlib.sha256()
-        state: Any = self.model.state_dict() if self.gather is None else self.gather()
-        for name, tensor in state.items():
+
+        def take(name: str, tensor: Any) -> None:
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
+
+        if self.gather is not None:
+            self.gather(take)
+        else:
+            for name, tensor in self.model.state_dict().items():
+                take(name, tensor)
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -205,7 +212,10 @@ class Policy:
         except ValueError:  # as published, and save_pretrained would refuse it: keep what says where text ends
             ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             self.model.generation_config = GenerationConfig(**ids)
-        self.model.save_pretrained(folder, **({} if self.gather is None else {"state_dict": self.gather()}))
+        if self.gather is None:
+            self.model.save_pretrained(folder)
+        else:
+            save_in_files(self.model, Path(folder), self.gather)
         self.tokenizer.save_pretrained(folder)
 
     def logits(self, hidden: Tensor) -> Tensor:

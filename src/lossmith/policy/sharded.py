@@ -22,7 +22,7 @@ from lossmith.policy.activation_checkpointing import model_layers
 from lossmith.policy.load import Policy
 from lossmith.policy.trial import sharing_is_exact
 
-__all__ = ["dealt_out", "first_row", "gathered", "indivisible", "shard", "whole", "whole_tensor"]
+__all__ = ["first_row", "gathered", "indivisible", "shard", "whole", "whole_tensor"]
 
 T = TypeVar("T")
 _RUN = "lossmith_run"  # the name of `_run` in a model whose weights are held in parts
@@ -115,13 +115,6 @@ def whole_tensor(x: Tensor) -> Tensor:
     """All of a tensor that ranks hold in parts, without gradient; every rank must call this. Others as they are."""
     gather = getattr(x.detach(), "full_tensor", None)
     return x.detach() if gather is None else gather()
-
-
-def dealt_out(x: Tensor, like: Any) -> Tensor:
-    """Of a whole tensor that every rank has, a tensor in parts as `like` is: this rank keeps its rows alone."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def first_row(x: Any) -> int:

@@ -130,6 +130,8 @@ def open_run(
     probe = min(plan.train, key=lambda p: len(policy.encode(p)))
     context = len(policy.encode(longest)) + recipe.max_tokens
     try:
+        if learner.shards is not None and (recipe.checkpoint_every or recipe.checkpoint_minutes):
+            learner.shards.look_for(folder.path)
         sampler = (
             sampler_of(recipe, policy, folder.path / "sampler", probe, context)
             if elsewhere is None
