@@ -23,7 +23,7 @@ from lossmith.losses import parse_loss
 from lossmith.policy import SamplingSettings, token_outputs
 from lossmith.policy.distribution import log_softmax_under
 from lossmith.ranks import Ranks
-from lossmith.samplers import VllmSampler, open_vllm
+from lossmith.samplers import VllmSampler, open_vllm, server
 from lossmith.samplers.push import Checksums, digests, write_weights
 from lossmith.training import Recipe
 from lossmith.training.recipe import corrected
@@ -274,19 +274,20 @@ def test_the_server_ends_with_its_owner_however_that_ends(tmp_path, trap):
     program.chmod(0o755)
     code = (
         "import pathlib, time; from lossmith.samplers import server; here = pathlib.Path.cwd(); server.END_WITHIN = 1;"
-        "kept = server.VllmServer(str(here / 'python'), here, 'float32', 8, here / 'log', []); print('up', flush=True);"
-        "time.sleep(60)"
+        "kept = server.VllmServer(str(here / 'python'), here / 'own', 'float32', 8, here / 'log', []);"
+        "print('up', flush=True); time.sleep(60)"
     )
+    (tmp_path / "own" / server.START).mkdir(parents=True)
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
     with owner:
         assert owner.stdout.readline() == b"up\n"
         within(20, lambda: (tmp_path / "log").read_text().strip())
-        server = int((tmp_path / "log").read_text())
-        group = os.getpgid(server)
+        there = int((tmp_path / "log").read_text())
+        group = os.getpgid(there)
         time.sleep(0.3)
-        assert alive(server)
+        assert alive(there) and (tmp_path / "own").exists()
         owner.kill()
-    within(20, lambda: not (alive(server) or alive(-group)))
+    within(20, lambda: not (alive(there) or alive(-group) or (tmp_path / "own").exists()))
 
 
 def within(seconds, true):

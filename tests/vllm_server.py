@@ -15,6 +15,7 @@ import tiny
 from lossmith.policy import SamplingSettings, sample
 from lossmith.prompts import load_prompts
 
+DEAD = "engine is dead"  # the server answers, and no more than that
 SLOW = {"hangs": 1.5, "slow": 0.3}  # seconds before an answer
 
 
@@ -85,6 +86,10 @@ class FakeVllm:
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
+    def health(self, _):
+        assert self.fault != DEAD
+        return {}
+
     def server_info(self, _):
         kind = "bfloat16" if self.fault == "bfloat16" else "float32"
         mode = "raw_logprobs" if self.fault == "raw" else "processed_logprobs"
@@ -128,6 +133,7 @@ class FakeVllm:
         }
 
     def inference_v1_generate(self, body):
+        assert self.fault != DEAD
         wished = body["sampling_params"]
         self.salts.add(body["cache_salt"])
         settings = SamplingSettings(

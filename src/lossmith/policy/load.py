@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,13 +176,20 @@ class Policy:
             float32_head=self.float32_head,
         )
 
-    def checksum(self) -> str:
-        """sha256 over names and bytes of all weights."""
+    def checksum(self, at_hand: Mapping[str, Tensor] | None = None) -> str:
+        """sha256 over names and bytes of all weights.
+
+        at_hand: {name of a parameter: all of it}, for those that have been read (or gathered) already; they are not
+        read again. What is not among them must be held whole.
+        """
         digest = hashlib.sha256()
-        state: Any = self.model.state_dict() if self.gather is None else self.gather()
+        gather = self.gather if at_hand is None else None
+        state: Any = self.model.state_dict(keep_vars=True) if gather is None else gather()
+        read = {id(p): at_hand[name] for name, p in self.model.named_parameters() if at_hand and name in at_hand}
         for name, tensor in state.items():
             digest.update(name.encode())
-            flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
+            flat = read.get(id(tensor), tensor).detach().cpu().contiguous()
+            flat = flat.flatten()  # a number alone has no bytes to be seen as
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
         return digest.hexdigest()
 

@@ -17,15 +17,18 @@ from pathlib import Path
 
 from lossmith.errors import RunError
 
-__all__ = ["PYTHON", "VllmServer", "check_vllm"]
+__all__ = ["PYTHON", "START", "VllmServer", "check_vllm"]
 
 PYTHON = "LOSSMITH_VLLM"
+START = "start"  # of a server's folder: the model that it starts with
 POLL = 0.5  # seconds between two looks at a server that starts
 END_WITHIN = 10  # seconds that a server has to end by itself, before it and all that it started are killed
-# The server ends with us however we end: a shell beside it reads a pipe that only we hold open.
+# The server ends with us however we end: a shell beside it reads a pipe that only we hold open. Its folder, which holds
+# whole models, goes too.
 _GUARDED = """exec 3<&0
+folder=$1; shift
 "$@" 3<&- & child=$!
-(cat <&3 >/dev/null; kill -TERM $child; sleep END_WITHIN; kill -s KILL -- -$$) 2>/dev/null &
+(cat <&3 >/dev/null; kill -TERM $child; sleep END_WITHIN; rm -rf "$folder"; kill -s KILL -- -$$) 2>/dev/null &
 wait $child"""
 
 
@@ -46,14 +49,15 @@ def check_vllm() -> str:
 class VllmServer:
     """Starts it on a free port of this machine, and waits until it answers. RunError: it ended, or is too slow."""
 
-    def __init__(self, python: str, model: Path, dtype: str, context: int, log: Path, options: list[str]) -> None:
-        self.log = log
+    def __init__(self, python: str, folder: Path, dtype: str, context: int, log: Path, options: list[str]) -> None:
+        """folder: the server's own, with its model in start/; removed when the server ends, however that comes."""
+        self.folder, self.log = folder.absolute(), log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         command = [
-            python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype,
+            python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / START), "--dtype", dtype,
             "--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(context),
             "--enable-prefix-caching", "--logprobs-mode", "processed_logprobs", *options,
         ]  # fmt: skip
@@ -65,8 +69,8 @@ class VllmServer:
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
-                    ["sh", "-c", guarded, "sh", *command], stdin=subprocess.PIPE, stdout=output, stderr=output,
-                    env=environment, start_new_session=True,
+                    ["sh", "-c", guarded, "sh", str(self.folder), *command], env=environment,
+                    stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
             raise RunError(f"the vLLM server cannot be started: {error.strerror or error}.") from None
@@ -108,3 +112,4 @@ class VllmServer:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
         self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -37,12 +37,13 @@ from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason, Rollout
 from lossmith.samplers.push import BOUNDS, Checksums, digests, write_weights
 from lossmith.samplers.routes import Refused, Routes
-from lossmith.samplers.server import VllmServer, check_vllm
+from lossmith.samplers.server import START, VllmServer, check_vllm
 
 __all__ = ["VllmSampler", "open_vllm"]
 
 _log = logging.getLogger("lossmith")
 AT_ONCE = 256  # requests under way: the server itself decides how many it computes side by side
+HEALTHY_WITHIN = 10.0  # seconds that a server has to say that it is well
 PROBES, PROBE_TOKENS = 4, 32  # completions, and tokens of each, whose log-probabilities are compared after a push
 _TEXTS = ("Grüße, 世界! 1234 <tag>", "def f(x):\n\treturn x  # two  spaces")  # on which most tokenizers differ
 # A seeded request whose prompt is read in parts ends vLLM on a CPU: it rewinds a generator that cannot be rewound.
@@ -63,20 +64,22 @@ def open_vllm(
     """The sampler on the server at `url`, or on one that is started here and ends with it.
 
     timeout: seconds for one answer, and for the start. folder: where weights are handed over, which the server must
-    see too. probe: whose completions are compared after a push. context: tokens of the longest prompt and completion.
+    see too; of a server that is started here, server.log stays in it. probe: whose completions are compared after a
+    push. context: tokens of the longest prompt and completion.
     RunError: it does not start or answer, or is of another model, tokenizer or type of numbers.
     """
     if url is not None:
         return VllmSampler(policy, settings, Routes(url, timeout, _RESUME), folder, probe)
     python = check_vllm()
-    write_weights(policy, folder / "start")
+    log, folder = folder / "server.log", folder / f"server-{secrets.token_hex(4)}"  # which goes with the server
+    write_weights(policy, folder / START)
     options = ["--enable-scale-out"]
     if policy.device.type == "cpu":
         options += ["--enforce-eager", *_WHOLE_PROMPTS, "--max-num-batched-tokens", str(max(2048, context))]
     elif settings.filtered and settings.top_k:
         options.append("--return-sampling-mask")
     kind = str(policy.compute_dtype).removeprefix("torch.")
-    server = VllmServer(python, folder / "start", kind, context, folder / "server.log", options)
+    server = VllmServer(python, folder, kind, context, log, options)
     try:
         server.wait(timeout)
         routes = Routes(server.url, timeout, f"What it said is in {server.log}. {_RESUME}")
@@ -176,6 +179,10 @@ class VllmSampler:
             shutil.rmtree(folder, ignore_errors=True)
         self._pushed = version
         return self._measured
+
+    def outdated(self) -> None:
+        """The policy has other weights than were sent, even if it has the version's number."""
+        self._pushed = None
 
     def _checked(self) -> dict[str, float]:
         """The first witness, where the server has the route."""
@@ -318,10 +325,19 @@ class VllmSampler:
         died = self._server.tail() if self._server is not None else ""
         return RunError(f"{self.routes.url}/inference/v1/generate answered with {what}. {_RESUME}{died}")
 
+    def gone(self) -> bool:
+        """Whether the server that was started here answers no more: it has ended, its engine has, or it hangs."""
+        if self._server is None:
+            return False
+        try:
+            Routes(self.routes.url, HEALTHY_WITHIN, "").ask("/health")
+        except RunError:
+            return True
+        return False
+
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
-        shutil.rmtree(self.folder / "start", ignore_errors=True)
 
 
 def _at(value: Any, *keys: str) -> Any:
