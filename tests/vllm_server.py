@@ -15,7 +15,7 @@ import tiny
 from lossmith.policy import SamplingSettings, sample
 from lossmith.prompts import load_prompts
 
-DEAD = "engine is dead"  # the server answers, and no more than that
+DEAD = "engine is dead"  # the server itself is there
 SLOW = {"hangs": 1.5, "slow": 0.3}  # seconds before an answer
 
 
@@ -85,10 +85,6 @@ class FakeVllm:
         return Handler
 
     # -- routes -------------------------------------------------------------------------------------------------------
-
-    def health(self, _):
-        assert self.fault != DEAD
-        return {}
 
     def server_info(self, _):
         kind = "bfloat16" if self.fault == "bfloat16" else "float32"

@@ -69,7 +69,7 @@ def test_a_push_that_is_lost_on_the_way_is_caught(sampler, monkeypatch):
     sampler.push()
     move(sampler.policy)
     monkeypatch.setattr(sampler.routes, "ask", lambda path, *a, **k: None if "rpc" in path else ask(path, *a, **k))
-    with pytest.raises(RunError, match=r"did not arrive.*Restart the server"):
+    with pytest.raises(RunError, match=r"did not arrive.*server\.log.*resume it"):
         sampler.push()
     monkeypatch.undo()
     assert sampler.push()["push_gap"] < 1e-4

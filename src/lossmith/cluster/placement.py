@@ -66,7 +66,7 @@ def connected(placement: Placement) -> Iterator[None]:
         ray.init(
             log_to_driver=False, include_dashboard=False, configure_logging=False, ignore_reinit_error=False, **size
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise RunError(f"no Ray cluster: {error}") from None
     try:
         yield

@@ -43,7 +43,6 @@ __all__ = ["VllmSampler", "open_vllm"]
 
 _log = logging.getLogger("lossmith")
 AT_ONCE = 256  # requests under way: the server itself decides how many it computes side by side
-HEALTHY_WITHIN = 10.0  # seconds that a server has to say that it is well
 PROBES, PROBE_TOKENS = 4, 32  # completions, and tokens of each, whose log-probabilities are compared after a push
 _TEXTS = ("Grüße, 世界! 1234 <tag>", "def f(x):\n\treturn x  # two  spaces")  # on which most tokenizers differ
 # A seeded request whose prompt is read in parts ends vLLM on a CPU: it rewinds a generator that cannot be rewound.
@@ -103,6 +102,7 @@ class VllmSampler:
     ) -> None:
         self.policy, self.settings, self.routes, self.folder, self.probe = policy, settings, routes, folder, probe
         self._server = server
+        self._anew = routes.hint if server is not None else f"Restart the server. {routes.hint}"
         self._pushed: int | None = None  # the version that the server has
         self._tag = ""  # names this push in the server's answers, and salts its prefix cache
         self._checksums = Checksums()
@@ -197,7 +197,7 @@ class VllmSampler:
         except RunError as error:
             raise RunError(
                 f"the weights of version {self.policy.version} did not arrive at {self.routes.url}: {error}. It would "
-                f"go on sampling from an old policy. Restart the server. {_RESUME}"
+                f"go on sampling from an old policy. {self._anew}"
             ) from None
         return {"push_tensors": float(equal), "push_tensors_unknown": float(len(theirs) - equal)}
 
@@ -216,7 +216,7 @@ class VllmSampler:
             raise RunError(
                 f"the server's log-probabilities of {len(gaps)} tokens are {mean:.3g} nats from the learner's on "
                 f"average, and at most {bound:g} is rounding: the weights of version {self.policy.version} did not "
-                f"arrive at {self.routes.url}, or it computes something else. Restart the server. {_RESUME}"
+                f"arrive at {self.routes.url}, or it computes something else. {self._anew}"
             )
         return {"push_gap": mean, "push_gap_most": float(gaps.max()), "push_tokens": float(len(gaps))}
 
@@ -326,14 +326,8 @@ class VllmSampler:
         return RunError(f"{self.routes.url}/inference/v1/generate answered with {what}. {_RESUME}{died}")
 
     def gone(self) -> bool:
-        """Whether the server that was started here answers no more: it has ended, its engine has, or it hangs."""
-        if self._server is None:
-            return False
-        try:
-            Routes(self.routes.url, HEALTHY_WITHIN, "").ask("/health")
-        except RunError:
-            return True
-        return False
+        """Whether the server was started here, and answers no more."""
+        return self._server is not None and self._server.gone()
 
     def close(self) -> None:
         if self._server is not None:
