@@ -67,7 +67,8 @@ def connected(placement: Placement) -> Iterator[None]:
             log_to_driver=False, include_dashboard=False, configure_logging=False, ignore_reinit_error=False, **size
         )
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise RunError(f"no Ray cluster: {error}") from None
+        there = " Is it up, and RAY_AUTH_MODE what it was started with?" if "RAY_ADDRESS" in os.environ else ""
+        raise RunError(f"no Ray cluster: {error}.{there}") from None
     try:
         yield
     finally:
