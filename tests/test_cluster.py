@@ -16,7 +16,7 @@ import lossmith as ls
 import tiny
 from cluster_runs import KINDS, kill, learned, recipe, rollouts, steps_done, train
 from lossmith.cluster.ahead import Ahead, Buffer
-from lossmith.cluster.remote import _together
+from lossmith.cluster.remote import together
 from lossmith.prompts import Prompt, PromptSet
 from lossmith.ranks import Ranks
 from lossmith.rollouts import Distribution, LogProbs, Rollout, Score
@@ -141,7 +141,7 @@ def test_of_several_samplers_the_worst_proof_is_recorded():
         {"push_tensors": 8.0, "push_gap": 0.3, "push_tokens": 30.0},
     ]
     expected = {"push_tensors": 8.0, "push_gap": 0.3, "push_tokens": 70.0, "push_restarts": 2.0, "push_samplers": 2.0}
-    assert _together(proofs) == expected
+    assert together(proofs) == expected
 
 
 def test_lag_is_counted_in_optimizer_steps():

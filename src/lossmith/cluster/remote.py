@@ -17,7 +17,7 @@ from lossmith.rollouts import Rollout, Score
 from lossmith.training import Learner
 from lossmith.training.shards import whole_weights
 
-__all__ = ["RemoteSampler", "RemoteScorer"]
+__all__ = ["RemoteSampler", "RemoteScorer", "together"]
 
 
 class RemoteSampler:
@@ -79,7 +79,7 @@ class RemoteSampler:
                     "or another model?"
                 )
             self.proofs[k] = measured
-            self.measured |= _together(self.proofs.values())
+            self.measured |= together(self.proofs.values())
             for start in range(0, len(rollouts), n):
                 group = rollouts[start : start + n]
                 written[group[0].prompt.id] = group
@@ -93,7 +93,7 @@ class RemoteSampler:
         """They end with the cluster's placement group, not with the run: a learner that is lost finds them again."""
 
 
-def _together(proofs: Collection[Mapping[str, float]]) -> dict[str, float]:
+def together(proofs: Collection[Mapping[str, float]]) -> dict[str, float]:
     """The worst that any sampler measured of the weights that it was sent; of tokens and servers, the sum."""
     how: dict[str, Callable[..., float]] = {"push_tensors": min, "push_tokens": sum, "push_restarts": sum}
     names = {name for proof in proofs for name in proof}
