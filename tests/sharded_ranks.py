@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import tiny
 from lossmith.policy import SamplingSettings, sample, token_outputs
-from lossmith.policy.sharded import shard, whole
+from lossmith.policy.sharded import shard, whole, whole_tensor
 
 SETTINGS = SamplingSettings(temperature=0.8, max_tokens=9)
 
@@ -55,7 +55,9 @@ def main(folder, rank, size):
     dist.all_reduce(passes, dist.ReduceOp.MAX)
     ours, alone = tiny.policy(dtype=torch.float64), tiny.policy(dtype=torch.float64)
     shard(ours)
-    found = {"held": sum(p.to_local().numel() for p in ours.parameters()) / sum(p.numel() for p in alone.parameters())}
+    gathered = {name: whole_tensor(p) for name, p in ours.model.named_parameters()}
+    found = {"checksum": ours.checksum(gathered) != alone.checksum()}
+    found |= {"held": sum(p.to_local().numel() for p in ours.parameters()) / sum(p.numel() for p in alone.parameters())}
 
     own = (rollouts, mine, int(passes))
     theirs = (rollouts, seen, len(seen))

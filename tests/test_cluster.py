@@ -16,6 +16,7 @@ import lossmith as ls
 import tiny
 from cluster_runs import KINDS, kill, learned, recipe, rollouts, steps_done, train
 from lossmith.cluster.ahead import Ahead, Buffer
+from lossmith.cluster.remote import together
 from lossmith.prompts import Prompt, PromptSet
 from lossmith.ranks import Ranks
 from lossmith.rollouts import Distribution, LogProbs, Rollout, Score
@@ -37,11 +38,11 @@ class Samplers:
     """Texts that say which weights wrote them, a moment after they were asked for."""
 
     def __init__(self, policy, pause=0.0):
-        self.policy, self.pause, self.version, self.asked = policy, pause, 0, []
+        self.policy, self.pause, self.version, self.asked, self.measured = policy, pause, 0, [], {}
 
     def push(self):
-        self.version = self.policy.version
-        return {}
+        self.version, self.measured = self.policy.version, {"push_samplers": 0}
+        return self.measured
 
     def as_of_now(self):
         new = Samplers(self.policy, self.pause)
@@ -51,6 +52,7 @@ class Samplers:
     def sample(self, prompts, n, *, seed, step, on_progress=None, on_group=None):
         self.asked.append((step, self.version))
         time.sleep(self.pause)
+        self.measured |= {"push_samplers": 1, "of": self.version}
         behavior = LogProbs(torch.tensor([-1.0]), Distribution(self.version))
         return [Rollout(p, k, (1,), (2,), f"{step}", behavior, "eos") for p in prompts for k in range(n)]
 
@@ -75,12 +77,14 @@ def loop(folder, staleness, steps=6, first=0, updates=1, samplers=None, buffer=N
     ahead = Ahead(own, samplers, samplers.policy, PROMPTS, buffer or Buffer(folder, first, fresh=False))
     seen = []
     for step in range(first, steps):
-        samplers.push()
+        pushed = samplers.push()
         prompts = PROMPTS.batch(step, 3, recipe.seed)
         found, _ = ahead(prompts, 2, step)
         written = [(r.prompt.id, r.sample, r.completion) for r in found]
         assert written == [(p.id, k, f"{step}") for p in prompts for k in range(2)]
         seen.append({r.behavior_logp.distribution.policy_version for r in found})
+        assert pushed.get("of") in (None, *seen[-1])  # the recorded proof is of the weights that wrote the round
+        assert pushed["push_samplers"] == ((step, pushed.get("of")) in samplers.asked)
         samplers.policy.version += updates
     return seen, ahead
 
@@ -129,6 +133,15 @@ def test_rounds_are_forgotten_once_no_checkpoint_goes_back_to_them(tmp_path):
     (tmp_path / "checkpoints" / "step-00006.partial").mkdir()
     ahead.buffer.forget()
     assert sorted(int(p.stem[-5:]) for p in (tmp_path / "buffer").iterdir()) == [2, 3, 4, 5]
+
+
+def test_of_several_samplers_the_worst_proof_is_recorded():
+    proofs = [
+        {"push_tensors": 9.0, "push_gap": 0.1, "push_tokens": 40.0, "push_restarts": 2.0},
+        {"push_tensors": 8.0, "push_gap": 0.3, "push_tokens": 30.0},
+    ]
+    expected = {"push_tensors": 8.0, "push_gap": 0.3, "push_tokens": 70.0, "push_restarts": 2.0, "push_samplers": 2.0}
+    assert together(proofs) == expected
 
 
 def test_lag_is_counted_in_optimizer_steps():
@@ -211,7 +224,7 @@ def test_a_run_on_a_cluster_is_that_of_one_process_whoever_is_killed(alone, kind
     path, one = alone
     name = kind or "undisturbed"
     run, folder = train(path, name, *ON_RAY), path.parent / "runs" / name
-    killed = [] if kind is None else kill(run, folder, kind, times=2, seed=1)
+    killed = [] if kind is None else kill(run, path, name, kind, times=2, seed=1)
     code, said = ended(run, path, name)
     assert code == 0 and len(killed) == (0 if kind is None else 2), said
     assert rollouts(folder) == rollouts(one)  # none lost, none used twice

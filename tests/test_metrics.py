@@ -9,6 +9,7 @@ import torch
 import lossmith as ls
 import tiny
 from batches import evaluate, quiet_loss, random_fields
+from lossmith.cluster.remote import together
 from lossmith.detectors.signal import without_signal
 from lossmith.report.run.metrics_page import page
 from lossmith.training.guards import kl_of_completion
@@ -94,6 +95,7 @@ def test_what_is_documented_is_what_is_written_and_no_more(tmp_path):
         seen |= record.keys()
     lagging = ls.Batch(torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool), lag=torch.tensor([0, 2]))
     seen |= of_lag(lagging).keys()  # of samplers that run ahead: tests/test_cluster.py
+    seen |= together([{"push_restarts": 1.0}]).keys()  # of a cluster's samplers: tests/live/test_vllm_cluster.py
     assert {name for name in METRICS if "*" not in name} <= seen
     assert "loss_policy" in seen and "seconds_update_backward" in seen
 

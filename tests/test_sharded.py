@@ -52,6 +52,10 @@ def test_ranks_that_hold_parts_write_the_texts_of_one_process(found):
     assert all(rank["texts that differ"] == 0 for rank in found)
 
 
+def test_the_checksum_of_what_was_gathered_is_that_of_one_process(found):
+    assert not any(rank["checksum"] for rank in found)
+
+
 def test_each_rank_holds_its_part(found):
     assert abs(sum(rank["held"] for rank in found) - 1) < 1e-12
     assert all(rank["held"] < 0.6 for rank in found)

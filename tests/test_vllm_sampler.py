@@ -23,8 +23,9 @@ from lossmith.losses import parse_loss
 from lossmith.policy import SamplingSettings, token_outputs
 from lossmith.policy.distribution import log_softmax_under
 from lossmith.ranks import Ranks
-from lossmith.samplers import VllmSampler, open_vllm
+from lossmith.samplers import VllmSampler, open_vllm, server
 from lossmith.samplers.push import Checksums, digests, write_weights
+from lossmith.samplers.routes import Routes
 from lossmith.training import Recipe
 from lossmith.training.recipe import corrected
 from lossmith.training.sharing import check_ranks
@@ -274,19 +275,57 @@ def test_the_server_ends_with_its_owner_however_that_ends(tmp_path, trap):
     program.chmod(0o755)
     code = (
         "import pathlib, time; from lossmith.samplers import server; here = pathlib.Path.cwd(); server.END_WITHIN = 1;"
-        "kept = server.VllmServer(str(here / 'python'), here, 'float32', 8, here / 'log', []); print('up', flush=True);"
-        "time.sleep(60)"
+        "kept = server.VllmServer(str(here / 'python'), here / 'own', 'float32', 8, here / 'log', []);"
+        "print('up', flush=True); time.sleep(60)"
     )
+    (tmp_path / "own" / server.START).mkdir(parents=True)
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
     with owner:
         assert owner.stdout.readline() == b"up\n"
         within(20, lambda: (tmp_path / "log").read_text().strip())
-        server = int((tmp_path / "log").read_text())
-        group = os.getpgid(server)
+        there = int((tmp_path / "log").read_text())
+        group = os.getpgid(there)
         time.sleep(0.3)
-        assert alive(server)
+        assert alive(there) and (tmp_path / "own").exists()
         owner.kill()
-    within(20, lambda: not (alive(server) or alive(-group)))
+    within(20, lambda: not (alive(there) or alive(-group) or (tmp_path / "own").exists()))
+
+
+ENGINE = """
+import os, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Server(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path != "/health":
+            time.sleep(600)  # for an engine that is dead
+        self.send_response(503 if os.path.exists("dead") else 200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Server).serve_forever()
+"""
+
+
+def test_whoever_waits_for_a_server_whose_engine_has_died_is_told_at_once(tmp_path, monkeypatch):
+    """vLLM itself waits until they have gone, and they would until their time is up."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "LOOK", 0.1)
+    (tmp_path / "engine.py").write_text(ENGINE)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} engine.py "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "own").mkdir()
+    made = server.VllmServer(str(tmp_path / "python"), tmp_path / "own", "float32", 8, tmp_path / "log", [])
+    try:
+        made.wait(20)
+        time.sleep(0.3)
+        assert not made.gone()
+        threading.Timer(0.3, (tmp_path / "dead").touch).start()
+        with pytest.raises(RunError, match=r"cannot be reached .*look there"):
+            Routes(made.url, 60.0, "look there").ask("/collective_rpc")
+        assert made.gone()
+    finally:
+        made.close()
+    assert not (tmp_path / "own").exists()
 
 
 def within(seconds, true):

@@ -51,6 +51,11 @@ def llama(vocab=None, seed=0, **changes):
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
 
+def served():
+    """Heads of 32: what vLLM's attention on a CPU takes."""
+    return llama(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+
+
 def gpt2(seed=0):
     """Learned positions: padding that shifts positions shows."""
     torch.manual_seed(seed)
@@ -79,7 +84,7 @@ def _rms_norm(module, x):
 def folder(kind="llama"):
     """A model folder on disk, as a user would have one."""
     path = Path(tempfile.mkdtemp()) / kind
-    {"llama": llama, "gpt2": gpt2}[kind]().save_pretrained(path)
+    {"llama": llama, "gpt2": gpt2, "served": served}[kind]().save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
 

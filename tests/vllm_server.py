@@ -15,6 +15,7 @@ import tiny
 from lossmith.policy import SamplingSettings, sample
 from lossmith.prompts import load_prompts
 
+DEAD = "engine is dead"  # the server itself is there
 SLOW = {"hangs": 1.5, "slow": 0.3}  # seconds before an answer
 
 
@@ -128,6 +129,7 @@ class FakeVllm:
         }
 
     def inference_v1_generate(self, body):
+        assert self.fault != DEAD
         wished = body["sampling_params"]
         self.salts.add(body["cache_salt"])
         settings = SamplingSettings(

@@ -24,15 +24,13 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif("LOSSMITH_VLLM" not in os.environ, reason="LOSSMITH_VLLM names no Python with vLLM"),
 ]
-# Heads of 32: what vLLM's attention on a CPU takes.
-SHAPE = dict(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
 SAMPLING = SamplingSettings(temperature=0.7, max_tokens=16)
 
 
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory):
     made = open_vllm(
-        tiny.policy(tiny.llama(**SHAPE)), SAMPLING, url=None, timeout=600.0, folder=tmp_path_factory.mktemp("s"),
+        tiny.policy(tiny.served()), SAMPLING, url=None, timeout=600.0, folder=tmp_path_factory.mktemp("s"),
         probe=tiny.prompts()[0], context=128,
     )  # fmt: skip
     yield made
@@ -71,7 +69,7 @@ def test_a_push_that_is_lost_on_the_way_is_caught(sampler, monkeypatch):
     sampler.push()
     move(sampler.policy)
     monkeypatch.setattr(sampler.routes, "ask", lambda path, *a, **k: None if "rpc" in path else ask(path, *a, **k))
-    with pytest.raises(RunError, match=r"did not arrive.*Restart the server"):
+    with pytest.raises(RunError, match=r"did not arrive.*server\.log.*resume it"):
         sampler.push()
     monkeypatch.undo()
     assert sampler.push()["push_gap"] < 1e-4
@@ -79,13 +77,11 @@ def test_a_push_that_is_lost_on_the_way_is_caught(sampler, monkeypatch):
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_leaves_no_server_behind_however_it_ends(tmp_path, end):
-    policy = tiny.policy(tiny.llama(**SHAPE))
-    policy.model.save_pretrained(tmp_path / "model")
-    policy.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "scorer.py").write_text("def score(completions):\n    return [float(len(c)) for c in completions]\n")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Prompt {i}?"}}\n' for i in range(12)))
     options = {
-        "prompts": "prompts.jsonl", "scorer": "scorer.py:score", "model": "model", "steps": "1000", "held-out": "4",
+        "prompts": "prompts.jsonl", "scorer": "scorer.py:score", "model": str(tiny.folder("served")),
+        "steps": "1000", "held-out": "4",
         "prompts-per-step": "2", "samples-per-prompt": "4", "max-tokens": "8", "runs": "runs", "name": "r",
         "sampler": "vllm", "device": "cpu", "dtype": "float32",
     }  # fmt: skip

@@ -32,8 +32,10 @@ Round = tuple[list[Rollout], dict[str, float]]
 class Keeps(Sampler, Protocol):
     """A sampler that can keep the weights of a moment."""
 
-    def as_of_now(self) -> Sampler:
-        """One that goes on writing with the weights of the last push."""
+    measured: dict[str, float]  # what the last push returned, with what was measured of it since
+
+    def as_of_now(self) -> Keeps:
+        """One that goes on writing with the weights of the last push, and measures for itself."""
 
 
 class Ahead:
@@ -42,7 +44,7 @@ class Ahead:
     def __init__(self, own: Sampling, sampler: Keeps, policy: Policy, prompts: PromptSet, buffer: Buffer) -> None:
         """own: how a round is sampled and scored. policy: the one that learns."""
         self.own, self.sampler, self.policy, self.prompts, self.buffer = own, sampler, policy, prompts, buffer
-        self._begun: dict[int, Future[Round]] = {}
+        self._begun: dict[int, tuple[Keeps, Future[Round]]] = {}
         self._pool = ThreadPoolExecutor(own.recipe.max_staleness + 1)
 
     def __call__(self, prompts: Sequence[Prompt], n: int, step: int) -> Round:
@@ -55,7 +57,9 @@ class Ahead:
         self.buffer.forget()
         clock = Clock()
         with clock("sample"):
-            rollouts, seconds = self._begun.pop(step).result()
+            sampler, begun = self._begun.pop(step)
+            rollouts, seconds = begun.result()
+            self.sampler.measured |= sampler.measured  # of the weights that wrote the round, which may be older
             if not self._in_bounds(rollouts):  # kept by a process that had come further, or from before a change
                 rollouts, _ = self.own(prompts, n, step)
                 self.buffer.write(step, rollouts)
@@ -68,10 +72,11 @@ class Ahead:
         versions = {r.behavior_logp.distribution.policy_version for r in rollouts}
         return all(0 <= now - version <= recipe.max_staleness * updates for version in versions)
 
-    def _begin(self, step: int, quiet: bool) -> Future[Round]:
+    def _begin(self, step: int, quiet: bool) -> tuple[Keeps, Future[Round]]:
         recipe = self.own.recipe
         prompts = self.prompts.batch(step, recipe.prompts_per_step, recipe.seed)
-        own = dataclasses.replace(self.own, sampler=self.sampler.as_of_now())
+        sampler = self.sampler.as_of_now()
+        own = dataclasses.replace(self.own, sampler=sampler)
         if quiet:
             own = dataclasses.replace(own, tell=lambda what, done, total: None)
 
@@ -83,7 +88,7 @@ class Ahead:
             self.buffer.write(step, rollouts)
             return rollouts, seconds
 
-        return self._pool.submit(draw)
+        return sampler, self._pool.submit(draw)
 
 
 class Buffer:

@@ -9,7 +9,7 @@ from typing import Any
 from lossmith.cluster.placement import import_ray
 from lossmith.errors import LossmithError, RunError
 
-__all__ = ["as_ours", "asked"]
+__all__ = ["as_ours", "asked", "lost"]
 
 TRIES = 20  # of one call; a process that starts again may be killed again
 
@@ -29,7 +29,7 @@ def asked(what: str, processes: Sequence[Any], calls: Sequence[Callable[[Any], A
             answer = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
             raise as_ours(error, what) from None
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        except lost() as error:
             if tries == TRIES:
                 raise RunError(
                     f"{what} was lost {TRIES} times over the same work, and nothing more is tried. Out of memory? "
@@ -39,6 +39,12 @@ def asked(what: str, processes: Sequence[Any], calls: Sequence[Callable[[Any], A
             waiting[calls[k](processes[(k + tries) % len(processes)])] = (k, tries + 1)
             continue
         yield k, answer
+
+
+def lost() -> tuple[type[Exception], ...]:
+    """What Ray raises of a call where the process that was asked is gone."""
+    errors = import_ray().exceptions
+    return errors.RayActorError, errors.OutOfMemoryError
 
 
 def as_ours(error: Any, what: str) -> Exception:

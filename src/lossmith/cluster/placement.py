@@ -14,7 +14,7 @@ from lossmith.errors import RecipeError, RunError
 __all__ = ["Placement", "Rooms", "connected", "import_ray", "rooms"]
 
 PATIENCE = 60  # seconds until the cluster has to have found room
-_PASSED_ON = ("PYTHONPATH", "LOSSMITH_CACHE", "LOSSMITH_VLLM", "HF_HOME", "HF_HUB_OFFLINE")
+_PASSED_ON = ("PYTHONPATH", "LOSSMITH_CACHE", "LOSSMITH_VLLM", "HF_HOME", "HF_HUB_OFFLINE", "VLLM_")  # begin so
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def connected(placement: Placement) -> Iterator[None]:
         ray.init(
             log_to_driver=False, include_dashboard=False, configure_logging=False, ignore_reinit_error=False, **size
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise RunError(f"no Ray cluster: {error}") from None
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        there = " Is it up, and RAY_AUTH_MODE what it was started with?" if "RAY_ADDRESS" in os.environ else ""
+        raise RunError(f"no Ray cluster: {error}.{there}") from None
     try:
         yield
     finally:
@@ -97,8 +98,9 @@ def rooms(placement: Placement) -> Iterator[Rooms]:
             f"the cluster has no room for {len(bundles)} processes, each with a core of its own (it has "
             f"{there.get('CPU', 0):g}), within {PATIENCE} s. Ask for fewer samplers or scorers, or wait for other work."
         )
-    variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
     variables["OMP_NUM_THREADS"] = str(1 if gpus else max(1, (os.cpu_count() or 1) // placement.heavy))
+    variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else every server is bound to the same cores
 
     def room(bundle: int) -> dict[str, Any]:
         return {

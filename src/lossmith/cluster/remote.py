@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any
 
 from lossmith.cluster.asking import asked
@@ -17,7 +17,7 @@ from lossmith.rollouts import Rollout, Score
 from lossmith.training import Learner
 from lossmith.training.shards import whole_weights
 
-__all__ = ["RemoteSampler", "RemoteScorer"]
+__all__ = ["RemoteSampler", "RemoteScorer", "together"]
 
 
 class RemoteSampler:
@@ -29,21 +29,28 @@ class RemoteSampler:
     def __init__(self, processes: Sequence[Any], learner: Learner, probe: Prompt, context: int) -> None:
         self.processes, self.learner, self.probe, self.context = processes, learner, probe, context
         self.weights: Weights | None = None
+        self.proofs: dict[int, dict[str, float]] = {}  # a share of the prompts: what its sampler measured of them
         self.measured: dict[str, float] = {}
 
     def push(self) -> dict[str, float]:
-        """Put the weights where the samplers take them from, with the calls that come."""
+        """Put the weights where the samplers take them from, with the calls that come.
+
+        What is returned is added to as the samplers answer.
+        """
         policy = self.learner.policy
         if self.weights is None or self.weights.version != policy.version:
             tensors = {name: x.cpu() for name, x in whole_weights(policy, self.learner.shards).items()}
             held = import_ray().put(tensors)  # a copy: the learner goes on changing its own
-            self.weights = Weights(policy.version, (held,), policy.checksum())
-            self.measured = {"push_tensors": float(len(tensors))}
+            checksum = policy.checksum({name.removeprefix("policy."): x for name, x in tensors.items()})
+            self.weights = Weights(policy.version, (held,), len(tensors), checksum)
+            self.proofs, self.measured = {}, {"push_samplers": 0.0}
         return self.measured
 
     def as_of_now(self) -> RemoteSampler:
-        """One that keeps the weights of the last push."""
-        return copy.copy(self)
+        """One that keeps the weights of the last push, and what is measured of them."""
+        kept = copy.copy(self)
+        kept.proofs, kept.measured = {}, {}
+        return kept
 
     def sample(
         self,
@@ -71,7 +78,8 @@ class RemoteSampler:
                     f"{checksum[:12]}, and the learner's {weights.checksum[:12]}. Is it another version of Lossmith, "
                     "or another model?"
                 )
-            self.measured |= measured
+            self.proofs[k] = measured
+            self.measured |= together(self.proofs.values())
             for start in range(0, len(rollouts), n):
                 group = rollouts[start : start + n]
                 written[group[0].prompt.id] = group
@@ -83,6 +91,14 @@ class RemoteSampler:
 
     def close(self) -> None:
         """They end with the cluster's placement group, not with the run: a learner that is lost finds them again."""
+
+
+def together(proofs: Collection[Mapping[str, float]]) -> dict[str, float]:
+    """The worst that any sampler measured of the weights that it was sent; of tokens and servers, the sum."""
+    how: dict[str, Callable[..., float]] = {"push_tensors": min, "push_tokens": sum, "push_restarts": sum}
+    names = {name for proof in proofs for name in proof}
+    worst = {name: how.get(name, max)([proof[name] for proof in proofs if name in proof]) for name in sorted(names)}
+    return worst | {"push_samplers": float(len(proofs))}
 
 
 class RemoteScorer:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lossmith.cluster.asking import asked
+from lossmith.cluster.asking import asked, lost
 from lossmith.cluster.learner import LearnerProcess, Others, Outcome
 from lossmith.cluster.placement import Placement, Rooms, connected, import_ray, rooms
 from lossmith.cluster.workers import SamplerProcess, ScorerProcess
@@ -52,9 +52,9 @@ def supervise(plan: Plan, placement: Placement, console: Console, resume: GoOn |
         )
         for _ in asked("a scorer", others.scorers[:1], [lambda process: process.about.remote()]):
             pass  # a scorer that does not load is heard of before the model is
-        furthest, lost = -1, 0
+        furthest, in_vain = -1, 0
         while (outcome := _learn(written, resume, others, places, console, stop)) is None:
-            resume, furthest, lost = _after_loss(folder, resume, furthest, lost, console)
+            resume, furthest, in_vain = _after_loss(folder, resume, furthest, in_vain, console)
         if outcome.signal:
             stop.signal_number = None  # it has been done
     return _ended(outcome, folder)
@@ -104,7 +104,7 @@ def _learn(
             for rank, one in enumerate(learners)
         ]  # fmt: skip
         return _followed(first, ends, console, stop)
-    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+    except lost():
         return None
     except Stopped as end:
         folder = Path(written["runs"]) / written["name"] if resume is None else resume.folder
@@ -136,14 +136,14 @@ def _followed(first: Any, ends: list[Any], console: Console, stop: Stopping) -> 
 
 
 def _after_loss(
-    folder: Path, resume: GoOn | None, furthest: int, lost: int, console: Console
+    folder: Path, resume: GoOn | None, furthest: int, in_vain: int, console: Console
 ) -> tuple[GoOn | None, int, int]:
     """How the next learner goes on, how far the run is, and how many learners have come no further than that."""
     begun = (folder / "recipe.toml").exists()
     there = RunFolder(folder)
     done = len(there.metrics()) if begun else 0
-    lost = 1 if done > furthest else lost + 1
-    if lost == LOST:
+    in_vain = 1 if done > furthest else in_vain + 1
+    if in_vain == LOST:
         raise RunError(
             f"the learner was lost {LOST} times and came no further than {done} steps. Out of memory? Ray's logs of it "
             "say more (/tmp/ray/session_latest/logs)."
@@ -152,10 +152,10 @@ def _after_loss(
     where = "from the beginning" if checkpoint is None else f"from the checkpoint after step {checkpoint.step}"
     console.print(f"the learner was lost; another goes on {where}", highlight=False)
     if not begun:
-        return resume, max(done, furthest), lost
+        return resume, max(done, furthest), in_vain
     if resume is None:
         resume = GoOn.of(folder)
-    return resume, max(done, furthest), lost
+    return resume, max(done, furthest), in_vain
 
 
 def _ended(outcome: Outcome, folder: Path) -> ClusterRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 
 from lossmith.cluster.placement import import_ray
+from lossmith.errors import RunError
 from lossmith.prompts import Prompt
 from lossmith.rollouts import Rollout, Score
-from lossmith.samplers import Sampler
+from lossmith.samplers import Sampler, VllmSampler
 from lossmith.scorers.scorer import ask, bind_scorer, columns_read, verify_scorer
 from lossmith.training.prepare import plan as plan_of
 from lossmith.training.prepare import policy_of, scorer_of
@@ -26,6 +28,8 @@ from lossmith.training.sharing import sampler_of
 
 __all__ = ["About", "SamplerProcess", "ScorerProcess", "Weights", "at_work_in"]
 
+STARTS = 3  # of a server over the same work
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -33,6 +37,7 @@ class Weights:
 
     version: int
     held: tuple[Any, ...]  # a reference, wrapped so that it is fetched only where it is needed
+    tensors: int
     checksum: str
 
 
@@ -51,21 +56,40 @@ class SamplerProcess:
         at_work_in(folder)
         self.recipe = Recipe.make("the recipe", **recipe)
         self.policy = policy_of(self.recipe)
-        self.place = tempfile.TemporaryDirectory(prefix="lossmith-sampler-")
         self.sampler: Sampler | None = None
         self.checksum = ""  # of the weights that it has
 
     def sample(
         self, weights: Weights, prompts: Sequence[Prompt], n: int, step: int, probe: Prompt, context: int
     ) -> tuple[list[Rollout], str, dict[str, float]]:
-        """(n completions of each prompt, the checksum of what wrote them, what was measured when weights arrived)."""
+        """(n completions of each prompt, the checksum of what wrote them, what was measured when weights arrived).
+
+        A server that has died is started again, with the weights as they are, and asked the same.
+        """
         if self.checksum != weights.checksum:
             self._take(weights)
-        if self.sampler is None:
-            self.sampler = sampler_of(self.recipe, self.policy, Path(self.place.name), probe, context)
-        measured = self.sampler.push()
-        rollouts = self.sampler.sample(prompts, n, seed=self.recipe.seed, step=step)
-        return rollouts, self.checksum, measured
+        for died in range(STARTS):
+            try:
+                sampler = self.sampler = self.sampler or self._opened(probe, context)
+                measured = {"push_tensors": float(weights.tensors)} | sampler.push()
+                rollouts = sampler.sample(prompts, n, seed=self.recipe.seed, step=step)
+                return rollouts, self.checksum, measured | ({"push_restarts": float(died)} if died else {})
+            except RunError as error:
+                if not (isinstance(self.sampler, VllmSampler) and self.sampler.gone()):
+                    raise RunError(f"a sampler on {socket.gethostname()}: {error}") from None
+                self.sampler.close()
+                self.sampler = None
+                last = str(error)
+        raise RunError(
+            f"the vLLM server of a sampler on {socket.gethostname()} died {STARTS} times over the same work. Out of "
+            f"memory? Ask for fewer samplers, or give its cache less. The last time: {last}"
+        )
+
+    def _opened(self, probe: Prompt, context: int) -> Sampler:
+        """The recipe's. What a server says stays in the folder, the rest goes with it."""
+        serves = self.recipe.sampler == "vllm"
+        place = Path(tempfile.mkdtemp(prefix="lossmith-sampler-")) if serves else Path()
+        return sampler_of(self.recipe, self.policy, place, probe, context)
 
     @torch.no_grad()
     def _take(self, weights: Weights) -> None:
@@ -74,6 +98,8 @@ class SamplerProcess:
             x.copy_(tensors[name])
         self.policy.version = weights.version
         self.checksum = self.policy.checksum()
+        if isinstance(self.sampler, VllmSampler):
+            self.sampler.outdated()  # a learner that went back makes a version again, and not always the same
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,12 @@ class Policy:
             float32_head=self.float32_head,
         )
 
-    def checksum(self) -> str:
-        """sha256 over names and bytes of all weights."""
+    def checksum(self, at_hand: Mapping[str, Tensor] | None = None) -> str:
+        """sha256 over names and bytes of all weights.
+
+        at_hand: {name of a parameter: all of it}, for those that have been read (or gathered) already; they are not
+        read again. What is not among them must be held whole.
+        """
         digest = hashlib.sha256()
 
         def take(name: str, tensor: Any) -> None:
@@ -187,11 +191,12 @@ class Policy:
             flat = tensor.detach().cpu().contiguous().flatten()  # a number alone has no bytes to be seen as
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
 
-        if self.gather is not None:
+        if self.gather is not None and at_hand is None:
             self.gather(take)
-        else:
-            for name, tensor in self.model.state_dict().items():
-                take(name, tensor)
+            return digest.hexdigest()
+        read = {id(p): at_hand[name] for name, p in self.model.named_parameters() if at_hand and name in at_hand}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            take(name, read.get(id(tensor), tensor))
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:

@@ -37,7 +37,7 @@ from lossmith.prompts import Prompt
 from lossmith.rollouts import FinishReason, Rollout
 from lossmith.samplers.push import BOUNDS, Checksums, digests, write_weights
 from lossmith.samplers.routes import Refused, Routes
-from lossmith.samplers.server import VllmServer, check_vllm
+from lossmith.samplers.server import START, VllmServer, check_vllm
 
 __all__ = ["VllmSampler", "open_vllm"]
 
@@ -63,20 +63,22 @@ def open_vllm(
     """The sampler on the server at `url`, or on one that is started here and ends with it.
 
     timeout: seconds for one answer, and for the start. folder: where weights are handed over, which the server must
-    see too. probe: whose completions are compared after a push. context: tokens of the longest prompt and completion.
+    see too; of a server that is started here, server.log stays in it. probe: whose completions are compared after a
+    push. context: tokens of the longest prompt and completion.
     RunError: it does not start or answer, or is of another model, tokenizer or type of numbers.
     """
     if url is not None:
         return VllmSampler(policy, settings, Routes(url, timeout, _RESUME), folder, probe)
     python = check_vllm()
-    write_weights(policy, folder / "start")
+    log, folder = folder / "server.log", folder / f"server-{secrets.token_hex(4)}"  # which goes with the server
+    write_weights(policy, folder / START)
     options = ["--enable-scale-out"]
     if policy.device.type == "cpu":
         options += ["--enforce-eager", *_WHOLE_PROMPTS, "--max-num-batched-tokens", str(max(2048, context))]
     elif settings.filtered and settings.top_k:
         options.append("--return-sampling-mask")
     kind = str(policy.compute_dtype).removeprefix("torch.")
-    server = VllmServer(python, folder / "start", kind, context, folder / "server.log", options)
+    server = VllmServer(python, folder, kind, context, log, options)
     try:
         server.wait(timeout)
         routes = Routes(server.url, timeout, f"What it said is in {server.log}. {_RESUME}")
@@ -100,6 +102,7 @@ class VllmSampler:
     ) -> None:
         self.policy, self.settings, self.routes, self.folder, self.probe = policy, settings, routes, folder, probe
         self._server = server
+        self._anew = routes.hint if server is not None else f"Restart the server. {routes.hint}"
         self._pushed: int | None = None  # the version that the server has
         self._tag = ""  # names this push in the server's answers, and salts its prefix cache
         self._checksums = Checksums()
@@ -177,6 +180,10 @@ class VllmSampler:
         self._pushed = version
         return self._measured
 
+    def outdated(self) -> None:
+        """The policy has other weights than were sent, even if it has the version's number."""
+        self._pushed = None
+
     def _checked(self) -> dict[str, float]:
         """The first witness, where the server has the route."""
         answer = self.routes.ask("/weight_checker", {"action": "checksum"}, optional=True)
@@ -190,7 +197,7 @@ class VllmSampler:
         except RunError as error:
             raise RunError(
                 f"the weights of version {self.policy.version} did not arrive at {self.routes.url}: {error}. It would "
-                f"go on sampling from an old policy. Restart the server. {_RESUME}"
+                f"go on sampling from an old policy. {self._anew}"
             ) from None
         return {"push_tensors": float(equal), "push_tensors_unknown": float(len(theirs) - equal)}
 
@@ -209,7 +216,7 @@ class VllmSampler:
             raise RunError(
                 f"the server's log-probabilities of {len(gaps)} tokens are {mean:.3g} nats from the learner's on "
                 f"average, and at most {bound:g} is rounding: the weights of version {self.policy.version} did not "
-                f"arrive at {self.routes.url}, or it computes something else. Restart the server. {_RESUME}"
+                f"arrive at {self.routes.url}, or it computes something else. {self._anew}"
             )
         return {"push_gap": mean, "push_gap_most": float(gaps.max()), "push_tokens": float(len(gaps))}
 
@@ -318,10 +325,13 @@ class VllmSampler:
         died = self._server.tail() if self._server is not None else ""
         return RunError(f"{self.routes.url}/inference/v1/generate answered with {what}. {_RESUME}{died}")
 
+    def gone(self) -> bool:
+        """Whether the server was started here, and answers no more."""
+        return self._server is not None and self._server.gone()
+
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
-        shutil.rmtree(self.folder / "start", ignore_errors=True)
 
 
 def _at(value: Any, *keys: str) -> Any:

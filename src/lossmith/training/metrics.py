@@ -77,13 +77,16 @@ SECTIONS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
             "sampler_outside": ("share of those tokens whose ratio lies outside [0.9, 1.1]", "0 to 1"),
             "ess": ("(Σw)²/(nΣw²) of the tokens' ratios π_learner/π_sampler at the last update", "0 to 1"),
             "push_gap": (
-                "mean |log p of the learner - log p of the vLLM server| of a short text, after the weights were sent",
+                "mean |log p of the learner - log p of the vLLM server| of a short text, after the weights were sent; "
+                "of several servers, the largest",
                 "nats a token",
             ),
             "push_gap_most": ("the largest of them", "nats a token"),
-            "push_tokens": ("tokens of that text", "tokens"),
+            "push_tokens": ("tokens of that text; of several servers, all", "tokens"),
             "push_tensors": ("tensors whose checksum there is ours: of the server, or a cluster's samplers", "tensors"),
             "push_tensors_unknown": ("those that it keeps in a form that cannot be told", "tensors"),
+            "push_samplers": ("a cluster's samplers that proved so, for the weights that wrote the round", "samplers"),
+            "push_restarts": ("servers of theirs that had died, and were started again", "servers"),
             "weights_moved": ("share of weights that bfloat16 tells from those at the start", "0 to 1"),
             "reference_moved": ("share of the reference's weights that are not what they were", "0 to 1"),
         },
