@@ -1,21 +1,26 @@
 """What a layer does not store for its backward pass, it makes again: the same values to the bit, the same gradients."""
 
 import copy
-import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import tiny
-from lossmith.policy import LoraSettings, SamplingSettings, lean, load_policy, token_outputs
+from lossmith.policy import LoraSettings, SamplingSettings, lean, load_policy, sharing_is_exact, token_outputs
 from lossmith.policy.lean import lean_layers, storing_less
 
 SMALL = dict(
     vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
     num_key_value_heads=2, max_position_embeddings=256, eos_token_id=256, pad_token_id=256, initializer_range=0.3,
 )  # fmt: skip
+
+
+def memory(x):
+    """What says whether it is still there."""
+    return StorageWeakRef(x.untyped_storage())
 
 
 def kinds(policy):
@@ -61,7 +66,7 @@ def test_the_gradient_of_a_gated_product_is_its_slope(act):
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def product(gate, up):
-        return lean._Product.apply(gate, up, lean._Factors(gate.detach(), up.detach(), act))
+        return lean._Product.apply(gate, up, act, [])
 
     assert torch.autograd.gradcheck(product, (gate, up))
 
@@ -71,12 +76,28 @@ def test_the_input_of_the_last_product_is_let_go_of(less):
     policy = tiny.policy()
     mlp = policy.model.model.layers[0].mlp
     seen = []
-    mlp.down_proj.register_forward_pre_hook(lambda module, given: seen.append(weakref.ref(given[0])))
+    mlp.down_proj.register_forward_pre_hook(
+        lambda module, given: seen.append(StorageWeakRef(given[0].untyped_storage()))
+    )
     if not less:
         policy.lean = []
     with storing_less(policy):
         out = mlp(torch.randn(1, 7, 32, requires_grad=True))
-    assert out.requires_grad and (seen[0]() is None) == less
+    assert out.requires_grad and seen[0].expired() == less
+
+
+def test_a_backward_pass_lets_go_of_each_layer_when_it_is_done_with_it():
+    policy = tiny.policy()
+    assert sharing_is_exact(policy) and lean_layers(policy)
+    kept, layers = [], policy.model.model.layers
+    for branch in (layers[1].mlp.gate_proj, layers[1].mlp.up_proj):
+        branch.register_forward_hook(lambda module, given, out: kept.append(memory(out)))
+    there = []
+    layers[0].mlp.down_proj.weight.register_hook(lambda grad: there.extend(not each.expired() for each in kept))
+    total = token_outputs(policy, tiny.rollouts(), SamplingSettings()).logp.sum()
+    assert len(kept) == 2 and not any(each.expired() for each in kept)
+    total.backward()
+    assert there == [False, False]  # the second layer's, when the first one's turn has come
 
 
 def test_a_module_that_computes_otherwise_is_left_as_it_is():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -100,61 +99,55 @@ def _is_the_same(module: Any, forward: Callable[[Tensor], Tensor]) -> bool:
 # -- gated feed-forward ------------------------------------------------------------------------------------------------
 
 
+_Made = list[tuple[Tensor, Tensor]]  # a gate as a leaf and its activation, from one use in a backward pass to the other
+
+
 def _gated(module: Any, x: Tensor) -> Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
     if not torch.is_grad_enabled():
         out: Tensor = module.down_proj(module.act_fn(gate) * up)
         return out
-    factors = _Factors(gate.detach(), up.detach(), module.act_fn)
-    product: Tensor = _Product.apply(gate, up, factors)
-    place = product.data_ptr()
+    made: _Made = []
+    product: Tensor = _Product.apply(gate, up, module.act_fn, made)
+    held, place = (gate.detach(), up.detach()), product.data_ptr()
 
     def pack(x: Tensor) -> Tensor | torch.Size:
         """What the last product would store of its input is made again from what is stored anyway."""
-        same = x.data_ptr() == place and x.numel() == up.numel() and x.dtype == up.dtype and x.is_contiguous()
+        same = x.data_ptr() == place and x.numel() == held[1].numel() and x.dtype == held[1].dtype and x.is_contiguous()
         return x.shape if same else x
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return factors.product_again().view(packed) if isinstance(packed, torch.Size) else packed
+        if not isinstance(packed, torch.Size):
+            return packed
+        made[:] = [_activation(held[0], module.act_fn)]
+        return (made[0][1].detach() * held[1]).view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         down: Tensor = module.down_proj(product)
         return down
 
 
-@dataclass
-class _Factors:
-    """Of act(gate) * up, without gradient; and in the backward pass the activation, from one use of it to the other."""
-
-    gate: Tensor
-    up: Tensor
-    act: Callable[[Tensor], Tensor]
-    made: tuple[Tensor, Tensor] | None = None  # the gate as a leaf, and its activation with a gradient
-
-    def activation(self) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = self.gate.detach().requires_grad_()
-            return leaf, self.act(leaf)
-
-    def product_again(self) -> Tensor:
-        self.made = self.activation()
-        return self.made[1].detach() * self.up
+def _activation(gate: Tensor, act: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        return leaf, act(leaf)
 
 
 class _Product(torch.autograd.Function):
-    """act(gate) * up, of which the two factors alone are stored."""
+    """act(gate) * up, of which the two factors alone are stored: by autograd, which lets go of them layer by layer."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, factors: _Factors) -> Tensor:
-        ctx.factors = factors
-        return factors.act(gate) * up
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor], made: _Made) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act, ctx.made = act, made
+        return act(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        leaf, activation = ctx.factors.made or ctx.factors.activation()
-        ctx.factors.made = None
-        (gate_grad,) = torch.autograd.grad(activation, leaf, grad * ctx.factors.up)
-        return gate_grad, activation.detach() * grad, None
+        gate, up = ctx.saved_tensors
+        leaf, activation = ctx.made.pop() if ctx.made else _activation(gate, ctx.act)
+        (gate_grad,) = torch.autograd.grad(activation, leaf, grad * up)
+        return gate_grad, activation.detach() * grad, None, None
 
 
 # -- RMSNorm -----------------------------------------------------------------------------------------------------------
