@@ -298,15 +298,19 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path != "/health":
             time.sleep(600)  # for an engine that is dead
-        self.send_response(503 if os.path.exists("dead") else 200)
-        self.end_headers()
+        if os.path.exists("cut off"):
+            self.close_connection = True
+        else:
+            self.send_response(503 if os.path.exists("unwell") else 200)
+            self.end_headers()
     def log_message(self, *_):
         pass
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Server).serve_forever()
 """
 
 
-def test_whoever_waits_for_a_server_whose_engine_has_died_is_told_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["unwell", "cut off"])
+def test_whoever_waits_for_a_server_whose_engine_has_died_is_told_at_once(tmp_path, monkeypatch, how):
     """vLLM itself waits until they have gone, and they would until their time is up."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(server, "LOOK", 0.1)
@@ -319,7 +323,7 @@ def test_whoever_waits_for_a_server_whose_engine_has_died_is_told_at_once(tmp_pa
         made.wait(20)
         time.sleep(0.3)
         assert not made.gone()
-        threading.Timer(0.3, (tmp_path / "dead").touch).start()
+        threading.Timer(0.3, (tmp_path / how).touch).start()
         with pytest.raises(RunError, match=r"cannot be reached .*look there"):
             Routes(made.url, 60.0, "look there").ask("/collective_rpc")
         assert made.gone()

@@ -115,8 +115,8 @@ class VllmServer:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code >= 500
-        except (OSError, http.client.HTTPException) as error:
-            return isinstance(getattr(error, "reason", None), ConnectionRefusedError)
+        except (OSError, http.client.HTTPException) as error:  # refused, or cut off by a server that is just ending
+            return not isinstance(getattr(error, "reason", error), TimeoutError)
 
     def _kill(self, number: int) -> None:
         """Send the signal to all that was started."""
