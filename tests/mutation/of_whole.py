@@ -224,8 +224,8 @@ WHOLE = [
     (
         "mismatch_dropped",
         "composition/policy_loss.py",
-        "factor = credit.mismatch",
-        "factor = torch.ones_like(credit.mismatch)",
+        "factor = self.completed(credit, batch).mismatch",
+        "factor = torch.ones_like(credit.weight)",
         "the mismatch weight multiplies the policy term",
     ),
     (
