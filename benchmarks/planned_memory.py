@@ -22,6 +22,7 @@ from machine import description
 
 import lossmith as ls
 from lossmith.policy import embedded_model
+from lossmith.policy.quantized import numbers
 from lossmith.training import Learner, Recipe
 
 # hidden, inner, layers, heads, heads of keys
@@ -44,38 +45,39 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
     asked.add_argument("--lora-rank", type=int, default=0)
+    asked.add_argument("--quantize", choices=["nf4"])
     asked.add_argument("--worker")
     given = asked.parse_args()
+    adapter = {"lora_rank": given.lora_rank} | ({"quantize": given.quantize} if given.quantize else {})
     if given.worker:
-        print(json.dumps(work(given.worker, given.lora_rank)))
+        print(json.dumps(work(given.worker, adapter)))
         return
     for name in given.only:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), *SIZES[name])
             command = [sys.executable, __file__, "--worker", folder, "--lora-rank", str(given.lora_rank)]
+            command += ["--quantize", given.quantize] if given.quantize else []
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        write(name, given.lora_rank, json.loads(done.stdout.splitlines()[-1]))
+        write(name, adapter, json.loads(done.stdout.splitlines()[-1]))
 
 
-def write(size: str, rank: int, measured: dict[str, Any]) -> None:
+def write(size: str, adapter: dict[str, Any], measured: dict[str, Any]) -> None:
     """In the place of what was measured of this size before."""
     off = measured["planned_gb"] / measured["peak_gb"] - 1
-    print(
-        f"{size}, rank {rank}: planned {measured['planned_gb']:.2f} GB, held {measured['peak_gb']:.2f} GB ({off:+.0%})"
-    )
+    print(f"{size}, {adapter}: planned {measured['planned_gb']:.2f} GB, held {measured['peak_gb']:.2f} GB ({off:+.0%})")
     row = {
         "size": size,
         "shape": SIZES[size],
-        "round": ROUND | {"lora_rank": rank},
+        "round": ROUND | adapter,
         "machine": description(),
         **measured,
     }
     place = Path(__file__).parent / "results" / "planned_memory.json"
     rows = json.loads(place.read_text())["rows"] if place.exists() else []
     rows = [r for r in rows if (r["size"], r["round"]) != (size, row["round"])] + [row]
-    rows.sort(key=lambda r: (r["round"]["lora_rank"], r["parameters"]))
+    rows.sort(key=lambda r: (r["round"]["lora_rank"], r["round"].get("quantize", ""), r["parameters"]))
     place.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
@@ -90,10 +92,10 @@ def make(folder: Path, hidden: int, inner: int, layers: int, heads: int, key_hea
     AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder)
 
 
-def work(folder: str, rank: int) -> dict[str, Any]:
+def work(folder: str, adapter: dict[str, Any]) -> dict[str, Any]:
     """Three steps; the most that this process has held, and what was planned."""
-    recipe = Recipe.make(model=folder, lora_rank=rank, **ROUND)
-    policy = ls.load_policy(folder, lora=recipe.lora, dtype=recipe.dtype)
+    recipe = Recipe.make(model=folder, **ROUND, **adapter)
+    policy = ls.load_policy(folder, lora=recipe.lora, dtype=recipe.dtype, quantize=recipe.quantize)
     prompts = list(ls.load_prompts([f"What is {i} good for, and why?" for i in range(8)]))
     longest = max(len(policy.encode(p)) for p in prompts)
     learner = Learner(policy, recipe.policy_loss(), recipe, longest)
@@ -106,7 +108,7 @@ def work(folder: str, rank: int) -> dict[str, Any]:
         learner.update(scored, batch, learner.credit(batch), step)
     memory = learner.memory
     return {
-        "parameters": sum(p.numel() for p in policy.model.parameters()),
+        "parameters": numbers(policy.model.parameters()),
         "compute": str(policy.compute_dtype),
         "prompt_tokens": longest,
         "planned_gb": memory.total(learner.recompute) / 1e9,

@@ -1,7 +1,8 @@
 """Started by test_ranks.py, becomes all ranks: every loss named, trained by all ranks and by this process alone.
 
 ranks_program.py OUT DTYPE PROMPTS SHARD LOSS...: rank 0 writes the largest differences of each loss to OUT. LOSS+lora
-trains an adapter. SHARD "parts": every rank holds a part of the weights; "copies": all of them.
+trains an adapter, LOSS+qlora one beside weights in 4 bits. SHARD "parts": every rank holds a part of the weights;
+"copies": all of them.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import tiny
 from lossmith.errors import quiet_traps
 from lossmith.losses import example_loss
-from lossmith.policy import LoraSettings, Teacher
+from lossmith.policy import LoraSettings, Teacher, load_policy
 from lossmith.policy.adapter import add_adapter
 from lossmith.ranks import of_environment
 from lossmith.rollouts import Distribution, Score
@@ -49,10 +50,14 @@ def counted(operation):
 
 
 def made(name, dtype, ranks=None, shard=False):
-    policy = tiny.policy(tiny.llama(), dtype)
     name, _, lora = name.partition("+")
-    if lora:
-        policy.adapter = add_adapter(policy.model, LoraSettings(2, 8.0, ("all-linear",), seed=0), "base")
+    settings = LoraSettings(2, 8.0, ("all-linear",), seed=0)
+    if lora == "qlora":
+        policy = load_policy(tiny.folder(), device="cpu", dtype="float32", lora=settings, quantize="nf4")
+    else:
+        policy = tiny.policy(tiny.llama(), dtype)
+    if lora == "lora":
+        policy.adapter = add_adapter(policy.model, settings, "base")
     loss = example_loss(name, max_length=9)
     teacher = Teacher(tiny.policy(tiny.llama(seed=5), dtype)) if loss.needs & TAUGHT else None
     if loss.value.active:
@@ -115,6 +120,7 @@ def compare(name, dtype, prompts, ranks):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     out, dtype, prompts, held, *losses = sys.argv[1:]
+    tiny.folder()  # before there are others, of which transformers lets one alone write
     for rank in range(1, int(os.environ["WORLD_SIZE"])):
         if os.fork() == 0:  # what was imported is imported
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}

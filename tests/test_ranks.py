@@ -96,6 +96,12 @@ def test_an_adapter_trains_on_ranks_as_in_one_process_and_is_all_that_is_sent(tm
 
 
 @pytest.mark.slow
+def test_an_adapter_beside_4_bits_trains_on_ranks_as_in_one_process(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    hold(together_and_alone(tmp_path, 2, "float32", 3, ["grpo+qlora"]), 1e-5, 1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_loss_trains_on_ranks_as_in_one_process(tmp_path, size):
     found = together_and_alone(tmp_path, size, "float64", 3, TRAINS)

@@ -86,12 +86,15 @@ def open_sides(places: Sequence[str], *, device: str = "auto", dtype: str = "aut
     PolicyError: there are more than two, or a run has no policy yet.
     """
     named: list[tuple[str, str]] = []
+    quantize: str | None = None
     for place in places or ("default",):
         folder = at_home(place, PolicyError)
         if (folder / "recipe.toml").is_file():
             if not (folder / "policy").is_dir():
                 raise PolicyError(f"the run {place!r} has no policy/ yet: it is not finished.")
-            named += [("before", str(Recipe.read(folder / "recipe.toml")["model"])), ("after", str(folder / "policy"))]
+            recipe = Recipe.read(folder / "recipe.toml")
+            quantize = recipe.get("quantize")  # both are of the same weights then
+            named += [("before", str(recipe["model"])), ("after", str(folder / "policy"))]
         else:
             named.append((Path(place).name or place, place))
     if len(named) > 2:
@@ -99,4 +102,5 @@ def open_sides(places: Sequence[str], *, device: str = "auto", dtype: str = "aut
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
         named = [(place, place) for _, place in named]
-    return [Side(name, load_policy(place, device=device, dtype=dtype)) for name, place in named]
+    more: Any = {"device": device, "dtype": dtype, "quantize": quantize, "trainable": False}
+    return [Side(name, load_policy(place, **more)) for name, place in named]

@@ -45,6 +45,7 @@ _NOT_CARRIED = {
     "dtype": "its types are set by its own settings (actor.fsdp_config, rollout.dtype)",
     "float32_head": "its types are set by its own settings (actor.fsdp_config, rollout.dtype)",
     "compile": "actor.use_torch_compile is its own",
+    "quantize": "beside an adapter it holds the base model's weights as they are",
     "value_learning_rate": "its critic is set by its own settings",
     "engine": "the folder is for verl",
     "engine_options": "they are TRL's; verl's settings follow ./launch.sh",

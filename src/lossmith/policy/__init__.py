@@ -11,7 +11,7 @@ from lossmith.policy.load import Policy
 from lossmith.policy.log_probs import TokenOutputs, distribution_of, token_outputs
 from lossmith.policy.memory import available_bytes
 from lossmith.policy.merging import merge_adapter
-from lossmith.policy.reading import check_weights, load_policy, read_pretrained
+from lossmith.policy.reading import check_quantization, check_weights, load_policy, read_pretrained
 from lossmith.policy.sampling import check_samples, sample
 from lossmith.policy.teacher import Teacher, check_teacher
 from lossmith.policy.trial import sharing_is_exact
@@ -30,6 +30,7 @@ __all__ = [
     "can_checkpoint_activations",
     "check_compiler",
     "check_model",
+    "check_quantization",
     "check_samples",
     "check_teacher",
     "check_weights",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lossmith.errors import PolicyError, nearest
 from lossmith.policy.folder import WEIGHTS_OF_ADAPTER, in_brief
+from lossmith.policy.quantized import RECORD, in_full, record_of
 
 __all__ = ["ALL_LINEAR", "Adapter", "LoraSettings", "add_adapter", "load_adapter"]
 
@@ -58,6 +59,11 @@ class Adapter:
         """How many layers of the model it adapts."""
         return sum(_NAME in getattr(module, "lora_A", ()) for module in self.peft.modules())
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the model's own weights are held in 4 bits."""
+        return record_of(self.peft.get_base_model()) is not None
+
     def used(self) -> contextlib.AbstractContextManager[None]:
         """Within, the model computes with it."""
         return contextlib.nullcontext()
@@ -67,15 +73,37 @@ class Adapter:
         return _Off(self.peft, self.new) if self.new else _AsItWas(self.peft, self.new)
 
     def save(self, folder: str | Path) -> None:
-        """In peft's format: adapter_config.json, which names the base model, and adapter_model.safetensors."""
+        """In peft's format: adapter_config.json, which names the base model, and adapter_model.safetensors.
+
+        That the base model was quantized has no place in it, and stands in a file of its own.
+        """
         self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        record = record_of(self.peft.get_base_model())
+        if record is not None:
+            (Path(folder) / RECORD).write_text(record, encoding="utf-8")
         (Path(folder) / "README.md").unlink(
             missing_ok=True
         )  # peft's empty form of a model card, with this machine's path
 
     def merged(self) -> Any:
-        """The model with the adapter's products added to its weights; the adapter is gone afterwards."""
-        return self.peft.merge_and_unload()
+        """The model with the adapter's products added to its weights; the adapter is gone afterwards.
+
+        Of quantized weights it is the values that they stood for, in float32: what it computes stays the same.
+        """
+        if not self.quantized:
+            return self.peft.merge_and_unload()
+        products = {
+            name: module.get_delta_weight(_NAME)
+            for name, module in self.peft.get_base_model().named_modules()
+            if _NAME in getattr(module, "lora_A", ())
+        }
+        network = self.peft.unload()
+        layers = in_full(network)
+        with torch.no_grad():
+            for name, product in products.items():
+                weight: Any = layers[name].weight
+                weight += product if isinstance(layers[name], nn.Linear) else product.T
+        return network
 
     def narrow_base(self, dtype: torch.dtype, but: nn.Module | None = None) -> None:
         """Hold what is only ever multiplied, and never trained, in the type that it is multiplied in.
@@ -156,7 +184,7 @@ def add_adapter(network: Any, lora: LoraSettings, base: str) -> Adapter:
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         target_modules=_targets(linear, lora.targets, network),
-        fan_in_fan_out=any(type(m) is not nn.Linear for m in linear.values()),  # GPT-2's, whose weights are transposed
+        fan_in_fan_out=not all(isinstance(m, nn.Linear) for m in linear.values()),  # GPT-2's, which are transposed
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

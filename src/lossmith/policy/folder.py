@@ -206,9 +206,10 @@ def check_config(config: Mapping[str, Any], name: str, error: type[LossmithError
     if any(x.get(key) is not None for x in (config, *inner) for key in ("quantization_config", "compression_config")):
         quantization = config.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        instead = ", which quantize = 'nf4' holds in 4 bits beside an adapter"
         raise error(
             f"the weights of {name!r} are quantized{f' ({method})' if isinstance(method, str) else ''}, and quantized "
-            "weights cannot be trained or scored with here: give the unquantized model."
+            f"weights cannot be trained or scored with here: give the unquantized model{instead * (what == 'policy')}."
         )
     for key, value in (item for part in (config, *inner) for item in part.items()):
         if (

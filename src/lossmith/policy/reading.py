@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lossmith.errors import PolicyError
+from lossmith.errors import PolicyError, nearest
 from lossmith.files import at_home
 from lossmith.policy.adapter import Adapter, LoraSettings, add_adapter, load_adapter
 from lossmith.policy.embedded import embedded_model
@@ -16,10 +16,11 @@ from lossmith.policy.folder import adapter_base, check_config, check_model, has_
 from lossmith.policy.load import Policy, find_device, find_dtype
 from lossmith.policy.memory import keep_freed_memory
 from lossmith.policy.narrow import hold_in_bfloat16
+from lossmith.policy.quantized import NF4, RECORD, check_bitsandbytes, quantization_of, quantized_from, settle
 from lossmith.policy.text import SpecialTokens, check_special_tokens
 from lossmith.policy.trial import sharing_is_exact
 
-__all__ = ["check_head", "check_weights", "load_policy", "read_pretrained"]
+__all__ = ["check_head", "check_quantization", "check_weights", "load_policy", "read_pretrained"]
 
 
 def load_policy(
@@ -33,6 +34,7 @@ def load_policy(
     lora: LoraSettings | None = None,
     float32_head: bool = False,
     weights: str = "float32",
+    quantize: str | None = None,
 ) -> Policy:
     """Load a policy: "default" (SmolLM2-135M-Instruct), a folder, or a hub name. Remote code is never run.
 
@@ -42,17 +44,25 @@ def load_policy(
     dtype: what matrix products run in: auto, float32 or bfloat16.
     special_tokens: which of them a completion's text shows (`Policy.decode`). chat_template: the name of one, where
     the model has several. float32_head: logits in float32 where the other products are in bfloat16. weights: what the
-    model is held in: float32 or bfloat16; then dtype is auto or bfloat16, which are the same.
+    model is held in: float32 or bfloat16; then dtype is auto or bfloat16, which are the same. quantize: "nf4" holds the
+    weights of linear layers, but the head's, in 4 bits, beside an adapter or to be computed with alone; an adapter's
+    folder that says so is loaded so in any case.
 
-    PolicyError: what check_model finds, weights that are missing, damaged or not finite, an adapter that does not fit,
-    or a model whose sampling or log-probabilities are not those of its plain forward pass.
+    PolicyError: what check_model finds, bitsandbytes that is needed and not there, weights that are missing, damaged or
+    not finite, an adapter that does not fit, or a model whose sampling or log-probabilities are not those of its plain
+    forward pass.
     """
     check_model(model)
     check_special_tokens(special_tokens)
     where = find_device(device)
+    quantized = check_quantization(model, quantize, where)
+    if quantized and trainable and lora is None and adapter_base(model) is None:
+        raise PolicyError(
+            "quantize = 'nf4': weights in 4 bits cannot learn, an adapter beside them can: give lora too."
+        )
     if where.type == "cpu":
         keep_freed_memory()
-    tokenizer, network, adapter = _read(str(model), where, lora)
+    tokenizer, network, adapter = _read(str(model), where, lora, quantized)
     if adapter is None or not trainable:
         network.requires_grad_(trainable)
     policy = Policy(
@@ -74,8 +84,27 @@ def load_policy(
     return policy
 
 
-def _read(model: str, device: torch.device, lora: LoraSettings | None) -> tuple[Any, Any, Adapter | None]:
+def check_quantization(model: str | Path, quantize: str | None, device: torch.device | None = None) -> bool:
+    """Whether the weights of a model, or of an adapter's base, are to be held in 4 bits. quantize: what a setting says.
+
+    PolicyError: no such quantization; bitsandbytes is not installed, or does not compute on that device.
+    """
+    if quantize not in (None, NF4):
+        raise PolicyError(f"quantize is {quantize!r}.{nearest(quantize, [NF4])}")
+    why = "quantize = 'nf4'"
+    if quantize is None and adapter_base(model) is not None:
+        quantize = quantization_of(model)
+        why = f"the adapter {str(model)!r} was trained beside weights in 4 bits ({RECORD}), which"
+    if quantize is not None:
+        check_bitsandbytes(device, why)
+    return quantize is not None
+
+
+def _read(
+    model: str, device: torch.device, lora: LoraSettings | None, quantized: bool
+) -> tuple[Any, Any, Adapter | None]:
     """(tokenizer, model on its device, its adapter), of an adapter's folder or of a whole model."""
+    more = quantized_from(device) if quantized else {}
     base = adapter_base(model)
     if base is not None and lora is not None:
         raise PolicyError(
@@ -83,31 +112,34 @@ def _read(model: str, device: torch.device, lora: LoraSettings | None) -> tuple[
             f"lora_rank = 0. For a new adapter, merge this one first: lossmith merge {model} -o FOLDER"
         )
     if base is None:
-        tokenizer, network, place = _read_whole(model)
+        tokenizer, network, place = _read_whole(model, **more)
         return tokenizer, network, None if lora is None else add_adapter(network.to(device), lora, place)
     folder = at_home(model, PolicyError)
-    tokenizer, network, place = _read_whole(base, str(folder) if has_tokenizer(folder) else None)
+    tokenizer, network, place = _read_whole(base, str(folder) if has_tokenizer(folder) else None, **more)
     adapter = load_adapter(network.to(device), folder, place)
     check_weights(network, model, PolicyError)
     return tokenizer, network, adapter
 
 
-def _read_whole(model: str, tokenizer: str | None = None) -> tuple[Any, Any, str]:
+def _read_whole(model: str, tokenizer: str | None = None, **more: Any) -> tuple[Any, Any, str]:
     """(tokenizer, model in float32, where it is) as transformers reads them, refused where a weight would be made up.
 
-    tokenizer: the folder of another one than the model's own.
+    tokenizer: the folder of another one than the model's own. more: what transformers is told, of quantization.
     """
     from transformers import AutoModelForCausalLM
 
     folder = Path(model).expanduser()
     place = str(embedded_model() if model == "default" else folder.absolute() if folder.exists() else model)
-    text, network, missing = read_pretrained(AutoModelForCausalLM, place, model, PolicyError, "policy", tokenizer)
+    text, network, missing = read_pretrained(
+        AutoModelForCausalLM, place, model, PolicyError, "policy", tokenizer, **more
+    )
     if missing:
         raise PolicyError(
             f"{model!r} lacks {len(missing)} weights of {type(network).__name__} ({', '.join(missing[:3])}, ...), "
             "which would be filled with random numbers. Give a complete model with a language-model head."
         )
     check_weights(network, model, PolicyError)
+    settle(network)
     return text, network, place
 
 

@@ -14,6 +14,7 @@ from lossmith.intervals import in_words
 from lossmith.losses import Loss
 from lossmith.policy import adapter_base
 from lossmith.policy.embedded import NAME
+from lossmith.policy.quantized import quantization_of
 from lossmith.training.evaluate import sentences
 from lossmith.training.guards import kl_of_completion
 from lossmith.training.run import RunFolder
@@ -23,6 +24,7 @@ __all__ = ["CARD", "Facts", "of_preferences", "of_rollouts", "write_card"]
 CARD = "README.md"
 _HUB = re.compile(r"[\w.\-]+/[\w.\-]+")
 _EMBEDDED = f"HuggingFaceTB/{NAME}"  # what "default" is, on the hub
+_NF4 = 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)\n'
 _Figure = tuple[str, Mapping[str, Any], str]  # name, an interval as summary.json holds it, how it is written
 
 
@@ -95,6 +97,7 @@ def write_card(folder: RunFolder, recipe: Any, loss: Loss, facts: Facts) -> None
     """policy/README.md. No path of this machine and no address's key stands in it."""
     base, name = _base_model(recipe.model), folder.path.name
     adapter = (folder.path / "policy" / "adapter_config.json").exists()
+    quantized = quantization_of(folder.path / "policy") is not None
     parts = [
         _front(base, loss.name, adapter),
         f"# {name}",
@@ -103,7 +106,7 @@ def write_card(folder: RunFolder, recipe: Any, loss: Loss, facts: Facts) -> None
         f"## Data\n\n{facts.data}",
         f"## Held-out figures\n\n{facts.measure}\n\n{_table(facts.figures)}\n\n" + " ".join(facts.verdict),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in facts.limits),
-        _use(name, base, adapter),
+        _use(name, base, adapter, quantized),
     ]
     folder.write_text(f"policy/{CARD}", "\n\n".join(parts) + "\n")
 
@@ -148,25 +151,31 @@ def _table(figures: Sequence[_Figure]) -> str:
     return "\n".join(rows)
 
 
-def _use(name: str, base: str, adapter: bool) -> str:
+def _use(name: str, base: str, adapter: bool, quantized: bool) -> str:
     served = f"vllm serve {base} --enable-lora --lora-modules {name}=." if adapter else "vllm serve ."
     needs = " and peft, which loads the base model too" if adapter else ""
+    classes, how = "AutoModelForCausalLM, AutoTokenizer", ""
+    if quantized:
+        served = "lossmith merge . -o FOLDER && vllm serve FOLDER"
+        needs = ", peft and bitsandbytes: the base model is loaded too, in 4 bits as it was trained beside"
+        classes += ", BitsAndBytesConfig"
+        how = ", quantization_config=nf4"
     more = ""
     if adapter:
         own = ", a copy of which the run had made from a 4-bit file" if base == _EMBEDDED else ""
         more = (
             f"\n\nThis is a LoRA adapter. Its `adapter_config.json` has the base model where the run had it "
             f"(`base_model_name_or_path`): elsewhere, write `{base}` there{own}. `lossmith merge . -o FOLDER` writes "
-            "base and adapter as one model."
+            "base and adapter as one model" + " of the weights that the 4 bits stood for" * quantized + "."
         )
     return f"""## Use
 
 In this folder, with transformers{needs}:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+{_NF4 * quantized}model, tokenizer = AutoModelForCausalLM.from_pretrained("."{how}), AutoTokenizer.from_pretrained(".")
 asked = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "..."}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )

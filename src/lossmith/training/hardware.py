@@ -20,6 +20,7 @@ from lossmith.policy import Policy, can_checkpoint_activations, embedded_model
 from lossmith.policy.adapter import add_adapter
 from lossmith.policy.folder import adapter_base, check_config, find_config, in_brief
 from lossmith.policy.narrow import hold_in_bfloat16
+from lossmith.policy.quantized import NF4, as_if_quantized, bytes_held, is_quantized, numbers
 from lossmith.policy.reading import check_head
 from lossmith.policy.sharded import indivisible
 from lossmith.policy.trial import attends_fully
@@ -159,7 +160,7 @@ def plan_hardware(recipe: Recipe, gpus: Gpus, *, prompt_tokens: int = 256) -> Ha
         raise PolicyError(why)
     splits = list(models.splits(recipe, gpus.count, prompt_tokens))
     trained = sum(p.numel() for p in models.policy.parameters())
-    weights = sum(p.numel() for p in models.policy.model.parameters())
+    weights = numbers(models.policy.model.parameters())
     found = HardwarePlan(recipe, gpus, weights, trained, prompt_tokens, splits, None, indivisible=why)
     best = _fastest(models, recipe, gpus, splits, prompt_tokens)
     if best is None:
@@ -226,6 +227,8 @@ def _without_weights(recipe: Recipe) -> Policy:
         policy.adapter = add_adapter(network, recipe.lora, name)
         if dtype != torch.float32:
             policy.adapter.narrow_base(dtype, but=network.get_output_embeddings() if recipe.float32_head else None)
+        if recipe.quantize is not None:
+            as_if_quantized(network)
     return policy
 
 
@@ -237,7 +240,8 @@ def _time(
     prompts = -(-recipe.prompts_per_step // split.ranks)
     fed, tokens = prompts * n * (recipe.max_tokens - 1), prompts * n * recipe.max_tokens
     work = work_of(policy, prompts * prompt_tokens, fed, tokens)
-    weights, trained = (4.0 * sum(p.numel() for p in ps) for ps in (policy.model.parameters(), policy.parameters()))
+    weights, trained = (4.0 * numbers(ps) for ps in (policy.model.parameters(), policy.parameters()))
+    read = sum(bytes_held([p]) if is_quantized(p) else 2 * p.numel() for p in policy.model.parameters())
     updates = recipe.epochs * recipe.updates_per_step
     old = (updates > 1 and loss.uses_old) or loss.needs_old_early
     measured = old + (models.reference is not None) + (models.teacher is not None)  # passes without a gradient
@@ -247,7 +251,7 @@ def _time(
     crossing = (dealt if split.sharded else shared) * (split.ranks - 1) / split.ranks
     rate = gpus.tflops * 1e12
     waves = math.ceil(prompts * n / SIDE_BY_SIDE)
-    reading = waves * recipe.max_tokens * weights / 2 / (READ * gpus.bandwidth_gb * 1e9)
+    reading = waves * recipe.max_tokens * read / (READ * gpus.bandwidth_gb * 1e9)
     forward = work.forward * (measured + recipe.epochs * (1 + split.recompute))
     seconds = {
         "sample": max(work.sample / (REACHED["sample"] * rate), reading),
@@ -267,6 +271,10 @@ def _instead(models: _Models, recipe: Recipe, gpus: Gpus, prompt_tokens: int) ->
     if not recipe.lora_rank and not recipe.shard:
         adapted = recipe.model_copy(update={"lora_rank": 16})
         options["lora_rank = 16"] = _Models.of(adapted).least(adapted, gpus.count, prompt_tokens)
+    if recipe.quantize is None and not recipe.shard and recipe.weights == "float32":
+        narrow = recipe.model_copy(update={"lora_rank": recipe.lora_rank or 16, "quantize": NF4})
+        named = "quantize = 'nf4'" if recipe.lora_rank else "lora_rank = 16, quantize = 'nf4'"
+        options[named] = _Models.of(narrow).least(narrow, gpus.count, prompt_tokens)
     if gpus.count == 1 and not recipe.lora_rank and recipe.weights == "float32" and recipe.dtype != "float32":
         narrow = recipe.model_copy(update={"weights": "bfloat16"})
         options["weights = 'bfloat16'"] = _Models.of(narrow).least(narrow, 1, prompt_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from lossmith.policy.attention import SCORES_AT_ONCE
 from lossmith.policy.decode import ENCODED_AT_ONCE
 from lossmith.policy.head import STORED_BYTES
 from lossmith.policy.lean import lean_layers
+from lossmith.policy.quantized import bytes_held, is_quantized, numbers
 from lossmith.training.recipe import Recipe
 
 __all__ = ["SIDE_BY_SIDE", "MemoryEstimate", "check_memory", "estimate_memory"]
@@ -127,7 +128,7 @@ def estimate_memory(
     parts: into which weights, the reference's too, gradients and optimizer state are cut, of which a rank holds one.
     """
     size = _Sizes.of(policy)
-    whole = sum(p.numel() * p.element_size() for p in policy.model.parameters())  # beside an adapter, some are narrow
+    whole = bytes_held(policy.model.parameters())  # beside an adapter, some are narrow, or in 4 bits
     trained = sum(p.numel() for p in policy.parameters())
     learned = float(sum(p.numel() * p.element_size() for p in policy.parameters()))
     carried = sum(2 * p.numel() for p in policy.parameters() if p.element_size() == 2)  # what bfloat16 rounds away
@@ -159,23 +160,36 @@ def estimate_memory(
         budget=_budget(policy, recipe, whole + copied + taught),
         longest=longest,
         held=held,
-        opening=4.0 * sum(p.numel() for p in policy.model.parameters()) * (1 + bool(copied)) + taught + _LIBRARIES,
+        opening=_opening(policy) * (1 + bool(copied)) + taught + _LIBRARIES,
     )
+
+
+def _opening(policy: Policy) -> float:
+    """Weights as they are read: in float32, of which those that are quantized are one at a time."""
+    weights = list(policy.model.parameters())
+    quantized = [w for w in weights if is_quantized(w)]
+    return 4.0 * numbers(w for w in weights if not is_quantized(w)) + bytes_held(quantized) + 4.0 * _largest(quantized)
+
+
+def _largest(weights: Sequence[nn.Parameter]) -> int:
+    return max((numbers([w]) for w in weights), default=0)
 
 
 def _copies(policy: Policy, size: _Sizes) -> tuple[float, float]:
     """Bytes of weights in the type of products, beside those held: while completions are written, in an update."""
+    whole = float(_largest([w for w in policy.model.parameters() if is_quantized(w)]))
     if size.width == 4:
-        return 0.0, 0.0
+        return 4 * whole, 4 * whole
     head = policy.model.get_output_embeddings() if policy.float32_head else None
     multiplied = {
         id(m.weight): m.weight
         for m in policy.model.modules()
         if m is not head and not isinstance(m, nn.Embedding) and getattr(getattr(m, "weight", None), "ndim", 0) > 1
+        if not is_quantized(m.weight)  # one of those at a time; for a gradient, in float32 before it is narrowed
     }.values()
     cast = 2.0 * sum(w.numel() for w in multiplied if w.element_size() == 4)
     packed = 2.0 * sum(w.numel() for w in multiplied)  # on a CPU, whatever type they are held in
-    return packed if policy.device.type == "cpu" else cast, cast
+    return (packed if policy.device.type == "cpu" else cast) + 2 * whole, cast + 6 * whole
 
 
 def _head(policy: Policy, size: _Sizes, responses: int) -> tuple[float, float]:
@@ -193,7 +207,7 @@ def _own_bytes(one: Policy | None, policy: Policy) -> int:
     """Of another model's weights; a reference may be the policy's own with its adapter off, a teacher the policy."""
     if one is None or one.model is policy.model:
         return 0
-    return sum(p.numel() * p.element_size() for p in one.model.parameters())
+    return bytes_held(one.model.parameters())
 
 
 def _micro_batch(policy: Policy, recipe: Recipe, longest: int) -> tuple[int, int]:

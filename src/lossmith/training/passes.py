@@ -66,6 +66,8 @@ def uncompilable(policy: Policy, *, recompute: bool, sharded: bool) -> str:
     """Why a policy's layers cannot be compiled, if they cannot."""
     if sharded:
         return "ranks hold the weights in parts"
+    if policy.adapter is not None and policy.adapter.quantized:
+        return "bitsandbytes computes with weights in 4 bits by itself"
     if recompute:
         return "layers are run again in the backward pass"
     return "" if sharing_is_exact(policy) else "the model's layers are not known"

@@ -14,7 +14,7 @@ import torch
 
 from lossmith.errors import RecipeError, quiet_traps
 from lossmith.optimization import check_kahan
-from lossmith.policy import Policy, check_compiler, check_model, load_policy
+from lossmith.policy import Policy, check_compiler, check_model, check_quantization, load_policy
 from lossmith.prompts import Prompt, PromptSet, default_prompts_path, load_prompts
 from lossmith.ranks import Ranks, local_rank
 from lossmith.samplers import TorchSampler
@@ -83,6 +83,7 @@ def plan(recipe: Recipe, held_out_ids: Sequence[str] | None = None) -> Plan:
             if not recipe.accept_weak_scorer:
                 refuse_weak(scorer)
     check_model(recipe.model)
+    check_quantization(recipe.model, recipe.quantize)
     if recipe.teacher is not None:
         check_told(recipe, prompts)
     return Plan(recipe, prompts, train, held_out, prompts.summary())
@@ -191,6 +192,7 @@ def policy_of(recipe: Recipe, ranks: Ranks | None = None) -> Policy:
         lora=recipe.lora,
         float32_head=recipe.float32_head,
         weights=recipe.weights,
+        quantize=recipe.quantize,
     )
 
 

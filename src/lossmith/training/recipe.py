@@ -42,6 +42,10 @@ class RunSettings(TrainerSettings):
         [ALL_LINEAR],
         description="linear layers that the adapter is for, by name (q_proj); all-linear: all but the head",
     )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: the model's own weights beside an adapter in 4 bits, by bitsandbytes (QLoRA)",
+    )
     memory_gb: float | None = Field(
         None, gt=0, description="memory that training may take: beyond it, layers are run again in the backward pass"
     )
@@ -208,6 +212,11 @@ class Recipe(RunSettings):
         check_lora(source, recipe)
         if recipe.shard and recipe.engine == "trl":
             raise RecipeError(f"{source}: shard = true is of engine = 'lossmith': TRL's trainer shards by accelerate.")
+        if recipe.shard and recipe.quantize is not None:
+            raise RecipeError(
+                f"{source}: shard = true and quantize = {recipe.quantize!r}: beside an adapter, what is trained is "
+                "small, and every rank holds all of it. Leave shard out."
+            )
         if recipe.engine_options and recipe.engine == "lossmith":
             raise RecipeError(
                 f"{source}: engine_options are of another engine: give engine = 'trl' too, or leave them out."
@@ -298,6 +307,11 @@ class Recipe(RunSettings):
 def check_lora(source: str, recipe: RunSettings) -> None:
     """RecipeError: settings of an adapter, and none is to be trained; an adapter for no layer."""
     fields = type(recipe).model_fields
+    if recipe.quantize is not None and not recipe.lora_rank and adapter_base(recipe.model) is None:
+        raise RecipeError(
+            f"{source}: quantize = {recipe.quantize!r}: weights in 4 bits cannot learn, but an adapter beside them: "
+            "give lora_rank too (16, say)."
+        )
     for name in ("lora_alpha", "lora_targets"):
         value = getattr(recipe, name)
         if not recipe.lora_rank and value != fields[name].get_default():

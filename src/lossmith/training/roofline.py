@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lossmith.policy import Policy
+from lossmith.policy.quantized import numbers
 from lossmith.rollouts import Rollout
 
 __all__ = ["Work", "count_work", "multiply_rate", "work_of"]
@@ -45,8 +46,8 @@ def work_of(policy: Policy, prompts: int, fed: int, responses: int) -> Work:
     head = policy.model.get_output_embeddings().weight
     trained = {id(p) for p in policy.parameters()}  # of other weights there is no gradient, only one through them
     looked_up = _embeddings(policy)
-    body = sum(p.numel() for p in body_matrices) - looked_up
-    learning = sum(p.numel() for p in body_matrices if id(p) in trained)
+    body = numbers(body_matrices) - looked_up
+    learning = numbers(p for p in body_matrices if id(p) in trained)
     learning -= looked_up if policy.adapter is None else 0
     head_learns = id(head) in trained
     through = body * (prompts + fed) + head.numel() * responses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lossmith.errors import RecipeError, nearest
-from lossmith.policy import Policy, Teacher, check_teacher, load_policy
+from lossmith.policy import Policy, Teacher, check_quantization, check_teacher, load_policy
 from lossmith.prompts import PromptSet, is_target
 from lossmith.training.recipe import Recipe
 
@@ -22,6 +22,7 @@ def check_told(recipe: Recipe, prompts: PromptSet) -> None:
     if recipe.teacher != "self":
         whole = recipe.policy_loss().divergence is not None
         check_teacher(recipe.model, recipe.teacher, whole, RecipeError)
+        check_quantization(recipe.teacher, None)
     column = recipe.teacher_column
     if column is None:
         return

@@ -253,6 +253,8 @@ FOREIGN: dict[str, Word] = {
     "num_train_epochs": _of_recipe("TRL", "steps"),
     "lora_r": _of_recipe("TRL", "lora_rank"),
     "lora_target_modules": _of_recipe("TRL", "lora_targets"),
+    "load_in_4bit": _of_recipe("TRL", "quantize"),
+    "quantization_bit": _of_recipe("LLaMA-Factory", "quantize"),
     "target_modules": _of_recipe("peft and verl", "lora_targets"),
 }  # fmt: skip
 

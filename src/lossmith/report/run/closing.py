@@ -14,6 +14,7 @@ from rich.text import Text
 from lossmith.errors import printable
 from lossmith.intervals import in_words, verdict
 from lossmith.policy import adapter_base
+from lossmith.policy.quantized import quantization_of
 from lossmith.rollouts import Rollout
 from lossmith.terminal import put_table
 from lossmith.training import Run
@@ -63,7 +64,8 @@ def _elsewhere(folder: Path, run: str, policy: str) -> dict[str, str]:
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder / 'policy')!r})"
     if adapter_base(folder / "policy") is None:
         return {"elsewhere": f"{loads}, vllm serve {policy}"}
-    return {"elsewhere": f"{loads}, with peft", "one model": f"lossmith merge {run} -o FOLDER, vllm serve FOLDER"}
+    needs = "peft" if quantization_of(folder / "policy") is None else "peft and the quantization in its README.md"
+    return {"elsewhere": f"{loads}, with {needs}", "one model": f"lossmith merge {run} -o FOLDER, vllm serve FOLDER"}
 
 
 def _table(held_out: dict[str, Any], title: str) -> Table:

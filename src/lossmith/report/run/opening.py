@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lossmith.policy import Policy
+from lossmith.policy.quantized import numbers
 from lossmith.report.run.prompts import who_reads
 from lossmith.training import Learner, Plan, Recipe, Run
 
@@ -42,11 +43,12 @@ def batch_arithmetic(recipe: Recipe, train_prompts: int) -> list[str]:
 def about_adapter(policy: Policy) -> str:
     """What is trained of a policy with an adapter, in a line."""
     assert policy.adapter is not None
-    trained, all_of_it = (sum(p.numel() for p in ps) for ps in (policy.parameters(), policy.model.parameters()))
+    trained, all_of_it = (numbers(ps) for ps in (policy.parameters(), policy.model.parameters()))
+    held = ", the layers' own in 4 bits (nf4)" if policy.adapter.quantized else ""
     reference = "the base model" if policy.adapter.new else "the adapter as it was given"
     return (
         f"LoRA of rank {policy.adapter.rank} on {policy.adapter.layers} layers: {trained / 1e6:.2f} million of "
-        f"{all_of_it / 1e6:.1f} million weights are trained; the untrained policy is {reference}"
+        f"{all_of_it / 1e6:.1f} million weights are trained{held}; the untrained policy is {reference}"
     )
 
 

@@ -22,7 +22,7 @@ from lossmith.files import at_home
 from lossmith.losses import KTO, CompletionLoss, OnlineKTO
 from lossmith.losses.completion.pairs import GIVEN, Paired
 from lossmith.optimization import check_optimizer
-from lossmith.policy import Policy, check_model, load_policy
+from lossmith.policy import Policy, check_model, check_quantization, load_policy
 from lossmith.settings.base import LearningRate, Schedule
 from lossmith.training.card import of_preferences, write_card
 from lossmith.training.clock import Clock
@@ -131,6 +131,7 @@ def plan_preferences(recipe: PreferenceRecipe, held_out_ids: Sequence[str] | Non
     """
     recipe.policy_loss()
     check_model(recipe.model)
+    check_quantization(recipe.model, recipe.quantize)
     gathered = gather(recipe.preferences, _form(recipe), skip_bad=recipe.skip_bad)
     if held_out_ids is not None:
         train, held_out = _split_again(gathered.preferences, set(held_out_ids))
@@ -230,6 +231,7 @@ def open_preferences(
         chat_template=recipe.chat_template,
         lora=recipe.lora,
         float32_head=recipe.float32_head,
+        quantize=recipe.quantize,
     )
     train, held_out = (judged_rollouts(policy, p, skip_bad=recipe.skip_bad) for p in (plan.train, plan.held_out))
     loss, train, held_out, notes = fit_loss(recipe.policy_loss(), train, held_out, balance=recipe.balance)
