@@ -24,7 +24,6 @@ RESULTS = Path(__file__).parent / "results" / "cluster.json"
 WAYS = {
     "in step": ["--max-staleness", "0"],
     "one round ahead": ["--max-staleness", "1"],
-    "one round ahead, without a correction": ["--max-staleness", "1", "--loss", "grpo(beta=0.04, mismatch='none')"],
 }
 
 

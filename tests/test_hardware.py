@@ -175,7 +175,7 @@ def test_the_plan_of_a_model_that_is_here_is_the_estimate_of_its_run():
 def test_memory_is_within_15_percent_of_what_was_measured_at_four_sizes(rank, quantize, tmp_path):
     rows = json.loads(MEASURED.read_text())["rows"]
     rows = [row for row in rows if (row["round"]["lora_rank"], row["round"].get("quantize")) == (rank, quantize)]
-    assert len(rows) == (4 if quantize is None else 3)
+    assert len(rows) == 4
     for row in rows:
         hidden, inner, layers, heads, key_heads = row["shape"]
         shape = {

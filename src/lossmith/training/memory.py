@@ -23,8 +23,9 @@ __all__ = ["SIDE_BY_SIDE", "MemoryEstimate", "check_memory", "estimate_memory"]
 # Measured by benchmarks/planned_memory.py: what a process holds beside its tensors.
 _LIBRARIES = 0.5e9
 # Likewise what the C library's allocator leaves unused: a block as large as the logits, for which it finds no hole, and
-# beside an adapter half of the activations, for its many small gradients and averages lie between what is freed.
-_UNUSED_BESIDE_ADAPTER = 0.5
+# beside an adapter more than the activations take, for its many small products, gradients and averages lie between what
+# is freed.
+_UNUSED_BESIDE_ADAPTER = 1.35
 _HEAD_ROWS = 512  # response positions whose logits exist at one time
 SIDE_BY_SIDE = 128  # completions that are written at one time
 _SCORE_COPIES = 3  # scores, their softmax, and that in the type of the values
