@@ -150,6 +150,7 @@ def test_an_adapter_needs_no_reference_and_hardly_an_optimizer(config):
     assert not any(split.sharded for split in planned(config, 8, lora_rank=16).splits)
 
 
+@pytest.mark.slow
 def test_beside_an_adapter_the_layers_may_be_in_4_bits_and_nothing_else_is(config):
     """NF4 with double quantization, by hand: half a byte, a byte of scale for 64, 4 bytes for 256 of those."""
     found, whole = planned(config, lora_rank=16, quantize="nf4"), planned(config, lora_rank=16)

@@ -24,8 +24,8 @@ from test_lora import PLAIN, even_bytes, plain_forward, recipe, settings
 peft = pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install lossmith[qlora]")
 
-# peft's to mend
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+# The warning is peft's to mend.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 LAYOUTS = Layout.__args__
 # bitsandbytes multiplies in float32 at most. Seen: 4.3e-6 nats of a token, 3.9e-6 of a gradient's length.

@@ -61,6 +61,7 @@ def test_the_folder_holds_all_it_promises(finished):
         "track",
         "chat_template",
         "sampler_url",
+        "quantize",
         "teacher",
         "teacher_column",
     }  # complete; None has no TOML
@@ -323,7 +324,7 @@ def test_schedules():
 
 
 def test_a_recipe_has_about_fifty_fields_and_each_says_what_it_is():
-    assert len(ls.Recipe.model_fields) <= 66  # three are a LoRA adapter's, three a teacher's and a server's
+    assert len(ls.Recipe.model_fields) <= 67  # four are a LoRA adapter's, three a teacher's and a server's
     assert all(field.description for field in ls.Recipe.model_fields.values())
 
 
