@@ -148,7 +148,7 @@ ILL: tuple[tuple[str, str, Settings], ...] = (
     ("a score of 1e8 now and then", "odd_scores", {"scorer": _outlier}),
     ("3 tokens for a sentence", "truncation", {"max_tokens": 3}),
     ("and the loss leaves cut ones out", "truncation", {"max_tokens": 3, "loss": "grpo(truncated='mask')"}),
-    ("50 epochs", "mostly_clipped|step_too_large", {"epochs": 50, "learning_rate": 1e-3, "steps": 4}),
+    ("50 epochs", "mostly_clipped|step_too_large", {"epochs": 50, "learning_rate": 2e-3, "steps": 4}),
     ("the shortest text scores best", "length_drift|empty_completions", {"scorer": _short, "learning_rate": 2e-3}),
     ("a budget of KL", "kl_budget", {"kl_budget": 0.001}),
     ("the sign of the advantage", "advantage_sign", {"loss": "grpo(advantage_mul=-1)", "allow_traps": True}),

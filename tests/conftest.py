@@ -16,9 +16,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True, scope="session")
 def scratch(tmp_path_factory):
     """Where `tempfile` makes what no fixture takes away: it goes with the process, and a disk does not fill up."""
-    tempfile.tempdir = str(tmp_path_factory.mktemp("scratch"))
+    place = tmp_path_factory.mktemp("scratch")
+    tempfile.tempdir = str(place)
     yield
-    shutil.rmtree(tempfile.tempdir, ignore_errors=True)
+    for made in place.iterdir():
+        if not made.name.startswith("pymp-"):  # multiprocessing's, which takes them away at the very end
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 @pytest.fixture(autouse=True)
