@@ -112,6 +112,7 @@ def test_a_server_that_dies_in_the_middle_of_a_round_is_started_again(actor, ser
     assert texts(again) == texts(first) and measured["push_restarts"] == 1 and len(servers) == 2
 
 
+@pytest.mark.slow
 def test_servers_that_die_one_after_another_end_the_run_in_words(actor, servers):
     servers.fault = DEAD
     with pytest.raises(RunError, match=r"died 3 times over the same work\. Out of memory\?.*fewer samplers.*resume it"):

@@ -48,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
         answer = server.answer(number, body, self.headers)
+        with server.lock:
+            server.now -= 1  # before it is told: whoever has the answer may ask the next at once
         if answer == "hang up":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -61,8 +63,6 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             with contextlib.suppress(OSError):
                 self.wfile.write(payload)
-        with server.lock:
-            server.now -= 1
 
     def log_message(self, *_):
         pass

@@ -115,6 +115,7 @@ def weights_of(run):
     return [p.detach().clone() for p in run.policy.model.parameters()]
 
 
+@pytest.mark.slow
 def test_measuring_leaves_no_trace_and_a_resumed_run_keeps_to_what_was_decided(common, monkeypatch):
     """Really measured first, to the bit the run of the same number; then resumed where times would say otherwise."""
     measured = measured_passes._timed

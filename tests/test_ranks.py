@@ -76,6 +76,7 @@ def test_ranks_train_as_one_process_does_even_where_one_has_no_completions(tmp_p
     hold(together_and_alone(tmp_path, 3, "float64", 2, losses), 1e-10, 1e-9)
 
 
+@pytest.mark.slow
 def test_two_ranks_that_hold_parts_of_the_weights_train_as_one_process_does(tmp_path):
     """Rank 0 has two prompts' completions and rank 1 one's, so that it makes passes that count nothing."""
     hold(together_and_alone(tmp_path, 2, "float64", 3, ["grpo"], "parts"), 1e-10, 1e-9)

@@ -377,6 +377,7 @@ def test_a_run_with_a_server_learns_and_records_the_proof_of_each_push(tmp_path)
     assert run.policy.version == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_its_server_failed_is_resumed_with_the_same_result(tmp_path):
     with FakeVllm() as server:
         whole = train(server, tmp_path, name="whole")
