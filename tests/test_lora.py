@@ -54,22 +54,27 @@ def plain_forward(model, rollout):
     return torch.stack([logps[start + t - 1, token] for t, token in enumerate(rollout.completion_ids)])
 
 
-# -- exact ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", [tiny.llama, tiny.gpt2])
-def test_log_probabilities_and_gradients_are_those_of_pefts_plain_forward_pass(kind, checkpointing):
-    ours, rollouts = adapted(kind), tiny.rollouts()
-    theirs = adapted(kind)
-    coefficients = [torch.randn(len(r.completion_ids), dtype=torch.float64) for r in rollouts]
-    expected = [plain_forward(theirs.adapter.peft, r) for r in rollouts]
+def both_ways(ours, theirs, rollouts, dtype, checkpointing):
+    """(our outputs, peft's log-probabilities of each rollout), the same random weights of them passed back in both."""
+    coefficients = [torch.randn(len(r.completion_ids), dtype=dtype) for r in rollouts]
+    expected = [plain_forward(theirs, r) for r in rollouts]
     sum((c * x).sum() for c, x in zip(coefficients, expected, strict=True)).backward()
     out = token_outputs(ours, rollouts, PLAIN, chunk=4, activation_checkpointing=checkpointing)
     weights = torch.zeros_like(out.logp)
     for row, c in enumerate(coefficients):
         weights[row, : len(c)] = c
     (weights * out.logp).sum().backward()
+    return out, expected
+
+
+# -- exact ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [tiny.llama, tiny.gpt2])
+def test_log_probabilities_and_gradients_are_those_of_pefts_plain_forward_pass(kind, checkpointing):
+    ours, theirs = adapted(kind), adapted(kind)
+    out, expected = both_ways(ours, theirs.adapter.peft, tiny.rollouts(), torch.float64, checkpointing)
     for row, x in enumerate(expected):
         torch.testing.assert_close(out.logp[row, : len(x)], x, rtol=0, atol=1e-10)
     named = dict(theirs.model.named_parameters())

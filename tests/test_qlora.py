@@ -19,7 +19,7 @@ from lossmith.report.run.closing import what_next
 from lossmith.report.run.opening import about_adapter
 from lossmith.training import Learner, Recipe
 from lossmith.training.hardware import Gpus, plan_hardware
-from test_lora import PLAIN, even_bytes, plain_forward, recipe, settings
+from test_lora import PLAIN, both_ways, even_bytes, plain_forward, recipe, settings
 
 peft = pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install lossmith[qlora]")
@@ -110,16 +110,9 @@ def test_a_weight_is_the_nearest_of_16_levels_times_the_scale_of_64(kind):
 def test_log_probabilities_and_gradients_are_those_of_pefts_forward_pass_over_the_quantized_model(
     kind, checkpointing, theirs_of
 ):
-    ours, rollouts = adapted(kind), tiny.rollouts(dtype=torch.float32)
+    ours = adapted(kind)
     theirs = theirs_of(ours, kind)
-    coefficients = [torch.randn(len(r.completion_ids)) for r in rollouts]
-    expected = [plain_forward(theirs, r) for r in rollouts]
-    sum((c * x).sum() for c, x in zip(coefficients, expected, strict=True)).backward()
-    out = token_outputs(ours, rollouts, PLAIN, chunk=4, activation_checkpointing=checkpointing)
-    weights = torch.zeros_like(out.logp)
-    for row, c in enumerate(coefficients):
-        weights[row, : len(c)] = c
-    (weights * out.logp).sum().backward()
+    out, expected = both_ways(ours, theirs, tiny.rollouts(dtype=torch.float32), torch.float32, checkpointing)
     hold(out.logp, expected)
     named = {name.removeprefix("base_model.model."): p for name, p in theirs.named_parameters()}
     learned = {name: p for name, p in ours.model.named_parameters() if p.grad is not None}

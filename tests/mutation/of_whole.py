@@ -224,7 +224,7 @@ WHOLE = [
     (
         "mismatch_dropped",
         "composition/policy_loss.py",
-        "factor = self.completed(credit, batch).mismatch",
+        "factor = credit.mismatch",
         "factor = torch.ones_like(credit.weight)",
         "the mismatch weight multiplies the policy term",
     ),

@@ -31,8 +31,9 @@ def storing_less(policy: Policy) -> Iterator[None]:
 
     Nothing is done to compiled layers: what these store is the compiler's choice.
     """
-    compiled = any(layer._compiled_call_impl is not None for layer in model_layers(policy.model))
-    layers = lean_layers(policy) if torch.is_grad_enabled() and not compiled else []
+    graded = torch.is_grad_enabled()  # else there is nothing to look for
+    compiled = graded and any(layer._compiled_call_impl is not None for layer in model_layers(policy.model))
+    layers = lean_layers(policy) if graded and not compiled else []
     for module, forward in layers:
         module.__dict__["forward"] = forward  # hides the class's own
     try:

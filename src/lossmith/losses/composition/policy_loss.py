@@ -208,8 +208,9 @@ class PolicyLoss(Composition, Loss):
 
     @torch.no_grad()
     def completed(self, credit: Credit, batch: Batch) -> Credit:
-        u = credit.mismatch if credit.mismatch is not None else self._early_mismatch(batch, credit.weight)
-        return dataclasses.replace(credit, mismatch=u)
+        if credit.mismatch is not None:
+            return credit
+        return dataclasses.replace(credit, mismatch=self._early_mismatch(batch, credit.weight))
 
     def _returns(self, batch: Batch, signal: Signal | None, raw: Tensor) -> Tensor | None:
         """The critic's target: what its estimator says (A before scaling plus V_old, as a rule), or Batch.returns.
@@ -231,6 +232,7 @@ class PolicyLoss(Composition, Loss):
         LossError: the credit is of other rows.
         """
         credit.check(self, batch)
+        credit = self.completed(credit, batch)  # once: the policy term, a masked KL term and the metrics read it
         terms: dict[str, Tensor] = {}
         at = self._tokens(batch, credit)
         if at is not None and self.advantage.acts:
@@ -284,7 +286,7 @@ class PolicyLoss(Composition, Loss):
     @torch.no_grad()
     def _factor(self, batch: Batch, credit: Credit) -> Tensor:
         """What the policy term of each token is multiplied with: mismatch weight and masks, [N, T] without gradient."""
-        factor = self.completed(credit, batch).mismatch
+        factor = credit.mismatch
         assert factor is not None
         for _, keep, _ in self._kept(batch, credit):
             factor = factor * keep
